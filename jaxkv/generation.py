@@ -1,0 +1,376 @@
+"""Prefill, decode step and the generation loop, as pure functions of arrays.
+
+`generate_tokens` is `start` (prefill and the first token) followed by `advance` (a
+`lax.while_loop` of decode steps), and may be used inside a larger jitted program. The
+compiled halves, `start_jit` and `advance_jit`, are what `jaxkv.generate` calls, so that
+time to first token can be told apart from time per token, and text can be streamed.
+
+Axis letters: `B` batch, `P` padded prompt, `V` vocabulary, `O` output buffer.
+"""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from jaxkv import state as kv
+from jaxkv.attention import attend_cache, attend_prompt
+from jaxkv.kernels import decode as decode_kernels
+from jaxkv.kernels import prefill as prefill_kernels
+from jaxkv.policies import DecodePolicy, Full, PrefillPolicy
+from jaxkv.sampling import Greedy, Sampler, penalize
+from jaxkv.state import KVState
+
+Cache = tuple[KVState, ...]
+
+
+class Network(Protocol):
+    """What the loops ask of a network; `jaxkv.models.decoder.Decoder` is one.
+
+    `config` has `num_layers`, `num_kv_heads`, `head_dim` and `vocab_size`; applied to
+    `(tokens, positions, cache, attend)` it returns hidden states and the new cache, and
+    its method `unembed` turns hidden states into logits. It hashes by value.
+    """
+
+    config: Any
+
+    def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any:
+        """Run the network, as `flax.linen.Module.apply` does."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """What is static about a generation; equal options share one compiled program.
+
+    Attributes:
+      budget: tokens that a layer's cache may keep of the prompt and, if `decode`
+        evicts, of prompt and output together; None keeps everything.
+      prefill: the prompt's eviction.
+      decode: the output's eviction.
+      sampler: how a token is chosen.
+      prefill_implementation: of `kernels.prefill.causal_attention`; None is the best.
+      decode_implementation: of `kernels.decode.decode_attention`; None is the best.
+    """
+
+    budget: int | None = None
+    prefill: PrefillPolicy = Full()
+    decode: DecodePolicy = Full()
+    sampler: Sampler = Greedy()
+    prefill_implementation: prefill_kernels.Implementation | None = None
+    decode_implementation: decode_kernels.Implementation | None = None
+
+    def check(self) -> None:
+        """Raise ValueError for options that contradict each other."""
+        self.sampler.check()
+        if self.budget is None:
+            if self.decode.evicts:
+                raise ValueError(
+                    f"{type(self.decode).__name__} evicts while decoding and needs a "
+                    "budget; pass budget= (tokens per layer and head)."
+                )
+            return
+        if self.budget < 1:
+            raise ValueError(f"budget must be at least 1 token, got {self.budget}.")
+        self.prefill.check(self.budget)
+        self.decode.check(self.budget)
+
+    def num_slots(self, prompt: int, new: int) -> int:
+        """Return the slots of a state for `prompt` padded tokens and `new` outputs."""
+        if self.budget is None:
+            return prompt + new
+        if self.decode.evicts:
+            return min(self.budget, prompt + new)
+        return min(self.budget, prompt) + new
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Generation:
+    """A batch of sequences in the middle of being generated: the loop's carry.
+
+    Attributes:
+      tokens: int32 `[B, O]`, the output so far, a stop id included; -1 beyond it.
+      lengths: int32 `[B]`, tokens of the output so far.
+      done: bool `[B]`, rows that ended by a stop id.
+      last: int32 `[B]`, the newest token, which the cache does not hold yet.
+      position: int32 `[B]`, the newest token's position.
+      cache: one state per layer.
+      keys: PRNG keys `[B]`, one per row; a token's key is the row's, folded with the
+        token's position, so what a row gets depends on no other row.
+      seen: bool `[B, V]` for the repetition penalty, or None if it is off.
+    """
+
+    tokens: jax.Array
+    lengths: jax.Array
+    done: jax.Array
+    last: jax.Array
+    position: jax.Array
+    cache: Cache
+    keys: jax.Array
+    seen: jax.Array | None
+
+
+def prefill(
+    network: Network,
+    params: Any,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    *,
+    options: Options,
+    slots: int,
+) -> tuple[jax.Array, Cache]:
+    """Run prompts through the network and keep what the policy keeps.
+
+    Args:
+      network: static.
+      params: its parameters.
+      tokens: int32 `[B, P]`, right-padded.
+      lengths: int32 `[B]`, at least 1.
+      options: static.
+      slots: of every layer's state.
+
+    Returns:
+      Logits of the token after each prompt, float32 `[B, V]`, and the cache.
+    """
+    config = network.config
+    batch, length = tokens.shape
+    empty = kv.init(
+        batch=batch,
+        kv_heads=config.num_kv_heads,
+        slots=slots,
+        head_dim=config.head_dim,
+        dtype=params["embedding"].dtype,
+    )
+    positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), tokens.shape)
+    attend = attend_prompt(
+        options.prefill,
+        budget=slots if options.budget is None else options.budget,
+        lengths=lengths,
+        implementation=options.prefill_implementation,
+    )
+    hidden, cache = network.apply(
+        {"params": params}, tokens, positions, (empty,) * config.num_layers, attend
+    )
+    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
+    logits = network.apply({"params": params}, last, method="unembed")
+    if options.decode.evicts:
+        # A full cache has no free slot; the policy says which one goes first.
+        cache = tuple(
+            dataclasses.replace(
+                state, target=options.decode.next_target(state, lengths - 1)
+            )
+            for state in cache
+        )
+    return logits, cache
+
+
+def decode_step(
+    network: Network,
+    params: Any,
+    token: jax.Array,
+    position: jax.Array,
+    cache: Cache,
+    *,
+    options: Options,
+) -> tuple[jax.Array, Cache]:
+    """Feed one token per row and return the logits of the next.
+
+    Args:
+      network: static.
+      params: its parameters.
+      token: int32 `[B]`.
+      position: int32 `[B]`; -1 for rows that have finished: their state is unchanged
+        and their logits mean nothing.
+      cache: one state per layer.
+      options: static.
+
+    Returns:
+      Float32 logits `[B, V]` and the new cache.
+    """
+    attend = attend_cache(
+        options.decode,
+        position=position,
+        implementation=options.decode_implementation,
+    )
+    hidden, cache = network.apply(
+        {"params": params},
+        jnp.maximum(token, 0)[:, None],
+        jnp.maximum(position, 0)[:, None],
+        cache,
+        attend,
+    )
+    return network.apply({"params": params}, hidden[:, 0], method="unembed"), cache
+
+
+def start(
+    network: Network,
+    params: Any,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    keys: jax.Array,
+    stop_ids: jax.Array,
+    *,
+    options: Options,
+    slots: int,
+    max_out: int,
+) -> Generation:
+    """Prefill and choose the first token.
+
+    Args:
+      network: static.
+      params: its parameters.
+      tokens: int32 `[B, P]`, right-padded.
+      lengths: int32 `[B]`, at least 1.
+      keys: PRNG keys `[B]`.
+      stop_ids: int32 `[E]`; -1 stands for none.
+      options: static.
+      slots: of every layer's state; see `Options.num_slots`.
+      max_out: size `O` of the output buffer.
+
+    Returns:
+      The state of the loop after one token.
+    """
+    logits, cache = prefill(
+        network, params, tokens, lengths, options=options, slots=slots
+    )
+    batch, length = tokens.shape
+    seen = None
+    if options.sampler.repetition_penalty != 1:
+        real = jnp.arange(length) < lengths[:, None]
+        seen = jnp.zeros(logits.shape, bool)
+        seen = seen.at[jnp.arange(batch)[:, None], tokens].max(real)
+    return _emit(
+        Generation(
+            tokens=jnp.full((batch, max_out), -1, jnp.int32),
+            lengths=jnp.zeros(batch, jnp.int32),
+            done=jnp.zeros(batch, bool),
+            last=jnp.zeros(batch, jnp.int32),
+            position=lengths - 1,
+            cache=cache,
+            keys=keys,
+            seen=seen,
+        ),
+        logits,
+        jnp.ones(batch, bool),
+        stop_ids,
+        options.sampler,
+    )
+
+
+def advance(
+    network: Network,
+    params: Any,
+    generation: Generation,
+    until: jax.Array,
+    stop_ids: jax.Array,
+    *,
+    options: Options,
+) -> Generation:
+    """Decode until every row has stopped or has `until` tokens.
+
+    Args:
+      network: static.
+      params: its parameters.
+      generation: from `start` or from an earlier call.
+      until: int32 scalar, at most `O`.
+      stop_ids: int32 `[E]`.
+      options: static.
+
+    Returns:
+      The state of the loop.
+    """
+
+    def active(g):
+        return ~g.done & (g.lengths < until)
+
+    def step(g):
+        running = active(g)
+        position = jnp.where(running, g.position, -1)
+        logits, cache = decode_step(
+            network, params, g.last, position, g.cache, options=options
+        )
+        g = dataclasses.replace(g, cache=cache)
+        return _emit(g, logits, running, stop_ids, options.sampler)
+
+    return jax.lax.while_loop(lambda g: active(g).any(), step, generation)
+
+
+class Output(NamedTuple):
+    """Arrays of a finished generation.
+
+    Attributes:
+      tokens: int32 `[B, O]`, stop id included, -1 beyond the output.
+      lengths: int32 `[B]`.
+      stopped: bool `[B]`: by a stop id, not by the limit.
+      cache: one state per layer.
+    """
+
+    tokens: jax.Array
+    lengths: jax.Array
+    stopped: jax.Array
+    cache: Cache
+
+
+def generate_tokens(
+    network: Network,
+    params: Any,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    keys: jax.Array,
+    stop_ids: jax.Array,
+    max_new_tokens: jax.Array,
+    *,
+    options: Options,
+    slots: int,
+    max_out: int,
+) -> Output:
+    """Generate from token ids, in one traceable function: `start`, then `advance`.
+
+    Arguments are theirs; `max_new_tokens` is an int32 scalar, traced, at most `max_out`.
+    """
+    generation = start(
+        network,
+        params,
+        tokens,
+        lengths,
+        keys,
+        stop_ids,
+        options=options,
+        slots=slots,
+        max_out=max_out,
+    )
+    end = advance(
+        network, params, generation, max_new_tokens, stop_ids, options=options
+    )
+    return Output(end.tokens, end.lengths, end.done, end.cache)
+
+
+def _emit(g, logits, running, stop_ids, sampler):
+    """Choose the next token of the running rows and append it to their output."""
+    rows = jnp.arange(logits.shape[0])
+    position = g.position + 1
+    if g.seen is not None:
+        logits = penalize(logits, g.seen, sampler.repetition_penalty)
+    keys = jax.vmap(jax.random.fold_in)(g.keys, position)
+    token = jnp.where(running, sampler.pick(logits, keys), g.last)
+    column = jnp.where(running, g.lengths, g.tokens.shape[1])
+    return dataclasses.replace(
+        g,
+        tokens=g.tokens.at[rows, column].set(token, mode="drop"),
+        lengths=g.lengths + running,
+        done=g.done | (running & (token[:, None] == stop_ids).any(-1)),
+        last=token,
+        position=jnp.where(running, position, g.position),
+        seen=None if g.seen is None else g.seen.at[rows, token].max(running),
+    )
+
+
+start_jit = jax.jit(start, static_argnames=("network", "options", "slots", "max_out"))
+advance_jit = jax.jit(
+    advance, static_argnames=("network", "options"), donate_argnames="generation"
+)
+generate_jit = functools.partial(
+    jax.jit, static_argnames=("network", "options", "slots", "max_out")
+)(generate_tokens)

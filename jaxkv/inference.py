@@ -1,0 +1,324 @@
+"""`jaxkv.generate`: prompts in, text out.
+
+Everything with a shape is padded to a bucket, so that prompts of similar length share
+one compiled program: 64, 96, 128, 192, 256, ... tokens. Batches of another size, or
+options that differ, compile anew.
+"""
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxkv import generation
+from jaxkv import state as kv
+from jaxkv.generation import Options
+from jaxkv.kernels import decode as decode_kernels
+from jaxkv.kernels import prefill as prefill_kernels
+from jaxkv.language_model import LanguageModel
+from jaxkv.policies import DecodePolicy, Full, PrefillPolicy
+from jaxkv.sampling import Greedy, Sampler
+
+Prompts = Sequence[str] | Sequence[Sequence[int]] | str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stats:
+    """What a call of `generate` cost.
+
+    Attributes:
+      prompt_tokens: of each row.
+      cache_bytes: of the whole cache, bookkeeping included.
+      slots: of each layer's state.
+      compile_seconds: spent in XLA; 0 once the shapes are known.
+      prefill_seconds: until the first token, compilation not counted.
+      decode_seconds: for all other tokens, compilation not counted.
+      tokens_per_second: of decoding, over all rows; 0 if there was nothing to decode.
+      prefill_implementation: kernel that attended over the prompt.
+      decode_implementation: kernel that attended over the cache.
+    """
+
+    prompt_tokens: tuple[int, ...]
+    cache_bytes: int
+    slots: int
+    compile_seconds: float
+    prefill_seconds: float
+    decode_seconds: float
+    tokens_per_second: float
+    prefill_implementation: str
+    decode_implementation: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Completion:
+    """What `generate` returns; every field but `stats` has one entry per prompt.
+
+    Attributes:
+      text: the outputs, special tokens left out; None without a tokenizer.
+      tokens: the outputs' token ids, a stop id included.
+      lengths: how many they are.
+      finish_reason: "stop" (a stop id) or "length" (`max_new_tokens`).
+      stats: what it cost.
+    """
+
+    text: tuple[str, ...] | None
+    tokens: tuple[tuple[int, ...], ...]
+    lengths: tuple[int, ...]
+    finish_reason: tuple[str, ...]
+    stats: Stats
+
+
+def bucket(length: int) -> int:
+    """Return the padded length: the next of 64, 96, 128, 192, 256, 384, ..."""
+    size = 64
+    while size < length:
+        if size * 3 // 2 >= length:
+            return size * 3 // 2
+        size *= 2
+    return size
+
+
+def generate(
+    lm: LanguageModel,
+    prompts: Prompts,
+    *,
+    max_new_tokens: int = 64,
+    budget: int | None = None,
+    compression_ratio: float | None = None,
+    prefill: PrefillPolicy | None = None,
+    decode: DecodePolicy | None = None,
+    sampler: Sampler | None = None,
+    seed: int | Sequence[int] = 0,
+    stop_ids: Sequence[int] | None = None,
+    on_tokens: Callable[[list[list[int]]], None] | None = None,
+    block: int = 32,
+    prefill_implementation: prefill_kernels.Implementation | None = None,
+    decode_implementation: decode_kernels.Implementation | None = None,
+) -> Completion:
+    """Generate a continuation of each prompt.
+
+    Args:
+      lm: from `jaxkv.load`.
+      prompts: texts, or lists of token ids; they may differ in length. Each gets
+        exactly what it would get alone.
+      max_new_tokens: longest output; changing it within a bucket compiles nothing.
+      budget: tokens that each layer and head may keep: of the prompt, and of prompt
+        and output together if `decode` evicts. None keeps everything.
+      compression_ratio: another way to say it: the fraction of the longest prompt that
+        is removed.
+      prefill: eviction of the prompt; None is `Full()`.
+      decode: eviction of the output; None is `Full()`.
+      sampler: None is `Greedy()`.
+      seed: one for all rows (row `i` gets the `i`-th key), or one per row.
+      stop_ids: token ids that end a row; None takes the checkpoint's.
+      on_tokens: called with each row's new tokens about every `block` tokens.
+      block: see `on_tokens`.
+      prefill_implementation: see `jaxkv.kernels.prefill`.
+      decode_implementation: see `jaxkv.kernels.decode`.
+
+    Returns:
+      Text, tokens and what it cost.
+
+    Raises:
+      ValueError: bad prompts or options; the message says what to do.
+      NotImplementedError: a named implementation cannot run here.
+    """
+    ids = encode(lm, prompts)
+    options = Options(
+        budget=_budget(budget, compression_ratio, ids),
+        prefill=Full() if prefill is None else prefill,
+        decode=Full() if decode is None else decode,
+        sampler=Greedy() if sampler is None else sampler,
+        prefill_implementation=prefill_implementation,
+        decode_implementation=decode_implementation,
+    )
+    _check(lm, ids, max_new_tokens, options, block)
+    lengths = np.array([len(row) for row in ids], np.int32)
+    padded = bucket(int(lengths.max()))
+    max_out = bucket(max_new_tokens)
+    slots = options.num_slots(padded, max_out)
+    tokens = np.zeros((len(ids), padded), np.int32)
+    for row, prompt in zip(tokens, ids, strict=True):
+        row[: len(prompt)] = prompt
+    stops = jnp.asarray(lm.stop_ids if stop_ids is None else stop_ids or [-1], int)
+
+    with _compile_seconds() as compiled:
+        begin = time.perf_counter()
+        state = generation.start_jit(
+            lm.network,
+            lm.params,
+            jnp.asarray(tokens),
+            jnp.asarray(lengths),
+            row_keys(seed, len(ids)),
+            stops,
+            options=options,
+            slots=slots,
+            max_out=max_out,
+        )
+        jax.block_until_ready(state.last)
+        first = time.perf_counter()
+        compile_prefill = sum(compiled)
+        shown = np.zeros(len(ids), int)
+        until = min(block, max_new_tokens) if on_tokens else max_new_tokens
+        while True:
+            state = generation.advance_jit(
+                lm.network, lm.params, state, jnp.int32(until), stops, options=options
+            )
+            new_lengths = np.asarray(state.lengths)
+            if on_tokens:
+                out = np.asarray(state.tokens)
+                on_tokens(
+                    [
+                        out[row, shown[row] : new_lengths[row]].tolist()
+                        for row in range(len(ids))
+                    ]
+                )
+                shown = new_lengths
+            if until == max_new_tokens or np.asarray(state.done).all():
+                break
+            until = min(until + block, max_new_tokens)
+        last = time.perf_counter()
+
+    out, done = np.asarray(state.tokens), np.asarray(state.done)
+    rows = tuple(
+        tuple(out[row, : new_lengths[row]].tolist()) for row in range(len(ids))
+    )
+    decode_seconds = max(last - first - (sum(compiled) - compile_prefill), 0.0)
+    decoded = int(new_lengths.sum()) - len(ids)
+    backend = jax.default_backend()
+    return Completion(
+        text=None
+        if lm.tokenizer is None
+        else tuple(lm.tokenizer.decode(row, skip_special_tokens=True) for row in rows),
+        tokens=rows,
+        lengths=tuple(int(length) for length in new_lengths),
+        finish_reason=tuple("stop" if d else "length" for d in done),
+        stats=Stats(
+            prompt_tokens=tuple(int(length) for length in lengths),
+            cache_bytes=kv.num_bytes(state.cache),
+            slots=slots,
+            compile_seconds=sum(compiled),
+            prefill_seconds=max(first - begin - compile_prefill, 0.0),
+            decode_seconds=decode_seconds,
+            tokens_per_second=decoded / decode_seconds if decoded else 0.0,
+            prefill_implementation=prefill_implementation
+            or prefill_kernels.choose(
+                backend, lm.dtype, length=padded, head_dim=lm.config.head_dim
+            ),
+            decode_implementation=decode_implementation
+            or decode_kernels.choose(backend),
+        ),
+    )
+
+
+def encode(lm: LanguageModel, prompts: Prompts) -> list[list[int]]:
+    """Return the token ids of prompts, or raise ValueError for bad ones."""
+    if isinstance(prompts, str):
+        prompts = [prompts]
+    if len(prompts) == 0:
+        raise ValueError("generate: got no prompts; pass at least one.")
+    ids = []
+    for index, prompt in enumerate(prompts):
+        if isinstance(prompt, str):
+            if lm.tokenizer is None:
+                raise ValueError(
+                    f"generate: {lm.name} has no tokenizer; pass token ids, not text."
+                )
+            if not prompt:
+                raise ValueError(f"generate: prompt {index} is empty.")
+            row = lm.tokenizer(prompt)["input_ids"]
+        else:
+            row = [int(token) for token in prompt]
+        if not row:
+            raise ValueError(f"generate: prompt {index} has no tokens.")
+        if min(row) < 0 or max(row) >= lm.config.vocab_size:
+            raise ValueError(
+                f"generate: prompt {index} has token ids outside "
+                f"[0, {lm.config.vocab_size})."
+            )
+        ids.append(row)
+    return ids
+
+
+def row_keys(seed: int | Sequence[int], rows: int) -> jax.Array:
+    """Return one PRNG key per row: from one seed, or from one seed each."""
+    if isinstance(seed, int | np.integer):
+        return jax.vmap(jax.random.fold_in, (None, 0))(
+            jax.random.key(int(seed)), jnp.arange(rows)
+        )
+    if len(seed) != rows:
+        raise ValueError(
+            f"generate: got {len(seed)} seeds for {rows} prompts; pass one, or one each."
+        )
+    return jnp.stack(
+        [jax.random.fold_in(jax.random.key(int(s)), 0) for s in seed]
+    )
+
+
+def _budget(
+    budget: int | None, compression_ratio: float | None, ids: list[list[int]]
+) -> int | None:
+    if compression_ratio is None:
+        return budget
+    if budget is not None:
+        raise ValueError("generate: pass budget= or compression_ratio=, not both.")
+    if not 0 <= compression_ratio < 1:
+        raise ValueError(
+            "generate: compression_ratio is the fraction removed, in [0, 1); "
+            f"got {compression_ratio}."
+        )
+    longest = max(len(row) for row in ids)
+    return max(1, round(longest * (1 - compression_ratio)))
+
+
+def _check(
+    lm: LanguageModel,
+    ids: list[list[int]],
+    max_new_tokens: int,
+    options: Options,
+    block: int,
+) -> None:
+    if max_new_tokens < 1:
+        raise ValueError(f"generate: max_new_tokens must be >= 1, got {max_new_tokens}.")
+    if block < 1:
+        raise ValueError(f"generate: block must be >= 1, got {block}.")
+    options.check()
+    longest = max(len(row) for row in ids)
+    if longest + max_new_tokens > lm.config.max_positions:
+        raise ValueError(
+            f"generate: a prompt of {longest} tokens and max_new_tokens="
+            f"{max_new_tokens} need {longest + max_new_tokens} positions, but "
+            f"{lm.name} was made for {lm.config.max_positions}; shorten one of them."
+        )
+    if options.budget is not None and isinstance(options.prefill, Full):
+        needed = longest if options.decode.evicts else longest + max_new_tokens
+        if options.budget < needed and (
+            options.decode.evicts or options.budget < longest
+        ):
+            raise ValueError(
+                f"generate: the prompt has {longest} tokens and budget="
+                f"{options.budget}, but prefill=Full() keeps all of them; choose a "
+                "prefill policy that evicts, such as StreamingLLM(), or a budget of at "
+                f"least {longest}."
+            )
+
+
+@contextlib.contextmanager
+def _compile_seconds() -> Iterator[list[float]]:
+    """Collect the durations of XLA compilations while the context is open."""
+    seconds: list[float] = []
+
+    def listen(event: str, duration: float, **_: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            seconds.append(duration)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield seconds
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)

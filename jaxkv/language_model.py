@@ -1,0 +1,110 @@
+"""A checkpoint in memory, and how it gets there."""
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxkv.models import checkpoint
+from jaxkv.models.decoder import Config, Decoder
+
+NEEDLE = "needle"  # the word that names the shipped checkpoint
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class LanguageModel:
+    """A network, its parameters and its tokenizer.
+
+    Attributes:
+      name: what it was loaded as, for reports.
+      network: the linen module; hashes by value.
+      params: its parameters.
+      tokenizer: the transformers tokenizer, or None if the folder has none; then
+        prompts must be token ids.
+      stop_ids: token ids that end a sequence.
+    """
+
+    name: str
+    network: Decoder
+    params: Any
+    tokenizer: Any
+    stop_ids: tuple[int, ...]
+
+    @property
+    def config(self) -> Config:
+        """Sizes of the network."""
+        return self.network.config
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Dtype of the parameters and of the cache."""
+        return self.params["embedding"].dtype
+
+
+def load(
+    name: str | os.PathLike[str] = NEEDLE,
+    *,
+    dtype: str | None = None,
+    revision: str | None = None,
+) -> LanguageModel:
+    """Load a checkpoint: the shipped one, a Hugging Face folder or id, or an Orbax copy.
+
+    Args:
+      name: "needle", a folder, or a hub id such as "Qwen/Qwen3-0.6B".
+      dtype: "float32", "bfloat16" or "float16"; None is the checkpoint's own, but
+        float32 on CPU, which has no fast 16-bit arithmetic.
+      revision: branch, tag or commit of a hub id.
+
+    Returns:
+      The model, its parameters on the default device.
+
+    Raises:
+      CheckpointError: the checkpoint is missing, damaged, or of an unsupported kind;
+        the message names the file, tensor or key.
+    """
+    folder = needle_folder() if str(name) == NEEDLE else None
+    folder = folder or checkpoint.resolve(name, revision=revision)
+    if dtype is None and jax.default_backend() == "cpu":
+        dtype = "float32"
+    if checkpoint.is_orbax_copy(folder):
+        config, params = checkpoint.load_orbax(folder, dtype=dtype)
+    else:
+        config = checkpoint.read_config(folder)
+        params = checkpoint.read_weights(folder, config, dtype=dtype)
+    return LanguageModel(
+        name=str(name),
+        network=Decoder(config),
+        params=params,
+        tokenizer=_read_tokenizer(folder),
+        stop_ids=checkpoint.stop_ids(folder),
+    )
+
+
+def save(lm: LanguageModel, folder: str | os.PathLike[str], **options: Any) -> None:
+    """Save an Orbax copy of the converted weights, which `load` reads back.
+
+    Args:
+      lm: the model.
+      folder: a new folder; nothing appears under this name until all is written.
+      **options: of `jaxkv.models.checkpoint.save_orbax`.
+    """
+    checkpoint.save_orbax(lm.params, lm.config, folder, **options)
+
+
+def needle_folder() -> Path:
+    """Return the folder of the checkpoint that ships with the package."""
+    import jaxkv.models
+
+    # `jaxkv.models` is a folder of the wheel, or `models/` in an editable install.
+    return Path(jaxkv.models.__file__).parent / NEEDLE
+
+
+def _read_tokenizer(folder: Path) -> Any:
+    if not any((folder / f).exists() for f in ("tokenizer.json", "tokenizer.model")):
+        return None
+    from transformers import AutoTokenizer  # takes seconds to import
+
+    return AutoTokenizer.from_pretrained(folder)

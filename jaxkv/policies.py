@@ -1,0 +1,182 @@
+"""Eviction policies: what the cache keeps of a prompt, and what a new token overwrites.
+
+A *prefill policy* turns one layer's whole prompt into a state of `budget` slots. A
+*decode policy* decides one thing, the slot that the next token overwrites. Both are
+frozen dataclasses, because they are static arguments of `jax.jit`; the arithmetic
+stands in plain functions beside them.
+
+Axis letters: `B` batch, `K` key/value heads, `N` query heads, `S` slots, `P` prompt,
+`H` head size.
+"""
+
+import dataclasses
+from typing import NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from jaxkv import state as kv
+from jaxkv.state import KVState
+
+
+class Prompt(NamedTuple):
+    """One layer's view of the prompt, right after its attention.
+
+    Attributes:
+      queries: `[B, P, N, H]`, rotated.
+      keys: `[B, K, P, H]`, rotated, right-padded.
+      values: `[B, K, P, H]`.
+      lengths: int32 `[B]`, tokens of each prompt; the rest is padding.
+    """
+
+    queries: jax.Array
+    keys: jax.Array
+    values: jax.Array
+    lengths: jax.Array
+
+
+class PrefillPolicy(Protocol):
+    """Chooses what of a prompt enters the cache."""
+
+    def check(self, budget: int) -> None:
+        """Raise ValueError if this policy cannot work with `budget` slots."""
+
+    def compress(self, prompt: Prompt, state: KVState, *, budget: int) -> KVState:
+        """Fill the empty `state` with at most `budget` tokens of `prompt`."""
+
+
+class DecodePolicy(Protocol):
+    """Chooses the slot that the next token overwrites.
+
+    Attributes:
+      evicts: whether the policy overwrites occupied slots. If so the state holds
+        `budget` slots for prompt and output together; if not, it holds
+        `budget + max_new_tokens`.
+    """
+
+    evicts: bool
+
+    def check(self, budget: int) -> None:
+        """Raise ValueError if this policy cannot work with `budget` slots."""
+
+    def next_target(self, state: KVState, position: jax.Array) -> jax.Array:
+        """Return the next `state.target`.
+
+        Args:
+          state: with the newest token written.
+          position: int32 `[B]` of that token; -1 for rows that have finished.
+
+        Returns:
+          int32 `[B, K]`. Free slots first; among occupied ones the victim.
+        """
+
+
+def keep_top(
+    prompt: Prompt, scores: jax.Array, state: KVState, *, budget: int
+) -> KVState:
+    """Keep each head's `budget` best tokens, shared by all scoring policies.
+
+    Args:
+      prompt: the layer's prompt.
+      scores: float32 `[B, K, P]`; what padding scores does not matter.
+      state: empty.
+      budget: tokens to keep; a prompt that fits is kept whole, in order.
+
+    Returns:
+      The filled state. Ties are broken in favour of the earlier token.
+    """
+    length = prompt.keys.shape[2]
+    if budget >= length:
+        return kv.fill(state, prompt.keys, prompt.values, prompt.lengths)
+    whole = kv.fill(
+        kv.init(
+            batch=prompt.keys.shape[0],
+            kv_heads=prompt.keys.shape[1],
+            slots=length,
+            head_dim=prompt.keys.shape[3],
+            dtype=prompt.keys.dtype,
+        ),
+        prompt.keys,
+        prompt.values,
+        prompt.lengths,
+    )
+    scores = jnp.where(kv.occupied(whole), scores, -jnp.inf)
+    _, best = jax.lax.top_k(scores, budget)
+    # In order of position, so that a row that fits lies as it would in a full cache.
+    return kv.gather(state, whole, jnp.sort(best, axis=-1))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Full:
+    """Keep everything: the ordinary cache, and the oracle for all other policies."""
+
+    evicts = False
+
+    def check(self, budget: int) -> None:
+        """Accept any budget; the caller sees to it that everything fits."""
+
+    def compress(self, prompt: Prompt, state: KVState, *, budget: int) -> KVState:
+        """Keep the whole prompt."""
+        del budget
+        return kv.fill(state, prompt.keys, prompt.values, prompt.lengths)
+
+    def next_target(self, state: KVState, position: jax.Array) -> jax.Array:
+        """Append."""
+        return append(state, position)
+
+
+def append(state: KVState, position: jax.Array) -> jax.Array:
+    """Return the slot after the newest token's, int32 `[B, K]`.
+
+    Prefill fills slots from the first, so without eviction the next slot is free.
+    """
+    return state.target + (position[:, None] >= 0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StreamingLLM:
+    """Keep the first tokens (attention sinks) and the most recent ones.
+
+    Xiao et al., "Efficient Streaming Language Models with Attention Sinks"
+    (arXiv 2309.17453, section 3.2). Deviation: the paper renumbers positions inside
+    the cache; here, as everywhere in this library, keys keep the rotation of their
+    original position.
+
+    Attributes:
+      n_sink: how many of the first positions are never evicted.
+    """
+
+    n_sink: int = 4
+    evicts = True
+
+    def check(self, budget: int) -> None:
+        """Need room for the sinks and one recent token."""
+        if self.n_sink < 0:
+            raise ValueError(f"StreamingLLM: n_sink must be >= 0, got {self.n_sink}.")
+        if budget <= self.n_sink:
+            raise ValueError(
+                f"StreamingLLM: budget={budget} leaves no slot beside "
+                f"n_sink={self.n_sink} sinks; use a budget of at least "
+                f"{self.n_sink + 1} or fewer sinks."
+            )
+
+    def compress(self, prompt: Prompt, state: KVState, *, budget: int) -> KVState:
+        """Keep the sinks and the last `budget - n_sink` tokens of the prompt."""
+        batch, kv_heads, length, _ = prompt.keys.shape
+        order = jnp.arange(length, dtype=jnp.float32)
+        scores = jnp.where(order < self.n_sink, jnp.inf, order)
+        scores = jnp.broadcast_to(scores, (batch, kv_heads, length))
+        return keep_top(prompt, scores, state, budget=budget)
+
+    def next_target(self, state: KVState, position: jax.Array) -> jax.Array:
+        """Overwrite the oldest token that is not a sink."""
+        del position
+        return oldest(state, n_sink=self.n_sink)
+
+
+def oldest(state: KVState, *, n_sink: int) -> jax.Array:
+    """Return the first free slot, else the oldest non-sink one, int32 `[B, K]`."""
+    never = jnp.iinfo(jnp.int32).max
+    is_sink = (state.positions >= 0) & (state.positions < n_sink)
+    age = jnp.where(is_sink, never, state.positions)  # a free slot (-1) comes first
+    return jnp.argmin(age, axis=-1).astype(jnp.int32)

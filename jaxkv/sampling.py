@@ -1,0 +1,116 @@
+"""From logits to tokens, with the semantics of transformers' logits processors.
+
+The order is transformers': repetition penalty, temperature, top-k, top-p, min-p.
+Axis letters: `B` batch, `V` vocabulary.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Greedy:
+    """Take the most likely token; the lowest id on ties.
+
+    Attributes:
+      repetition_penalty: see `penalize`; 1.0 is off.
+    """
+
+    repetition_penalty: float = 1.0
+
+    def check(self) -> None:
+        """Raise ValueError for options that mean nothing."""
+        _check_penalty(self.repetition_penalty)
+
+    def pick(self, logits: jax.Array, keys: jax.Array) -> jax.Array:
+        """Return int32 tokens `[B]` for logits `[B, V]`; the keys are not used."""
+        del keys
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Categorical:
+    """Draw from the softmax, after cutting its tail.
+
+    Attributes:
+      temperature: divides the logits.
+      top_k: keep this many tokens; 0 keeps all.
+      top_p: keep the most likely tokens whose probabilities first reach this sum.
+      min_p: drop tokens less likely than this times the most likely one.
+      repetition_penalty: see `penalize`; 1.0 is off.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+    def check(self) -> None:
+        """Raise ValueError for options that mean nothing."""
+        _check_penalty(self.repetition_penalty)
+        if not self.temperature > 0:
+            raise ValueError(
+                f"temperature must be > 0, got {self.temperature}; "
+                "use Greedy() for the limit of 0."
+            )
+        if self.top_k < 0:
+            raise ValueError(f"top_k must be >= 0 (0 keeps all), got {self.top_k}.")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}.")
+        if not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p must be in [0, 1], got {self.min_p}.")
+
+    def pick(self, logits: jax.Array, keys: jax.Array) -> jax.Array:
+        """Draw int32 tokens `[B]` for logits `[B, V]` with one key per row."""
+        kept = self.filter(logits)
+        draw = jax.vmap(jax.random.categorical)
+        return draw(keys, kept).astype(jnp.int32)
+
+    def filter(self, logits: jax.Array) -> jax.Array:
+        """Return tempered logits `[B, V]` with dropped tokens at minus infinity."""
+        logits = logits / self.temperature
+        if 0 < self.top_k < logits.shape[-1]:
+            kth = jax.lax.top_k(logits, self.top_k)[0][..., -1:]
+            logits = jnp.where(logits < kth, -jnp.inf, logits)
+        if self.top_p < 1:
+            logits = _keep_top_p(logits, self.top_p)
+        if self.min_p > 0:
+            probabilities = jax.nn.softmax(logits, axis=-1)
+            least = self.min_p * probabilities.max(-1, keepdims=True)
+            logits = jnp.where(probabilities < least, -jnp.inf, logits)
+        return logits
+
+
+Sampler = Greedy | Categorical
+
+
+def penalize(logits: jax.Array, seen: jax.Array, penalty: float) -> jax.Array:
+    """Make tokens that have occurred less likely (Keskar et al., arXiv 1909.05858).
+
+    Args:
+      logits: float32 `[B, V]`.
+      seen: bool `[B, V]`, tokens of the prompt and of the output so far.
+      penalty: positive logits are divided by it, negative ones multiplied.
+
+    Returns:
+      The new logits.
+    """
+    penalized = jnp.where(logits < 0, logits * penalty, logits / penalty)
+    return jnp.where(seen, penalized, logits)
+
+
+def _keep_top_p(logits, top_p):
+    order = jnp.argsort(logits, axis=-1, descending=True)
+    ranked = jnp.take_along_axis(logits, order, axis=-1)
+    probabilities = jax.nn.softmax(ranked, axis=-1)
+    before = jnp.cumsum(probabilities, axis=-1) - probabilities
+    ranked = jnp.where(before >= top_p, -jnp.inf, ranked)
+    return jnp.take_along_axis(ranked, jnp.argsort(order, axis=-1), axis=-1)
+
+
+def _check_penalty(penalty):
+    if not penalty > 0:
+        raise ValueError(f"repetition_penalty must be > 0 (1 is off), got {penalty}.")

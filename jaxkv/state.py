@@ -1,0 +1,141 @@
+"""The fixed-size key/value cache of one attention layer, as an immutable value.
+
+A cache is a tuple of `KVState`, one per layer: a tuple is updated in place under
+donation, while a stacked array is copied by every scan over the layers.
+
+Axis letters: `B` batch, `K` key/value heads, `S` slots, `H` head size, `P` prompt.
+*Position* is where a token stands in its sequence; *slot* is where it lies here.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+FREE = -1  # in `positions`: nothing lies in this slot
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KVState:
+    """Slots of one attention layer; their number never changes.
+
+    Invariants:
+      * slot `s` of head `(b, k)` is occupied iff `positions[b, k, s] >= 0`, and then
+        its position is unique among that head's slots;
+      * keys are stored rotated for the position they were produced at, and never
+        rotated again;
+      * the order of slots has no meaning, and what lies in a free slot is unspecified
+        (it may be NaN): nobody reads it.
+
+    Attributes:
+      keys: `[B, K, S, H]`.
+      values: `[B, K, S, H]`.
+      positions: int32 `[B, K, S]`, position of the token in each slot, `FREE` if none.
+      target: int32 `[B, K]`, the slot that the next token overwrites. Choosing it is
+        the one thing that a decode policy does.
+    """
+
+    keys: jax.Array
+    values: jax.Array
+    positions: jax.Array
+    target: jax.Array
+
+    @property
+    def slots(self) -> int:
+        """Number of slots `S`."""
+        return self.keys.shape[2]
+
+
+def init(
+    *, batch: int, kv_heads: int, slots: int, head_dim: int, dtype: jax.typing.DTypeLike
+) -> KVState:
+    """Return a state whose slots are all free; the first token goes to slot 0."""
+    shape = (batch, kv_heads, slots, head_dim)
+    return KVState(
+        keys=jnp.zeros(shape, dtype),
+        values=jnp.zeros(shape, dtype),
+        positions=jnp.full(shape[:3], FREE, jnp.int32),
+        target=jnp.zeros(shape[:2], jnp.int32),
+    )
+
+
+def occupied(state: KVState) -> jax.Array:
+    """Return which slots hold a token, bool `[B, K, S]`."""
+    return state.positions >= 0
+
+
+def occupancy(state: KVState) -> jax.Array:
+    """Return how many slots hold a token, int32 `[B, K]`."""
+    return occupied(state).sum(-1, dtype=jnp.int32)
+
+
+def fill(
+    state: KVState, keys: jax.Array, values: jax.Array, lengths: jax.Array
+) -> KVState:
+    """Put whole prompts into an empty state, token `p` into slot `p`.
+
+    Args:
+      state: empty, with room for the longest prompt; padding may exceed the slots.
+      keys: `[B, K, P, H]`, right-padded.
+      values: `[B, K, P, H]`.
+      lengths: int32 `[B]`, prompt lengths; padding stays free.
+
+    Returns:
+      The state, with `target` at each row's first free slot.
+    """
+    keys, values = keys[:, :, : state.slots], values[:, :, : state.slots]
+    batch, kv_heads, length, _ = keys.shape
+    order = jnp.arange(length, dtype=jnp.int32)
+    positions = jnp.where(order < lengths[:, None], order, FREE)[:, None]
+    start = (0, 0, 0, 0)
+    return KVState(
+        keys=jax.lax.dynamic_update_slice(state.keys, keys, start),
+        values=jax.lax.dynamic_update_slice(state.values, values, start),
+        positions=jax.lax.dynamic_update_slice(
+            state.positions,
+            jnp.broadcast_to(positions, (batch, kv_heads, length)),
+            start[:3],
+        ),
+        target=jnp.broadcast_to(
+            jnp.minimum(lengths, state.slots - 1)[:, None], (batch, kv_heads)
+        ).astype(jnp.int32),
+    )
+
+
+def gather(state: KVState, kept: KVState, indices: jax.Array) -> KVState:
+    """Copy the tokens that an eviction keeps into the first slots of another state.
+
+    Args:
+      state: empty, with at least `M` slots; it gives the result its shape.
+      kept: where the tokens come from.
+      indices: int32 `[B, K, M]`, slots of `kept`, all different for one head; free
+        slots among them stay free.
+
+    Returns:
+      The state, with `target` at each head's first free slot.
+    """
+    chosen = indices[..., None]
+    positions = jnp.take_along_axis(kept.positions, indices, axis=2)
+    start = (0, 0, 0, 0)
+    filled = dataclasses.replace(
+        state,
+        keys=jax.lax.dynamic_update_slice(
+            state.keys, jnp.take_along_axis(kept.keys, chosen, axis=2), start
+        ),
+        values=jax.lax.dynamic_update_slice(
+            state.values, jnp.take_along_axis(kept.values, chosen, axis=2), start
+        ),
+        positions=jax.lax.dynamic_update_slice(state.positions, positions, start[:3]),
+    )
+    return dataclasses.replace(filled, target=first_free(filled))
+
+
+def first_free(state: KVState) -> jax.Array:
+    """Return the lowest free slot of each head, int32 `[B, K]`; 0 where none is."""
+    return jnp.argmax(~occupied(state), axis=-1).astype(jnp.int32)
+
+
+def num_bytes(cache: tuple[KVState, ...]) -> int:
+    """Return the bytes that a cache occupies, bookkeeping included."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))

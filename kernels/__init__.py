@@ -1,0 +1,1 @@
+"""Array operations with one float32 reference and several implementations each."""

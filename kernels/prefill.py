@@ -1,0 +1,194 @@
+"""Causal attention over whole prompts: attention at prefill.
+
+Prompts are padded on the right, so the causal mask alone keeps padding out of every
+real token's sight, and no implementation needs the lengths.
+
+Axis letters: `B` batch, `T` tokens, `N` query heads, `K` key/value heads, `H` head size.
+"""
+
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+
+from jaxkv.kernels.shapes import check_groups, check_shape
+
+Implementation = Literal["reference", "xla", "cudnn", "splash"]
+
+_BLOCK = 256  # rows and columns of a tile of the XLA version
+
+
+def causal_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    scale: float,
+    implementation: Implementation | None = None,
+) -> jax.Array:
+    """Attend from every token to itself and all tokens before it.
+
+    Args:
+      query: `[B, T, N, H]`.
+      key: `[B, T, K, H]`; query head `n` reads key/value head `n // (N / K)`.
+      value: `[B, T, K, H]`.
+      scale: factor on the logits; no default, so that nobody shares a mistake.
+      implementation: "reference" (float32, T x T memory), "xla" (anywhere; memory
+        linear in T), "cudnn" (NVIDIA, 16-bit), "splash" (TPU), or None for the best
+        one that can run; `choose` says which that is.
+
+    Returns:
+      `[B, T, N, H]` in the dtype of `query`.
+
+    Raises:
+      ValueError: shapes disagree, or the implementation is unknown.
+      NotImplementedError: a named implementation cannot run these inputs.
+    """
+    where = "causal_attention"
+    sizes = check_shape(
+        where, query=(query, "B T N H"), key=(key, "B T K H"), value=(value, "B T K H")
+    )
+    check_groups(where, sizes["N"], sizes["K"])
+    if implementation is None:
+        implementation = choose(
+            jax.default_backend(), query.dtype, length=sizes["T"], head_dim=sizes["H"]
+        )
+    match implementation:
+        case "reference":
+            return _reference(query, key, value, scale)
+        case "xla":
+            return _blockwise(query, key, value, scale)
+        case "cudnn":
+            return _cudnn(query, key, value, scale)
+        case "splash":
+            return _splash(query, key, value, scale)
+    raise ValueError(
+        f"{where}: unknown {implementation=}; choose one of "
+        f"{', '.join(get_args(Implementation))} or None."
+    )
+
+
+def choose(
+    platform: str, dtype: jax.typing.DTypeLike, *, length: int, head_dim: int
+) -> Implementation:
+    """Return the implementation that `None` stands for."""
+    half = jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
+    if platform == "gpu" and half and head_dim % 8 == 0 and head_dim <= 128:
+        return "cudnn"
+    if platform == "tpu" and head_dim % 128 == 0 and length % 128 == 0:
+        return "splash"
+    return "xla"
+
+
+def _reference(query, key, value, scale):
+    """Materialise the whole matrix in float32: slow and obviously right."""
+    batch, length, heads, head_dim = query.shape
+    groups = heads // key.shape[2]
+    q = query.astype(jnp.float32)
+    k = jnp.repeat(key.astype(jnp.float32), groups, axis=2)
+    v = jnp.repeat(value.astype(jnp.float32), groups, axis=2)
+    logits = scale * jnp.einsum("btnh,bsnh->bnts", q, k, precision="highest")
+    causal = jnp.tril(jnp.ones((length, length), bool))
+    weights = jax.nn.softmax(jnp.where(causal, logits, -jnp.inf), axis=-1)
+    out = jnp.einsum("bnts,bsnh->btnh", weights, v, precision="highest")
+    return out.astype(query.dtype)
+
+
+def _blockwise(query, key, value, scale):
+    """Online softmax over tiles; only tiles on and below the diagonal are computed."""
+    batch, length, heads, head_dim = query.shape
+    kv_heads = key.shape[2]
+    groups = heads // kv_heads
+    block = min(_BLOCK, length)
+    num_blocks = -(-length // block)
+    pad = ((0, 0), (0, num_blocks * block - length), (0, 0), (0, 0))
+
+    def tiles(x):  # [B, T, heads, H] -> [blocks, B, heads, block, H]
+        x = jnp.pad(x, pad).reshape(batch, num_blocks, block, x.shape[2], head_dim)
+        return x.transpose(1, 0, 3, 2, 4)
+
+    queries, keys, values = tiles(query), tiles(key), tiles(value)
+    below = jnp.tril(jnp.ones((block, block), bool))
+
+    def row(index):
+        q = queries[index].reshape(batch, kv_heads, groups, block, head_dim)
+
+        def step(column, carry):
+            maximum, total, acc = carry
+            logits = scale * jnp.einsum(
+                "bkgth,bksh->bkgts",
+                q,
+                keys[column],
+                preferred_element_type=jnp.float32,
+            )
+            logits = jnp.where((column < index) | below, logits, -jnp.inf)
+            new_maximum = jnp.maximum(maximum, logits.max(-1))
+            weights = jnp.exp(logits - new_maximum[..., None])
+            rescale = jnp.exp(maximum - new_maximum)
+            update = jnp.einsum(
+                "bkgts,bksh->bkgth",
+                weights.astype(value.dtype),
+                values[column],
+                preferred_element_type=jnp.float32,
+            )
+            return (
+                new_maximum,
+                total * rescale + weights.sum(-1),
+                acc * rescale[..., None] + update,
+            )
+
+        rows = (batch, kv_heads, groups, block)
+        carry = (
+            jnp.full(rows, -jnp.inf),
+            jnp.zeros(rows),
+            jnp.zeros((*rows, head_dim)),
+        )
+        _, total, acc = jax.lax.fori_loop(0, index + 1, step, carry)
+        return (acc / total[..., None]).astype(query.dtype)
+
+    out = jax.lax.map(row, jnp.arange(num_blocks))  # [blocks, B, K, G, block, H]
+    out = out.transpose(1, 0, 4, 2, 3, 5).reshape(batch, -1, heads, head_dim)
+    return out[:, :length]
+
+
+def _cudnn(query, key, value, scale):
+    """Flash attention of cuDNN, through `jax.nn`; it is also differentiable."""
+    if jax.default_backend() != "gpu":
+        raise NotImplementedError(
+            'causal_attention: implementation="cudnn" needs an NVIDIA GPU, but JAX runs '
+            f'on {jax.default_backend()}; use "xla".'
+        )
+    if query.dtype not in (jnp.bfloat16, jnp.float16):
+        raise NotImplementedError(
+            'causal_attention: implementation="cudnn" takes bfloat16 or float16, got '
+            f'{query.dtype}; use "xla".'
+        )
+    return jax.nn.dot_product_attention(
+        query, key, value, scale=scale, is_causal=True, implementation="cudnn"
+    )
+
+
+def _splash(query, key, value, scale):
+    """Splash attention of JAX's TPU kernels, one call per sequence through vmap."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        splash_attention_kernel,
+        splash_attention_mask,
+    )
+
+    batch, length, heads, head_dim = query.shape
+    kv_heads = key.shape[2]
+    if length % 128 or head_dim % 128:
+        raise NotImplementedError(
+            'causal_attention: implementation="splash" needs T and H to be multiples of '
+            f'128, got T={length} and H={head_dim}; use "xla".'
+        )
+    groups = heads // kv_heads
+    causal = splash_attention_mask.CausalMask((length, length))
+    kernel = splash_attention_kernel.make_splash_mqa_single_device(
+        splash_attention_mask.MultiHeadMask([causal] * groups)
+    )
+    q = (query * scale).reshape(batch, length, kv_heads, groups, head_dim)
+    out = jax.vmap(jax.vmap(kernel))(
+        q.transpose(0, 2, 3, 1, 4), key.swapaxes(1, 2), value.swapaxes(1, 2)
+    )  # [B, K, G, T, H]
+    return out.transpose(0, 3, 1, 2, 4).reshape(query.shape)

@@ -1,0 +1,1 @@
+"""Flax networks and the loader of Hugging Face checkpoints."""

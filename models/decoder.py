@@ -1,0 +1,286 @@
+"""The decoder-only transformer of Llama, Mistral, Qwen2, Qwen3 and their distillations.
+
+The families differ in three switches (bias on the projections, norm on queries and keys,
+tied embeddings) and in the rotary scaling, so one network serves them all. It knows
+nothing of caches: each layer hands its queries, keys, values and its own state to
+one `attend` callable and gets the output and the new state back.
+
+Axis letters: `B` batch, `T` tokens, `D` hidden, `N` query heads, `K` key/value heads,
+`H` head size, `F` feed-forward, `V` vocabulary.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+Attend = Callable[
+    [jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]
+]  # (q [B,T,N,H], k [B,T,K,H], v [B,T,K,H], state) -> (out [B,T,N,H], state)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Llama3Scaling:
+    """Rotary scaling of Llama 3.1 and later (`rope_type: llama3`).
+
+    Attributes:
+      factor: slow-down of the low frequencies.
+      low_freq_factor: wavelengths longer than `original_max_positions / low_freq_factor`
+        are scaled by `factor`.
+      high_freq_factor: wavelengths shorter than `original_max_positions /
+        high_freq_factor` are left alone; those between are interpolated.
+      original_max_positions: context of the first training stage, in tokens.
+    """
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_positions: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Sizes and switches of one network; nothing about caches, devices or sampling.
+
+    Attributes:
+      vocab_size: rows of the embedding.
+      hidden_size: width of the residual stream.
+      intermediate_size: width of the gated feed-forward.
+      num_layers: decoder layers.
+      num_heads: query heads.
+      num_kv_heads: key/value heads; divides `num_heads`.
+      head_dim: size of one head.
+      rms_norm_eps: epsilon of every RMS norm.
+      rope_theta: base of the rotary frequencies.
+      rope_scaling: rotary scaling, or None.
+      max_positions: longest sequence the checkpoint was made for, in tokens.
+      qkv_bias: whether the query, key and value projections have a bias (Qwen2).
+      output_bias: whether the attention's output projection has a bias.
+      qk_norm: whether queries and keys are normalised per head (Qwen3).
+      tied: whether the output layer is the transposed embedding.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10_000.0
+    rope_scaling: Llama3Scaling | None = None
+    max_positions: int = 4096
+    qkv_bias: bool = False
+    output_bias: bool = False
+    qk_norm: bool = False
+    tied: bool = False
+
+    @property
+    def qkv_size(self) -> int:
+        """Columns of the fused query-key-value projection."""
+        return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+
+
+def rotary_frequencies(config: Config) -> jax.Array:
+    """Return the rotary frequencies, float32 `[H / 2]`, in radians per position."""
+    exponents = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
+    frequencies = 1.0 / (config.rope_theta**exponents)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequencies
+    wavelengths = 2 * math.pi / frequencies
+    ratio = scaling.original_max_positions / wavelengths
+    span = scaling.high_freq_factor - scaling.low_freq_factor
+    smooth = jnp.clip((ratio - scaling.low_freq_factor) / span, 0.0, 1.0)
+    return (1 - smooth) * frequencies / scaling.factor + smooth * frequencies
+
+
+def rotate(x: jax.Array, positions: jax.Array, frequencies: jax.Array) -> jax.Array:
+    """Rotate heads by their position (RoPE, the half-split layout of Hugging Face).
+
+    Args:
+      x: `[B, T, heads, H]`.
+      positions: `[B, T]` integer positions.
+      frequencies: float32 `[H / 2]`.
+
+    Returns:
+      `x` rotated, in its own dtype; the arithmetic is float32.
+    """
+    angles = positions[:, :, None, None].astype(jnp.float32) * frequencies
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate(
+        [first * cos - second * sin, second * cos + first * sin], axis=-1
+    )
+    return rotated.astype(x.dtype)
+
+
+def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+    """Normalise the last axis to unit root mean square, then scale by `weight`."""
+    x32 = x.astype(jnp.float32)
+    variance = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
+    return (x32 * jax.lax.rsqrt(variance + eps)).astype(x.dtype) * weight
+
+
+class Layer(nn.Module):
+    """One pre-norm decoder layer; weights that are read together are stored together."""
+
+    config: Config
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        frequencies: jax.Array,
+        state: Any,
+        attend: Attend,
+    ) -> tuple[jax.Array, Any]:
+        """Map `x` `[B, T, D]` to the next residual stream and the layer's new state."""
+        c = self.config
+        batch, length, _ = x.shape
+        matrix, ones, zeros = (
+            nn.initializers.normal(0.02),
+            nn.initializers.ones,
+            nn.initializers.zeros,
+        )
+
+        normed = rms_norm(
+            x, self.param("attention_norm", ones, (c.hidden_size,)), c.rms_norm_eps
+        )
+        qkv = normed @ self.param("qkv", matrix, (c.hidden_size, c.qkv_size))
+        if c.qkv_bias:
+            qkv += self.param("qkv_bias", zeros, (c.qkv_size,))
+        qkv = qkv.reshape(batch, length, -1, c.head_dim)
+        q, k, v = jnp.split(
+            qkv, [c.num_heads, c.num_heads + c.num_kv_heads], axis=2
+        )
+        if c.qk_norm:
+            q = rms_norm(q, self.param("q_norm", ones, (c.head_dim,)), c.rms_norm_eps)
+            k = rms_norm(k, self.param("k_norm", ones, (c.head_dim,)), c.rms_norm_eps)
+        q = rotate(q, positions, frequencies)
+        k = rotate(k, positions, frequencies)
+        with jax.named_scope("attend"):
+            out, state = attend(q, k, v, state)
+        out = out.reshape(batch, length, c.num_heads * c.head_dim)
+        x += out @ self.param(
+            "output", matrix, (c.num_heads * c.head_dim, c.hidden_size)
+        )
+        if c.output_bias:
+            x += self.param("output_bias", zeros, (c.hidden_size,))
+
+        normed = rms_norm(
+            x, self.param("mlp_norm", ones, (c.hidden_size,)), c.rms_norm_eps
+        )
+        gate_up = normed @ self.param(
+            "gate_up", matrix, (c.hidden_size, 2 * c.intermediate_size)
+        )
+        gate, up = jnp.split(gate_up, 2, axis=-1)
+        x += (jax.nn.silu(gate) * up) @ self.param(
+            "down", matrix, (c.intermediate_size, c.hidden_size)
+        )
+        return x, state
+
+
+class Decoder(nn.Module):
+    """Token ids and one state per layer in, hidden states and new states out.
+
+    The output layer is a method of its own (`unembed`), because prefill needs logits
+    at one position only and the others would cost `T x V` memory.
+    """
+
+    config: Config
+
+    def setup(self):
+        """Declare the embedding, the layers and the output layer."""
+        c = self.config
+        matrix = nn.initializers.normal(0.02)
+        self.embedding = self.param("embedding", matrix, (c.vocab_size, c.hidden_size))
+        self.layers = [Layer(c, name=f"layer_{i}") for i in range(c.num_layers)]
+        self.final_norm = self.param(
+            "final_norm", nn.initializers.ones, (c.hidden_size,)
+        )
+        if not c.tied:
+            self.head = self.param("head", matrix, (c.hidden_size, c.vocab_size))
+
+    def __call__(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        cache: tuple[Any, ...],
+        attend: Attend,
+    ) -> tuple[jax.Array, tuple[Any, ...]]:
+        """Run all layers.
+
+        Args:
+          tokens: integer ids `[B, T]`.
+          positions: integer positions `[B, T]` of the tokens in their sequences.
+          cache: one state per layer, whatever `attend` expects.
+          attend: the attention, bound to a phase and a policy; see `Attend`.
+
+        Returns:
+          The normalised hidden states `[B, T, D]` and the new cache.
+        """
+        c = self.config
+        frequencies = rotary_frequencies(c)
+        x = self.embedding[tokens]
+        new_cache = []
+        for layer, state in zip(self.layers, cache, strict=True):
+            x, state = layer(x, positions, frequencies, state, attend)
+            new_cache.append(state)
+        return rms_norm(x, self.final_norm, c.rms_norm_eps), tuple(new_cache)
+
+    def unembed(self, hidden: jax.Array) -> jax.Array:
+        """Return float32 logits `[..., V]` of normalised hidden states `[..., D]`."""
+        if self.config.tied:
+            logits = jnp.einsum("...d,vd->...v", hidden, self.embedding)
+        else:
+            logits = hidden @ self.head
+        return logits.astype(jnp.float32)
+
+
+def parameter_shapes(config: Config) -> dict[str, Any]:
+    """Return the tree of parameter shapes and float32 dtypes, without making arrays."""
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+
+    def init(tokens):
+        return Decoder(config).init(
+            jax.random.key(0),
+            tokens,
+            tokens,
+            (None,) * config.num_layers,
+            lambda q, k, v, state: (q, state),
+        )
+
+    return jax.eval_shape(init, tokens)["params"]
+
+
+def random_parameters(config: Config, key: jax.Array, dtype=jnp.bfloat16):
+    """Draw parameters (normal, 0.02; norms one, biases zero) for benchmarks and tests.
+
+    Args:
+      config: the network.
+      key: PRNG key; it is consumed.
+      dtype: of every leaf.
+
+    Returns:
+      The parameter tree. Leaf by leaf, so that the peak is one copy of the weights.
+    """
+    shapes = parameter_shapes(config)
+    leaves, tree = jax.tree_util.tree_flatten_with_path(shapes)
+    keys = jax.random.split(key, len(leaves))
+    out = []
+    for (path, leaf), leaf_key in zip(leaves, keys, strict=True):
+        name = path[-1].key
+        if name.endswith("norm"):
+            out.append(jnp.ones(leaf.shape, dtype))
+        elif name.endswith("bias"):
+            out.append(jnp.zeros(leaf.shape, dtype))
+        else:
+            out.append(0.02 * jax.random.normal(leaf_key, leaf.shape, dtype))
+    return jax.tree.unflatten(tree, out)
