@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxkv.models import checkpoint
+from jaxkv.models import checkpoint, hf_config, hf_weights, orbax_copy
 from jaxkv.models.decoder import Config, Decoder
 
 NEEDLE = "needle"  # the word that names the shipped checkpoint
@@ -69,17 +69,17 @@ def load(
     folder = folder or checkpoint.resolve(name, revision=revision)
     if dtype is None and jax.default_backend() == "cpu":
         dtype = "float32"
-    if checkpoint.is_orbax_copy(folder):
-        config, params = checkpoint.load_orbax(folder, dtype=dtype)
+    if orbax_copy.is_orbax_copy(folder):
+        config, params = orbax_copy.load_orbax(folder, dtype=dtype)
     else:
-        config = checkpoint.read_config(folder)
-        params = checkpoint.read_weights(folder, config, dtype=dtype)
+        config = hf_config.read_config(folder)
+        params = hf_weights.read_weights(folder, config, dtype=dtype)
     return LanguageModel(
         name=str(name),
         network=Decoder(config),
         params=params,
         tokenizer=_read_tokenizer(folder),
-        stop_ids=checkpoint.stop_ids(folder),
+        stop_ids=hf_config.stop_ids(folder),
     )
 
 
@@ -89,9 +89,9 @@ def save(lm: LanguageModel, folder: str | os.PathLike[str], **options: Any) -> N
     Args:
       lm: the model.
       folder: a new folder; nothing appears under this name until all is written.
-      **options: of `jaxkv.models.checkpoint.save_orbax`.
+      **options: of `jaxkv.models.orbax_copy.save_orbax`.
     """
-    checkpoint.save_orbax(lm.params, lm.config, folder, **options)
+    orbax_copy.save_orbax(lm.params, lm.config, folder, **options)
 
 
 def needle_folder() -> Path:

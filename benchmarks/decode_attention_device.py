@@ -1,0 +1,200 @@
+"""Check and time the Triton decode attention on a GPU.
+
+    python benchmarks/decode_attention_device.py --out decode_attention.json
+
+Every number is the median over runs of one compiled loop that goes through as many
+layers' caches as it takes to leave the L2 cache behind, with the output of one layer as
+the query of the next; the loop's time is divided by the number of layer steps.
+"""
+
+import dataclasses
+import functools
+import itertools
+import json
+import math
+import pathlib
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import typer
+from jaxkv.kernels.decode import decode_attention
+from jaxkv.kernels.decode_triton import Tiles, choose_tiles, decode_attention_triton
+
+# batch, heads, KV heads, slots, head size, dtype, splits (None: as shipped)
+CHECKS = [
+    (16, 32, 8, 3200, 128, "bfloat16", None),
+    (3, 32, 8, 3199, 128, "bfloat16", 1),
+    (1, 32, 8, 3200, 128, "bfloat16", None),
+    (5, 12, 2, 777, 96, "float16", 3),
+    (2, 8, 8, 100, 64, "bfloat16", 2),
+    (2, 24, 1, 513, 64, "bfloat16", 4),
+    (4, 16, 2, 333, 256, "bfloat16", None),
+    (3, 8, 2, 250, 128, "float32", None),
+    (2, 4, 1, 7, 64, "float32", 1),
+]
+TOLERANCE = {"float32": 5e-6, "bfloat16": 1.6e-2, "float16": 2e-3}
+
+# batch, slots, share of occupied slots; 32 heads, 8 KV heads, head size 128, bfloat16
+SHAPES = [(128, 3200, 1.0), (1, 3200, 1.0), (8, 3200, 1.0), (64, 16384, 1.0)]
+SHAPES += [(32, 3200, 1.0), (128, 512, 1.0), (128, 3200, 0.5)]
+SPLITS = {1: (8, 25, 50), 8: (3, 5, 6), 32: (1, 3, 4), 64: (1, 4), 128: (1, 3)}
+
+
+def make_inputs(batch, heads, kv_heads, slots, head_dim, dtype, share, seed=0):
+    """Return random arguments of `decode_attention`, free slots full of NaN."""
+    rng = np.random.default_rng(seed)
+    keys = jax.random.split(jax.random.key(seed), 5)
+    shapes = [(heads,), (kv_heads,), (kv_heads,), (kv_heads, slots), (kv_heads, slots)]
+    q, k, v, cache_k, cache_v = (
+        jax.random.normal(key, (batch, *shape, head_dim), jnp.dtype(dtype))
+        for key, shape in zip(keys, shapes, strict=True)
+    )
+    # Prefixes of ragged length around `share`, as in a cache that is filling up.
+    spread = min(share, 1 - share)
+    filled = slots * (share + spread * rng.uniform(-1, 1, (batch, kv_heads, 1)))
+    slot = np.arange(slots, dtype=np.int32)
+    occupied = np.broadcast_to(slot, (batch, kv_heads, slots)) < filled
+    positions = jnp.asarray(np.where(occupied, slot, -1).astype(np.int32))
+    free = positions[..., None] < 0
+    cache_k, cache_v = (jnp.where(free, jnp.nan, x) for x in (cache_k, cache_v))
+    target = jnp.asarray(rng.integers(0, slots, (batch, kv_heads)), jnp.int32)
+    position = jnp.full((batch,), slots, jnp.int32)
+    return q, k, v, cache_k, cache_v, positions, target, position
+
+
+def check(batch, heads, kv_heads, slots, head_dim, dtype, splits) -> dict:
+    """Compare with the reference, and check aliasing and that two runs are equal."""
+    share = 1.0 if splits is None else 0.6
+    args = make_inputs(batch, heads, kv_heads, slots, head_dim, dtype, share)
+    args = (*args[:-1], args[-1].at[-1].set(-1))  # the last row is finished
+    scale = head_dim**-0.5
+    tiles = choose_tiles(batch, kv_heads, slots, head_dim, dtype)
+    tiles = dataclasses.replace(tiles, splits=splits or tiles.splits)
+    reference = functools.partial(decode_attention, implementation="reference")
+    want = jax.jit(functools.partial(reference, scale=scale))(*args)
+    step = functools.partial(decode_attention_triton, scale=scale, tiles=tiles)
+    step = jax.jit(step, donate_argnums=(3, 4, 5))
+    runs = []
+    for _ in range(2):
+        cache = [jnp.copy(x) for x in args[3:6]]
+        before = [x.unsafe_buffer_pointer() for x in cache]
+        got = step(*args[:3], *cache, *args[6:])
+        in_place = before == [x.unsafe_buffer_pointer() for x in got[1:]]
+        runs.append(jax.tree.map(np.asarray, got))
+    raw = [[x.tobytes() for x in run] for run in runs]
+    # Equal bits, NaN of free slots included: nothing but the target was written.
+    same_cache = raw[0][1:] == [np.asarray(x).tobytes() for x in want[1:]]
+    out, right = (np.asarray(x.out).astype(np.float32) for x in (runs[0], want))
+    error = (np.abs(out - right) / np.maximum(1, np.abs(right))).max()
+    record = dict(shape=args[3].shape, dtype=dtype, heads=heads, tiles=str(tiles))
+    record |= dict(error=float(error), close=bool(error <= TOLERANCE[dtype]))
+    return record | dict(same=same_cache, in_place=in_place, repeats=raw[0] == raw[1])
+
+
+def time_loop(function, state, iterations, runs=5):
+    """Return seconds per iteration, the last state, and MB of temporaries."""
+
+    def loop(state):
+        return jax.lax.fori_loop(0, iterations, lambda _, s: function(s), state)
+
+    compiled = jax.jit(loop, donate_argnums=0).lower(state).compile()
+    state = jax.block_until_ready(compiled(state))
+    seconds = []
+    for _ in range(runs):
+        start = time.perf_counter()
+        state = jax.block_until_ready(compiled(state))
+        seconds.append((time.perf_counter() - start) / iterations)
+    temporaries = compiled.memory_analysis().temp_size_in_bytes / 1e6
+    return float(np.median(seconds)), state, temporaries
+
+
+def copy_bandwidth() -> float:
+    """Return bytes per second of reading and writing 1 GiB, over and over."""
+    x = jnp.zeros(2**28, jnp.int32)
+    seconds, _, _ = time_loop(lambda x: x * 3 + 1, x, 20)
+    return 2 * x.nbytes / seconds
+
+
+def versions(batch, slots, sweep) -> list[Tiles | None]:
+    """Return the shipped tiles and None for XLA, or other tiles worth a try."""
+    shipped = choose_tiles(batch, 8, slots, 128, "bfloat16")
+    if not sweep:
+        return [shipped, None]
+    other = functools.partial(dataclasses.replace, shipped)
+    return [
+        *(other(splits=splits) for splits in SPLITS[batch]),
+        other(stages=5 - shipped.stages),
+        other(warps=12 - shipped.warps),
+        other(block=128, warps=8, stages=2),
+        other(block=32, warps=4, stages=4),
+    ]
+
+
+def time_shape(batch, slots, share, sweep, bandwidth):
+    """Yield one record per version of one shape."""
+    kv_heads, head_dim = 8, 128
+    nbytes = 2 * batch * kv_heads * slots * head_dim * 2
+    layers = max(1, min(36, math.ceil(2e8 / nbytes)))
+    inputs = [
+        make_inputs(batch, 32, kv_heads, slots, head_dim, "bfloat16", share, seed)
+        for seed in range(layers)
+    ]
+    occupied = float(np.mean([np.mean(np.asarray(x[5]) >= 0) for x in inputs]))
+    floor = occupied * nbytes / bandwidth
+    iterations = max(2, math.ceil(0.03 / (layers * max(floor, 1.5e-5))))
+    q, k, v, _, _, _, target, position = inputs[0]
+    state = (q, tuple(x[3:6] for x in inputs))
+    del inputs
+    for tiles in versions(batch, slots, sweep):
+        if tiles:
+            attend = functools.partial(decode_attention_triton, tiles=tiles)
+        else:
+            attend = functools.partial(decode_attention, implementation="xla")
+
+        def step(state, attend=attend):
+            q, caches = state
+            new = []
+            for cache in caches:
+                q, *cache = attend(q, k, v, *cache, target, position, scale=0.088)
+                new.append(tuple(cache))
+            return q, tuple(new)
+
+        seconds, state, temporaries = time_loop(step, state, iterations)
+        seconds /= layers
+        name = str(tiles) if tiles else "xla"
+        record = dict(batch=batch, slots=slots, occupied=occupied, tiles=name)
+        record |= dict(ms=1e3 * seconds, floor_ms=1e3 * floor, ratio=seconds / floor)
+        yield record | dict(temporaries_mb=temporaries)
+
+
+def main(out: pathlib.Path, seconds: float = 55.0) -> None:
+    """Check, then time the shipped tiles and XLA, then others until time is up."""
+    deadline = time.perf_counter() + seconds
+    report = dict(device=jax.devices()[0].device_kind, checks=[], timings=[])
+    for case in CHECKS:
+        report["checks"].append(check(*case))
+        print(*report["checks"][-1].values(), flush=True)
+    bandwidth = copy_bandwidth()
+    report["copy_tb_per_s"] = bandwidth / 1e12
+    print(f"copy {bandwidth / 1e12:.2f} TB/s; B, S, full, ms, floor ms, ratio, tmp MB")
+    for sweep, shape in itertools.product([False, True], SHAPES):
+        if time.perf_counter() > deadline or (sweep and shape[2] < 1):
+            continue
+        for record in time_shape(*shape, sweep, bandwidth):
+            report["timings"].append(record)
+            print(
+                "{batch:4} {slots:6} {occupied:5.2f} {ms:8.4f} {floor_ms:8.4f} "
+                "{ratio:6.3f} {temporaries_mb:7.1f} {tiles}".format(**record),
+                flush=True,
+            )
+            out.write_text(json.dumps(report, indent=1))
+            if time.perf_counter() > deadline:
+                break
+    if any(x is False for record in report["checks"] for x in record.values()):
+        raise SystemExit("FAILED")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,36 @@
+"""Long-context and long-reasoning inference with a key/value cache of fixed size.
+
+`load` a checkpoint, `generate` text; `prefill`, `decode_step` and `generate_tokens` are
+the pure functions underneath. Policies say what the cache keeps.
+"""
+
+from jaxkv._version import __version__
+from jaxkv.generation import Options, decode_step, generate_tokens, prefill
+from jaxkv.inference import Completion, Stats, generate
+from jaxkv.language_model import LanguageModel, load, save
+from jaxkv.models.checkpoint import CheckpointError
+from jaxkv.policies import DecodePolicy, Full, PrefillPolicy, StreamingLLM
+from jaxkv.sampling import Categorical, Greedy
+from jaxkv.state import KVState
+
+__all__ = [
+    "Categorical",
+    "CheckpointError",
+    "Completion",
+    "DecodePolicy",
+    "Full",
+    "Greedy",
+    "KVState",
+    "LanguageModel",
+    "Options",
+    "PrefillPolicy",
+    "Stats",
+    "StreamingLLM",
+    "__version__",
+    "decode_step",
+    "generate",
+    "generate_tokens",
+    "load",
+    "prefill",
+    "save",
+]

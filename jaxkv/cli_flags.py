@@ -1,0 +1,179 @@
+"""The flags that commands share, and what the library is handed for them."""
+
+import dataclasses
+import enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from jaxkv.generation import Options
+from jaxkv.kernels import decode as decode_kernels
+from jaxkv.kernels import prefill as prefill_kernels
+from jaxkv.policies import Full, StreamingLLM
+from jaxkv.sampling import Categorical, Greedy, Sampler
+
+
+class Policy(enum.StrEnum):
+    """Eviction policies by the names of the command line."""
+
+    FULL = "full"
+    STREAMING_LLM = "streaming-llm"
+
+
+Model = Annotated[
+    str,
+    typer.Argument(help="The shipped checkpoint (needle), a folder, or a Hub id."),
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(help="float32, bfloat16 or float16; default: what suits the device."),
+]
+Budget = Annotated[
+    int | None,
+    typer.Option(min=1, help="Tokens that each layer and head may keep; default: all."),
+]
+CompressionRatio = Annotated[
+    float | None,
+    typer.Option(help="Fraction of a batch's longest prompt that is removed."),
+]
+PrefillName = Annotated[
+    Policy, typer.Option("--prefill", help="Eviction of the prompt.")
+]
+DecodeName = Annotated[Policy, typer.Option("--decode", help="Eviction of the output.")]
+NumSinks = Annotated[
+    int | None,
+    typer.Option(
+        "--n-sink",
+        min=0,
+        help="streaming-llm: first tokens that are never evicted; default: 4.",
+    ),
+]
+PrefillImplementation = Annotated[
+    prefill_kernels.Implementation | None,
+    typer.Option(help="Attention over the prompt; default: the best that can run."),
+]
+DecodeImplementation = Annotated[
+    decode_kernels.Implementation | None,
+    typer.Option(help="Attention over the cache; default: the best that can run."),
+]
+BatchSize = Annotated[
+    int, typer.Option(min=1, help="Prompts that are generated from together.")
+]
+Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of all random draws.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
+
+# Of `jaxkv generate` alone.
+Prompt = Annotated[list[str] | None, typer.Option(help="A prompt; may be repeated.")]
+PromptFile = Annotated[
+    list[Path] | None,
+    typer.Option(
+        help="A file that is one prompt, or a .jsonl file with one per line; may be "
+        "repeated. Without any prompt, standard input is read."
+    ),
+]
+Chat = Annotated[bool, typer.Option("--chat", help="Wrap prompts in a chat template.")]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest output, in tokens.")]
+Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token.")]
+TopK = Annotated[int | None, typer.Option(help="Draw from this many; 0: all.")]
+TopP = Annotated[float | None, typer.Option(help="Draw from this probability mass.")]
+MinP = Annotated[
+    float | None,
+    typer.Option(help="Least probability, relative to the likeliest token's."),
+]
+RepetitionPenalty = Annotated[
+    float, typer.Option(help="Makes tokens seen before less likely; 1 is off.")
+]
+StopId = Annotated[
+    list[int] | None,
+    typer.Option(
+        min=0,
+        max=2**31 - 1,
+        help="Token id that ends an output; may be repeated; default: the model's.",
+    ),
+]
+Stream = Annotated[
+    bool | None,
+    typer.Option(help="Show text as it comes; default: one prompt, on a terminal."),
+]
+
+
+def eviction(
+    *,
+    budget: int | None,
+    compression_ratio: float | None,
+    prefill: Policy,
+    decode: Policy,
+    n_sink: int | None,
+) -> dict[str, Any]:
+    """Return the arguments of `jaxkv.generate` that say what the cache keeps.
+
+    Raises:
+      ValueError: the flags contradict each other. What needs no model is found here,
+        before a checkpoint is loaded.
+    """
+    if n_sink is not None and Policy.STREAMING_LLM not in (prefill, decode):
+        raise ValueError(
+            "--n-sink belongs to streaming-llm; add --prefill streaming-llm, "
+            "--decode streaming-llm, or both."
+        )
+    bounded = budget is not None or compression_ratio is not None
+    if not bounded and (prefill, decode) != (Policy.FULL, Policy.FULL):
+        raise ValueError(
+            f"--prefill {prefill} --decode {decode} evicts and needs --budget or "
+            "--compression-ratio."
+        )
+    arguments = {
+        "budget": budget,
+        "prefill": _policy(prefill, n_sink),
+        "decode": _policy(decode, n_sink),
+    }
+    if compression_ratio is None:
+        Options(**arguments).check()
+    return arguments | {"compression_ratio": compression_ratio}
+
+
+def sampler(
+    *,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    min_p: float | None,
+    repetition_penalty: float,
+) -> Sampler:
+    """Return the sampler of the flags; a temperature of 0 is greedy.
+
+    Raises:
+      ValueError: a value means nothing, or would have no effect.
+    """
+    cuts = {"top_k": top_k, "top_p": top_p, "min_p": min_p}
+    cuts = {name: value for name, value in cuts.items() if value is not None}
+    if temperature != 0:
+        chosen: Sampler = Categorical(
+            temperature=temperature, repetition_penalty=repetition_penalty, **cuts
+        )
+    elif cuts:
+        flag = "--" + next(iter(cuts)).replace("_", "-")
+        raise ValueError(
+            f"{flag} does nothing at temperature 0, which is greedy; add --temperature."
+        )
+    else:
+        chosen = Greedy(repetition_penalty=repetition_penalty)
+    chosen.check()
+    return chosen
+
+
+def described(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return arguments of `jaxkv.generate` ready for JSON, policies with fields."""
+    return {
+        name: {"name": type(value).__name__} | dataclasses.asdict(value)
+        if dataclasses.is_dataclass(value)
+        else value
+        for name, value in arguments.items()
+    }
+
+
+def _policy(name: Policy, n_sink: int | None) -> Full | StreamingLLM:
+    if name is Policy.FULL:
+        return Full()
+    return StreamingLLM() if n_sink is None else StreamingLLM(n_sink=n_sink)

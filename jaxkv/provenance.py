@@ -1,0 +1,77 @@
+"""Where and how a measurement was made, and its safe arrival on disk."""
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+
+PACKAGES = ("jaxkv", "jax", "jaxlib", "flax", "jax-triton", "torch", "transformers")
+
+
+def provenance() -> dict[str, Any]:
+    """Return command, date, commit, device and versions, ready for JSON."""
+    device = jax.devices()[0]
+    return {
+        "command": shlex.join(sys.orig_argv),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "commit": _commit(),
+        "device": device.device_kind,
+        "platform": device.platform,
+        "devices": jax.device_count(),
+        "driver": device.client.platform_version,
+        "cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
+        "machine": platform.machine(),
+        "versions": {"python": platform.python_version()}
+        | {name: version for name in PACKAGES if (version := _version(name))},
+    }
+
+
+def write_json(path: str | os.PathLike[str], content: dict[str, Any]) -> None:
+    """Write JSON beside `path`, then rename, so that no half a file bears its name."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".partial")
+    beside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    beside.replace(path)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """Return the commit of the source tree, "+" appended if it has changes."""
+    # A wheel installed below somebody else's repository must not report their commit.
+    file = Path(__file__)
+    if _git(file.parent, "ls-files", "--error-unmatch", file.name) is None:
+        return None
+    commit = _git(file.parent, "rev-parse", "HEAD")
+    if commit is None:
+        return None
+    return commit + ("+" if _git(file.parent, "status", "--porcelain") else "")
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        run = subprocess.run(
+            ["git", "-C", str(folder), *arguments],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    except OSError:
+        return None
+    return run.stdout.strip() if run.returncode == 0 else None

@@ -1,0 +1,225 @@
+"""One decode step of attention on NVIDIA GPUs, in Triton, through jax-triton.
+
+Each program serves one (sequence, key/value head) and one share of its slots, and reads
+keys and values once for all query heads of the group; a second, small kernel joins the
+shares. `decode_triton_body` has the picture and the numerics.
+
+No vmap and no derivatives: the batch is an explicit axis, and decoding has no backward.
+
+Axis letters: `B` batch, `N` query heads, `K` key/value heads, `G` query heads per
+key/value head, `S` slots, `H` head size.
+"""
+
+import dataclasses
+import inspect
+import math
+import warnings
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class DecodeOutput(NamedTuple):
+    """What one decode step of attention returns; see `decode.DecodeOutput`."""
+
+    out: jax.Array
+    keys: jax.Array
+    values: jax.Array
+    positions: jax.Array
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tiles:
+    """How the work of one call is cut.
+
+    Attributes:
+      splits: programs per key/value head; 1 needs no second kernel.
+      block: slots per tile, a power of two.
+      warps: warps per program.
+      stages: depth of the software pipeline; keys and values are fetched `stages - 1`
+        tiles ahead, their positions one more.
+    """
+
+    splits: int
+    block: int
+    warps: int
+    stages: int
+
+
+def choose_tiles(
+    batch: int,
+    kv_heads: int,
+    slots: int,
+    head_dim: int,
+    dtype: jax.typing.DTypeLike,
+    num_sms: int = 132,
+) -> Tiles:
+    """Return tiles that keep the memory busy, for a device of `num_sms` processors.
+
+    A tile holds 16 KiB of keys and as much of values, so that a processor has room for
+    three programs with two tiles each on their way. There are enough splits for two
+    programs per processor, as long as each keeps three tiles to overlap, and two at
+    least where the slots allow it, for the last wave of programs to be short.
+    """
+    itemsize = jnp.dtype(dtype).itemsize
+    row_bytes = _next_power_of_2(head_dim) * itemsize
+    block = max(16, min(128, 16384 // row_bytes, _next_power_of_2(slots)))
+    rows = batch * kv_heads
+    num_tiles = -(-slots // block)
+    splits = max(1, min(max(2, 2 * num_sms // rows), num_tiles // 3))
+    # In float32, or with few programs per processor, four warps are too few.
+    warps = 8 if itemsize == 4 or rows * splits <= num_sms else 4
+    stages = 2 if slots >= 8192 else 3
+    return Tiles(splits=splits, block=block, warps=warps, stages=stages)
+
+
+def decode_attention_triton(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    positions: jax.Array,
+    target: jax.Array,
+    position: jax.Array,
+    *,
+    scale: float,
+    tiles: Tiles | None = None,
+) -> DecodeOutput:
+    """Write one token into its slot, then attend from it to all occupied slots.
+
+    Arguments and results are those of `decode.decode_attention`, which checks them.
+    `keys`, `values` and `positions` are updated in place where XLA lets them be:
+    under `jit`, donated or used nowhere else.
+
+    Args:
+      query: `[B, N, H]`.
+      key: `[B, K, H]`.
+      value: `[B, K, H]`.
+      keys: `[B, K, S, H]`.
+      values: `[B, K, S, H]`.
+      positions: int32 `[B, K, S]`.
+      target: int32 `[B, K]`.
+      position: int32 `[B]`.
+      scale: factor on the logits.
+      tiles: how to cut the work; None chooses by shape and device.
+
+    Returns:
+      The output and the updated cache.
+    """
+    from jaxkv.kernels import decode_triton_body as body
+
+    batch, kv_heads, slots, head_dim = keys.shape
+    heads = query.shape[1]
+    tiles = tiles or choose_tiles(
+        batch, kv_heads, slots, head_dim, keys.dtype, _num_processors()
+    )
+    part_dtype = query.dtype if tiles.splits == 1 else jnp.float32
+    aliased = body.attend_split if _has_out_type() else body.attend_split_aliased
+    out, statistic, keys, values, positions = _call(
+        aliased,
+        (query, key, value, keys, values, positions, target, position),
+        (
+            jax.ShapeDtypeStruct((tiles.splits, batch, heads, head_dim), part_dtype),
+            jax.ShapeDtypeStruct((tiles.splits, batch, heads), jnp.float32),
+            jax.ShapeDtypeStruct(keys.shape, keys.dtype),
+            jax.ShapeDtypeStruct(values.shape, values.dtype),
+            jax.ShapeDtypeStruct(positions.shape, positions.dtype),
+        ),
+        aliases={3: 2, 4: 3, 5: 4},
+        grid=(batch * kv_heads, tiles.splits),
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
+        **attend_constants(heads, kv_heads, slots, head_dim, keys.dtype, scale, tiles),
+    )
+    if tiles.splits == 1:
+        return DecodeOutput(out.reshape(query.shape), keys, values, positions)
+    constants = combine_constants(head_dim, tiles)
+    (out,) = _call(
+        body.combine_splits,
+        (out, statistic),
+        (jax.ShapeDtypeStruct(query.shape, query.dtype),),
+        aliases={},
+        grid=(batch * heads,),
+        num_warps=min(4, max(1, constants["SPLITS_PAD"] * head_dim // 512)),
+        num_stages=1,
+        **constants,
+    )
+    return DecodeOutput(out, keys, values, positions)
+
+
+def attend_constants(
+    heads: int,
+    kv_heads: int,
+    slots: int,
+    head_dim: int,
+    dtype: jax.typing.DTypeLike,
+    scale: float,
+    tiles: Tiles,
+) -> dict[str, Any]:
+    """Return the compile-time arguments of `attend_split`."""
+    group = heads // kv_heads
+    return dict(
+        SCALE=float(scale) * math.log2(math.e),
+        KV_HEADS=kv_heads,
+        GROUP=group,
+        SLOTS=slots,
+        HEAD_DIM=head_dim,
+        SPLITS=tiles.splits,
+        BLOCK=tiles.block,
+        GROUP_PAD=max(16, _next_power_of_2(group)),
+        HEAD_PAD=_next_power_of_2(head_dim),
+        PRECISION="ieee" if jnp.dtype(dtype) == jnp.float32 else "tf32",
+    )
+
+
+def combine_constants(head_dim: int, tiles: Tiles) -> dict[str, Any]:
+    """Return the compile-time arguments of `combine_splits`."""
+    return dict(
+        HEAD_DIM=head_dim,
+        SPLITS=tiles.splits,
+        SPLITS_PAD=_next_power_of_2(tiles.splits),
+        HEAD_PAD=_next_power_of_2(head_dim),
+    )
+
+
+def _call(kernel, arrays, out_types, *, aliases, grid, **options):
+    """Launch through jax-triton, whichever side of its version 0.4."""
+    import jax_triton
+
+    out = {"out_type" if _has_out_type() else "out_shape": out_types}
+    with warnings.catch_warnings():
+        # 0.4 would rather be given mutable references; 0.3 does not know them.
+        warnings.filterwarnings(
+            "ignore", "input_output_aliases is deprecated", DeprecationWarning
+        )
+        return jax_triton.triton_call(
+            *arrays,
+            kernel=kernel,
+            grid=grid,
+            input_output_aliases=aliases,
+            name=kernel.__name__,
+            **out,
+            **options,
+        )
+
+
+def _has_out_type() -> bool:
+    """Return whether this is jax-triton 0.4 or later.
+
+    From 0.4 on, a kernel is passed an aliased buffer once, as an input; before, it is
+    passed a second time as an output, in the place of that output.
+    """
+    import jax_triton
+
+    return "out_type" in inspect.signature(jax_triton.triton_call).parameters
+
+
+def _num_processors() -> int:
+    """Return the number of streaming multiprocessors of the default GPU."""
+    return getattr(jax.local_devices()[0], "core_count", 132)
+
+
+def _next_power_of_2(number: int) -> int:
+    return 1 << (number - 1).bit_length()

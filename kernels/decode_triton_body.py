@@ -1,0 +1,211 @@
+"""Triton kernels of `decode_triton`; imported at the call only, since it needs Triton.
+
+```
+               slots ->     tile 0   tile 1   tile 2   tile 3   tile 4 ...
+               split ->        0        1        0        1        0       (of two)
+
+one program per (row, split); row = (sequence, key/value head), and its G query heads
+are the rows of one matrix
+```
+
+Tiles are dealt to the splits in turn, so that free slots, which lie together in a young
+cache, cost every split the same. Keys and values of free slots are not read at all.
+
+The new token never passes through memory: the first split takes it from registers as
+the start of its softmax and stores it, and every program masks its slot out of the
+tile. So no program reads what another one writes, except for the position of the
+target slot, whose old and new values are masked alike.
+
+Numerics: products accumulate in float32, the softmax is in base 2 with the running
+maximum starting at the finite `_LOWEST`, so that a split without an occupied slot gives
+the statistic `_LOWEST` and an accumulator of zeros instead of NaN; weights are rounded
+to the dtype of the values before the second product.
+
+Row offsets are 64-bit; offsets within a row are 32-bit (S x H < 2^31).
+"""
+
+import triton
+import triton.language as tl
+
+_LOWEST = tl.constexpr(-1e30)
+
+
+@triton.jit
+def attend_split(
+    # Inputs; the cache (keys, values, positions) is also written, in place.
+    query_ptr,  # [B, K, G, H]
+    key_ptr,  # [B, K, H]
+    value_ptr,  # [B, K, H]
+    keys_ptr,  # [B, K, S, H]
+    values_ptr,  # [B, K, S, H]
+    positions_ptr,  # [B, K, S]
+    target_ptr,  # [B, K]
+    position_ptr,  # [B]
+    # Outputs.
+    out_ptr,  # [SPLITS, B, K, G, H], normalised within the split
+    statistic_ptr,  # [SPLITS, B, K, G], log2 of the split's sum of exponentials
+    # Sizes.
+    SCALE: tl.constexpr,  # times log2(e)
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    SLOTS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    # Tiles.
+    SPLITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    GROUP_PAD: tl.constexpr,  # G rounded up to what the tensor cores take
+    HEAD_PAD: tl.constexpr,  # H rounded up to a power of two
+    PRECISION: tl.constexpr,
+):
+    """Write the new token and attend to every `SPLITS`-th tile of one row."""
+    row = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(1)
+    num_rows = tl.num_programs(0)
+    keys_ptr += row * (SLOTS * HEAD_DIM)
+    values_ptr += row * (SLOTS * HEAD_DIM)
+    positions_ptr += row * SLOTS
+
+    heads = tl.arange(0, GROUP_PAD)  # [G]
+    columns = tl.arange(0, HEAD_PAD)  # [H]
+    column_real = columns < HEAD_DIM
+    query_real = (heads < GROUP)[:, None] & column_real[None, :]
+    query_offsets = heads[:, None] * HEAD_DIM + columns[None, :]
+    q = tl.load(
+        query_ptr + row * (GROUP * HEAD_DIM) + query_offsets, query_real, other=0.0
+    )
+    k_new = tl.load(key_ptr + row * HEAD_DIM + columns, column_real, other=0.0)
+    v_new = tl.load(value_ptr + row * HEAD_DIM + columns, column_real, other=0.0)
+    position = tl.load(position_ptr + row // KV_HEADS)
+    # A finished row has no target: no slot is masked, nothing is taken or stored.
+    unfinished = position >= 0
+    target = tl.where(unfinished, tl.load(target_ptr + row), -1)
+    takes_new = unfinished & (split == 0)
+
+    new_offsets = target.to(tl.int64) * HEAD_DIM + columns
+    tl.store(keys_ptr + new_offsets, k_new, column_real & takes_new)
+    tl.store(values_ptr + new_offsets, v_new, column_real & takes_new)
+    tl.store(positions_ptr + target, position, takes_new)
+
+    new_logit = SCALE * tl.sum(q.to(tl.float32) * k_new.to(tl.float32)[None, :], 1)
+    maximum = tl.where(takes_new, new_logit, _LOWEST)  # [G]
+    total = tl.where(takes_new, 1.0, 0.0) + tl.zeros([GROUP_PAD], tl.float32)
+    acc = tl.zeros([GROUP_PAD, HEAD_PAD], tl.float32)
+    acc += tl.where(takes_new, v_new.to(tl.float32), 0.0)[None, :]
+
+    # A tile's positions are read one step ahead, for then the copies of its keys and
+    # values, which wait for them, still go into the pipeline at full depth.
+    first = split * BLOCK + tl.arange(0, BLOCK)
+    next_positions = tl.load(positions_ptr + first, first < SLOTS, other=-1)
+    # The same number of steps for every split: a last tile may lie beyond the end.
+    for start in range(0, SLOTS, SPLITS * BLOCK):
+        slots = start + first  # [S]
+        occupied = next_positions >= 0
+        next_slots = slots + SPLITS * BLOCK
+        # What lies beyond the last slot is free.
+        next_positions = tl.load(
+            positions_ptr + next_slots, next_slots < SLOTS, other=-1
+        )
+        occupied &= slots != target
+        # Not reading free slots saves their bytes and keeps their NaN out of both
+        # products: 0 x NaN is NaN, so masking the weights would not be enough.
+        real = occupied[:, None] & column_real[None, :]
+        offsets = slots[:, None] * HEAD_DIM + columns[None, :]
+        k = tl.load(keys_ptr + offsets, real, other=0.0)  # [S, H]
+        logits = SCALE * tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        logits = tl.where(occupied[None, :], logits, float("-inf"))  # [G, S]
+
+        new_maximum = tl.maximum(maximum, tl.max(logits, 1))
+        weights = tl.exp2(logits - new_maximum[:, None])
+        rescale = tl.exp2(maximum - new_maximum)
+        total = total * rescale + tl.sum(weights, 1)
+        v = tl.load(values_ptr + offsets, real, other=0.0)  # [S, H]
+        acc = tl.dot(
+            weights.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION
+        )
+        maximum = new_maximum
+
+    # A split without an occupied slot has total 0; all others have at least 1.
+    total = tl.maximum(total, 1e-30)
+    split_row = split * num_rows + row
+    out = (acc / total[:, None]).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + split_row * (GROUP * HEAD_DIM) + query_offsets, out, query_real)
+    statistic = maximum + tl.log2(total)
+    tl.store(statistic_ptr + split_row * GROUP + heads, statistic, heads < GROUP)
+
+
+@triton.jit
+def attend_split_aliased(
+    query_ptr,
+    key_ptr,
+    value_ptr,
+    keys_ptr,
+    values_ptr,
+    positions_ptr,
+    target_ptr,
+    position_ptr,
+    out_ptr,
+    statistic_ptr,
+    keys_out_ptr,
+    values_out_ptr,
+    positions_out_ptr,
+    SCALE: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    SLOTS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    GROUP_PAD: tl.constexpr,
+    HEAD_PAD: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Do `attend_split`; jax-triton before 0.4 passes aliased buffers a second time."""
+    attend_split(
+        query_ptr,
+        key_ptr,
+        value_ptr,
+        keys_ptr,
+        values_ptr,
+        positions_ptr,
+        target_ptr,
+        position_ptr,
+        out_ptr,
+        statistic_ptr,
+        SCALE,
+        KV_HEADS,
+        GROUP,
+        SLOTS,
+        HEAD_DIM,
+        SPLITS,
+        BLOCK,
+        GROUP_PAD,
+        HEAD_PAD,
+        PRECISION,
+    )
+
+
+@triton.jit
+def combine_splits(
+    parts_ptr,  # [SPLITS, B, N, H]
+    statistic_ptr,  # [SPLITS, B, N]
+    out_ptr,  # [B, N, H]
+    HEAD_DIM: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SPLITS_PAD: tl.constexpr,
+    HEAD_PAD: tl.constexpr,
+):
+    """Weigh the splits of one query head by their share of the softmax and add them."""
+    row = tl.program_id(0).to(tl.int64)
+    num_rows = tl.num_programs(0)
+    splits = tl.arange(0, SPLITS_PAD)
+    columns = tl.arange(0, HEAD_PAD)
+    rows = splits * num_rows + row
+    statistic = tl.load(statistic_ptr + rows, splits < SPLITS, other=float("-inf"))
+    real = (splits < SPLITS)[:, None] & (columns < HEAD_DIM)[None, :]
+    parts = tl.load(
+        parts_ptr + rows[:, None] * HEAD_DIM + columns[None, :], real, other=0.0
+    )
+    weights = tl.exp2(statistic - tl.max(statistic, 0))  # [SPLITS], none of them NaN
+    out = tl.sum(weights[:, None] * parts, 0) / tl.sum(weights, 0)
+    out = out.to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + row * HEAD_DIM + columns, out, columns < HEAD_DIM)

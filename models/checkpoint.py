@@ -1,0 +1,123 @@
+"""Where a checkpoint lies, and the one error for everything that can be wrong with it.
+
+`hf_config`, `hf_weights` and `orbax_copy` read what lies in the folder found here.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import validate_repo_id
+
+# What a tokenizer and its chat templates may consist of, besides the weights.
+TEXT_FILES = ("*.json", "*.model", "*.txt", "*.jinja")
+
+# Some repositories hold the same weights a second time, under their makers' own names.
+_DUPLICATES = ("consolidated*.safetensors", "original/*", "onnx/*")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be found, is damaged, or is of an unsupported kind."""
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file.
+
+    Raises:
+      CheckpointError: if the file is missing, unreadable, or holds no JSON object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({error.strerror}); a checkpoint folder has it."
+        ) from error
+    except ValueError as error:
+        raise CheckpointError(
+            f"{path} is not valid JSON ({error}); fetch the file again."
+        ) from error
+    if not isinstance(value, dict):
+        raise CheckpointError(
+            f"{path} must hold a JSON object, found {type(value).__name__}."
+        )
+    return value
+
+
+def resolve(path_or_hub_id: str | Path, revision: str | None = None) -> Path:
+    """Return the folder of a checkpoint, downloading it from the Hub if need be.
+
+    Args:
+      path_or_hub_id: a folder, which wins if it exists, or a model id `owner/name`.
+      revision: branch, tag or commit of a Hub model; the default branch if None.
+
+    Returns:
+      The folder. A Hub model lies in huggingface_hub's cache and is fetched once;
+      the offline switch of huggingface_hub is honoured.
+
+    Raises:
+      CheckpointError: if the name is neither, or the Hub does not hand the model out.
+    """
+    folder = Path(path_or_hub_id).expanduser()
+    if folder.is_dir():
+        if revision is not None:
+            raise CheckpointError(
+                f"{revision=} selects a version of a Hub model, but {folder} is a "
+                "folder; leave the revision out."
+            )
+        return folder
+    if folder.exists():
+        raise CheckpointError(
+            f"{folder} is a file; give the folder that holds config.json."
+        )
+    name = str(path_or_hub_id)
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise CheckpointError(
+            f"{name!r} is neither an existing folder nor a Hub id of the form "
+            "'owner/name'; check the spelling."
+        ) from error
+    try:
+        snapshot = huggingface_hub.snapshot_download(
+            name,
+            revision=revision,
+            allow_patterns=[*TEXT_FILES, "*.safetensors"],
+            ignore_patterns=list(_DUPLICATES),
+        )
+    # The Hub client lets errors of its HTTP library through, and that library differs
+    # between its versions, so no narrower class covers a failed download.
+    except Exception as error:
+        raise CheckpointError(_hub_failure(name, revision, error)) from error
+    return Path(snapshot)
+
+
+def _hub_failure(name: str, revision: str | None, error: Exception) -> str:
+    """Say what the Hub refused and what to do about it."""
+    what = f"{name!r} is not a folder here"
+    match error:
+        case GatedRepoError():  # a subclass of RepositoryNotFoundError, hence first
+            return (
+                f"{what}, and the Hub model is gated: accept its licence on "
+                f"https://huggingface.co/{name} and log in with `hf auth login`."
+            )
+        case RepositoryNotFoundError():
+            return (
+                f"{what}, and the Hub has no such model (or it is private: log in with "
+                "`hf auth login`); check the spelling."
+            )
+        case RevisionNotFoundError():
+            return f"{what}, and the Hub model has no {revision=}."
+        case LocalEntryNotFoundError() | ConnectionError():
+            return (
+                f"{what}, not in the Hub cache, and the Hub cannot be reached; connect "
+                "once, or give the path of a downloaded folder."
+            )
+    return f"{what}, and the Hub failed: {type(error).__name__}: {error}"

@@ -1,0 +1,266 @@
+"""The network's configuration out of a Hugging Face checkpoint folder.
+
+Only what the network computes exactly is let through: a key that would change the
+numbers and is not supported is an error, never ignored.
+"""
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+from jaxkv.models.checkpoint import CheckpointError, read_json
+from jaxkv.models.decoder import Config, Llama3Scaling
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Family:
+    """What a `model_type` implies beyond its keys, as transformers implements it."""
+
+    architecture: str
+    bias: Literal["never", "qkv", "by attention_bias"]
+    qk_norm: bool = False
+    num_kv_heads: int | None = None  # where the key is absent; None: num_heads
+    head_dim: int | None = None  # where the key is absent; None: hidden / heads
+    max_positions: int
+
+
+# The values for absent keys are those of transformers' configuration classes.
+_FAMILIES = {
+    "llama": _Family(
+        architecture="LlamaForCausalLM", bias="by attention_bias", max_positions=2048
+    ),
+    "mistral": _Family(
+        architecture="MistralForCausalLM",
+        bias="never",
+        num_kv_heads=8,
+        max_positions=131_072,
+    ),
+    "qwen2": _Family(
+        architecture="Qwen2ForCausalLM",
+        bias="qkv",
+        num_kv_heads=32,
+        max_positions=32_768,
+    ),
+    "qwen3": _Family(
+        architecture="Qwen3ForCausalLM",
+        bias="by attention_bias",
+        qk_norm=True,
+        num_kv_heads=32,
+        head_dim=128,
+        max_positions=32_768,
+    ),
+}
+
+# Keys that change what the network computes, and the values that leave it alone.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu",),
+    "mlp_bias": (False,),
+    "quantization_config": (),
+    "partial_rotary_factor": (1,),
+    "use_sliding_window": (False,),
+    "num_experts": (0, 1),
+    "num_local_experts": (0, 1),
+    "is_encoder_decoder": (False,),
+}
+
+
+def read_config(folder: str | Path) -> Config:
+    """Read `config.json` of a Llama, Mistral, Qwen2 or Qwen3 checkpoint.
+
+    Both spellings of the rotary settings are understood: `rope_theta` with
+    `rope_scaling` (transformers 4) and `rope_parameters` (transformers 5).
+
+    Args:
+      folder: a folder with `config.json`.
+
+    Returns:
+      The network's configuration.
+
+    Raises:
+      CheckpointError: if the file is missing or damaged, or a key has a value that the
+        network does not compute; the message names key and value.
+    """
+    path = Path(folder) / "config.json"
+    raw = read_json(path)
+    try:
+        return _convert(raw)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+
+
+def stop_ids(folder: str | Path) -> tuple[int, ...]:
+    """Return the token ids that end a text, in the checkpoint's order.
+
+    They are `eos_token_id` of `generation_config.json`, or of `config.json` where the
+    former is absent or silent; empty if neither names one.
+
+    Raises:
+      CheckpointError: if a file is damaged or an id is not a non-negative integer.
+    """
+    for name in ("generation_config.json", "config.json"):
+        path = Path(folder) / name
+        if not path.exists():
+            continue
+        value = read_json(path).get("eos_token_id")
+        if value is None:
+            continue
+        ids = value if isinstance(value, list) else [value]
+        if not all(type(i) is int and i >= 0 for i in ids):
+            raise CheckpointError(
+                f"{path}: eos_token_id must be a token id or a list of them, "
+                f"found {value!r}."
+            )
+        return tuple(dict.fromkeys(ids))
+    return ()
+
+
+def _convert(raw: dict[str, Any]) -> Config:
+    model_type, family = _family(raw)
+    for key, neutral in _NEUTRAL.items():
+        value = raw.get(key)
+        if value is not None and value not in neutral:
+            _unsupported(key, value, *neutral)
+    max_positions = _integer(raw, "max_position_embeddings", family.max_positions)
+    _refuse_sliding_window(raw, model_type, max_positions)
+
+    hidden_size = _integer(raw, "hidden_size")
+    num_heads = _integer(raw, "num_attention_heads")
+    if raw.get("num_key_value_heads", 0) is None:  # null: as many as query heads
+        num_kv_heads = num_heads
+    else:
+        num_kv_heads = _integer(
+            raw, "num_key_value_heads", family.num_kv_heads or num_heads
+        )
+    if num_heads % num_kv_heads:
+        raise CheckpointError(
+            f"num_attention_heads={num_heads} must be a multiple of "
+            f"num_key_value_heads={num_kv_heads}."
+        )
+    head_dim = _integer(raw, "head_dim", family.head_dim or hidden_size // num_heads)
+    if head_dim % 2:
+        raise CheckpointError(f"{head_dim=} must be even for rotary positions.")
+    rope_theta, rope_scaling = _rope(raw, max_positions)
+    if family.bias == "by attention_bias":
+        qkv_bias = output_bias = _boolean(raw, "attention_bias")
+    else:
+        qkv_bias, output_bias = family.bias == "qkv", False
+    return Config(
+        vocab_size=_integer(raw, "vocab_size"),
+        hidden_size=hidden_size,
+        intermediate_size=_integer(raw, "intermediate_size"),
+        num_layers=_integer(raw, "num_hidden_layers"),
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        rms_norm_eps=_number(raw, "rms_norm_eps", 1e-6),
+        rope_theta=rope_theta,
+        rope_scaling=rope_scaling,
+        max_positions=max_positions,
+        qkv_bias=qkv_bias,
+        output_bias=output_bias,
+        qk_norm=family.qk_norm,
+        tied=_boolean(raw, "tie_word_embeddings"),
+    )
+
+
+def _family(raw: dict[str, Any]) -> tuple[str, _Family]:
+    """Return the model type and its family, from `model_type` or `architectures`."""
+    names = {family.architecture: key for key, family in _FAMILIES.items()}
+    architectures = raw.get("architectures") or []
+    if not isinstance(architectures, list):
+        _unsupported("architectures", architectures, [next(iter(names))])
+    model_type = raw.get("model_type")
+    if model_type is None and architectures:
+        model_type = names.get(str(architectures[0]))
+    if not isinstance(model_type, str) or model_type not in _FAMILIES:
+        key = "model_type" if raw.get("model_type") is not None else "architectures"
+        _unsupported(key, raw.get(key), *(_FAMILIES if key == "model_type" else names))
+    family = _FAMILIES[model_type]
+    # A reward model or a bare encoder has the same model_type but another head.
+    if architectures and family.architecture not in architectures:
+        _unsupported("architectures", architectures, [family.architecture])
+    return model_type, family
+
+
+def _refuse_sliding_window(
+    raw: dict[str, Any], model_type: str, max_positions: int
+) -> None:
+    """Raise if any layer attends to a window only; a set but unused one is fine."""
+    layer_types = raw.get("layer_types") or []
+    if not isinstance(layer_types, list) or any(
+        kind != "full_attention" for kind in layer_types
+    ):
+        _unsupported("layer_types", layer_types, "'full_attention' for every layer")
+    if model_type == "mistral":
+        key = "sliding_window"
+        # Mistral has no switch; transformers takes 4096 where the key is absent.
+        window = raw.get(key, 4096)
+        if window is not None and _integer({key: window}, key) < max_positions:
+            _unsupported(key, window, None, f"max_position_embeddings={max_positions}")
+
+
+def _rope(
+    raw: dict[str, Any], max_positions: int
+) -> tuple[float, Llama3Scaling | None]:
+    """Return the rotary base and scaling, from either spelling."""
+    key = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
+    rope = raw.get(key) or {}
+    if not isinstance(rope, dict) or any(isinstance(v, dict) for v in rope.values()):
+        _unsupported(key, rope, "one flat object for all layers")
+    theta = _number(raw | rope, "rope_theta", 10_000.0)
+    if rope.get("partial_rotary_factor") not in (None, 1):
+        _unsupported("partial_rotary_factor", rope["partial_rotary_factor"], 1)
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return theta, None
+    if kind != "llama3":
+        _unsupported(f"{key}.rope_type", kind, "default", "llama3")
+    # As in transformers, the key outside the object is the stronger one.
+    outer = "original_max_position_embeddings"
+    scaling = Llama3Scaling(
+        factor=_number(rope, "factor"),
+        low_freq_factor=_number(rope, "low_freq_factor"),
+        high_freq_factor=_number(rope, "high_freq_factor"),
+        original_max_positions=_integer(
+            raw if outer in raw else rope, outer, max_positions
+        ),
+    )
+    if scaling.high_freq_factor <= scaling.low_freq_factor:
+        raise CheckpointError(
+            f"high_freq_factor={scaling.high_freq_factor} must be greater than "
+            f"low_freq_factor={scaling.low_freq_factor}."
+        )
+    return theta, scaling
+
+
+def _integer(raw: dict[str, Any], key: str, default: int | None = None) -> int:
+    value = raw.get(key)
+    if value is None:
+        value = default
+    if type(value) is not int or value < 1:
+        raise CheckpointError(f"{key} must be a positive integer, found {value!r}.")
+    return value
+
+
+def _number(raw: dict[str, Any], key: str, default: float | None = None) -> float:
+    value = raw.get(key)
+    if value is None:
+        value = default
+    if type(value) not in (int, float) or not 0 < value < math.inf:
+        raise CheckpointError(f"{key} must be a positive number, found {value!r}.")
+    return float(value)
+
+
+def _boolean(raw: dict[str, Any], key: str) -> bool:
+    value = raw.get(key)
+    if value is None:
+        return False
+    if type(value) is not bool:
+        raise CheckpointError(f"{key} must be true or false, found {value!r}.")
+    return value
+
+
+def _unsupported(key: str, value: Any, *supported: Any) -> NoReturn:
+    choices = ", ".join(repr(choice) for choice in supported) or "none (leave it out)"
+    raise CheckpointError(f"{key}={value!r} is not supported; supported: {choices}.")

@@ -1,0 +1,304 @@
+"""The network's parameters out of the safetensors files of a Hugging Face checkpoint.
+
+All headers are checked before the first tensor is read. Then the tensors are read one
+parameter at a time, each placed on its device before the next is touched, so the host
+never holds the weights twice.
+"""
+
+import contextlib
+import itertools
+import os
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from jaxkv.models.checkpoint import CheckpointError, read_json
+from jaxkv.models.decoder import Config
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+_SINGLE = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+_EMBEDDING = "model.embed_tokens.weight"
+_HEAD = "lm_head.weight"
+
+# The float types of a safetensors header, and what JAX makes of them without x64.
+_FLOATS = {"F64": "float32", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+
+# The tensors that make up one parameter, in the order they are joined, with shapes.
+_Parts = dict[str, tuple[int, ...]]
+
+
+def read_weights(
+    folder: str | Path,
+    config: Config,
+    *,
+    dtype: str | None,
+    shardings: Any = None,
+) -> dict[str, Any]:
+    """Read the weights of a checkpoint into the parameter tree of `Decoder(config)`.
+
+    Query, key and value are joined, and so are gate and up; matrices are transposed
+    from Hugging Face's `[out, in]` to `[in, out]`.
+
+    Args:
+      folder: a folder with `model.safetensors`, or with shards and their index.
+      config: the network, from `read_config`.
+      dtype: "float32", "bfloat16" or "float16" for every parameter; None keeps the
+        type in which the checkpoint stores its embedding.
+      shardings: a tree like the result with a `jax.sharding.Sharding` or a device at
+        every leaf; None puts everything on the default device.
+
+    Returns:
+      The parameter tree, as `parameter_shapes(config)` describes it.
+
+    Raises:
+      CheckpointError: if a file is missing, damaged or lies outside of the folder, or
+        a tensor is missing, superfluous, misshapen or not of a float type.
+      ValueError: if `dtype` is none of the four.
+    """
+    check_dtype(dtype)
+    plan = _plan(config)
+    params: dict[str, Any] = {}
+    with contextlib.ExitStack() as stack:
+        tensors = _open(Path(folder), stack)
+        _check(tensors, plan, tied=config.tied)
+        if dtype is None:
+            dtype = _FLOATS[tensors[_EMBEDDING].dtype]
+        for path, parts in plan.items():
+            array = _join([tensors[name] for name in parts])
+            if array.ndim == 2 and path != ("embedding",):
+                array = array.T
+            target = _at(shardings, path)
+            node = params
+            for key in path[:-1]:
+                node = node.setdefault(key, {})
+            # Cast where it is fast, on the device; wait, or host copies pile up.
+            placed = jax.device_put(array, target).astype(dtype)
+            node[path[-1]] = placed.block_until_ready()
+            del array
+    return params
+
+
+def check_dtype(dtype: str | None) -> None:
+    """Raise ValueError unless `dtype` is one the weights can be loaded in, or None."""
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {DTYPES} or None, found {dtype!r}.")
+
+
+def _plan(config: Config) -> dict[tuple[str, ...], _Parts]:
+    """Map the path of every parameter to the checkpoint's tensors that make it up."""
+    c = config
+    hidden, inner = c.hidden_size, c.intermediate_size
+    queries, keys = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    plan: dict[tuple[str, ...], _Parts] = {
+        ("embedding",): {_EMBEDDING: (c.vocab_size, hidden)},
+        ("final_norm",): {"model.norm.weight": (hidden,)},
+    }
+    if not c.tied:
+        plan["head",] = {_HEAD: (c.vocab_size, hidden)}
+    for i in range(c.num_layers):
+        prefix = f"model.layers.{i}."
+        attention, mlp = f"{prefix}self_attn.", f"{prefix}mlp."
+        rows = {"q_proj": queries, "k_proj": keys, "v_proj": keys}
+        layer: dict[str, _Parts] = {
+            "attention_norm": {f"{prefix}input_layernorm.weight": (hidden,)},
+            "qkv": {f"{attention}{p}.weight": (n, hidden) for p, n in rows.items()},
+            "output": {f"{attention}o_proj.weight": (hidden, queries)},
+            "mlp_norm": {f"{prefix}post_attention_layernorm.weight": (hidden,)},
+            "gate_up": {
+                f"{mlp}gate_proj.weight": (inner, hidden),
+                f"{mlp}up_proj.weight": (inner, hidden),
+            },
+            "down": {f"{mlp}down_proj.weight": (hidden, inner)},
+        }
+        if c.qkv_bias:
+            layer["qkv_bias"] = {f"{attention}{p}.bias": (n,) for p, n in rows.items()}
+        if c.output_bias:
+            layer["output_bias"] = {f"{attention}o_proj.bias": (hidden,)}
+        if c.qk_norm:
+            layer["q_norm"] = {f"{attention}q_norm.weight": (c.head_dim,)}
+            layer["k_norm"] = {f"{attention}k_norm.weight": (c.head_dim,)}
+        plan |= {(f"layer_{i}", name): parts for name, parts in layer.items()}
+    return plan
+
+
+class _Tensor:
+    """One tensor in a file: its header now, its values when asked."""
+
+    def __init__(self, name: str, file: Any, path: Path):
+        header = file.get_slice(name)
+        self.name = name
+        self.path = path
+        self.shape = tuple(header.get_shape())
+        self.dtype = header.get_dtype()
+        self._file = file
+
+    def read(self, start: int | None = None, stop: int | None = None) -> np.ndarray:
+        """Return the values, or those of some rows, in the stored type."""
+        try:
+            if start is None:
+                return self._file.get_tensor(self.name)
+            return self._file.get_slice(self.name)[start:stop]
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f"{self.path}: tensor {self.name} cannot be read ({error}); fetch the "
+                "file again."
+            ) from error
+
+
+def _open(folder: Path, stack: contextlib.ExitStack) -> dict[str, _Tensor]:
+    """Open the safetensors files of a folder and list their tensors."""
+    if (folder / _SINGLE).exists():  # it wins over an index, as in transformers
+        return _open_file(folder, _SINGLE, stack)
+    if not (folder / _INDEX).exists():
+        raise CheckpointError(_no_weights(folder))
+    index = read_json(folder / _INDEX).get("weight_map")
+    if not isinstance(index, Mapping) or not all(
+        isinstance(shard, str) and shard.isprintable() for shard in index.values()
+    ):
+        raise CheckpointError(
+            f"{folder / _INDEX}: weight_map must map tensor names to file names, found "
+            f"{type(index).__name__}; fetch the file again."
+        )
+    tensors: dict[str, _Tensor] = {}
+    for shard in sorted(set(index.values())):
+        found = _open_file(folder, shard, stack)
+        listed = {name for name, file in index.items() if file == shard}
+        if listed != set(found):
+            raise CheckpointError(
+                f"{folder / shard} does not hold what {_INDEX} says: missing "
+                f"{_some(listed - set(found))}, not listed {_some(set(found) - listed)}"
+                "; fetch index and shards from the same revision."
+            )
+        tensors |= found
+    return tensors
+
+
+def _open_file(
+    folder: Path, name: str, stack: contextlib.ExitStack
+) -> dict[str, _Tensor]:
+    path = folder / name
+    _refuse_outside(folder, name)
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing, but {_INDEX} names it; fetch it.")
+    try:
+        file = stack.enter_context(safe_open(path, framework="np"))
+        return {key: _Tensor(key, file, path) for key in file.keys()}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path} is damaged or not a safetensors file ({error}); fetch it again."
+        ) from error
+
+
+def _refuse_outside(folder: Path, name: str) -> None:
+    """Raise if a file named by the checkpoint leaves the folder, also by a link."""
+    root = folder.resolve()
+    allowed = [root]
+    if root.parent.name == "snapshots":
+        # The Hub's cache: files are links into the model's or the whole cache's blobs.
+        allowed += [root.parents[1] / "blobs", root.parents[2] / "blobs"]
+    named, target = PurePosixPath(name), Path(os.path.realpath(root / name))
+    inside = any(target.is_relative_to(base) for base in allowed)
+    if named.is_absolute() or ".." in named.parts or not inside:
+        raise CheckpointError(
+            f"{folder}: the weights file {name!r} leads to {target}, "
+            "outside of the folder; copy the file into the folder."
+        )
+
+
+def _no_weights(folder: Path) -> str:
+    """Say what was found in place of safetensors files."""
+    wanted = f"{folder} has neither {_SINGLE} nor {_INDEX}"
+    torch_files = sorted(p.name for p in folder.glob("*.bin"))
+    if torch_files:
+        return (
+            f"{wanted}, only torch files {_some(torch_files)}; convert them with "
+            "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)."
+        )
+    found = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
+    return f"{wanted}; found {_some(found)}."
+
+
+def _check(
+    tensors: Mapping[str, _Tensor], plan: dict[tuple[str, ...], _Parts], *, tied: bool
+) -> None:
+    """Compare the headers with the plan, before anything large is read."""
+    shapes = {name: shape for parts in plan.values() for name, shape in parts.items()}
+    ignored = {name for name in tensors if name.endswith("rotary_emb.inv_freq")}
+    if tied:
+        ignored.add(_HEAD)
+    missing, extra = shapes.keys() - tensors.keys(), tensors.keys() - shapes - ignored
+    if missing or extra:
+        hint = " (tie_word_embeddings is false)" if _HEAD in missing else ""
+        raise CheckpointError(
+            f"The weights do not fit config.json: missing {_some(missing)}{hint}, "
+            f"superfluous {_some(extra)}."
+        )
+    for name, shape in shapes.items():
+        tensor = tensors[name]
+        if tensor.shape != shape:
+            raise CheckpointError(
+                f"{tensor.path}: tensor {name} must have shape {shape} by config.json, "
+                f"found {tensor.shape}."
+            )
+        if tensor.dtype not in _FLOATS:
+            raise CheckpointError(
+                f"{tensor.path}: tensor {name} must be of a type in {list(_FLOATS)}, "
+                f"found {tensor.dtype}; quantised checkpoints are not supported."
+            )
+    if tied and _HEAD in tensors:
+        _check_tie(tensors[_EMBEDDING], tensors[_HEAD])
+
+
+def _check_tie(embedding: _Tensor, head: _Tensor) -> None:
+    """Raise if a tied checkpoint has an output layer of its own after all.
+
+    transformers 5 then unties them, so silently tying would give other numbers.
+    """
+    # Some rows at a time, because these are the largest tensors of a checkpoint.
+    bounds = [*range(0, embedding.shape[0], 4096), embedding.shape[0]]
+    if (embedding.shape, embedding.dtype) != (head.shape, head.dtype) or not all(
+        np.array_equal(embedding.read(*rows), head.read(*rows))
+        for rows in itertools.pairwise(bounds)
+    ):
+        raise CheckpointError(
+            f"{head.path}: config.json has tie_word_embeddings=true, but {_HEAD} "
+            f"differs from {_EMBEDDING}; set tie_word_embeddings to false."
+        )
+
+
+def _join(parts: list[_Tensor]) -> np.ndarray:
+    """Read the parts of one parameter into one array, `[out, in]` or `[size]`."""
+    stored = {_FLOATS[part.dtype] for part in parts}
+    dtype = jnp.dtype(stored.pop() if len(stored) == 1 else "float32")
+    if len(parts) == 1:
+        return parts[0].read().astype(dtype, copy=False)
+    rows = sum(part.shape[0] for part in parts)
+    array = np.empty((rows, *parts[0].shape[1:]), dtype)
+    start = 0
+    for part in parts:
+        array[start : start + part.shape[0]] = part.read()
+        start += part.shape[0]
+    return array
+
+
+def _at(tree: Any, path: tuple[str, ...]) -> Any:
+    """Return the leaf of a nested dict, or None of None."""
+    for key in path:
+        tree = None if tree is None else tree[key]
+    return tree
+
+
+def _some(names: Any) -> str:
+    """List a few names in order, and how many more there are."""
+    names = sorted(names)
+    if not names:
+        return "nothing"
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return ", ".join(names[:4]) + more

@@ -1,0 +1,222 @@
+"""A copy of a checkpoint with the weights converted once, in Orbax's format.
+
+The copy is a folder like the Hugging Face one, tokenizer files included; a marker file
+with the network's configuration tells it apart, and a subfolder holds the parameters.
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxkv.models.checkpoint import TEXT_FILES, CheckpointError, read_json
+from jaxkv.models.decoder import Config, Llama3Scaling, parameter_shapes
+from jaxkv.models.hf_weights import DTYPES, check_dtype
+
+_MARKER = "jaxkv.json"
+_PARAMS = "params"
+_FORMAT = 1
+
+# The index describes files that the copy does not have.
+_NOT_COPIED = ("*.safetensors.index.json", "*.bin.index.json", _MARKER)
+
+
+def is_orbax_copy(folder: str | Path) -> bool:
+    """Return whether a folder was written by `save_orbax`."""
+    return (Path(folder) / _MARKER).is_file()
+
+
+def save_orbax(
+    params: dict[str, Any],
+    config: Config,
+    folder: str | Path,
+    *,
+    source: str | Path | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write the parameters beside `folder`, then rename, so it is whole or absent.
+
+    Args:
+      params: the parameter tree of `Decoder(config)`, every leaf of one dtype.
+      config: the network.
+      folder: the folder to make; its parent exists.
+      source: the checkpoint's folder, whose tokenizer and configuration files are
+        copied along; without it the copy holds the network only.
+      overwrite: whether an older copy at `folder` is replaced. Nothing else is.
+
+    Raises:
+      CheckpointError: if `folder` holds anything that must not be replaced, its
+        parent is missing, or `params` is not a tree of `config` in one dtype.
+      NotImplementedError: if several processes run; gather the parameters in one.
+    """
+    if jax.process_count() > 1:
+        raise NotImplementedError(
+            f"save_orbax writes from one process, found {jax.process_count()}; gather "
+            "the parameters and save them in a process of its own."
+        )
+    folder = Path(folder).absolute()
+    dtype = _check_params(params, config)
+    _check_target(folder, overwrite=overwrite)
+    # The process id keeps two writers apart; what a dead process left is replaced.
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        if source is not None:
+            _copy_text(Path(source), partial)
+        with _checkpointer() as checkpointer:
+            checkpointer.save(partial / _PARAMS, params)
+        marker = {
+            "format": _FORMAT,
+            "dtype": dtype,
+            "config": dataclasses.asdict(config),
+        }
+        (partial / _MARKER).write_text(json.dumps(marker, indent=2) + "\n", "utf-8")
+        _replace(folder, partial)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def load_orbax(
+    folder: str | Path, *, dtype: str | None = None, shardings: Any = None
+) -> tuple[Config, dict[str, Any]]:
+    """Read a copy back.
+
+    Args:
+      folder: a folder written by `save_orbax`.
+      dtype: "float32", "bfloat16" or "float16"; None keeps the saved type.
+      shardings: a tree like the parameters with a `jax.sharding.Sharding` at every
+        leaf; None puts everything on the default device.
+
+    Returns:
+      The network's configuration and its parameter tree.
+
+    Raises:
+      CheckpointError: if the folder is no such copy, of another format, or damaged.
+      ValueError: if `dtype` is none of the four.
+    """
+    check_dtype(dtype)
+    folder = Path(folder).absolute()
+    if not is_orbax_copy(folder):
+        raise CheckpointError(
+            f"{folder} has no {_MARKER}, so save_orbax did not write it; load it as a "
+            "Hugging Face checkpoint."
+        )
+    config, saved = _read_marker(folder / _MARKER)
+    shapes = parameter_shapes(config)
+    if shardings is None:
+        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        shardings = jax.tree.map(lambda _: here, shapes)
+    wanted = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(
+            leaf.shape, dtype or saved, sharding=sharding
+        ),
+        shapes,
+        shardings,
+    )
+    try:
+        with _checkpointer() as checkpointer:
+            return config, checkpointer.restore(folder / _PARAMS, wanted)
+    # Orbax and TensorStore raise several unrelated classes for damaged files.
+    except Exception as error:
+        raise CheckpointError(
+            f"{folder / _PARAMS} is damaged or does not fit {_MARKER} "
+            f"({str(error)[:300]}); save the copy again."
+        ) from error
+
+
+def _checkpointer() -> Any:
+    # Imported here: it takes a second, which those who keep no copy need not wait.
+    import orbax.checkpoint as ocp
+
+    return ocp.StandardCheckpointer()
+
+
+def _check_params(params: dict[str, Any], config: Config) -> str:
+    """Return the one dtype of a parameter tree that fits the network."""
+    expected = jax.tree.map(lambda leaf: leaf.shape, parameter_shapes(config))
+    found = jax.tree.map(lambda leaf: tuple(leaf.shape), params)
+    if found != expected:
+        raise CheckpointError(
+            "params must be the parameter tree of the config, as parameter_shapes "
+            f"gives it; expected {expected}, found {found}."
+        )
+    dtypes = sorted({leaf.dtype.name for leaf in jax.tree.leaves(params)})
+    if len(dtypes) != 1 or dtypes[0] not in DTYPES:
+        raise CheckpointError(
+            f"params must all have one dtype of {DTYPES}, found {dtypes}."
+        )
+    return dtypes[0]
+
+
+def _check_target(folder: Path, *, overwrite: bool) -> None:
+    if not folder.parent.is_dir():
+        raise CheckpointError(f"{folder.parent} is not a folder; make it first.")
+    if not os.path.lexists(folder):
+        return
+    if folder.is_symlink() or not folder.is_dir():
+        raise CheckpointError(f"{folder} exists and is not a folder; name another.")
+    if not any(folder.iterdir()):
+        return
+    if not is_orbax_copy(folder):
+        raise CheckpointError(
+            f"{folder} is not empty and not a copy of a checkpoint; name another."
+        )
+    if not overwrite:
+        raise CheckpointError(
+            f"{folder} already holds a copy; pass overwrite=True to replace it."
+        )
+
+
+def _copy_text(source: Path, target: Path) -> None:
+    """Copy the small files that a tokenizer and `stop_ids` need."""
+    if not source.is_dir():
+        raise CheckpointError(f"source={str(source)!r} is not a folder.")
+    for pattern in (*TEXT_FILES, "additional_chat_templates/*.jinja"):
+        for path in source.glob(pattern):
+            if path.is_file() and not any(path.match(skip) for skip in _NOT_COPIED):
+                copy = target / path.relative_to(source)
+                copy.parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, copy)
+
+
+def _replace(folder: Path, partial: Path) -> None:
+    """Give the finished `partial` its name; an older copy goes aside, then away."""
+    if not folder.exists():
+        partial.rename(folder)
+        return
+    old = partial.with_suffix(".old")
+    folder.rename(old)
+    try:
+        partial.rename(folder)
+    except BaseException:
+        old.rename(folder)
+        raise
+    shutil.rmtree(old)
+
+
+def _read_marker(path: Path) -> tuple[Config, str]:
+    """Return the configuration and the saved dtype."""
+    marker = read_json(path)
+    if marker.get("format") != _FORMAT:
+        raise CheckpointError(
+            f"{path}: format must be {_FORMAT}, found {marker.get('format')!r}; save "
+            "the copy again with this version."
+        )
+    try:
+        fields = dict(marker["config"])
+        scaling = fields.pop("rope_scaling")
+        config = Config(
+            **fields, rope_scaling=Llama3Scaling(**scaling) if scaling else None
+        )
+        dtype = marker["dtype"]
+        check_dtype(dtype)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} is damaged ({type(error).__name__}: {error}); save the copy again."
+        ) from error
+    return config, dtype

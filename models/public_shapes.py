@@ -1,0 +1,62 @@
+"""Sizes of public networks by name, from their `config.json` on the Hugging Face Hub.
+
+With `decoder.random_parameters` they stand for the real checkpoint wherever only time
+and memory matter, and need no download.
+"""
+
+from jaxkv.models.decoder import Config, Llama3Scaling
+
+
+def _qwen3(hidden: int, feed_forward: int, layers: int, heads: int, *, tied: bool):
+    """Return a dense Qwen3; all sizes share eight key/value heads of 128."""
+    return Config(
+        vocab_size=151_936,
+        hidden_size=hidden,
+        intermediate_size=feed_forward,
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=8,
+        head_dim=128,
+        rope_theta=1_000_000.0,
+        max_positions=40_960,
+        qk_norm=True,
+        tied=tied,
+    )
+
+
+SHAPES = {
+    "qwen3-0.6b": _qwen3(1024, 3072, 28, 16, tied=True),
+    "qwen3-1.7b": _qwen3(2048, 6144, 28, 16, tied=True),
+    "qwen3-4b": _qwen3(2560, 9728, 36, 32, tied=True),
+    "qwen3-8b": _qwen3(4096, 12_288, 36, 32, tied=False),
+    "llama-3.1-8b": Config(
+        vocab_size=128_256,
+        hidden_size=4096,
+        intermediate_size=14_336,
+        num_layers=32,
+        num_heads=32,
+        num_kv_heads=8,
+        head_dim=128,
+        rms_norm_eps=1e-5,
+        rope_theta=500_000.0,
+        rope_scaling=Llama3Scaling(
+            factor=8.0,
+            low_freq_factor=1.0,
+            high_freq_factor=4.0,
+            original_max_positions=8192,
+        ),
+        max_positions=131_072,
+    ),
+    "mistral-7b-v0.3": Config(
+        vocab_size=32_768,
+        hidden_size=4096,
+        intermediate_size=14_336,
+        num_layers=32,
+        num_heads=32,
+        num_kv_heads=8,
+        head_dim=128,
+        rms_norm_eps=1e-5,
+        rope_theta=1_000_000.0,
+        max_positions=32_768,
+    ),
+}

@@ -1,0 +1,185 @@
+"""`jaxkv bench`: the arithmetic of the floor, and what the JSON holds."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jaxkv.models import public_shapes
+from jaxkv.models.decoder import Config, Decoder, parameter_shapes, random_parameters
+from typer.testing import CliRunner
+
+from jaxkv import bench, measure
+from jaxkv import state as kv
+from jaxkv.generation import Options
+from jaxkv.policies import StreamingLLM
+
+TINY = Config(
+    vocab_size=10,
+    hidden_size=4,
+    intermediate_size=6,
+    num_layers=2,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=2,
+    max_positions=64,
+)
+# One layer: norms 2 x 4, qkv 4 x (2 + 2) x 2, output 4 x 4, gate_up 4 x 12, down 6 x 4
+LAYER = 8 + 32 + 16 + 48 + 24
+FINAL_NORM, EMBEDDING = 4, 10 * 4
+PARAMETERS = {  # of the Hub's model cards
+    "qwen3-0.6b": 596_049_920,
+    "qwen3-1.7b": 1_720_574_976,
+    "qwen3-4b": 4_022_468_096,
+    "qwen3-8b": 8_190_735_360,
+    "llama-3.1-8b": 8_030_261_248,
+    "mistral-7b-v0.3": 7_248_023_552,
+}
+
+
+@pytest.fixture
+def tiny_shape(monkeypatch):
+    """Let a published name stand for a network that runs in no time."""
+    monkeypatch.setitem(bench.SHAPES, "qwen3-8b", TINY)
+
+
+def run(*arguments):
+    return CliRunner().invoke(bench.app, [str(argument) for argument in arguments])
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_weight_bytes_by_hand(tied):
+    config = dataclasses.replace(TINY, tied=tied)
+    params = random_parameters(config, jax.random.key(0), jnp.bfloat16)
+    # The head has as many entries as the embedding: either one of them is read.
+    assert measure.weight_bytes(params, config) == 2 * (
+        2 * LAYER + FINAL_NORM + EMBEDDING
+    )
+    total = sum(leaf.size for leaf in jax.tree.leaves(params))
+    assert total == 2 * LAYER + FINAL_NORM + EMBEDDING * (1 if tied else 2)
+
+
+def test_floor_by_hand():
+    assert measure.floor_ms(3_000, 1e6) == pytest.approx(3.0)
+
+
+@pytest.mark.parametrize("name", public_shapes.SHAPES)
+def test_shapes_have_the_published_number_of_parameters(name):
+    leaves = jax.tree.leaves(parameter_shapes(public_shapes.SHAPES[name]))
+    assert sum(leaf.size for leaf in leaves) == PARAMETERS[name]
+
+
+@pytest.mark.parametrize(
+    ("options", "slots"),
+    [
+        (Options(), 12),
+        (Options(budget=5), 5 + 4),
+        (Options(budget=6, decode=StreamingLLM()), 6),
+    ],
+)
+def test_decode_timing(options, slots):
+    params = random_parameters(TINY, jax.random.key(0), jnp.float32)
+    timing = measure.time_decode(
+        Decoder(TINY),
+        params,
+        batch=3,
+        context=12,
+        steps=4,
+        repeats=3,
+        options=options,
+        bandwidth=1e9,
+    )
+    assert timing.slots == slots
+    assert timing.kv_bytes == 2 * 2 * (3 * 1 * slots * 2) * 4  # layers, K and V
+    bookkeeping = 2 * 3 * (slots + 1) * 4  # positions and target
+    assert timing.state_bytes == timing.kv_bytes + bookkeeping
+    assert timing.floor_ms == pytest.approx(
+        (timing.weight_bytes + timing.kv_bytes) / 1e9 * 1e3
+    )
+    assert len(timing.calls_ms) == 3
+    assert timing.step_ms == sorted(timing.calls_ms)[1]
+    assert timing.ratio_to_floor == pytest.approx(timing.step_ms / timing.floor_ms)
+    assert timing.tokens_per_second == pytest.approx(3e3 / timing.step_ms)
+
+
+def test_every_slot_is_occupied_from_the_first_step_on():
+    cache = measure.full_cache(
+        TINY, batch=2, slots=6, dtype=jnp.float32, key=jax.random.key(0)
+    )
+    start = measure.rewind(cache, steps=4, context=6, evicts=False)
+    for state in start.cache:
+        assert (kv.occupancy(state) == 6).all()
+        assert (state.target == 2).all()  # four new tokens end at the last slot
+        assert jnp.isfinite(state.keys).all()
+    assert (start.position == 6).all()
+
+
+def test_copy_bandwidth_is_positive():
+    assert measure.copy_bandwidth(2**20, repeats=2) > 0
+
+
+def test_decode_json(tiny_shape, tmp_path):
+    out = tmp_path / "new" / "result.json"
+    result = run(
+        *("decode", "--shape", "qwen3-8b", "--batch", "1,2", "--context", 12),
+        *("--steps", 4, "--repeats", 2, "--copy-gib", 0.001, "--json", "--out", out),
+    )
+    assert result.exit_code == 0, result.output
+    content = json.loads(result.stdout)
+    assert content == json.loads(out.read_text())
+    assert list(out.parent.iterdir()) == [out]  # nothing half-written is left
+    assert content["model"] == "qwen3-8b"
+    assert content["dtype"] == "float32"
+    assert content["decode_implementation"] == "xla"
+    assert {"command", "date", "commit", "device", "versions"} <= content.keys()
+    assert content["versions"]["jax"] == jax.__version__
+    assert [row["batch"] for row in content["rows"]] == [1, 2]
+    fields = {field.name for field in dataclasses.fields(measure.DecodeTiming)}
+    assert all(row.keys() == fields for row in content["rows"])
+
+
+def test_decode_table(tiny_shape):
+    result = run(
+        *("decode", "--shape", "qwen3-8b", "--context", 12, "--steps", 4),
+        *("--repeats", 1, "--copy-gib", 0.001, "--dtype", "bfloat16"),
+        *("--decode", "streaming-llm", "--budget", 8),
+    )
+    assert result.exit_code == 0, result.output
+    assert "StreamingLLM" in result.stdout
+    assert "bfloat16" in result.stdout
+
+
+def test_compile_json(tiny_shape):
+    result = run(
+        *("compile", "--shape", "qwen3-8b", "--prompt", 60, "--new", 8, "--json")
+    )
+    assert result.exit_code == 0, result.output
+    content = json.loads(result.stdout)
+    assert (content["prompt"], content["max_out"]) == (64, 64)
+    assert content["seconds"].keys() == {"start", "advance"}
+    halves = content["seconds"].values()
+    assert content["total_seconds"] == pytest.approx(
+        sum(half["trace"] + half["compile"] for half in halves)
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--batch", "1,x"], "--batch takes numbers"),
+        (["--batch", "0"], "at least 1"),
+        (["--context", "8", "--steps", "8"], "must exceed"),
+        (["--copy-gib", "0"], "must be positive"),
+        (["--model", "needle"], "exclude each other"),
+        (["--decode", "streaming-llm"], "needs a budget"),
+        (["--decode-implementation", "triton"], "needs an NVIDIA GPU"),
+    ],
+)
+def test_bad_input_gets_one_line(tiny_shape, arguments, message):
+    quick = ("--shape", "qwen3-8b", "--context", 12, "--steps", 4, "--copy-gib", 0.001)
+    result = run("decode", *quick, *arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert result.stderr.strip().count("\n") == 0
+    assert result.stdout == ""

@@ -1,0 +1,126 @@
+"""Finding a checkpoint: a folder here, or a model of the Hub."""
+
+import re
+
+import huggingface_hub
+import pytest
+from huggingface_hub import errors as hub_errors
+
+from jaxkv.models.checkpoint import CheckpointError, resolve
+
+
+def raises(*words):
+    """Expect a CheckpointError whose message has all the words, in order."""
+    pattern = "(?s)" + ".*".join(re.escape(str(word)) for word in words)
+    return pytest.raises(CheckpointError, match=pattern)
+
+
+def hub(monkeypatch, answer):
+    """Replace the download; return the list of calls."""
+    calls = []
+
+    def download(name, **options):
+        calls.append((name, options))
+        if isinstance(answer, Exception):
+            raise answer
+        return str(answer)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    return calls
+
+
+def test_an_existing_folder_wins(tmp_path, monkeypatch):
+    calls = hub(monkeypatch, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "owner/name").mkdir(parents=True)
+    assert resolve("owner/name").samefile(tmp_path / "owner/name")
+    assert resolve(tmp_path) == tmp_path
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert resolve("~/owner") == tmp_path / "owner"
+    assert not calls
+
+
+def test_hub_id(tmp_path, monkeypatch):
+    calls = hub(monkeypatch, tmp_path)
+    assert resolve("owner/name", "v1") == tmp_path
+    ((name, options),) = calls
+    assert (name, options["revision"]) == ("owner/name", "v1")
+
+
+@pytest.mark.parametrize(
+    ("file", "wanted"),
+    [
+        ("config.json", True),
+        ("model.safetensors.index.json", True),
+        ("model-00001-of-00002.safetensors", True),
+        ("tokenizer.model", True),
+        ("merges.txt", True),
+        ("chat_template.jinja", True),
+        ("additional_chat_templates/tool_use.jinja", True),
+        ("pytorch_model.bin", False),
+        ("consolidated.safetensors", False),
+        ("original/consolidated.00.pth", False),
+        ("original/params.json", False),
+        ("onnx/config.json", False),
+        ("model.gguf", False),
+    ],
+)
+def test_what_is_downloaded(tmp_path, monkeypatch, file, wanted):
+    calls = hub(monkeypatch, tmp_path)
+    resolve("owner/name")
+    options = calls[0][1]
+    del options["revision"]
+    assert list(huggingface_hub.utils.filter_repo_objects([file], **options)) == (
+        [file] if wanted else []
+    )
+
+
+def http_error(kind):
+    """Make an error of the Hub client without a request."""
+    error = kind.__new__(kind)
+    Exception.__init__(error, "says the server")
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (http_error(hub_errors.GatedRepoError), ["gated", "hf auth login"]),
+        (http_error(hub_errors.RepositoryNotFoundError), ["no such model"]),
+        (http_error(hub_errors.RevisionNotFoundError), ["no revision='v1'"]),
+        (hub_errors.LocalEntryNotFoundError("x"), ["not in the Hub cache"]),
+        (hub_errors.OfflineModeIsEnabled("x"), ["cannot be reached"]),
+        (http_error(hub_errors.HfHubHTTPError), ["HfHubHTTPError: says the server"]),
+        (RuntimeError("x"), ["the Hub failed: RuntimeError: x"]),
+    ],
+)
+def test_hub_errors(monkeypatch, error, words):
+    hub(monkeypatch, error)
+    with raises("'owner/name' is not a folder here", *words):
+        resolve("owner/name", "v1")
+
+
+def test_hub_offline_and_not_cached(tmp_path, monkeypatch):
+    """The real client, which conftest takes offline."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with raises("'owner/name'", "not in the Hub cache"):
+        resolve("owner/name")
+
+
+@pytest.mark.parametrize("name", ["./absent", "/absent/x", "a/b/c", "", "a b/c"])
+def test_neither_folder_nor_hub_id(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    if name == "":  # the path of nothing is the working folder, which exists
+        assert resolve(name).samefile(tmp_path)
+        return
+    with raises(repr(name), "neither an existing folder nor a Hub id"):
+        resolve(name)
+
+
+def test_resolve_refuses_files_and_revisions_of_folders(tmp_path):
+    (tmp_path / "config.json").touch()
+    with raises("config.json is a file"):
+        resolve(tmp_path / "config.json")
+    with raises("revision='v1'", "is a folder"):
+        resolve(tmp_path, "v1")

@@ -1,0 +1,300 @@
+"""Reading `config.json` and the ids that end a text."""
+
+import dataclasses
+import json
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxkv.models.checkpoint import CheckpointError
+from jaxkv.models.decoder import Config, Llama3Scaling
+from jaxkv.models.hf_config import read_config, stop_ids
+
+LLAMA = dict(
+    architectures=["LlamaForCausalLM"],
+    model_type="llama",
+    vocab_size=20,
+    hidden_size=8,
+    intermediate_size=12,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+)
+SCALING = dict(
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=32,
+)
+
+
+def write_config(folder, **changes):
+    """Write `config.json`; a key changed to `...` is left out."""
+    raw = {k: v for k, v in (LLAMA | changes).items() if v is not ...}
+    (folder / "config.json").write_text(json.dumps(raw))
+    return folder
+
+
+def raises(*words):
+    """Expect a CheckpointError whose message has all the words, in order."""
+    pattern = "(?s)" + ".*".join(re.escape(str(word)) for word in words)
+    return pytest.raises(CheckpointError, match=pattern)
+
+
+def test_config_of_llama(tmp_path):
+    assert read_config(write_config(tmp_path)) == Config(
+        vocab_size=20,
+        hidden_size=8,
+        intermediate_size=12,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=2,
+        max_positions=64,
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (dict(num_key_value_heads=...), dict(num_kv_heads=4)),
+        (dict(num_key_value_heads=None), dict(num_kv_heads=4)),
+        (dict(head_dim=6), dict(head_dim=6)),
+        (dict(head_dim=None), dict(head_dim=2)),
+        (dict(attention_bias=True), dict(qkv_bias=True, output_bias=True)),
+        (dict(tie_word_embeddings=True), dict(tied=True)),
+        (dict(rms_norm_eps=1e-5), dict(rms_norm_eps=1e-5)),
+        (dict(max_position_embeddings=...), dict(max_positions=2048)),
+        (dict(rope_theta=5e5), dict(rope_theta=5e5)),
+        (dict(rope_theta=500000, rope_scaling=None), dict(rope_theta=5e5)),
+        (
+            dict(rope_parameters=dict(rope_theta=7, rope_type="default")),
+            dict(rope_theta=7),
+        ),
+        # transformers prefers the theta inside of the object
+        (dict(rope_theta=5, rope_parameters=dict(rope_theta=7)), dict(rope_theta=7)),
+        (dict(model_type=...), {}),
+        (dict(architectures=...), {}),
+        (dict(quantization_config=None, mlp_bias=False, hidden_act="silu"), {}),
+        (dict(partial_rotary_factor=1.0, rope_scaling={"type": "default"}), {}),
+        # Llama ignores these in transformers, too
+        (dict(sliding_window=16), {}),
+    ],
+)
+def test_config_keys(tmp_path, changes, expected):
+    plain = read_config(write_config(tmp_path))
+    found = read_config(write_config(tmp_path, **changes))
+    assert found == dataclasses.replace(plain, **expected)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "switches"),
+    [
+        ("mistral", dict()),
+        ("qwen2", dict(qkv_bias=True)),
+        ("qwen3", dict(qk_norm=True, head_dim=128)),
+    ],
+)
+def test_config_of_other_families(tmp_path, model_type, switches):
+    plain = read_config(write_config(tmp_path))
+    found = read_config(
+        write_config(
+            tmp_path,
+            model_type=model_type,
+            architectures=[f"{model_type.capitalize()}ForCausalLM"],
+            sliding_window=None if model_type == "mistral" else 16,
+            use_sliding_window=False,
+            layer_types=["full_attention"] * 2,
+        )
+    )
+    assert found == dataclasses.replace(plain, **switches)
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        dict(rope_theta=5e5, rope_scaling={"rope_type": "llama3", **SCALING}),
+        dict(rope_theta=5e5, rope_scaling={"type": "llama3", **SCALING}),
+        dict(rope_parameters={"rope_type": "llama3", "rope_theta": 5e5, **SCALING}),
+    ],
+)
+def test_llama3_scaling_in_every_spelling(tmp_path, spelling):
+    config = read_config(write_config(tmp_path, **spelling))
+    assert config.rope_theta == 5e5
+    assert config.rope_scaling == Llama3Scaling(
+        factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=32
+    )
+
+
+def test_llama3_scaling_finds_the_original_context(tmp_path):
+    scaling = {"rope_type": "llama3", **SCALING}
+    outer = dict(rope_scaling=scaling, original_max_position_embeddings=48)
+    config = read_config(write_config(tmp_path, **outer))
+    assert config.rope_scaling.original_max_positions == 48
+    del scaling["original_max_position_embeddings"]
+    config = read_config(write_config(tmp_path, rope_scaling=scaling))
+    assert config.rope_scaling.original_max_positions == 64
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (dict(model_type="gemma3"), ["model_type='gemma3'", "'llama'", "'qwen3'"]),
+        (dict(model_type=3), ["model_type=3"]),
+        (
+            dict(model_type=..., architectures=["OlmoForCausalLM"]),
+            ["architectures=['OlmoForCausalLM']", "Qwen2ForCausalLM"],
+        ),
+        (dict(model_type=..., architectures=...), ["architectures=None"]),
+        (dict(architectures="Llama"), ["architectures='Llama'"]),
+        (
+            dict(architectures=["LlamaForSequenceClassification"]),
+            ["architectures=", "LlamaForCausalLM"],
+        ),
+        (dict(hidden_act="gelu"), ["hidden_act='gelu'", "'silu'"]),
+        (dict(mlp_bias=True), ["mlp_bias=True", "False"]),
+        (dict(quantization_config={"bits": 4}), ["quantization_config={'bits': 4}"]),
+        (dict(partial_rotary_factor=0.5), ["partial_rotary_factor=0.5"]),
+        (
+            dict(rope_parameters={"partial_rotary_factor": 0.5}),
+            ["partial_rotary_factor=0.5"],
+        ),
+        (dict(num_local_experts=8), ["num_local_experts=8"]),
+        (dict(num_experts=8), ["num_experts=8"]),
+        (dict(is_encoder_decoder=True), ["is_encoder_decoder=True"]),
+        (dict(use_sliding_window=True), ["use_sliding_window=True", "False"]),
+        (dict(layer_types=1), ["layer_types=1", "full_attention"]),
+        (
+            dict(layer_types=["sliding_attention", "full_attention"]),
+            ["layer_types=['sliding_attention'", "full_attention"],
+        ),
+        (
+            dict(
+                model_type="mistral",
+                architectures=["MistralForCausalLM"],
+                sliding_window=16,
+            ),
+            ["sliding_window=16", "max_position_embeddings=64"],
+        ),
+        (
+            dict(
+                model_type="mistral",
+                architectures=...,
+                max_position_embeddings=...,
+            ),
+            ["sliding_window=4096", "131072"],
+        ),
+        (
+            dict(rope_scaling={"type": "linear", "factor": 2.0}),
+            ["rope_scaling.rope_type='linear'", "'default', 'llama3'"],
+        ),
+        (
+            dict(rope_parameters={"rope_type": "yarn", "factor": 2.0}),
+            ["rope_parameters.rope_type='yarn'"],
+        ),
+        (
+            dict(rope_parameters={"full_attention": {"rope_type": "default"}}),
+            ["rope_parameters=", "one flat object"],
+        ),
+        (dict(rope_scaling="llama3"), ["rope_scaling='llama3'"]),
+        (
+            dict(rope_scaling={"type": "llama3", **SCALING, "factor": 0}),
+            ["factor must be a positive number, found 0"],
+        ),
+        (
+            dict(rope_scaling={"type": "llama3", **SCALING, "high_freq_factor": 1.0}),
+            ["high_freq_factor=1.0 must be greater than low_freq_factor=1.0"],
+        ),
+        (dict(vocab_size=...), ["vocab_size must be a positive integer, found None"]),
+        (dict(hidden_size="8"), ["hidden_size must be", "'8'"]),
+        (dict(num_hidden_layers=0), ["num_hidden_layers must be", "0"]),
+        (dict(intermediate_size=True), ["intermediate_size must be", "True"]),
+        (dict(num_attention_heads=3.0), ["num_attention_heads must be", "3.0"]),
+        (dict(num_key_value_heads=3), ["num_attention_heads=4", "=3"]),
+        (dict(head_dim=3), ["head_dim=3 must be even"]),
+        (dict(rms_norm_eps=float("nan")), ["rms_norm_eps must be", "nan"]),
+        (dict(rope_theta=float("inf")), ["rope_theta must be", "inf"]),
+        (dict(tie_word_embeddings="yes"), ["tie_word_embeddings must be", "'yes'"]),
+    ],
+)
+def test_config_refuses(tmp_path, changes, words):
+    with raises("config.json: ", *words):
+        read_config(write_config(tmp_path, **changes))
+
+
+OPTIONAL = (
+    "head_dim",
+    "rope_parameters",
+    "rope_scaling",
+    "rope_theta",
+    "rms_norm_eps",
+    "layer_types",
+    "attention_bias",
+    "quantization_config",
+    "partial_rotary_factor",
+)
+
+
+@given(
+    key=st.sampled_from([*LLAMA, *OPTIONAL]),
+    value=st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+        lambda inner: (
+            st.lists(inner, max_size=2) | st.dictionaries(st.text(), inner, max_size=2)
+        ),
+        max_leaves=4,
+    ),
+)
+def test_any_value_gives_a_config_or_a_checkpoint_error(tmp_path_factory, key, value):
+    folder = write_config(tmp_path_factory.getbasetemp(), **{key: value})
+    try:
+        config = read_config(folder)
+    except CheckpointError as error:
+        assert "config.json" in str(error)
+    else:
+        assert isinstance(config, Config)
+
+
+@pytest.mark.parametrize(
+    ("content", "word"),
+    [(b"{", "not valid JSON"), (b"\xff\xfe", "not valid JSON"), (b"[]", "list")],
+)
+def test_damaged_json(tmp_path, content, word):
+    (tmp_path / "config.json").write_bytes(content)
+    with raises("config.json", word):
+        read_config(tmp_path)
+
+
+def test_missing_config(tmp_path):
+    with raises("config.json cannot be read"):
+        read_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("generation", "config", "expected"),
+    [
+        ({"eos_token_id": [5, 9, 5]}, {"eos_token_id": 2}, (5, 9)),
+        ({"eos_token_id": 5}, {"eos_token_id": 2}, (5,)),
+        ({"eos_token_id": 0}, {"eos_token_id": 2}, (0,)),
+        ({"eos_token_id": None}, {"eos_token_id": 2}, (2,)),
+        ({}, {"eos_token_id": [2, 3]}, (2, 3)),
+        (None, {"eos_token_id": 2}, (2,)),
+        (None, {}, ()),
+        (None, None, ()),
+    ],
+)
+def test_stop_ids(tmp_path, generation, config, expected):
+    for name, content in [("generation_config", generation), ("config", config)]:
+        if content is not None:
+            (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    assert stop_ids(tmp_path) == expected
+
+
+@pytest.mark.parametrize("value", ["</s>", [2, "3"], -1, True, 2.0])
+def test_stop_ids_refuses(tmp_path, value):
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": value}))
+    with raises("eos_token_id must be", repr(value)):
+        stop_ids(tmp_path)

@@ -1,0 +1,205 @@
+"""Network and reader against transformers and torch, on tiny random checkpoints.
+
+Each case is written by `save_pretrained`, and both sides load that very folder.
+"""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxkv.models.decoder import Decoder, parameter_shapes
+from jaxkv.models.hf_config import read_config, stop_ids
+from jaxkv.models.hf_weights import read_weights
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+LENGTH = 80  # longer than the first training stage of the llama3 scaling below
+NEW_TOKENS = 64
+SIZES = dict(
+    vocab_size=160,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=512,
+    rms_norm_eps=1e-5,
+    bos_token_id=1,
+    eos_token_id=2,
+)
+LLAMA3 = dict(
+    rope_type="llama3",
+    rope_theta=500.0,  # so that 8 frequencies fall on both sides and in between
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=64,
+)
+CASES = {
+    "llama-gqa": ("Llama", {}),
+    "llama-mha-tied": ("Llama", dict(num_key_value_heads=4, tie_word_embeddings=True)),
+    "llama-mqa-bias": ("Llama", dict(num_key_value_heads=1, attention_bias=True)),
+    "llama-rope-head_dim": ("Llama", dict(rope_parameters=LLAMA3, head_dim=24)),
+    "mistral": ("Mistral", dict(sliding_window=None)),
+    "mistral-head_dim": ("Mistral", dict(sliding_window=512, head_dim=32)),
+    "qwen2": ("Qwen2", dict(rope_parameters=dict(rope_type="default", rope_theta=1e6))),
+    "qwen2-mha-tied": ("Qwen2", dict(num_key_value_heads=4, tie_word_embeddings=True)),
+    "qwen3": ("Qwen3", dict(head_dim=32)),
+    "qwen3-mqa-tied-bias": (
+        "Qwen3",
+        dict(
+            num_key_value_heads=1,
+            head_dim=16,
+            tie_word_embeddings=True,
+            attention_bias=True,
+        ),
+    ),
+    "qwen3-rope": ("Qwen3", dict(head_dim=16, rope_parameters=LLAMA3)),
+}
+
+
+def make(folder, case, dtype="float32", **save_options):
+    """Write a checkpoint whose every weight matters: no zero bias, no norm of ones."""
+    family, options = CASES[case]
+    config = getattr(transformers, f"{family}Config")(**SIZES | options)
+    model = getattr(transformers, f"{family}ForCausalLM")(config)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.normal_(0.0, 0.2)
+            if "norm" in name:
+                weight.add_(1.0)
+    model.to(getattr(torch, dtype)).save_pretrained(folder, **save_options)
+    return folder
+
+
+def load_torch(folder):
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+
+
+def attend(q, k, v, state):
+    """Plain causal attention over the whole sequence; no cache."""
+    return jax.nn.dot_product_attention(q, k, v, is_causal=True), state
+
+
+def forward(config, params, tokens):
+    """Return float32 logits `[B, T, V]`."""
+    decoder = Decoder(config)
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    cache = (None,) * config.num_layers
+    variables = {"params": params}
+    hidden, _ = decoder.apply(variables, tokens, positions, cache, attend)
+    return decoder.apply(variables, hidden, method=Decoder.unembed)
+
+
+def random_tokens(shape):
+    return np.random.default_rng(0).integers(3, SIZES["vocab_size"], shape)
+
+
+def shapes_of(tree):
+    return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
+
+
+def assert_same_logits(folder):
+    tokens = random_tokens((2, LENGTH))
+    with torch.no_grad():
+        expected = load_torch(folder)(torch.from_numpy(tokens)).logits.numpy()
+    config = read_config(folder)
+    params = read_weights(folder, config, dtype="float32")
+    assert shapes_of(params) == shapes_of(parameter_shapes(config))
+    found = jax.jit(forward, static_argnums=0)(config, params, tokens)
+    assert found.dtype == jnp.float32
+    assert np.std(expected) > 1  # else a small difference would prove nothing
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits(tmp_path, case):
+    assert_same_logits(make(tmp_path, case))
+
+
+@pytest.mark.parametrize("case", ["llama-rope-head_dim", "qwen2"])
+@pytest.mark.parametrize("type_key", ["type", "rope_type"])
+def test_logits_of_transformers_4_spelling(tmp_path, case, type_key):
+    """The hub's older checkpoints have `rope_theta` and `rope_scaling`."""
+    path = make(tmp_path, case) / "config.json"
+    raw = json.loads(path.read_text())
+    rope = raw.pop("rope_parameters")
+    raw["rope_theta"] = rope.pop("rope_theta")
+    kind = rope.pop("rope_type")
+    raw["rope_scaling"] = None if kind == "default" else {type_key: kind, **rope}
+    raw["torch_dtype"] = raw.pop("dtype")
+    path.write_text(json.dumps(raw))
+    assert_same_logits(tmp_path)
+
+
+def test_logits_of_shards(tmp_path):
+    make(tmp_path, "qwen3", max_shard_size="60KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
+    assert_same_logits(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_weights_are_bit_equal(tmp_path, dtype):
+    make(tmp_path, "llama-gqa", dtype)
+    params = read_weights(tmp_path, read_config(tmp_path), dtype=None)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
+    for found, expected in [
+        (params["embedding"], model.model.embed_tokens.weight),
+        (params["head"].T, model.lm_head.weight),
+        (params["layer_1"]["down"].T, model.model.layers[1].mlp.down_proj.weight),
+    ]:
+        assert found.dtype == dtype
+        np.testing.assert_array_equal(
+            np.asarray(found).view(np.int16),
+            expected.detach().view(torch.int16).numpy(),
+        )
+
+
+@pytest.mark.parametrize("ids", [7, [5, 9, 11]])
+def test_stop_ids(tmp_path, ids):
+    config = transformers.LlamaConfig(**SIZES | dict(eos_token_id=ids))
+    model = transformers.LlamaForCausalLM(config)
+    model.save_pretrained(tmp_path)
+    wanted = load_torch(tmp_path).generation_config.eos_token_id
+    assert stop_ids(tmp_path) == tuple(wanted if isinstance(ids, list) else [wanted])
+
+
+@pytest.mark.parametrize(
+    "case", ["llama-rope-head_dim", "mistral", "qwen2-mha-tied", "qwen3"]
+)
+def test_greedy_tokens(tmp_path, case):
+    make(tmp_path, case)
+    prompt = random_tokens((2, 12))
+    model = load_torch(tmp_path)
+    with torch.no_grad():
+        expected = model.generate(
+            torch.from_numpy(prompt),
+            attention_mask=torch.ones_like(torch.from_numpy(prompt)),
+            do_sample=False,
+            max_new_tokens=NEW_TOKENS,
+            eos_token_id=None,
+            pad_token_id=0,
+        ).numpy()
+    config = read_config(tmp_path)
+    params = read_weights(tmp_path, config, dtype="float32")
+    found = np.asarray(jax.jit(greedy, static_argnums=0)(config, params, prompt))
+    assert len(np.unique(found[:, 12:])) > 8  # not stuck on a few tokens
+    np.testing.assert_array_equal(found, expected)
+
+
+def greedy(config, params, prompt):
+    """Append greedy tokens, recomputing the whole padded sequence at each step."""
+    start = prompt.shape[1]
+    padded = jnp.pad(prompt, ((0, 0), (0, NEW_TOKENS)))
+
+    def step(i, tokens):
+        logits = forward(config, params, tokens)[:, i - 1]
+        return tokens.at[:, i].set(jnp.argmax(logits, axis=-1).astype(tokens.dtype))
+
+    return jax.lax.fori_loop(start, start + NEW_TOKENS, step, padded)

@@ -1,0 +1,82 @@
+"""The public names of `jaxkv`, and what `import jaxkv` costs."""
+
+import dataclasses
+import importlib.metadata
+import inspect
+import json
+import subprocess
+import sys
+
+import pytest
+
+import jaxkv
+from jaxkv._version import __version__
+
+HEAVY = ("jax_triton", "matplotlib", "optax", "torch", "transformers", "typer", "tyro")
+
+PUBLIC = [name for name in jaxkv.__all__ if not name.startswith("_")]
+
+
+def documented(obj, name: str) -> bool:
+    """Whether a docstring was written; the ones that Python generates do not count."""
+    doc = (vars(obj) if inspect.isclass(obj) else {}).get("__doc__", obj.__doc__)
+    generated = inspect.isclass(obj) and (
+        dataclasses.is_dataclass(obj) or issubclass(obj, tuple)
+    )
+    return bool(doc) and not (generated and doc.startswith(f"{name}("))
+
+
+def test_names_are_sorted_and_unique():
+    assert list(jaxkv.__all__) == sorted(set(jaxkv.__all__))
+
+
+@pytest.mark.parametrize("name", jaxkv.__all__)
+def test_name_resolves(name):
+    assert getattr(jaxkv, name) is not None
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_functions_and_classes_are_documented(name):
+    obj = getattr(jaxkv, name)
+    if inspect.isclass(obj) or inspect.isroutine(obj):
+        assert documented(obj, obj.__name__), f"jaxkv.{name} has no docstring"
+    if inspect.isclass(obj):
+        for attribute, value in vars(obj).items():
+            method = inspect.isroutine(value) or isinstance(value, property)
+            if method and not attribute.startswith("_"):
+                assert value.__doc__, f"jaxkv.{name}.{attribute} has no docstring"
+
+
+def test_version_matches_metadata():
+    assert __version__ == importlib.metadata.version("jaxkv")
+
+
+@pytest.fixture(scope="module")
+def fresh_import(tmp_path_factory):
+    """What a new interpreter, outside of the repository, holds after `import jaxkv`."""
+    program = """
+import json, sys
+import jaxkv
+from jax._src import xla_bridge
+started = xla_bridge.backends_are_initialized()
+print(json.dumps({"modules": sorted(sys.modules), "devices_started": started}))
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=tmp_path_factory.mktemp("elsewhere"),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout)
+
+
+@pytest.mark.parametrize("package", HEAVY)
+def test_import_is_light(fresh_import, package):
+    assert package not in fresh_import["modules"]
+
+
+def test_import_starts_no_device(fresh_import):
+    """`jax.distributed.initialize` must come before the first device is asked for."""
+    assert not fresh_import["devices_started"]
