@@ -17,13 +17,13 @@ import numpy as np
 import torch
 import transformers
 import typer
-from jaxkv.models import hf_export
-from jaxkv.models.decoder import random_parameters
 from rich.console import Console
 from rich.table import Table
 
 from jaxkv import language_model
 from jaxkv.inference import generate
+from jaxkv.models import hf_export
+from jaxkv.models.decoder import random_parameters
 from jaxkv.needle_train import CONFIG
 from jaxkv.provenance import provenance, write_json
 
@@ -106,7 +106,7 @@ def compare(
         # Other work on the machine hurts torch more, so the best calls count as well.
         "ratio_of_best_calls": fastest["jaxkv"]
         / max(fastest[attention] for attention in ATTENTIONS),
-        # Unlikely to be 1 with random weights: near-ties, and then another sequence.
+        # Rounding may split a near-tie, and then the rest of that row differs.
         "same_tokens": {
             name: float((tokens["jaxkv"] == tokens[name]).mean()) for name in ATTENTIONS
         },

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import typer
+
 from jaxkv.kernels.decode import decode_attention
 from jaxkv.kernels.decode_triton import Tiles, choose_tiles, decode_attention_triton
 

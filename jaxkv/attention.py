@@ -12,9 +12,7 @@ from jaxkv.kernels import decode, prefill
 from jaxkv.policies import DecodePolicy, PrefillPolicy, Prompt
 from jaxkv.state import KVState
 
-Attend = Callable[
-    [jax.Array, jax.Array, jax.Array, KVState], tuple[jax.Array, KVState]
-]
+Attend = Callable[[jax.Array, jax.Array, jax.Array, KVState], tuple[jax.Array, KVState]]
 
 
 def attend_prompt(

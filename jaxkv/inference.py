@@ -255,9 +255,7 @@ def row_keys(seed: int | Sequence[int], rows: int) -> jax.Array:
         raise ValueError(
             f"generate: got {len(seed)} seeds for {rows} prompts; pass one, or one each."
         )
-    return jnp.stack(
-        [jax.random.fold_in(jax.random.key(int(s)), 0) for s in seed]
-    )
+    return jnp.stack([jax.random.fold_in(jax.random.key(int(s)), 0) for s in seed])
 
 
 def _budget(
@@ -284,7 +282,9 @@ def _check(
     block: int,
 ) -> None:
     if max_new_tokens < 1:
-        raise ValueError(f"generate: max_new_tokens must be >= 1, got {max_new_tokens}.")
+        raise ValueError(
+            f"generate: max_new_tokens must be >= 1, got {max_new_tokens}."
+        )
     if block < 1:
         raise ValueError(f"generate: block must be >= 1, got {block}.")
     options.check()

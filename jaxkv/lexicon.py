@@ -162,6 +162,16 @@ def names(
     return _distinct(draw, count)
 
 
+def strange(rng: np.random.Generator, count: int) -> list[str]:
+    """Draws words of three to nine random small letters, for training to copy."""
+    letters = rng.integers(0, 26, size=(count, 9)).tolist()
+    sizes = rng.integers(3, 10, size=count).tolist()
+    return [
+        "".join(chr(ord("a") + i) for i in row[:size])
+        for row, size in zip(letters, sizes, strict=True)
+    ]
+
+
 def word_keys(
     rng: np.random.Generator, count: int, split: Split, *, invented: bool = False
 ) -> list[str]:
@@ -177,6 +187,8 @@ def word_keys(
     first, second = _POOLS[split]
     if invented or 5 * count > 3 * len(first) * len(second):
         second = tuple(names(rng, count, split))
+    if invented and rng.random() < 0.5:
+        first = of_split(strange(rng, 2 * count + 16), split)
 
     def draw(n: int) -> Iterable[str]:
         left = rng.integers(0, len(first), size=n).tolist()

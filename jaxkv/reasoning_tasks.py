@@ -6,6 +6,7 @@ partly in the prompt (the amount, the next state) and partly in the line before 
 """
 
 import dataclasses
+import itertools
 
 import numpy as np
 
@@ -29,8 +30,8 @@ MACHINE_HEADS = (
 )
 MACHINE_QUESTION = (
     "\n\nStart in state {state} with total {start:02d} and make {steps} steps. Write "
-    "one numbered line a step: state, number added, total modulo 100, even or odd, "
-    "next state. End with the total.\nSteps:"
+    "one line a step: steps left, state, number added, total modulo 100, even or "
+    "odd, next state. End with the total.\nSteps:"
 )
 
 
@@ -186,13 +187,18 @@ def machine(
         if not room.enough:
             break
         done = f"{names[state]} +{adds[state]} {total:02d}"
-        lines.append(f"\n{step}. {done} {parity} {names[after]}")
+        lines.append(f"{done} {parity} {names[after]}")
         state, last = after, total
     if not lines:
         raise too_short(
             "machine", min(length or 1 << 30, answer_tokens or 1 << 30), 256
         )
-    answer = "".join(lines) + f"\ntotal {last:02d}\n"
+    # Numbered downwards, so that the last line is known by its number.
+    numbered = (
+        f"\n{n}. {line}"
+        for n, line in zip(itertools.count(len(lines), -1), lines, strict=False)
+    )
+    answer = "".join(numbered) + f"\ntotal {last:02d}\n"
     question = MACHINE_QUESTION.format(
         state=names[first], start=start, steps=len(lines)
     )

@@ -203,7 +203,7 @@ def _niah(
       needles_only: Fill the haystack with distractors instead of noise.
     """
     # Pseudo-words among the training keys teach copying, not a vocabulary.
-    invented = split == "train" and rng.random() < 0.3
+    invented = split == "train" and rng.random() < 0.5
 
     def needle(name: str, content: str) -> str:
         return f"One of the special magic {value}s for {name} is: {content}."
@@ -344,7 +344,7 @@ def vt(
     count_tokens: CountTokens,
     split: Split,
     questions: int = 1,
-    hops: int = 4,
+    hops: int | None = None,
     distractors: int | None = None,
 ) -> Sample:
     """Variable tracking: name all variables that hold a value, in chain order.
@@ -355,9 +355,12 @@ def vt(
       count_tokens: Number of tokens of a text.
       split: Split of the variable names.
       questions: Number of chains asked for, one question each.
-      hops: Assignments from variable to variable in a chain.
+      hops: Assignments from variable to variable in a chain; by default 4, as in
+        RULER, and 1 to 4 in training, where one hop is learnt before four.
       distractors: Chains nobody asks for; by default 1 to 4.
     """
+    if hops is None:
+        hops = 4 if split == "eval" else int(rng.integers(1, 5))
     drawn = int(rng.integers(1, 5))
     chains = questions + (drawn if distractors is None else distractors)
     size = hops + 1

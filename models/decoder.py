@@ -157,9 +157,7 @@ class Layer(nn.Module):
         if c.qkv_bias:
             qkv += self.param("qkv_bias", zeros, (c.qkv_size,))
         qkv = qkv.reshape(batch, length, -1, c.head_dim)
-        q, k, v = jnp.split(
-            qkv, [c.num_heads, c.num_heads + c.num_kv_heads], axis=2
-        )
+        q, k, v = jnp.split(qkv, [c.num_heads, c.num_heads + c.num_kv_heads], axis=2)
         if c.qk_norm:
             q = rms_norm(q, self.param("q_norm", ones, (c.head_dim,)), c.rms_norm_eps)
             k = rms_norm(k, self.param("k_norm", ones, (c.head_dim,)), c.rms_norm_eps)

@@ -52,7 +52,11 @@ def write_qwen3(
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
     dtype = str(params["embedding"].dtype)
-    ids = {"bos_token_id": bos_id, "eos_token_id": list(stop_ids), "pad_token_id": pad_id}
+    ids = {
+        "bos_token_id": bos_id,
+        "eos_token_id": list(stop_ids),
+        "pad_token_id": pad_id,
+    }
     _write_json(beside / "config.json", _qwen3_config(config, dtype) | ids)
     _write_json(beside / "generation_config.json", ids | {"do_sample": False})
     _write_shards(dict(_tensors(params, config)), beside, shard_bytes)

@@ -6,13 +6,13 @@ import json
 import jax
 import jax.numpy as jnp
 import pytest
-from jaxkv.models import public_shapes
-from jaxkv.models.decoder import Config, Decoder, parameter_shapes, random_parameters
 from typer.testing import CliRunner
 
 from jaxkv import bench, measure
 from jaxkv import state as kv
 from jaxkv.generation import Options
+from jaxkv.models import public_shapes
+from jaxkv.models.decoder import Config, Decoder, parameter_shapes, random_parameters
 from jaxkv.policies import StreamingLLM
 
 TINY = Config(

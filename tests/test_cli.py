@@ -13,12 +13,12 @@ import types
 import jax
 import pytest
 import typer
-from jaxkv.models.decoder import Config, random_parameters
-from jaxkv.models.hf_export import write_qwen3
 
 import jaxkv
 from jaxkv import cli, generate_command, needle_train
 from jaxkv.language_model import needle_folder
+from jaxkv.models.decoder import Config, random_parameters
+from jaxkv.models.hf_export import write_qwen3
 from jaxkv.terminal import TextStream
 
 CONFIG = Config(
@@ -560,7 +560,8 @@ def test_processes(tiny, tmp_path):
     settings = {
         "stdin": subprocess.DEVNULL,
         "stderr": subprocess.PIPE,
-        "env": os.environ | {"XDG_CACHE_HOME": str(tmp_path)},
+        # Buffered, as for users; unbuffered, nothing would be left for the end.
+        "env": os.environ | {"XDG_CACHE_HOME": str(tmp_path), "PYTHONUNBUFFERED": ""},
         "text": True,
     }
     cold = subprocess.run(command, stdout=subprocess.PIPE, check=True, **settings)

@@ -12,6 +12,7 @@ import sys
 
 import numpy as np
 import pytest
+
 from jaxkv.kernels.decode_triton import (
     Tiles,
     attend_constants,
@@ -141,9 +142,10 @@ def compile_usage(kernel, dtype, writes_out, constants, tiles, capability):
     import tempfile
 
     import triton
-    from jaxkv.kernels import decode_triton_body
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+
+    from jaxkv.kernels import decode_triton_body
 
     kernel = getattr(decode_triton_body, kernel)
     short = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}[dtype]
@@ -222,6 +224,7 @@ def check_interpreted(case, seed, swap=False) -> list[str]:
     `swap` passes values for keys and the other way round, which must be noticed.
     """
     import torch
+
     from jaxkv.kernels import decode_triton_body as body
 
     heads, kv_heads, slots, head_dim, dtype, (splits, block) = case
