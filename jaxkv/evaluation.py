@@ -169,7 +169,7 @@ def judge(sample: tasks.Sample, prediction: str) -> tuple[bool, float]:
 
 
 def summarize(predictions: Sequence[Prediction]) -> list[dict[str, Any]]:
-    """Return one row per cell: accuracy with its 95 % interval (Wilson), and lengths."""
+    """Return a row per cell: accuracy with its 95 % Wilson interval, and lengths."""
     groups: dict[Cell, list[Prediction]] = {}
     for prediction in predictions:
         groups.setdefault(prediction.cell, []).append(prediction)

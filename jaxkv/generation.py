@@ -328,7 +328,7 @@ def generate_tokens(
 ) -> Output:
     """Generate from token ids, in one traceable function: `start`, then `advance`.
 
-    Arguments are theirs; `max_new_tokens` is an int32 scalar, traced, at most `max_out`.
+    Arguments are theirs; `max_new_tokens` is a traced int32 scalar, at most `max_out`.
     """
     generation = start(
         network,

@@ -35,7 +35,7 @@ class Stats:
       prompt_tokens: of each row.
       cache_bytes: of the whole cache, bookkeeping included.
       slots: of each layer's state.
-      compile_seconds: spent in XLA; 0 once the shapes are known.
+      compile_seconds: spent tracing and compiling; 0 once the shapes are known.
       prefill_seconds: until the first token, compilation not counted.
       decode_seconds: for all other tokens, compilation not counted.
       tokens_per_second: of decoding, over all rows; 0 if there was nothing to decode.
@@ -205,7 +205,7 @@ def generate(
             compile_seconds=sum(compiled),
             prefill_seconds=max(first - begin - compile_prefill, 0.0),
             decode_seconds=decode_seconds,
-            tokens_per_second=decoded / decode_seconds if decoded else 0.0,
+            tokens_per_second=decoded / decode_seconds if decode_seconds else 0.0,
             prefill_implementation=prefill_implementation
             or prefill_kernels.choose(
                 backend, lm.dtype, length=padded, head_dim=lm.config.head_dim
@@ -253,7 +253,7 @@ def row_keys(seed: int | Sequence[int], rows: int) -> jax.Array:
         )
     if len(seed) != rows:
         raise ValueError(
-            f"generate: got {len(seed)} seeds for {rows} prompts; pass one, or one each."
+            f"generate: got {len(seed)} seeds for {rows} prompts; pass one or {rows}."
         )
     return jnp.stack([jax.random.fold_in(jax.random.key(int(s)), 0) for s in seed])
 
@@ -308,13 +308,20 @@ def _check(
             )
 
 
+_COMPILING = (
+    "/jax/core/compile/jaxpr_trace_duration",
+    "/jax/core/compile/jaxpr_to_mlir_module_duration",
+    "/jax/core/compile/backend_compile_duration",
+)
+
+
 @contextlib.contextmanager
 def _compile_seconds() -> Iterator[list[float]]:
-    """Collect the durations of XLA compilations while the context is open."""
+    """Collect the durations of tracing, lowering and compiling in the context."""
     seconds: list[float] = []
 
     def listen(event: str, duration: float, **_: Any) -> None:
-        if event == "/jax/core/compile/backend_compile_duration":
+        if event in _COMPILING:
             seconds.append(duration)
 
     jax.monitoring.register_event_duration_secs_listener(listen)

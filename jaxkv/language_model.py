@@ -20,6 +20,7 @@ class LanguageModel:
 
     Attributes:
       name: what it was loaded as, for reports.
+      folder: where its files lie.
       network: the linen module; hashes by value.
       params: its parameters.
       tokenizer: the transformers tokenizer, or None if the folder has none; then
@@ -28,6 +29,7 @@ class LanguageModel:
     """
 
     name: str
+    folder: Path
     network: Decoder
     params: Any
     tokenizer: Any
@@ -50,7 +52,7 @@ def load(
     dtype: str | None = None,
     revision: str | None = None,
 ) -> LanguageModel:
-    """Load a checkpoint: the shipped one, a Hugging Face folder or id, or an Orbax copy.
+    """Load the shipped checkpoint, a Hugging Face folder or id, or an Orbax copy.
 
     Args:
       name: "needle", a folder, or a hub id such as "Qwen/Qwen3-0.6B".
@@ -76,6 +78,7 @@ def load(
         params = hf_weights.read_weights(folder, config, dtype=dtype)
     return LanguageModel(
         name=str(name),
+        folder=folder,
         network=Decoder(config),
         params=params,
         tokenizer=_read_tokenizer(folder),
@@ -91,7 +94,7 @@ def save(lm: LanguageModel, folder: str | os.PathLike[str], **options: Any) -> N
       folder: a new folder; nothing appears under this name until all is written.
       **options: of `jaxkv.models.orbax_copy.save_orbax`.
     """
-    orbax_copy.save_orbax(lm.params, lm.config, folder, **options)
+    orbax_copy.save_orbax(lm.params, lm.config, folder, source=lm.folder, **options)
 
 
 def needle_folder() -> Path:
@@ -107,4 +110,9 @@ def _read_tokenizer(folder: Path) -> Any:
         return None
     from transformers import AutoTokenizer  # takes seconds to import
 
-    return AutoTokenizer.from_pretrained(folder)
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # the tokenizers library raises bare Exception
+        raise checkpoint.CheckpointError(
+            f"{folder}: the tokenizer cannot be read ({error}); fetch its files again."
+        ) from error

@@ -21,6 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import rich.console
 import rich.progress
 
 from jaxkv.kernels import prefill
@@ -304,6 +305,7 @@ def train(
         rich.progress.Progress(
             *rich.progress.Progress.get_default_columns(),
             rich.progress.TextColumn("{task.fields[status]}"),
+            console=rich.console.Console(stderr=True),
         ) as progress,
     ):
         task = progress.add_task(

@@ -1,4 +1,4 @@
-"""One decode step of attention over a cache of fixed size, the new token's write included.
+"""One decode step of attention over a fixed-size cache, the new token's write included.
 
 Axis letters: `B` batch, `N` query heads, `K` key/value heads, `S` slots, `H` head size.
 """
@@ -52,8 +52,8 @@ def decode_attention(
       values: `[B, K, S, H]`; free slots of both may hold anything, NaN included.
       positions: int32 `[B, K, S]`, negative where a slot is free.
       target: int32 `[B, K]`, the slot that the new token overwrites.
-      position: int32 `[B]` of the new token; -1 for a finished row, which writes nothing
-        and whose output is finite but means nothing.
+      position: int32 `[B]` of the new token; -1 for a finished row, which writes
+        nothing and whose output is finite but means nothing.
       scale: factor on the logits.
       implementation: "reference" (float32), "xla" (anywhere), "triton" (NVIDIA, through
         jax-triton), or None for the best one that can run; `choose` says which.

@@ -3,7 +3,8 @@
 Prompts are padded on the right, so the causal mask alone keeps padding out of every
 real token's sight, and no implementation needs the lengths.
 
-Axis letters: `B` batch, `T` tokens, `N` query heads, `K` key/value heads, `H` head size.
+Axis letters: `B` batch, `T` tokens, `N` query heads, `K` key/value heads, `H` head
+size.
 """
 
 from typing import Literal, get_args
@@ -82,7 +83,7 @@ def choose(
 
 def _reference(query, key, value, scale):
     """Materialise the whole matrix in float32: slow and obviously right."""
-    batch, length, heads, head_dim = query.shape
+    _, length, heads, _ = query.shape
     groups = heads // key.shape[2]
     q = query.astype(jnp.float32)
     k = jnp.repeat(key.astype(jnp.float32), groups, axis=2)
@@ -155,8 +156,8 @@ def _cudnn(query, key, value, scale):
     """Flash attention of cuDNN, through `jax.nn`; it is also differentiable."""
     if jax.default_backend() != "gpu":
         raise NotImplementedError(
-            'causal_attention: implementation="cudnn" needs an NVIDIA GPU, but JAX runs '
-            f'on {jax.default_backend()}; use "xla".'
+            'causal_attention: implementation="cudnn" needs an NVIDIA GPU, but JAX '
+            f'runs on {jax.default_backend()}; use "xla".'
         )
     if query.dtype not in (jnp.bfloat16, jnp.float16):
         raise NotImplementedError(
@@ -179,8 +180,8 @@ def _splash(query, key, value, scale):
     kv_heads = key.shape[2]
     if length % 128 or head_dim % 128:
         raise NotImplementedError(
-            'causal_attention: implementation="splash" needs T and H to be multiples of '
-            f'128, got T={length} and H={head_dim}; use "xla".'
+            'causal_attention: implementation="splash" needs T and H to be multiples '
+            f'of 128, got T={length} and H={head_dim}; use "xla".'
         )
     groups = heads // kv_heads
     causal = splash_attention_mask.CausalMask((length, length))

@@ -1,8 +1,8 @@
 """The decoder-only transformer of Llama, Mistral, Qwen2, Qwen3 and their distillations.
 
-The families differ in three switches (bias on the projections, norm on queries and keys,
-tied embeddings) and in the rotary scaling, so one network serves them all. It knows
-nothing of caches: each layer hands its queries, keys, values and its own state to
+The families differ in three switches (bias on the projections, norm on queries and
+keys, tied embeddings) and in the rotary scaling, so one network serves them all. It
+knows nothing of caches: each layer hands its queries, keys, values and its own state to
 one `attend` callable and gets the output and the new state back.
 
 Axis letters: `B` batch, `T` tokens, `D` hidden, `N` query heads, `K` key/value heads,
@@ -29,8 +29,8 @@ class Llama3Scaling:
 
     Attributes:
       factor: slow-down of the low frequencies.
-      low_freq_factor: wavelengths longer than `original_max_positions / low_freq_factor`
-        are scaled by `factor`.
+      low_freq_factor: wavelengths longer than `original_max_positions /
+        low_freq_factor` are scaled by `factor`.
       high_freq_factor: wavelengths shorter than `original_max_positions /
         high_freq_factor` are left alone; those between are interpolated.
       original_max_positions: context of the first training stage, in tokens.
@@ -128,7 +128,7 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
 
 
 class Layer(nn.Module):
-    """One pre-norm decoder layer; weights that are read together are stored together."""
+    """One pre-norm layer; weights that are read together are stored together."""
 
     config: Config
 

@@ -1,0 +1,176 @@
+"""Prefill and decode attention: references against `jax.nn`, the rest against them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxkv.kernels.decode import decode_attention
+from jaxkv.kernels.prefill import causal_attention, choose
+
+HEADS = {"MHA": (4, 4), "GQA": (6, 2), "MQA": (5, 1)}
+heads = pytest.mark.parametrize("heads", HEADS)
+TOLERANCE = {"float32": 2e-6, "bfloat16": 2e-2, "float16": 3e-3}
+
+
+def draw(seed, *shape, dtype="float32"):
+    return jax.random.normal(jax.random.key(seed), shape, jnp.float32).astype(dtype)
+
+
+def prompt(num_heads, kv_heads, length, dtype="float32", head_dim=16):
+    return (
+        draw(0, 2, length, num_heads, head_dim, dtype=dtype),
+        draw(1, 2, length, kv_heads, head_dim, dtype=dtype),
+        draw(2, 2, length, kv_heads, head_dim, dtype=dtype),
+    )
+
+
+@heads
+def test_prefill_reference_against_jax_nn(heads):
+    q, k, v = prompt(*HEADS[heads], 37)
+    ours = causal_attention(q, k, v, scale=0.3, implementation="reference")
+    theirs = jax.nn.dot_product_attention(q, k, v, scale=0.3, is_causal=True)
+    np.testing.assert_allclose(ours, theirs, atol=2e-6)
+
+
+@heads
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("length", [1, 257, 600])
+def test_prefill_xla_against_reference(heads, dtype, length):
+    q, k, v = prompt(*HEADS[heads], length, dtype)
+    ours = causal_attention(q, k, v, scale=0.3, implementation="xla")
+    exact = causal_attention(
+        *(x.astype(jnp.float32) for x in (q, k, v)),
+        scale=0.3,
+        implementation="reference",
+    )
+    assert ours.dtype == q.dtype
+    np.testing.assert_allclose(
+        ours.astype(jnp.float32), exact, atol=TOLERANCE[dtype] * 2
+    )
+    again = causal_attention(q, k, v, scale=0.3, implementation="xla")
+    np.testing.assert_array_equal(np.asarray(ours), np.asarray(again))
+
+
+def test_prefill_memory_is_linear_in_length():
+    def temporaries(length):
+        q, k, v = prompt(4, 2, length)
+        compiled = (
+            jax.jit(lambda *x: causal_attention(*x, scale=1.0, implementation="xla"))
+            .lower(q, k, v)
+            .compile()
+        )
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporaries(4096) < 2.5 * temporaries(2048)
+
+
+def test_swapping_keys_and_values_is_noticed():
+    q, k, v = prompt(4, 4, 9)
+    right = causal_attention(q, k, v, scale=0.3, implementation="reference")
+    wrong = causal_attention(q, v, k, scale=0.3, implementation="xla")
+    assert np.abs(np.asarray(right - wrong)).max() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("platform", "dtype", "length", "head_dim", "wanted"),
+    [
+        ("cpu", "float32", 100, 64, "xla"),
+        ("gpu", "bfloat16", 100, 128, "cudnn"),
+        ("gpu", "float32", 100, 128, "xla"),
+        ("tpu", "bfloat16", 256, 128, "splash"),
+        ("tpu", "bfloat16", 100, 128, "xla"),
+        ("tpu", "bfloat16", 256, 64, "xla"),
+    ],
+)
+def test_choice_of_prefill(platform, dtype, length, head_dim, wanted):
+    assert choose(platform, dtype, length=length, head_dim=head_dim) == wanted
+
+
+def cache(num_heads, kv_heads, slots, dtype="float32", head_dim=16, batch=3):
+    rng = np.random.default_rng(slots)
+    occupied = rng.random((batch, kv_heads, slots)) < 0.6
+    order = np.broadcast_to(np.arange(slots), occupied.shape)
+    positions = np.where(occupied, order, -1)
+    free = jnp.asarray(~occupied)[..., None]
+    keys = draw(3, batch, kv_heads, slots, head_dim, dtype=dtype)
+    values = draw(4, batch, kv_heads, slots, head_dim, dtype=dtype)
+    return dict(
+        query=draw(5, batch, num_heads, head_dim, dtype=dtype),
+        key=draw(6, batch, kv_heads, head_dim, dtype=dtype),
+        value=draw(7, batch, kv_heads, head_dim, dtype=dtype),
+        keys=jnp.where(free, jnp.nan, keys),
+        values=jnp.where(free, jnp.nan, values),
+        positions=jnp.asarray(positions, jnp.int32),
+        target=jnp.asarray(rng.integers(0, slots, (batch, kv_heads)), jnp.int32),
+        position=jnp.asarray([slots, slots + 3, -1], jnp.int32),
+    )
+
+
+def oracle(c, scale):
+    """One softmax after another, in numpy."""
+    keys, values = np.array(c["keys"], np.float64), np.array(c["values"], np.float64)
+    positions = np.array(c["positions"])
+    out = np.zeros(c["query"].shape)
+    groups = out.shape[1] // keys.shape[1]
+    for b, position in enumerate(np.array(c["position"])):
+        for k in range(keys.shape[1]):
+            slot = int(c["target"][b, k])
+            if position >= 0:
+                keys[b, k, slot] = np.array(c["key"][b, k], np.float64)
+                values[b, k, slot] = np.array(c["value"][b, k], np.float64)
+                positions[b, k, slot] = position
+            held = positions[b, k] >= 0
+            for n in range(k * groups, (k + 1) * groups):
+                query = np.array(c["query"][b, n], np.float64)
+                logits = scale * keys[b, k, held] @ query
+                weights = np.exp(logits - logits.max(initial=-1e30))
+                total = weights.sum() or 1.0
+                out[b, n] = weights @ values[b, k, held] / total
+    return out, keys, values, positions
+
+
+@heads
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("slots", [1, 7, 129])
+def test_decode_against_numpy(heads, implementation, dtype, slots):
+    c = cache(*HEADS[heads], slots, dtype)
+    got = decode_attention(**c, scale=0.3, implementation=implementation)
+    out, keys, values, positions = oracle(c, 0.3)
+    live = np.asarray(c["position"]) >= 0
+    np.testing.assert_allclose(
+        np.asarray(got.out, np.float64)[live], out[live], atol=2 * TOLERANCE[dtype]
+    )
+    assert np.isfinite(np.asarray(got.out, np.float32)).all()
+    np.testing.assert_array_equal(np.asarray(got.keys, np.float64), keys)
+    np.testing.assert_array_equal(np.asarray(got.values, np.float64), values)
+    np.testing.assert_array_equal(got.positions, positions)
+    again = decode_attention(**c, scale=0.3, implementation=implementation)
+    np.testing.assert_array_equal(np.asarray(got.out), np.asarray(again.out))
+
+
+def test_misshapen_arguments_are_named():
+    c = cache(4, 2, 8)
+    with pytest.raises(ValueError, match="axis S of values is 7"):
+        decode_attention(**c | {"values": c["values"][:, :, :7]}, scale=1.0)
+    with pytest.raises(ValueError, match="key must have the axes"):
+        decode_attention(**c | {"key": c["key"][0]}, scale=1.0)
+    with pytest.raises(ValueError, match="4 query heads must be a multiple of 3"):
+        q, k, v = prompt(4, 3, 8)
+        causal_attention(q, k, v, scale=1.0)
+
+
+def test_named_implementations_never_fall_back():
+    q, k, v = prompt(4, 2, 8)
+    with pytest.raises(ValueError, match="unknown implementation='fast'"):
+        causal_attention(q, k, v, scale=1.0, implementation="fast")
+    with pytest.raises(ValueError, match="unknown implementation='fast'"):
+        decode_attention(**cache(4, 2, 8), scale=1.0, implementation="fast")
+    if jax.default_backend() != "gpu":
+        with pytest.raises(NotImplementedError, match="needs an NVIDIA GPU"):
+            causal_attention(q, k, v, scale=1.0, implementation="cudnn")
+        with pytest.raises(NotImplementedError, match="needs an NVIDIA GPU"):
+            decode_attention(**cache(4, 2, 8), scale=1.0, implementation="triton")
+    with pytest.raises(NotImplementedError, match="multiples of 128"):
+        causal_attention(q, k, v, scale=1.0, implementation="splash")
