@@ -175,7 +175,8 @@ def test_variable_chains_recomputed(task, split, seed, length):
         holds[name] = holds.get(value, value)
     asked = re.search(r"the value (\d+)", sample.prompt).group(1)
     chain = tuple(name for name, value in holds.items() if value == asked)
-    assert chain == sample.outputs and len(chain) == 5
+    assert chain == sample.outputs
+    assert len(chain) == 5 if split == "eval" else 2 <= len(chain) <= 5
 
 
 @settings(max_examples=30, deadline=None)
@@ -203,7 +204,7 @@ def test_machine_recomputed(task, split, seed, length):
     state, total, steps = re.search(start, sample.prompt).groups()
     total = int(total)
     lines = []
-    for step in range(1, int(steps) + 1):
+    for step in range(int(steps), 0, -1):
         add, even, odd = rules[state]
         total = (total + int(add)) % 100
         word, after = ("odd", odd) if total % 2 else ("even", even)
