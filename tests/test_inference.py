@@ -1,0 +1,77 @@
+"""`jaxkv.generate`: what it refuses, streaming, seeds and buckets."""
+
+import pytest
+
+import jaxkv
+from jaxkv.inference import bucket
+
+
+@pytest.fixture(scope="module")
+def lm():
+    return jaxkv.load("needle")
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "message"),
+    [
+        ([], {}, "no prompts"),
+        ([""], {}, "prompt 0 is empty"),
+        ([[]], {}, "prompt 0 has no tokens"),
+        ([[5, 4096]], {}, "token ids outside"),
+        (["a"], dict(max_new_tokens=0), "max_new_tokens must be >= 1"),
+        (["a"], dict(block=0), "block must be >= 1"),
+        (["a"], dict(max_new_tokens=20_000), "positions"),
+        (["a"], dict(budget=0), "budget must be at least 1"),
+        (["a"], dict(budget=8, compression_ratio=0.5), "not both"),
+        (["a"], dict(compression_ratio=1.0), "fraction removed"),
+        (["a"], dict(seed=[1, 2]), "got 2 seeds for 1 prompts"),
+        (["a b c d e f g"], dict(budget=2), "keeps all of them"),
+        (["a"], dict(decode=jaxkv.StreamingLLM()), "needs a budget"),
+        (["a"], dict(budget=4, decode=jaxkv.StreamingLLM()), "leaves no slot"),
+        (
+            ["a"],
+            dict(budget=4, decode=jaxkv.StreamingLLM(n_sink=-1)),
+            "n_sink must be >= 0",
+        ),
+    ],
+)
+def test_bad_input_is_named(lm, prompts, options, message):
+    with pytest.raises(ValueError, match=message):
+        jaxkv.generate(lm, prompts, **options)
+
+
+def test_streamed_blocks_are_the_output(lm):
+    prompts = ["The grass is green. The sky", "Here we go."]
+    plain = jaxkv.generate(lm, prompts, max_new_tokens=20, stop_ids=[])
+    blocks = [[], []]
+
+    def collect(new):
+        for row, tokens in zip(blocks, new, strict=True):
+            row.extend(tokens)
+
+    jaxkv.generate(
+        lm, prompts, max_new_tokens=20, stop_ids=[], on_tokens=collect, block=6
+    )
+    assert tuple(map(tuple, blocks)) == plain.tokens
+
+
+def test_seeds_decide_draws(lm):
+    sampler = jaxkv.Categorical(temperature=2.0)
+
+    def draw(prompts, seed):
+        out = jaxkv.generate(
+            lm, prompts, max_new_tokens=12, sampler=sampler, seed=seed, stop_ids=[]
+        )
+        return out.tokens
+
+    first = draw(["Here we go."] * 2, [7, 8])
+    assert first == draw(["Here we go."] * 2, [7, 8])
+    assert first[0] != first[1]
+    assert draw(["Here we go."], [8])[0] == first[1]
+
+
+def test_buckets_waste_at_most_half():
+    sizes = [bucket(n) for n in range(1, 5000)]
+    assert sizes == sorted(sizes)
+    assert all(n <= size for n, size in enumerate(sizes, 1))
+    assert all(size <= 1.5 * n for n, size in enumerate(sizes, 1) if n > 64)
