@@ -563,6 +563,8 @@ def test_processes(tiny, tmp_path):
         # Buffered, as for users; unbuffered, nothing would be left for the end.
         "env": os.environ | {"XDG_CACHE_HOME": str(tmp_path), "PYTHONUNBUFFERED": ""},
         "text": True,
+        # In the repository `python -c` would find the folder, not the package.
+        "cwd": tmp_path,
     }
     cold = subprocess.run(command, stdout=subprocess.PIPE, check=True, **settings)
     assert len(records(cold.stdout)) == 1
