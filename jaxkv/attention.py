@@ -4,6 +4,7 @@ Each is an `attend(q, k, v, state) -> (out, state)`, bound to a policy inside a 
 function; the network calls it once per layer and knows nothing else.
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -77,12 +78,10 @@ def attend_cache(
             scale=q.shape[-1] ** -0.5,
             implementation=implementation,
         )
-        written = KVState(
-            keys=keys, values=values, positions=positions, target=state.target
+        written = dataclasses.replace(
+            state, keys=keys, values=values, positions=positions
         )
         target = policy.next_target(written, position)
-        return out[:, None], KVState(
-            keys=keys, values=values, positions=positions, target=target
-        )
+        return out[:, None], dataclasses.replace(written, target=target)
 
     return attend

@@ -9,7 +9,6 @@ Axis letters: `B` batch, `P` padded prompt, `V` vocabulary, `O` output buffer.
 """
 
 import dataclasses
-import functools
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -371,6 +370,6 @@ start_jit = jax.jit(start, static_argnames=("network", "options", "slots", "max_
 advance_jit = jax.jit(
     advance, static_argnames=("network", "options"), donate_argnames="generation"
 )
-generate_jit = functools.partial(
-    jax.jit, static_argnames=("network", "options", "slots", "max_out")
-)(generate_tokens)
+generate_jit = jax.jit(
+    generate_tokens, static_argnames=("network", "options", "slots", "max_out")
+)

@@ -296,10 +296,7 @@ def _check(
             f"{lm.name} was made for {lm.config.max_positions}; shorten one of them."
         )
     if options.budget is not None and isinstance(options.prefill, Full):
-        needed = longest if options.decode.evicts else longest + max_new_tokens
-        if options.budget < needed and (
-            options.decode.evicts or options.budget < longest
-        ):
+        if options.budget < longest:
             raise ValueError(
                 f"generate: the prompt has {longest} tokens and budget="
                 f"{options.budget}, but prefill=Full() keeps all of them; choose a "
