@@ -4,7 +4,6 @@ Each is an `attend(q, k, v, state) -> (out, state)`, bound to a policy inside a 
 function; the network calls it once per layer and knows nothing else.
 """
 
-import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -56,7 +55,7 @@ def attend_cache(
     """Write one token per row into the cache, attend over it, choose the next slot.
 
     Args:
-      policy: which slot the next token will overwrite.
+      policy: how the token is attended from, and which slot the next one overwrites.
       position: int32 `[B]` of the token; -1 for rows that have finished and must not
         change.
       implementation: of `decode_attention`.
@@ -66,22 +65,9 @@ def attend_cache(
     """
 
     def attend(q, k, v, state):
-        out, keys, values, positions = decode.decode_attention(
-            q[:, 0],
-            k[:, 0],
-            v[:, 0],
-            state.keys,
-            state.values,
-            state.positions,
-            state.target,
-            position,
-            scale=q.shape[-1] ** -0.5,
-            implementation=implementation,
+        out, state = policy.attend(
+            q[:, 0], k[:, 0], v[:, 0], state, position, implementation=implementation
         )
-        written = dataclasses.replace(
-            state, keys=keys, values=values, positions=positions
-        )
-        target = policy.next_target(written, position)
-        return out[:, None], dataclasses.replace(written, target=target)
+        return out[:, None], state
 
     return attend

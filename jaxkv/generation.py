@@ -72,8 +72,19 @@ class Options:
             return
         if self.budget < 1:
             raise ValueError(f"budget must be at least 1 token, got {self.budget}.")
-        self.prefill.check(self.budget)
         self.decode.check(self.budget)
+        if self.prompt_budget < 1:
+            raise ValueError(
+                f"budget={self.budget} leaves nothing of the prompt, because "
+                f"{type(self.decode).__name__} keeps {self.decode.spare} of it free; "
+                f"use a budget of at least {self.decode.spare + 1}."
+            )
+        self.prefill.check(self.prompt_budget)
+
+    @property
+    def prompt_budget(self) -> int | None:
+        """Tokens of the prompt that a layer may keep; None for all."""
+        return None if self.budget is None else self.budget - self.decode.spare
 
     def num_slots(self, prompt: int, new: int) -> int:
         """Return the slots of a state for `prompt` padded tokens and `new` outputs."""
@@ -145,7 +156,7 @@ def prefill(
     positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), tokens.shape)
     attend = attend_prompt(
         options.prefill,
-        budget=slots if options.budget is None else options.budget,
+        budget=slots if options.budget is None else options.prompt_budget,
         lengths=lengths,
         implementation=options.prefill_implementation,
     )
@@ -154,14 +165,7 @@ def prefill(
     )
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
     logits = network.apply({"params": params}, last, method="unembed")
-    if options.decode.evicts:
-        # A full cache has no free slot; the policy says which one goes first.
-        cache = tuple(
-            dataclasses.replace(
-                state, target=options.decode.next_target(state, lengths - 1)
-            )
-            for state in cache
-        )
+    cache = tuple(options.decode.begin(state, lengths) for state in cache)
     return logits, cache
 
 

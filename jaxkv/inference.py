@@ -296,12 +296,13 @@ def _check(
             f"{lm.name} was made for {lm.config.max_positions}; shorten one of them."
         )
     if options.budget is not None and isinstance(options.prefill, Full):
-        if options.budget < longest:
+        least = longest + options.decode.spare
+        if options.budget < least:
             raise ValueError(
                 f"generate: the prompt has {longest} tokens and budget="
                 f"{options.budget}, but prefill=Full() keeps all of them; choose a "
                 "prefill policy that evicts, such as StreamingLLM(), or a budget of at "
-                f"least {longest}."
+                f"least {least}."
             )
 
 

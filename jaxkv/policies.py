@@ -1,8 +1,9 @@
 """Eviction policies: what the cache keeps of a prompt, and what a new token overwrites.
 
 A *prefill policy* turns one layer's whole prompt into a state of `budget` slots. A
-*decode policy* decides one thing, the slot that the next token overwrites. Both are
-frozen dataclasses, because they are static arguments of `jax.jit`; the arithmetic
+*decode policy* decides one thing, the slot that the next token overwrites; since some
+answer that out of the attention itself, a policy also says which attention runs. Both
+are frozen dataclasses, because they are static arguments of `jax.jit`; the arithmetic
 stands in plain functions beside them.
 
 Axis letters: `B` batch, `K` key/value heads, `N` query heads, `S` slots, `P` prompt,
@@ -16,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxkv import state as kv
+from jaxkv.kernels import decode
 from jaxkv.state import KVState
 
 
@@ -46,29 +48,85 @@ class PrefillPolicy(Protocol):
 
 
 class DecodePolicy(Protocol):
-    """Chooses the slot that the next token overwrites.
+    """Puts one token into the cache and chooses the slot that the next one overwrites.
 
     Attributes:
       evicts: whether the policy overwrites occupied slots. If so the state holds
         `budget` slots for prompt and output together; if not, it holds
         `budget + max_new_tokens`.
+      spare: slots that prefill must leave free, because the policy can name a victim
+        only after it has seen an attention.
     """
 
     evicts: bool
+    spare: int
 
     def check(self, budget: int) -> None:
         """Raise ValueError if this policy cannot work with `budget` slots."""
 
-    def next_target(self, state: KVState, position: jax.Array) -> jax.Array:
-        """Return the next `state.target`.
+    def begin(self, state: KVState, lengths: jax.Array) -> KVState:
+        """Prepare a state that prefill has filled.
 
         Args:
-          state: with the newest token written.
-          position: int32 `[B]` of that token; -1 for rows that have finished.
+          state: with `target` at each head's first free slot, if there is one.
+          lengths: int32 `[B]`, tokens of the prompts.
 
         Returns:
-          int32 `[B, K]`. Free slots first; among occupied ones the victim.
+          The state with `target` where the first new token goes.
         """
+
+    def attend(
+        self,
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        state: KVState,
+        position: jax.Array,
+        *,
+        implementation: decode.Implementation | None,
+    ) -> tuple[jax.Array, KVState]:
+        """Write one token per row, attend from it, and choose the next `state.target`.
+
+        Args:
+          query: `[B, N, H]`, rotated.
+          key: `[B, K, H]`, rotated.
+          value: `[B, K, H]`.
+          state: of one layer.
+          position: int32 `[B]` of the token; -1 for rows that have finished and must
+            not change.
+          implementation: of the attention.
+
+        Returns:
+          The output `[B, N, H]` and the new state. Free slots are targets before any
+          occupied one is.
+        """
+
+
+def attend_and_write(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    state: KVState,
+    position: jax.Array,
+    *,
+    implementation: decode.Implementation | None,
+) -> tuple[jax.Array, KVState]:
+    """Do all of `DecodePolicy.attend` but the choice: `target` stays as it is."""
+    out, keys, values, positions = decode.decode_attention(
+        query,
+        key,
+        value,
+        state.keys,
+        state.values,
+        state.positions,
+        state.target,
+        position,
+        scale=query.shape[-1] ** -0.5,
+        implementation=implementation,
+    )
+    return out, dataclasses.replace(
+        state, keys=keys, values=values, positions=positions
+    )
 
 
 def keep_top(
@@ -111,6 +169,7 @@ class Full:
     """Keep everything: the ordinary cache, and the oracle for all other policies."""
 
     evicts = False
+    spare = 0
 
     def check(self, budget: int) -> None:
         """Accept any budget; the caller sees to it that everything fits."""
@@ -120,17 +179,23 @@ class Full:
         del budget
         return kv.fill(state, prompt.keys, prompt.values, prompt.lengths)
 
-    def next_target(self, state: KVState, position: jax.Array) -> jax.Array:
-        """Append."""
-        return append(state, position)
+    def begin(self, state: KVState, lengths: jax.Array) -> KVState:
+        """Leave everything as it is."""
+        del lengths
+        return state
 
+    def attend(
+        self, query, key, value, state, position, *, implementation=None
+    ) -> tuple[jax.Array, KVState]:
+        """Append; see `DecodePolicy.attend`.
 
-def append(state: KVState, position: jax.Array) -> jax.Array:
-    """Return the slot after the newest token's, int32 `[B, K]`.
-
-    Prefill fills slots from the first, so without eviction the next slot is free.
-    """
-    return state.target + (position[:, None] >= 0)
+        Prefill fills slots from the first, so without eviction the next slot is free.
+        """
+        out, state = attend_and_write(
+            query, key, value, state, position, implementation=implementation
+        )
+        target = state.target + (position[:, None] >= 0)
+        return out, dataclasses.replace(state, target=target)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -148,6 +213,7 @@ class StreamingLLM:
 
     n_sink: int = 4
     evicts = True
+    spare = 0
 
     def check(self, budget: int) -> None:
         """Need room for the sinks and one recent token."""
@@ -168,10 +234,20 @@ class StreamingLLM:
         scores = jnp.broadcast_to(scores, (batch, kv_heads, length))
         return keep_top(prompt, scores, state, budget=budget)
 
-    def next_target(self, state: KVState, position: jax.Array) -> jax.Array:
-        """Overwrite the oldest token that is not a sink."""
-        del position
-        return oldest(state, n_sink=self.n_sink)
+    def begin(self, state: KVState, lengths: jax.Array) -> KVState:
+        """Aim at the oldest token that is not a sink, if no slot is free."""
+        del lengths
+        return dataclasses.replace(state, target=oldest(state, n_sink=self.n_sink))
+
+    def attend(
+        self, query, key, value, state, position, *, implementation=None
+    ) -> tuple[jax.Array, KVState]:
+        """Overwrite the oldest token that is not a sink; see `DecodePolicy.attend`."""
+        out, state = attend_and_write(
+            query, key, value, state, position, implementation=implementation
+        )
+        target = oldest(state, n_sink=self.n_sink)
+        return out, dataclasses.replace(state, target=target)
 
 
 def oldest(state: KVState, *, n_sink: int) -> jax.Array:

@@ -8,6 +8,7 @@ Axis letters: `B` batch, `K` key/value heads, `S` slots, `H` head size, `P` prom
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,12 +35,15 @@ class KVState:
       positions: int32 `[B, K, S]`, position of the token in each slot, `FREE` if none.
       target: int32 `[B, K]`, the slot that the next token overwrites. Choosing it is
         the one thing that a decode policy does.
+      memory: what a decode policy remembers from step to step, a pytree of its own
+        (see `DecodePolicy.begin`); empty for those that remember nothing.
     """
 
     keys: jax.Array
     values: jax.Array
     positions: jax.Array
     target: jax.Array
+    memory: Any = ()
 
     @property
     def slots(self) -> int:
@@ -89,7 +93,8 @@ def fill(
     order = jnp.arange(length, dtype=jnp.int32)
     positions = jnp.where(order < lengths[:, None], order, FREE)[:, None]
     start = (0, 0, 0, 0)
-    return KVState(
+    return dataclasses.replace(
+        state,
         keys=jax.lax.dynamic_update_slice(state.keys, keys, start),
         values=jax.lax.dynamic_update_slice(state.values, values, start),
         positions=jax.lax.dynamic_update_slice(
