@@ -14,27 +14,21 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from jaxkv import measure
+from jaxkv import cli_flags as flags
+from jaxkv import measure, methods
 from jaxkv.generation import Options
 from jaxkv.inference import bucket
 from jaxkv.kernels import decode as decode_kernels
 from jaxkv.language_model import NEEDLE, load
 from jaxkv.models.decoder import Config, Decoder, random_parameters
 from jaxkv.models.public_shapes import SHAPES
-from jaxkv.policies import DecodePolicy, Full, StreamingLLM
 from jaxkv.provenance import provenance, write_json
 
 app = typer.Typer(
     no_args_is_help=True, help="Measure decoding and compiling on this device."
 )
 
-POLICIES: dict[str, DecodePolicy] = {
-    "full": Full(),
-    "streaming-llm": StreamingLLM(),
-}
-
 ShapeName = Literal[tuple(SHAPES)]
-PolicyName = Literal[tuple(POLICIES)]
 DtypeName = Literal["float32", "bfloat16", "float16"]
 
 Model = Annotated[
@@ -47,7 +41,6 @@ Shape = Annotated[
 Budget = Annotated[
     int | None, typer.Option(help="Tokens that each layer and head may keep.")
 ]
-Decode = Annotated[PolicyName, typer.Option(help="What a new token overwrites.")]
 Dtype = Annotated[
     DtypeName | None,
     typer.Option(help="Default: the checkpoint's; float32 on CPU, else bfloat16."),
@@ -71,7 +64,7 @@ def decode(
     steps: Annotated[int, typer.Option(min=1, help="Tokens of one timed call.")] = 64,
     repeats: Annotated[int, typer.Option(min=1, help="Timed calls.")] = 5,
     budget: Budget = None,
-    decode: Decode = "full",
+    decode: flags.Decode = "full",
     dtype: Dtype = None,
     decode_implementation: Kernel = None,
     copy_gib: Annotated[
@@ -83,32 +76,29 @@ def decode(
 ) -> None:
     """Time decode steps on a full cache, against the memory they must read."""
     console = _console(json_)
-    try:
-        batches = _batches(batch)
-        if context <= steps:
-            raise ValueError(f"--context {context} must exceed --steps {steps}.")
-        options = _options(budget, decode, decode_implementation)
-        # Before the weights, which may leave no room for it.
-        bandwidth = measure.copy_bandwidth(_copy_bytes(copy_gib))
-        with console.status("weights"):
-            name, network, params = _network(model, shape, dtype)
-        rows = []
-        for rows_of_batch in batches:
-            with console.status(f"batch {rows_of_batch}"):
-                rows.append(
-                    measure.time_decode(
-                        network,
-                        params,
-                        batch=rows_of_batch,
-                        context=context,
-                        steps=steps,
-                        repeats=repeats,
-                        options=options,
-                        bandwidth=bandwidth,
-                    )
+    batches = _batches(batch)
+    if context <= steps:
+        raise ValueError(f"--context {context} must exceed --steps {steps}.")
+    options = _options(budget, decode, decode_implementation)
+    # Before the weights, which may leave no room for it.
+    bandwidth = measure.copy_bandwidth(_copy_bytes(copy_gib))
+    with console.status("weights"):
+        name, network, params = _network(model, shape, dtype)
+    rows = []
+    for rows_of_batch in batches:
+        with console.status(f"batch {rows_of_batch}"):
+            rows.append(
+                measure.time_decode(
+                    network,
+                    params,
+                    batch=rows_of_batch,
+                    context=context,
+                    steps=steps,
+                    repeats=repeats,
+                    options=options,
+                    bandwidth=bandwidth,
                 )
-    except (ValueError, NotImplementedError) as error:
-        raise _refuse(error) from error
+            )
     result = _header("decode", name, options, params["embedding"].dtype) | {
         "context": context,
         "copy_bytes_per_second": bandwidth,
@@ -127,7 +117,7 @@ def compile_(
     prompt: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 512,
     new: Annotated[int, typer.Option(min=1, help="Tokens of the output.")] = 64,
     budget: Budget = None,
-    decode: Decode = "full",
+    decode: flags.Decode = "full",
     dtype: Dtype = None,
     decode_implementation: Kernel = None,
     compilation_cache: Annotated[
@@ -151,20 +141,17 @@ def compile_(
         lambda event, **_: events.update({event: events.get(event, 0) + 1})
     )
     begin = time.perf_counter()
-    try:
-        options = _options(budget, decode, decode_implementation)
-        name, config, dtype_ = _shape(model, shape, dtype)
-        with console.status("compiling"):
-            halves = measure.compile_generate(
-                Decoder(config),
-                dtype=dtype_,
-                batch=batch,
-                prompt=bucket(prompt),
-                max_out=bucket(new),
-                options=options,
-            )
-    except (ValueError, NotImplementedError) as error:
-        raise _refuse(error) from error
+    options = _options(budget, decode, decode_implementation)
+    name, config, dtype_ = _shape(model, shape, dtype)
+    with console.status("compiling"):
+        halves = measure.compile_generate(
+            Decoder(config),
+            dtype=dtype_,
+            batch=batch,
+            prompt=bucket(prompt),
+            max_out=bucket(new),
+            options=options,
+        )
     result = _header("compile", name, options, dtype_) | {
         "batch": batch,
         "prompt": bucket(prompt),
@@ -193,12 +180,6 @@ def _console(json_: bool) -> Console:
     return Console(stderr=json_)
 
 
-def _refuse(error: Exception) -> typer.Exit:
-    """Print one line that says what is wrong with the input; exit code 2."""
-    Console(stderr=True).print(f"jaxkv bench: {error}", style="red", soft_wrap=True)
-    return typer.Exit(2)
-
-
 def _batches(text: str) -> list[int]:
     try:
         batches = [int(part) for part in text.split(",")]
@@ -215,7 +196,9 @@ def _options(
     budget: int | None, policy: str, kernel: decode_kernels.Implementation | None
 ) -> Options:
     options = Options(
-        budget=budget, decode=POLICIES[policy], decode_implementation=kernel
+        budget=budget,
+        decode=methods.parse(policy, methods.DECODE, flag="--decode"),
+        decode_implementation=kernel,
     )
     options.check()
     return options
@@ -319,7 +302,3 @@ def _finish(result: dict[str, Any], json_: bool, out: Path | None) -> None:
         print(json.dumps(result, indent=2))
     if out is not None:
         write_json(out, result)
-
-
-if __name__ == "__main__":
-    app()

@@ -184,9 +184,8 @@ def generate(
     max_new_tokens: flags.MaxNewTokens = 64,
     budget: flags.Budget = None,
     compression_ratio: flags.CompressionRatio = None,
-    prefill: flags.PrefillName = flags.Policy.FULL,
-    decode: flags.DecodeName = flags.Policy.FULL,
-    n_sink: flags.NumSinks = None,
+    prefill: flags.Prefill = "full",
+    decode: flags.Decode = "full",
     temperature: flags.Temperature = 0.0,
     top_k: flags.TopK = None,
     top_p: flags.TopP = None,
@@ -219,7 +218,6 @@ def generate(
         compression_ratio=compression_ratio,
         prefill=prefill,
         decode=decode,
-        n_sink=n_sink,
     )
     texts = prompts.read(prompt or [], prompt_file or [])
     if stream and (json_ or len(texts) > 1):
@@ -257,9 +255,8 @@ def eval_(
     ] = evaluation.REPORT_SEED,
     budget: flags.Budget = None,
     compression_ratio: flags.CompressionRatio = None,
-    prefill: flags.PrefillName = flags.Policy.FULL,
-    decode: flags.DecodeName = flags.Policy.FULL,
-    n_sink: flags.NumSinks = None,
+    prefill: flags.Prefill = "full",
+    decode: flags.Decode = "full",
     dtype: flags.Dtype = None,
     prefill_implementation: flags.PrefillImplementation = None,
     decode_implementation: flags.DecodeImplementation = None,
@@ -274,7 +271,6 @@ def eval_(
         compression_ratio=compression_ratio,
         prefill=prefill,
         decode=decode,
-        n_sink=n_sink,
     ) | {
         "prefill_implementation": prefill_implementation,
         "decode_implementation": decode_implementation,

@@ -1,25 +1,17 @@
 """The flags that commands share, and what the library is handed for them."""
 
 import dataclasses
-import enum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from jaxkv import methods
 from jaxkv.generation import Options
 from jaxkv.kernels import decode as decode_kernels
 from jaxkv.kernels import prefill as prefill_kernels
-from jaxkv.policies import Full, StreamingLLM
+from jaxkv.policies import Full
 from jaxkv.sampling import Categorical, Greedy, Sampler
-
-
-class Policy(enum.StrEnum):
-    """Eviction policies by the names of the command line."""
-
-    FULL = "full"
-    STREAMING_LLM = "streaming-llm"
-
 
 Model = Annotated[
     str,
@@ -37,16 +29,17 @@ CompressionRatio = Annotated[
     float | None,
     typer.Option(help="Fraction of a batch's longest prompt that is removed."),
 ]
-PrefillName = Annotated[
-    Policy, typer.Option("--prefill", help="Eviction of the prompt.")
-]
-DecodeName = Annotated[Policy, typer.Option("--decode", help="Eviction of the output.")]
-NumSinks = Annotated[
-    int | None,
+Prefill = Annotated[
+    str,
     typer.Option(
-        "--n-sink",
-        min=0,
-        help="streaming-llm: first tokens that are never evicted; default: 4.",
+        help=f"Eviction of the prompt: {', '.join(methods.PREFILL)}; options follow, "
+        "as in streaming-llm:n_sink=2.",
+    ),
+]
+Decode = Annotated[
+    str,
+    typer.Option(
+        help=f"Eviction of the output: {', '.join(methods.DECODE)}; options likewise."
     ),
 ]
 PrefillImplementation = Annotated[
@@ -102,9 +95,8 @@ def eviction(
     *,
     budget: int | None,
     compression_ratio: float | None,
-    prefill: Policy,
-    decode: Policy,
-    n_sink: int | None,
+    prefill: str,
+    decode: str,
 ) -> dict[str, Any]:
     """Return the arguments of `jaxkv.generate` that say what the cache keeps.
 
@@ -112,22 +104,17 @@ def eviction(
       ValueError: the flags contradict each other. What needs no model is found here,
         before a checkpoint is loaded.
     """
-    if n_sink is not None and Policy.STREAMING_LLM not in (prefill, decode):
-        raise ValueError(
-            "--n-sink belongs to streaming-llm; add --prefill streaming-llm, "
-            "--decode streaming-llm, or both."
-        )
+    policies = {
+        "prefill": methods.parse(prefill, methods.PREFILL, flag="--prefill"),
+        "decode": methods.parse(decode, methods.DECODE, flag="--decode"),
+    }
     bounded = budget is not None or compression_ratio is not None
-    if not bounded and (prefill, decode) != (Policy.FULL, Policy.FULL):
+    if not bounded and any(policy != Full() for policy in policies.values()):
         raise ValueError(
             f"--prefill {prefill} --decode {decode} evicts and needs --budget or "
             "--compression-ratio."
         )
-    arguments = {
-        "budget": budget,
-        "prefill": _policy(prefill, n_sink),
-        "decode": _policy(decode, n_sink),
-    }
+    arguments = {"budget": budget, **policies}
     if compression_ratio is None:
         Options(**arguments).check()
     return arguments | {"compression_ratio": compression_ratio}
@@ -171,9 +158,3 @@ def described(arguments: dict[str, Any]) -> dict[str, Any]:
         else value
         for name, value in arguments.items()
     }
-
-
-def _policy(name: Policy, n_sink: int | None) -> Full | StreamingLLM:
-    if name is Policy.FULL:
-        return Full()
-    return StreamingLLM() if n_sink is None else StreamingLLM(n_sink=n_sink)

@@ -2,13 +2,13 @@
 
 import dataclasses
 import json
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import pytest
-from typer.testing import CliRunner
 
-from jaxkv import bench, measure
+from jaxkv import bench, cli, measure
 from jaxkv import state as kv
 from jaxkv.generation import Options
 from jaxkv.models import public_shapes
@@ -44,8 +44,21 @@ def tiny_shape(monkeypatch):
     monkeypatch.setitem(bench.SHAPES, "qwen3-8b", TINY)
 
 
-def run(*arguments):
-    return CliRunner().invoke(bench.app, [str(argument) for argument in arguments])
+class Result(NamedTuple):
+    exit_code: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def run(capsys):
+    """Run `jaxkv bench` in this process."""
+
+    def run(*arguments):
+        code = cli.main(["bench", *map(str, arguments)])
+        return Result(code, *capsys.readouterr())
+
+    return run
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -119,13 +132,13 @@ def test_copy_bandwidth_is_positive():
     assert measure.copy_bandwidth(2**20, repeats=2) > 0
 
 
-def test_decode_json(tiny_shape, tmp_path):
+def test_decode_json(run, tiny_shape, tmp_path):
     out = tmp_path / "new" / "result.json"
     result = run(
         *("decode", "--shape", "qwen3-8b", "--batch", "1,2", "--context", 12),
         *("--steps", 4, "--repeats", 2, "--copy-gib", 0.001, "--json", "--out", out),
     )
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == 0, result.stderr
     content = json.loads(result.stdout)
     assert content == json.loads(out.read_text())
     assert list(out.parent.iterdir()) == [out]  # nothing half-written is left
@@ -139,22 +152,22 @@ def test_decode_json(tiny_shape, tmp_path):
     assert all(row.keys() == fields for row in content["rows"])
 
 
-def test_decode_table(tiny_shape):
+def test_decode_table(run, tiny_shape):
     result = run(
         *("decode", "--shape", "qwen3-8b", "--context", 12, "--steps", 4),
         *("--repeats", 1, "--copy-gib", 0.001, "--dtype", "bfloat16"),
         *("--decode", "streaming-llm", "--budget", 8),
     )
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == 0, result.stderr
     assert "StreamingLLM" in result.stdout
     assert "bfloat16" in result.stdout
 
 
-def test_compile_json(tiny_shape):
+def test_compile_json(run, tiny_shape):
     result = run(
         *("compile", "--shape", "qwen3-8b", "--prompt", 60, "--new", 8, "--json")
     )
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == 0, result.stderr
     content = json.loads(result.stdout)
     assert (content["prompt"], content["max_out"]) == (64, 64)
     assert content["seconds"].keys() == {"start", "advance"}
@@ -176,7 +189,7 @@ def test_compile_json(tiny_shape):
         (["--decode-implementation", "triton"], "needs an NVIDIA GPU"),
     ],
 )
-def test_bad_input_gets_one_line(tiny_shape, arguments, message):
+def test_bad_input_gets_one_line(run, tiny_shape, arguments, message):
     quick = ("--shape", "qwen3-8b", "--context", 12, "--steps", 4, "--copy-gib", 0.001)
     result = run("decode", *quick, *arguments)
     assert result.exit_code == 2

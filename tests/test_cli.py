@@ -103,8 +103,10 @@ def test_text_is_that_of_the_library_and_one_line_says_what_ran(jaxkv_, tiny, lm
 
 
 def test_json_schema(jaxkv_, tiny, lm):
-    flags = ["--max-new-tokens", "8", "--n-sink", "2", "--json", "--seed", "5"]
-    code, out, err = jaxkv_("generate", tiny, "--prompt", PROMPT, *SMALL, *flags)
+    flags = ["--max-new-tokens", "8", "--budget", "16", "--json", "--seed", "5"]
+    flags += ["--prefill", "streaming-llm:n_sink=2"]
+    flags += ["--decode", "streaming-llm:n_sink=2"]
+    code, out, err = jaxkv_("generate", tiny, "--prompt", PROMPT, *flags)
     (record,) = records(out)
     policy = jaxkv.StreamingLLM(n_sink=2)
     want = jaxkv.generate(
@@ -256,9 +258,12 @@ BAD_GENERATE = {
         "compression_ratio=, not both",
     ),
     "ratio": (["--prompt=x", "--compression-ratio=2"], "[0, 1)"),
-    "idle n_sink": (["--prompt=x", "--n-sink=2"], "belongs to streaming-llm"),
-    "huge n_sink": (["--prompt=x", *SMALL, f"--n-sink={2**40}"], "n_sink"),
-    "policy": (["--prompt=x", "--prefill=h2o"], "--prefill"),
+    "huge n_sink": (
+        ["--prompt=x", "--budget=16", f"--decode=streaming-llm:n_sink={2**40}"],
+        "n_sink",
+    ),
+    "policy": (["--prompt=x", "--prefill=magic"], "--prefill: unknown 'magic'"),
+    "policy's option": (["--prompt=x", "--decode=full:a=1"], "no option of full"),
     "dtype": (["--prompt=x", "--dtype=int3"], "float32"),
     "negative seed": (["--prompt=x", "--seed=-1"], "--seed"),
     "word for a number": (["--prompt=x", "--seed=abc"], "--seed"),

@@ -1,0 +1,88 @@
+"""Methods by name, as commands take them: `full`, `streaming-llm:n_sink=2`.
+
+A method joins the command line by one line in a table here. Its options are the fields
+of its dataclass, so there is nothing else to declare.
+"""
+
+import dataclasses
+import json
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from jaxkv.policies import Full, StreamingLLM
+
+PREFILL: Mapping[str, type] = {
+    "full": Full,
+    "streaming-llm": StreamingLLM,
+}
+DECODE: Mapping[str, type] = {
+    "full": Full,
+    "streaming-llm": StreamingLLM,
+}
+
+
+def parse(text: str, table: Mapping[str, type], *, flag: str) -> Any:
+    """Make the method that a text such as `name:option=value,option=value` names.
+
+    Args:
+      text: values are written as in JSON, strings without quotes.
+      table: names and their dataclasses.
+      flag: what the text was given for, for the messages.
+
+    Returns:
+      An instance of the dataclass.
+
+    Raises:
+      ValueError: unknown name or option, or a value of the wrong type.
+    """
+    name, _, rest = text.partition(":")
+    if name not in table:
+        raise ValueError(f"{flag}: unknown {name!r}; choose one of {', '.join(table)}.")
+    hints = typing.get_type_hints(table[name])
+    fields = {f.name: hints[f.name] for f in dataclasses.fields(table[name])}
+    values = {}
+    for part in filter(None, (part.strip() for part in rest.split(","))):
+        option, equals, value = (piece.strip() for piece in part.partition("="))
+        if not equals or option not in fields:
+            known = ", ".join(fields) or "none"
+            raise ValueError(
+                f"{flag}: {part!r} is no option of {name}; write option=value with "
+                f"one of its options: {known}."
+            )
+        if option in values:
+            raise ValueError(f"{flag}: {option} is given twice in {text!r}.")
+        values[option] = _read(value, fields[option], f"{flag}: {name}'s {option}")
+    return table[name](**values)
+
+
+def _read(text: str, hint: Any, what: str) -> Any:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None if text.lower() == "none" else text
+    for kind in _kinds(hint):
+        if typing.get_origin(kind) is typing.Literal:
+            if value in typing.get_args(kind):
+                return value
+        elif kind is float and type(value) is int:
+            return float(value)
+        elif type(value) is kind:
+            return value
+    raise ValueError(f"{what} takes {_words(hint)}, got {text!r}.")
+
+
+def _kinds(hint: Any) -> tuple[Any, ...]:
+    union = isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
+    return typing.get_args(hint) if union else (hint,)
+
+
+def _words(hint: Any) -> str:
+    words = []
+    for kind in _kinds(hint):
+        if typing.get_origin(kind) is typing.Literal:
+            words += map(str, typing.get_args(kind))
+        else:
+            words.append("none" if kind is types.NoneType else kind.__name__)
+    return " or ".join(words)

@@ -1,0 +1,49 @@
+"""Methods by name: every option can be said, and nothing else."""
+
+import dataclasses
+import json
+
+import pytest
+
+from jaxkv import methods
+
+TABLES = {"prefill": methods.PREFILL, "decode": methods.DECODE}
+ALL = [(kind, name) for kind, table in TABLES.items() for name in table]
+
+
+@pytest.mark.parametrize(("kind", "name"), ALL)
+def test_a_name_alone_gives_the_defaults(kind, name):
+    table = TABLES[kind]
+    assert methods.parse(name, table, flag="--x") == table[name]()
+
+
+@pytest.mark.parametrize(("kind", "name"), ALL)
+def test_every_option_can_be_said(kind, name):
+    table = TABLES[kind]
+    default = table[name]()
+    said = []
+    for field in dataclasses.fields(default):
+        value = getattr(default, field.name)
+        said.append(
+            f"{field.name}={value if type(value) is str else json.dumps(value)}"
+        )
+    assert methods.parse(f"{name}:{','.join(said)}", table, flag="--x") == default
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("magic", "unknown 'magic'; choose one of full, "),
+        ("", "unknown ''"),
+        ("full:n_sink=1", "no option of full"),
+        ("streaming-llm:n_sink", "write option=value"),
+        ("streaming-llm:sinks=1", "one of its options: n_sink"),
+        ("streaming-llm:n_sink=two", "n_sink takes int, got 'two'"),
+        ("streaming-llm:n_sink=1.5", "n_sink takes int"),
+        ("streaming-llm:n_sink=true", "n_sink takes int"),
+        ("streaming-llm:n_sink=1,n_sink=2", "given twice"),
+    ],
+)
+def test_bad_text_says_what_is_wrong(text, message):
+    with pytest.raises(ValueError, match=message):
+        methods.parse(text, methods.DECODE, flag="--decode")
