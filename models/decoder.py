@@ -18,6 +18,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxkv.kernels.rotary import rotate
+
 Attend = Callable[
     [jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]
 ]  # (q [B,T,N,H], k [B,T,K,H], v [B,T,K,H], state) -> (out [B,T,N,H], state)
@@ -98,26 +100,6 @@ def rotary_frequencies(config: Config) -> jax.Array:
     span = scaling.high_freq_factor - scaling.low_freq_factor
     smooth = jnp.clip((ratio - scaling.low_freq_factor) / span, 0.0, 1.0)
     return (1 - smooth) * frequencies / scaling.factor + smooth * frequencies
-
-
-def rotate(x: jax.Array, positions: jax.Array, frequencies: jax.Array) -> jax.Array:
-    """Rotate heads by their position (RoPE, the half-split layout of Hugging Face).
-
-    Args:
-      x: `[B, T, heads, H]`.
-      positions: `[B, T]` integer positions.
-      frequencies: float32 `[H / 2]`.
-
-    Returns:
-      `x` rotated, in its own dtype; the arithmetic is float32.
-    """
-    angles = positions[:, :, None, None].astype(jnp.float32) * frequencies
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate(
-        [first * cos - second * sin, second * cos + first * sin], axis=-1
-    )
-    return rotated.astype(x.dtype)
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
@@ -232,6 +214,10 @@ class Decoder(nn.Module):
             x, state = layer(x, positions, frequencies, state, attend)
             new_cache.append(state)
         return rms_norm(x, self.final_norm, c.rms_norm_eps), tuple(new_cache)
+
+    def frequencies(self) -> jax.Array:
+        """Return the rotary frequencies, float32 `[H / 2]`, in radians per position."""
+        return rotary_frequencies(self.config)
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
         """Return float32 logits `[..., V]` of normalised hidden states `[..., D]`."""
