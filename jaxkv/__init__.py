@@ -5,25 +5,37 @@ the pure functions underneath. Policies say what the cache keeps.
 """
 
 from jaxkv._version import __version__
+from jaxkv.dapq import LAQ, DapQ
+from jaxkv.expected_attention import ExpectedAttention
 from jaxkv.generation import Options, decode_step, generate_tokens, prefill
 from jaxkv.inference import Completion, Stats, generate
 from jaxkv.language_model import LanguageModel, load, save
 from jaxkv.models.checkpoint import CheckpointError
 from jaxkv.policies import DecodePolicy, Full, PrefillPolicy, StreamingLLM
+from jaxkv.prompt_policies import H2O, TOVA, KNorm, PyramidKV, Random, SnapKV
 from jaxkv.sampling import Categorical, Greedy
 from jaxkv.state import KVState
 
 __all__ = [
+    "H2O",
+    "LAQ",
+    "TOVA",
     "Categorical",
     "CheckpointError",
     "Completion",
+    "DapQ",
     "DecodePolicy",
+    "ExpectedAttention",
     "Full",
     "Greedy",
+    "KNorm",
     "KVState",
     "LanguageModel",
     "Options",
     "PrefillPolicy",
+    "PyramidKV",
+    "Random",
+    "SnapKV",
     "Stats",
     "StreamingLLM",
     "__version__",

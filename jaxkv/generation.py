@@ -14,10 +14,10 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
-from jaxkv import state as kv
-from jaxkv.attention import attend_cache, attend_prompt
+from jaxkv.attention import append_tokens, attend_cache, attend_prompt, rooms
 from jaxkv.kernels import decode as decode_kernels
 from jaxkv.kernels import prefill as prefill_kernels
+from jaxkv.kernels import window_scores
 from jaxkv.policies import DecodePolicy, Full, PrefillPolicy
 from jaxkv.sampling import Greedy, Sampler, penalize
 from jaxkv.state import KVState
@@ -28,9 +28,10 @@ Cache = tuple[KVState, ...]
 class Network(Protocol):
     """What the loops ask of a network; `jaxkv.models.decoder.Decoder` is one.
 
-    `config` has `num_layers`, `num_kv_heads`, `head_dim` and `vocab_size`; applied to
-    `(tokens, positions, cache, attend)` it returns hidden states and the new cache, and
-    its method `unembed` turns hidden states into logits. It hashes by value.
+    `config` has `num_layers`, `num_heads`, `num_kv_heads`, `head_dim` and `vocab_size`;
+    applied to `(tokens, positions, cache, attend)` it returns hidden states and the new
+    cache; its method `unembed` turns hidden states into logits, and `frequencies` gives
+    those of the rotation. It hashes by value.
     """
 
     config: Any
@@ -45,12 +46,14 @@ class Options:
 
     Attributes:
       budget: tokens that a layer's cache may keep of the prompt and, if `decode`
-        evicts, of prompt and output together; None keeps everything.
+        evicts, of prompt and output together; None keeps everything, whatever `prefill`
+        says. Rows may have less: see `prefill`.
       prefill: the prompt's eviction.
       decode: the output's eviction.
       sampler: how a token is chosen.
       prefill_implementation: of `kernels.prefill.causal_attention`; None is the best.
       decode_implementation: of `kernels.decode.decode_attention`; None is the best.
+      scores_implementation: of `kernels.window_scores.window_scores`; None is the best.
     """
 
     budget: int | None = None
@@ -59,6 +62,7 @@ class Options:
     sampler: Sampler = Greedy()
     prefill_implementation: prefill_kernels.Implementation | None = None
     decode_implementation: decode_kernels.Implementation | None = None
+    scores_implementation: window_scores.Implementation | None = None
 
     def check(self) -> None:
         """Raise ValueError for options that contradict each other."""
@@ -80,6 +84,12 @@ class Options:
                 f"use a budget of at least {self.decode.spare + 1}."
             )
         self.prefill.check(self.prompt_budget)
+        if self.decode.evicts and not self.prefill.same_budgets:
+            raise ValueError(
+                f"{type(self.prefill).__name__} gives layers different budgets, but "
+                f"{type(self.decode).__name__} evicts while decoding and needs one for "
+                "all; use decode=Full() or another prefill policy."
+            )
 
     @property
     def prompt_budget(self) -> int | None:
@@ -93,6 +103,13 @@ class Options:
         if self.decode.evicts:
             return min(self.budget, prompt + new)
         return min(self.budget, prompt) + new
+
+    def layer_slots(self, prompt: int, new: int, num_layers: int) -> tuple[int, ...]:
+        """Return `num_slots` layer by layer, enough for prompts of any length."""
+        if self.budget is None or self.decode.evicts:
+            return (self.num_slots(prompt, new),) * num_layers
+        budgets = self.prefill.layer_budgets(self.budget, num_layers)
+        return tuple(min(budget, prompt) + new for budget in budgets)
 
 
 @jax.tree_util.register_dataclass
@@ -129,7 +146,8 @@ def prefill(
     lengths: jax.Array,
     *,
     options: Options,
-    slots: int,
+    slots: int | tuple[int, ...],
+    keep: jax.Array | None = None,
 ) -> tuple[jax.Array, Cache]:
     """Run prompts through the network and keep what the policy keeps.
 
@@ -139,34 +157,78 @@ def prefill(
       tokens: int32 `[B, P]`, right-padded.
       lengths: int32 `[B]`, at least 1.
       options: static.
-      slots: of every layer's state.
+      slots: of every layer's state, or of each layer's.
+      keep: int32 `[B]`, tokens that each row may keep of its prompt, at most
+        `options.prompt_budget`; other numbers compile nothing. None is that bound.
 
     Returns:
       Logits of the token after each prompt, float32 `[B, V]`, and the cache.
+
+    Raises:
+      ValueError: `keep` without a budget.
     """
-    config = network.config
-    batch, length = tokens.shape
-    empty = kv.init(
-        batch=batch,
-        kv_heads=config.num_kv_heads,
+    if keep is not None and options.budget is None:
+        raise ValueError(
+            "prefill: keep= says how much of options.budget each row uses, but that "
+            "is None; set Options(budget=), the most that any row may keep."
+        )
+    policy = Full() if options.budget is None else options.prefill
+    pseudo = policy.pseudo_tokens(
+        tokens,
+        lengths,
+        vocab_size=network.config.vocab_size,
+        draft=lambda other, steps: _draft(
+            *(network, params, tokens, lengths, keep, options, other, steps)
+        ),
+    )
+    tokens, positions = append_tokens(tokens, lengths, pseudo, offset=policy.offset)
+    attend = attend_prompt(
+        policy,
+        lengths=lengths,
+        frequencies=network.apply({"params": params}, method="frequencies"),
+        implementation=options.prefill_implementation,
+        scores_implementation=options.scores_implementation,
+    )
+    layers = network.config.num_layers
+    slots = slots if isinstance(slots, tuple) else (slots,) * layers
+    empty = rooms(
+        policy,
+        network.config,
+        lengths,
         slots=slots,
-        head_dim=config.head_dim,
+        budget=max(slots) if options.budget is None else options.prompt_budget,
+        keep=keep,
         dtype=params["embedding"].dtype,
     )
-    positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), tokens.shape)
-    attend = attend_prompt(
-        options.prefill,
-        budget=slots if options.budget is None else options.prompt_budget,
-        lengths=lengths,
-        implementation=options.prefill_implementation,
-    )
-    hidden, cache = network.apply(
-        {"params": params}, tokens, positions, (empty,) * config.num_layers, attend
-    )
+    hidden, cache = network.apply({"params": params}, tokens, positions, empty, attend)
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
     logits = network.apply({"params": params}, last, method="unembed")
     cache = tuple(options.decode.begin(state, lengths) for state in cache)
     return logits, cache
+
+
+def _draft(network, params, tokens, lengths, keep, options, policy, steps):
+    """Decode greedily from an evicted prompt; see `policies.Draft`."""
+    options = dataclasses.replace(
+        options, budget=options.prompt_budget, prefill=policy, decode=Full()
+    )
+    slots = options.layer_slots(tokens.shape[1], steps, network.config.num_layers)
+    logits, cache = prefill(
+        network, params, tokens, lengths, options=options, slots=slots, keep=keep
+    )
+
+    def step(carry, position):
+        token, cache = carry
+        logits, cache = decode_step(
+            network, params, token, position, cache, options=options
+        )
+        token = logits.argmax(-1).astype(jnp.int32)
+        return (token, cache), token
+
+    first = logits.argmax(-1).astype(jnp.int32)
+    positions = lengths + jnp.arange(steps - 1, dtype=jnp.int32)[:, None]
+    _, rest = jax.lax.scan(step, (first, cache), positions)
+    return jnp.concatenate([first[:, None], rest.T], axis=1)
 
 
 def decode_step(
@@ -216,8 +278,9 @@ def start(
     stop_ids: jax.Array,
     *,
     options: Options,
-    slots: int,
+    slots: int | tuple[int, ...],
     max_out: int,
+    keep: jax.Array | None = None,
 ) -> Generation:
     """Prefill and choose the first token.
 
@@ -229,14 +292,15 @@ def start(
       keys: PRNG keys `[B]`.
       stop_ids: int32 `[E]`; -1 stands for none.
       options: static.
-      slots: of every layer's state; see `Options.num_slots`.
+      slots: of every layer's state, or of each layer's; see `Options.layer_slots`.
       max_out: size `O` of the output buffer.
+      keep: int32 `[B]` or None; see `prefill`.
 
     Returns:
       The state of the loop after one token.
     """
     logits, cache = prefill(
-        network, params, tokens, lengths, options=options, slots=slots
+        network, params, tokens, lengths, options=options, slots=slots, keep=keep
     )
     batch, length = tokens.shape
     seen = None
@@ -326,8 +390,9 @@ def generate_tokens(
     max_new_tokens: jax.Array,
     *,
     options: Options,
-    slots: int,
+    slots: int | tuple[int, ...],
     max_out: int,
+    keep: jax.Array | None = None,
 ) -> Output:
     """Generate from token ids, in one traceable function: `start`, then `advance`.
 
@@ -343,6 +408,7 @@ def generate_tokens(
         options=options,
         slots=slots,
         max_out=max_out,
+        keep=keep,
     )
     end = advance(
         network, params, generation, max_new_tokens, stop_ids, options=options

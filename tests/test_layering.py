@@ -15,6 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 CORE = {"state", "policies", "attention", "sampling", "generation"}
+CORE |= {"dapq", "expected_attention", "prompt_policies", "scoring"}
 BASE = {"_version"}  # imports nothing of ours; anybody may import it
 WITHOUT_JAX = {
     "lexicon",
