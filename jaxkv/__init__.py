@@ -5,27 +5,41 @@ the pure functions underneath. Policies say what the cache keeps.
 """
 
 from jaxkv._version import __version__
+from jaxkv.decode_policies import (
+    VATP,
+    H2ODecode,
+    LongFlow,
+    RandomDecode,
+    TOVADecode,
+)
 from jaxkv.generation import Options, decode_step, generate_tokens, prefill
 from jaxkv.inference import Completion, Stats, generate
 from jaxkv.language_model import LanguageModel, load, save
 from jaxkv.models.checkpoint import CheckpointError
 from jaxkv.policies import DecodePolicy, Full, PrefillPolicy, StreamingLLM
+from jaxkv.rkv import RKV
 from jaxkv.sampling import Categorical, Greedy
 from jaxkv.state import KVState
 
 __all__ = [
+    "RKV",
+    "VATP",
     "Categorical",
     "CheckpointError",
     "Completion",
     "DecodePolicy",
     "Full",
     "Greedy",
+    "H2ODecode",
     "KVState",
     "LanguageModel",
+    "LongFlow",
     "Options",
     "PrefillPolicy",
+    "RandomDecode",
     "Stats",
     "StreamingLLM",
+    "TOVADecode",
     "__version__",
     "decode_step",
     "generate",

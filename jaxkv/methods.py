@@ -11,7 +11,15 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
+from jaxkv.decode_policies import (
+    VATP,
+    H2ODecode,
+    LongFlow,
+    RandomDecode,
+    TOVADecode,
+)
 from jaxkv.policies import Full, StreamingLLM
+from jaxkv.rkv import RKV
 
 PREFILL: Mapping[str, type] = {
     "full": Full,
@@ -19,7 +27,13 @@ PREFILL: Mapping[str, type] = {
 }
 DECODE: Mapping[str, type] = {
     "full": Full,
+    "h2o": H2ODecode,
+    "longflow": LongFlow,
+    "r-kv": RKV,
+    "random": RandomDecode,
     "streaming-llm": StreamingLLM,
+    "tova": TOVADecode,
+    "vatp": VATP,
 }
 
 

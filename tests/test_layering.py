@@ -14,7 +14,16 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-CORE = {"state", "policies", "attention", "sampling", "generation"}
+CORE = {
+    "attention",
+    "decode_policies",
+    "eviction",
+    "generation",
+    "policies",
+    "rkv",
+    "sampling",
+    "state",
+}
 BASE = {"_version"}  # imports nothing of ours; anybody may import it
 WITHOUT_JAX = {
     "lexicon",
