@@ -6,6 +6,13 @@ the pure functions underneath. Policies say what the cache keeps.
 
 from jaxkv._version import __version__
 from jaxkv.dapq import LAQ, DapQ
+from jaxkv.decode_policies import (
+    VATP,
+    H2ODecode,
+    LongFlow,
+    RandomDecode,
+    TOVADecode,
+)
 from jaxkv.expected_attention import ExpectedAttention
 from jaxkv.generation import Options, decode_step, generate_tokens, prefill
 from jaxkv.inference import Completion, Stats, generate
@@ -13,13 +20,16 @@ from jaxkv.language_model import LanguageModel, load, save
 from jaxkv.models.checkpoint import CheckpointError
 from jaxkv.policies import DecodePolicy, Full, PrefillPolicy, StreamingLLM
 from jaxkv.prompt_policies import H2O, TOVA, KNorm, PyramidKV, Random, SnapKV
+from jaxkv.rkv import RKV
 from jaxkv.sampling import Categorical, Greedy
 from jaxkv.state import KVState
 
 __all__ = [
     "H2O",
     "LAQ",
+    "RKV",
     "TOVA",
+    "VATP",
     "Categorical",
     "CheckpointError",
     "Completion",
@@ -28,16 +38,20 @@ __all__ = [
     "ExpectedAttention",
     "Full",
     "Greedy",
+    "H2ODecode",
     "KNorm",
     "KVState",
     "LanguageModel",
+    "LongFlow",
     "Options",
     "PrefillPolicy",
     "PyramidKV",
     "Random",
+    "RandomDecode",
     "SnapKV",
     "Stats",
     "StreamingLLM",
+    "TOVADecode",
     "__version__",
     "decode_step",
     "generate",

@@ -220,7 +220,7 @@ def generate(
                 backend, lm.dtype, length=padded, head_dim=lm.config.head_dim
             ),
             decode_implementation=decode_implementation
-            or decode_kernels.choose(backend),
+            or options.decode.choose(backend),
         ),
     )
 

@@ -12,9 +12,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxkv.dapq import LAQ, DapQ
+from jaxkv.decode_policies import (
+    VATP,
+    H2ODecode,
+    LongFlow,
+    RandomDecode,
+    TOVADecode,
+)
 from jaxkv.expected_attention import ExpectedAttention
 from jaxkv.policies import Full, StreamingLLM
 from jaxkv.prompt_policies import H2O, TOVA, KNorm, PyramidKV, Random, SnapKV
+from jaxkv.rkv import RKV
 
 PREFILL: Mapping[str, type] = {
     "full": Full,
@@ -31,7 +39,13 @@ PREFILL: Mapping[str, type] = {
 }
 DECODE: Mapping[str, type] = {
     "full": Full,
+    "h2o": H2ODecode,
+    "longflow": LongFlow,
+    "r-kv": RKV,
+    "random": RandomDecode,
     "streaming-llm": StreamingLLM,
+    "tova": TOVADecode,
+    "vatp": VATP,
 }
 
 

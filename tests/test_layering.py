@@ -14,8 +14,20 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-CORE = {"state", "policies", "attention", "sampling", "generation"}
-CORE |= {"dapq", "expected_attention", "prompt_policies", "scoring"}
+CORE = {
+    "attention",
+    "dapq",
+    "decode_policies",
+    "eviction",
+    "expected_attention",
+    "generation",
+    "policies",
+    "prompt_policies",
+    "rkv",
+    "sampling",
+    "scoring",
+    "state",
+}
 BASE = {"_version"}  # imports nothing of ours; anybody may import it
 WITHOUT_JAX = {
     "lexicon",
