@@ -14,7 +14,19 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-CORE = {"state", "policies", "attention", "sampling", "generation"}
+CORE = {
+    "acceptance",
+    "attention",
+    "drafts",
+    "generation",
+    "likeliest",
+    "matching",
+    "policies",
+    "sampling",
+    "speculation",
+    "state",
+    "trees",
+}
 BASE = {"_version"}  # imports nothing of ours; anybody may import it
 WITHOUT_JAX = {
     "lexicon",
