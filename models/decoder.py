@@ -18,6 +18,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxkv.kernels import pointwise
+
 Attend = Callable[
     [jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]
 ]  # (q [B,T,N,H], k [B,T,K,H], v [B,T,K,H], state) -> (out [B,T,N,H], state)
@@ -101,47 +103,40 @@ def rotary_frequencies(config: Config) -> jax.Array:
 
 
 def rotate(x: jax.Array, positions: jax.Array, frequencies: jax.Array) -> jax.Array:
-    """Rotate heads by their position (RoPE, the half-split layout of Hugging Face).
-
-    Args:
-      x: `[B, T, heads, H]`.
-      positions: `[B, T]` integer positions.
-      frequencies: float32 `[H / 2]`.
-
-    Returns:
-      `x` rotated, in its own dtype; the arithmetic is float32.
-    """
-    angles = positions[:, :, None, None].astype(jnp.float32) * frequencies
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate(
-        [first * cos - second * sin, second * cos + first * sin], axis=-1
-    )
-    return rotated.astype(x.dtype)
-
-
-def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
-    """Normalise the last axis to unit root mean square, then scale by `weight`."""
-    x32 = x.astype(jnp.float32)
-    variance = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
-    return (x32 * jax.lax.rsqrt(variance + eps)).astype(x.dtype) * weight
+    """Rotate heads `[B, T, heads, H]` by their positions, integers `[B, T]`."""
+    return pointwise.rotate(x, *pointwise.rotary_table(positions, frequencies))
 
 
 class Layer(nn.Module):
     """One pre-norm layer; weights that are read together are stored together."""
 
     config: Config
+    implementation: pointwise.Implementation | None = None
 
     @nn.compact
     def __call__(
         self,
         x: jax.Array,
-        positions: jax.Array,
-        frequencies: jax.Array,
+        delta: jax.Array | None,
+        cos: jax.Array,
+        sin: jax.Array,
         state: Any,
         attend: Attend,
-    ) -> tuple[jax.Array, Any]:
-        """Map `x` `[B, T, D]` to the next residual stream and the layer's new state."""
+    ) -> tuple[jax.Array, jax.Array, Any]:
+        """Run one layer.
+
+        Args:
+          x: `[B, T, D]`, the residual stream.
+          delta: `[B, T, D]`, what the layer before adds to it; None for the first. The
+            sum is left to this layer, which makes it and its norm in one launch.
+          cos: of `pointwise.rotary_table`.
+          sin: likewise.
+          state: of this layer.
+          attend: see `Attend`.
+
+        Returns:
+          The residual stream, what this layer adds to it, and the new state.
+        """
         c = self.config
         batch, length, _ = x.shape
         matrix, ones, zeros = (
@@ -149,40 +144,42 @@ class Layer(nn.Module):
             nn.initializers.ones,
             nn.initializers.zeros,
         )
+        how = dict(eps=c.rms_norm_eps, implementation=self.implementation)
 
-        normed = rms_norm(
-            x, self.param("attention_norm", ones, (c.hidden_size,)), c.rms_norm_eps
-        )
+        norm = self.param("attention_norm", ones, (c.hidden_size,))
+        x, normed = pointwise.add_rms_norm(x, delta, norm, **how)
         qkv = normed @ self.param("qkv", matrix, (c.hidden_size, c.qkv_size))
         if c.qkv_bias:
             qkv += self.param("qkv_bias", zeros, (c.qkv_size,))
-        qkv = qkv.reshape(batch, length, -1, c.head_dim)
-        q, k, v = jnp.split(qkv, [c.num_heads, c.num_heads + c.num_kv_heads], axis=2)
+        q_norm = k_norm = None
         if c.qk_norm:
-            q = rms_norm(q, self.param("q_norm", ones, (c.head_dim,)), c.rms_norm_eps)
-            k = rms_norm(k, self.param("k_norm", ones, (c.head_dim,)), c.rms_norm_eps)
-        q = rotate(q, positions, frequencies)
-        k = rotate(k, positions, frequencies)
+            q_norm = self.param("q_norm", ones, (c.head_dim,))
+            k_norm = self.param("k_norm", ones, (c.head_dim,))
+        q, k, v = pointwise.split_and_rotate(
+            *(qkv, q_norm, k_norm, cos, sin),
+            num_heads=c.num_heads,
+            num_kv_heads=c.num_kv_heads,
+            **how,
+        )
         with jax.named_scope("attend"):
             out, state = attend(q, k, v, state)
         out = out.reshape(batch, length, c.num_heads * c.head_dim)
-        x += out @ self.param(
+        delta = out @ self.param(
             "output", matrix, (c.num_heads * c.head_dim, c.hidden_size)
         )
         if c.output_bias:
-            x += self.param("output_bias", zeros, (c.hidden_size,))
+            delta += self.param("output_bias", zeros, (c.hidden_size,))
 
-        normed = rms_norm(
-            x, self.param("mlp_norm", ones, (c.hidden_size,)), c.rms_norm_eps
-        )
+        norm = self.param("mlp_norm", ones, (c.hidden_size,))
+        x, normed = pointwise.add_rms_norm(x, delta, norm, **how)
         gate_up = normed @ self.param(
             "gate_up", matrix, (c.hidden_size, 2 * c.intermediate_size)
         )
         gate, up = jnp.split(gate_up, 2, axis=-1)
-        x += (jax.nn.silu(gate) * up) @ self.param(
+        delta = (jax.nn.silu(gate) * up) @ self.param(
             "down", matrix, (c.intermediate_size, c.hidden_size)
         )
-        return x, state
+        return x, delta, state
 
 
 class Decoder(nn.Module):
@@ -190,16 +187,25 @@ class Decoder(nn.Module):
 
     The output layer is a method of its own (`unembed`), because prefill needs logits
     at one position only and the others would cost `T x V` memory.
+
+    Attributes:
+      config: sizes and switches.
+      implementation: of the operations in `kernels.pointwise`; None is the best one
+        here. A program that spans several devices wants "xla".
     """
 
     config: Config
+    implementation: pointwise.Implementation | None = None
 
     def setup(self):
         """Declare the embedding, the layers and the output layer."""
         c = self.config
         matrix = nn.initializers.normal(0.02)
         self.embedding = self.param("embedding", matrix, (c.vocab_size, c.hidden_size))
-        self.layers = [Layer(c, name=f"layer_{i}") for i in range(c.num_layers)]
+        self.layers = [
+            Layer(c, self.implementation, name=f"layer_{i}")
+            for i in range(c.num_layers)
+        ]
         self.final_norm = self.param(
             "final_norm", nn.initializers.ones, (c.hidden_size,)
         )
@@ -225,13 +231,28 @@ class Decoder(nn.Module):
           The normalised hidden states `[B, T, D]` and the new cache.
         """
         c = self.config
-        frequencies = rotary_frequencies(c)
-        x = self.embedding[tokens]
+        cos, sin = pointwise.rotary_table(positions, rotary_frequencies(c))
+        x, delta = self.embedding[tokens], None
         new_cache = []
+
+        # One trace serves all layers: it is most of what compiling costs in Python.
+        @jax.jit
+        def run(variables, x, delta, state):
+            layer = Layer(c, self.implementation, parent=None)
+            return layer.apply(variables, x, delta, cos, sin, state, attend)
+
         for layer, state in zip(self.layers, cache, strict=True):
-            x, state = layer(x, positions, frequencies, state, attend)
+            if self.is_initializing():
+                x, delta, state = layer(x, delta, cos, sin, state, attend)
+            else:
+                x, delta, state = run(layer.variables, x, delta, state)
             new_cache.append(state)
-        return rms_norm(x, self.final_norm, c.rms_norm_eps), tuple(new_cache)
+        _, normed = pointwise.add_rms_norm(
+            *(x, delta, self.final_norm),
+            eps=c.rms_norm_eps,
+            implementation=self.implementation,
+        )
+        return normed, tuple(new_cache)
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
         """Return float32 logits `[..., V]` of normalised hidden states `[..., D]`."""

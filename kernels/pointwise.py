@@ -1,0 +1,181 @@
+"""The small operations between a layer's matrix products, each in one launch.
+
+A decode step of a small batch reads its weights as fast as memory allows, and then it
+is the launches between the matrix products that cost: XLA makes three of a residual sum
+and its norm, and five of the norms and rotations of a layer's heads.
+
+Axis letters: `B` batch, `T` tokens, `D` hidden, `N` query heads, `K` key/value heads,
+`H` head size.
+"""
+
+from typing import Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+
+from jaxkv.kernels.decode import triton_unavailable
+from jaxkv.kernels.shapes import check_shape
+
+Implementation = Literal["xla", "triton"]
+
+_MOST_ROWS = 256  # beyond that XLA's fusions are as good
+
+
+class Heads(NamedTuple):
+    """Rotated queries `[B, T, N, H]`, rotated keys and values `[B, T, K, H]`."""
+
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+
+
+def add_rms_norm(
+    x: jax.Array,
+    delta: jax.Array | None,
+    weight: jax.Array,
+    *,
+    eps: float,
+    implementation: Implementation | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Add to the residual stream and normalise the sum.
+
+    Args:
+      x: `[B, T, D]`, the residual stream.
+      delta: `[B, T, D]` to add to it, or None.
+      weight: `[D]`.
+      eps: added to the mean square.
+      implementation: "xla" (anywhere), "triton" (NVIDIA), or None for the best one.
+
+    Returns:
+      The sum, and the sum over its root mean square times `weight`, both in the dtype
+      of `x`; the arithmetic is float32, with a rounding before `weight`.
+
+    Raises:
+      ValueError: shapes disagree, or the implementation is unknown.
+      NotImplementedError: a named implementation cannot run here.
+    """
+    where = "add_rms_norm"
+    arrays = {"x": (x, "B T D"), "weight": (weight, "D")}
+    if delta is not None:
+        arrays["delta"] = (delta, "B T D")
+    sizes = check_shape(where, **arrays)
+    if _resolve(where, implementation, sizes["B"] * sizes["T"]) == "triton":
+        from jaxkv.kernels.pointwise_triton import add_rms_norm_triton
+
+        return add_rms_norm_triton(x, delta, weight, eps=eps)
+    total = x if delta is None else x + delta
+    return total, rms_norm(total, weight, eps)
+
+
+def split_and_rotate(
+    qkv: jax.Array,
+    q_norm: jax.Array | None,
+    k_norm: jax.Array | None,
+    cos: jax.Array,
+    sin: jax.Array,
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    eps: float,
+    implementation: Implementation | None = None,
+) -> Heads:
+    """Split a fused projection into heads; normalise and rotate queries and keys.
+
+    Args:
+      qkv: `[B, T, (N + 2 K) H]`.
+      q_norm: `[H]`, weight of the queries' norm, or None for no norm (Qwen3 has it).
+      k_norm: `[H]`, likewise; both or none.
+      cos: float32 `[B, T, H / 2]`, from `rotary_table`.
+      sin: float32 `[B, T, H / 2]`.
+      num_heads: `N`.
+      num_kv_heads: `K`.
+      eps: of the norms.
+      implementation: "xla" (anywhere), "triton" (NVIDIA), or None for the best one.
+
+    Returns:
+      Queries, keys and values in the dtype of `qkv`.
+
+    Raises:
+      ValueError: shapes disagree, or the implementation is unknown.
+      NotImplementedError: a named implementation cannot run here.
+    """
+    where = "split_and_rotate"
+    sizes = check_shape(
+        where, qkv=(qkv, "B T Q"), cos=(cos, "B T R"), sin=(sin, "B T R")
+    )
+    head_dim = 2 * sizes["R"]
+    if sizes["Q"] != (num_heads + 2 * num_kv_heads) * head_dim:
+        raise ValueError(
+            f"{where}: qkv has {sizes['Q']} columns, but {num_heads} + 2 x "
+            f"{num_kv_heads} heads of {head_dim} need "
+            f"{(num_heads + 2 * num_kv_heads) * head_dim}."
+        )
+    if _resolve(where, implementation, sizes["B"] * sizes["T"]) == "triton":
+        from jaxkv.kernels.pointwise_triton import split_and_rotate_triton
+
+        return split_and_rotate_triton(
+            *(qkv, q_norm, k_norm, cos, sin),
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            eps=eps,
+        )
+    heads = qkv.reshape(*qkv.shape[:2], -1, head_dim)
+    q, k, v = jnp.split(heads, [num_heads, num_heads + num_kv_heads], axis=2)
+    if q_norm is not None:
+        q, k = rms_norm(q, q_norm, eps), rms_norm(k, k_norm, eps)
+    return Heads(rotate(q, cos, sin), rotate(k, cos, sin), v)
+
+
+def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+    """Normalise the last axis to unit root mean square, then scale by `weight`."""
+    x32 = x.astype(jnp.float32)
+    variance = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
+    return (x32 * jax.lax.rsqrt(variance + eps)).astype(x.dtype) * weight
+
+
+def rotary_table(
+    positions: jax.Array, frequencies: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Return cosine and sine, float32 `[B, T, H / 2]`, of the angles of RoPE.
+
+    Args:
+      positions: integers `[B, T]`.
+      frequencies: float32 `[H / 2]`, in radians per position.
+    """
+    angles = positions[..., None].astype(jnp.float32) * frequencies
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotate heads (RoPE, the half-split layout of Hugging Face).
+
+    Args:
+      x: `[B, T, heads, H]`.
+      cos: float32 `[B, T, H / 2]`, from `rotary_table`.
+      sin: float32 `[B, T, H / 2]`.
+
+    Returns:
+      `x` rotated, in its own dtype; the arithmetic is float32.
+    """
+    cos, sin = cos[:, :, None], sin[:, :, None]
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate(
+        [first * cos - second * sin, second * cos + first * sin], axis=-1
+    )
+    return rotated.astype(x.dtype)
+
+
+def _resolve(where: str, implementation: str | None, rows: int) -> str:
+    if implementation is None:
+        few = rows <= _MOST_ROWS
+        on_gpu = jax.default_backend() == "gpu"
+        return "triton" if few and on_gpu and not triton_unavailable() else "xla"
+    if implementation not in get_args(Implementation):
+        raise ValueError(
+            f"{where}: unknown {implementation=}; choose one of "
+            f"{', '.join(get_args(Implementation))} or None."
+        )
+    reason = triton_unavailable() if implementation == "triton" else ""
+    if reason:
+        raise NotImplementedError(f'{where}: implementation="triton" {reason}')
+    return implementation

@@ -1,0 +1,86 @@
+"""The operations of `pointwise` on NVIDIA GPUs, in Triton, through jax-triton.
+
+One program a row for `add_rms_norm`, one a head for `split_and_rotate`: with few rows
+it is the launch that costs, not the bytes.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from jaxkv.kernels.decode_triton import _call, _next_power_of_2
+from jaxkv.kernels.pointwise import Heads
+
+
+def add_rms_norm_triton(
+    x: jax.Array, delta: jax.Array | None, weight: jax.Array, *, eps: float
+) -> tuple[jax.Array, jax.Array]:
+    """Do `pointwise.add_rms_norm`, whose arguments these are."""
+    from jaxkv.kernels import pointwise_triton_body as body
+
+    size = x.shape[-1]
+    out = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    total, normed = _call(
+        body.add_rms_norm,
+        (x, x if delta is None else delta, weight),
+        (out, out),
+        aliases={},
+        grid=(x.size // size,),
+        num_warps=max(1, min(8, _next_power_of_2(size) // 256)),
+        num_stages=1,
+        **norm_constants(size, eps, delta=delta is not None),
+    )
+    return total, normed
+
+
+def split_and_rotate_triton(
+    qkv: jax.Array,
+    q_norm: jax.Array | None,
+    k_norm: jax.Array | None,
+    cos: jax.Array,
+    sin: jax.Array,
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    eps: float,
+) -> Heads:
+    """Do `pointwise.split_and_rotate`, whose arguments these are."""
+    from jaxkv.kernels import pointwise_triton_body as body
+
+    batch, length, half = cos.shape
+    norm = q_norm is not None
+    none = jnp.zeros(1, qkv.dtype)
+    shapes = [
+        (batch, length, heads, 2 * half)
+        for heads in (num_heads, num_kv_heads, num_kv_heads)
+    ]
+    return Heads(
+        *_call(
+            body.split_and_rotate,
+            (qkv, q_norm if norm else none, k_norm if norm else none, cos, sin),
+            tuple(jax.ShapeDtypeStruct(shape, qkv.dtype) for shape in shapes),
+            aliases={},
+            grid=(batch * length, num_heads + 2 * num_kv_heads),
+            num_warps=1,
+            num_stages=1,
+            **rotate_constants(num_heads, num_kv_heads, half, eps, norm=norm),
+        )
+    )
+
+
+def norm_constants(size: int, eps: float, *, delta: bool) -> dict[str, object]:
+    """Return the compile-time arguments of `add_rms_norm`."""
+    return dict(SIZE=size, SIZE_PAD=_next_power_of_2(size), EPS=eps, DELTA=delta)
+
+
+def rotate_constants(
+    num_heads: int, num_kv_heads: int, half: int, eps: float, *, norm: bool
+) -> dict[str, object]:
+    """Return the compile-time arguments of `split_and_rotate`."""
+    return dict(
+        HEADS=num_heads,
+        KV_HEADS=num_kv_heads,
+        HALF=half,
+        HALF_PAD=_next_power_of_2(half),
+        EPS=eps,
+        NORM=norm,
+    )
