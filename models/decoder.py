@@ -235,12 +235,13 @@ class Decoder(nn.Module):
         x, delta = self.embedding[tokens], None
         new_cache = []
 
-        # One trace serves all layers: it is most of what compiling costs in Python.
-        @jax.jit
         def run(variables, x, delta, state):
             layer = Layer(c, self.implementation, parent=None)
             return layer.apply(variables, x, delta, cos, sin, state, attend)
 
+        if isinstance(x, jax.core.Tracer):
+            # One trace serves all layers: it is most of what compiling costs in Python.
+            run = jax.jit(run)
         for layer, state in zip(self.layers, cache, strict=True):
             if self.is_initializing():
                 x, delta, state = layer(x, delta, cos, sin, state, attend)
