@@ -5,6 +5,9 @@ the pure functions underneath. Policies say what the cache keeps.
 """
 
 from jaxkv._version import __version__
+from jaxkv.acceptance import Conditional, Exact, FixedThreshold, TopK, Typical
+from jaxkv.draft_stats import DraftStats
+from jaxkv.drafts import Aligned, Drafter, PromptLookup, Tree
 from jaxkv.generation import Options, decode_step, generate_tokens, prefill
 from jaxkv.inference import Completion, Stats, generate
 from jaxkv.language_model import LanguageModel, load, save
@@ -14,18 +17,28 @@ from jaxkv.sampling import Categorical, Greedy
 from jaxkv.state import KVState
 
 __all__ = [
+    "Aligned",
     "Categorical",
     "CheckpointError",
     "Completion",
+    "Conditional",
     "DecodePolicy",
+    "DraftStats",
+    "Drafter",
+    "Exact",
+    "FixedThreshold",
     "Full",
     "Greedy",
     "KVState",
     "LanguageModel",
     "Options",
     "PrefillPolicy",
+    "PromptLookup",
     "Stats",
     "StreamingLLM",
+    "TopK",
+    "Tree",
+    "Typical",
     "__version__",
     "decode_step",
     "generate",

@@ -303,7 +303,7 @@ def merge(
     rank = _ranks(jnp.where(is_node, key, never))
 
     wanted = jnp.arange(nodes, dtype=jnp.int32)[:, None]
-    flat_rank = jnp.where(is_node, rank, size).reshape(batch, 1, size)
+    flat_rank = jnp.where(is_node, rank, -1).reshape(batch, 1, size)
     chosen = jnp.argmax(flat_rank == wanted, axis=-1)  # [B, nodes], into Q * R
     valid = (flat_rank == wanted).any(-1)
     sequence, at = chosen // length, chosen % length

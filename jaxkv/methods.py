@@ -11,6 +11,8 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
+from jaxkv.acceptance import Conditional, Exact, FixedThreshold, TopK, Typical
+from jaxkv.drafts import Aligned, PromptLookup, Tree
 from jaxkv.policies import Full, StreamingLLM
 
 PREFILL: Mapping[str, type] = {
@@ -20,6 +22,18 @@ PREFILL: Mapping[str, type] = {
 DECODE: Mapping[str, type] = {
     "full": Full,
     "streaming-llm": StreamingLLM,
+}
+SPECULATE: Mapping[str, type] = {
+    "prompt-lookup": PromptLookup,
+    "tree": Tree,
+    "aligned": Aligned,
+}
+ACCEPT: Mapping[str, type] = {
+    "exact": Exact,
+    "conditional": Conditional,
+    "fixed-threshold": FixedThreshold,
+    "top-k": TopK,
+    "typical": Typical,
 }
 
 

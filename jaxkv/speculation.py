@@ -1,8 +1,8 @@
 """Speculative decoding inside the loop: draft, verify, accept, commit.
 
 A step feeds the newest token and a tree of drafted ones through the network at once,
-and emits as many tokens as pass, and one more. Where no row has a draft, or where drafts
-keep failing, it is an ordinary decode step.
+and emits as many tokens as pass, and one more. Where no row has a draft, or where
+drafts keep failing, it is an ordinary decode step.
 
 Axis letters: `B` batch, `T` nodes of a tree, `D` its depth, `V` vocabulary, `W` width
 of the text, `P` padded prompt.
