@@ -6,6 +6,13 @@ the pure functions underneath. Policies say what the cache keeps.
 
 from jaxkv._version import __version__
 from jaxkv.acceptance import Conditional, Exact, FixedThreshold, TopK, Typical
+from jaxkv.decode_policies import (
+    VATP,
+    H2ODecode,
+    LongFlow,
+    RandomDecode,
+    TOVADecode,
+)
 from jaxkv.draft_stats import DraftStats
 from jaxkv.drafts import Aligned, Drafter, PromptLookup, Tree
 from jaxkv.generation import Options, decode_step, generate_tokens, prefill
@@ -13,10 +20,13 @@ from jaxkv.inference import Completion, Stats, generate
 from jaxkv.language_model import LanguageModel, load, save
 from jaxkv.models.checkpoint import CheckpointError
 from jaxkv.policies import DecodePolicy, Full, PrefillPolicy, StreamingLLM
+from jaxkv.rkv import RKV
 from jaxkv.sampling import Categorical, Greedy
 from jaxkv.state import KVState
 
 __all__ = [
+    "RKV",
+    "VATP",
     "Aligned",
     "Categorical",
     "CheckpointError",
@@ -29,13 +39,17 @@ __all__ = [
     "FixedThreshold",
     "Full",
     "Greedy",
+    "H2ODecode",
     "KVState",
     "LanguageModel",
+    "LongFlow",
     "Options",
     "PrefillPolicy",
     "PromptLookup",
+    "RandomDecode",
     "Stats",
     "StreamingLLM",
+    "TOVADecode",
     "TopK",
     "Tree",
     "Typical",

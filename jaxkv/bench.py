@@ -251,7 +251,7 @@ def _header(
         "dtype": jnp.dtype(dtype).name,
         "budget": options.budget,
         "decode": repr(options.decode),
-        "decode_implementation": kernel or decode_kernels.choose(jax.default_backend()),
+        "decode_implementation": kernel or options.decode.choose(jax.default_backend()),
     } | provenance()
 
 

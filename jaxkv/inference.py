@@ -228,7 +228,7 @@ def generate(
                 backend, lm.dtype, length=padded, head_dim=lm.config.head_dim
             ),
             decode_implementation=decode_implementation
-            or decode_kernels.choose(backend),
+            or options.decode.choose(backend),
             drafts=state.speculation
             and draft_stats(
                 state.speculation.counts, new_lengths.tolist(), lengths.tolist()

@@ -12,8 +12,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxkv.acceptance import Conditional, Exact, FixedThreshold, TopK, Typical
+from jaxkv.decode_policies import (
+    VATP,
+    H2ODecode,
+    LongFlow,
+    RandomDecode,
+    TOVADecode,
+)
 from jaxkv.drafts import Aligned, PromptLookup, Tree
 from jaxkv.policies import Full, StreamingLLM
+from jaxkv.rkv import RKV
 
 PREFILL: Mapping[str, type] = {
     "full": Full,
@@ -21,7 +29,13 @@ PREFILL: Mapping[str, type] = {
 }
 DECODE: Mapping[str, type] = {
     "full": Full,
+    "h2o": H2ODecode,
+    "longflow": LongFlow,
+    "r-kv": RKV,
+    "random": RandomDecode,
     "streaming-llm": StreamingLLM,
+    "tova": TOVADecode,
+    "vatp": VATP,
 }
 SPECULATE: Mapping[str, type] = {
     "prompt-lookup": PromptLookup,

@@ -65,6 +65,9 @@ class DecodePolicy(Protocol):
     def check(self, budget: int) -> None:
         """Raise ValueError if this policy cannot work with `budget` slots."""
 
+    def choose(self, platform: str) -> decode.Implementation:
+        """Return the implementation of `attend` that `None` stands for."""
+
     def begin(self, state: KVState, lengths: jax.Array) -> KVState:
         """Prepare a state that prefill has filled.
 
@@ -260,6 +263,10 @@ class Full:
         del budget
         return kv.fill(state, prompt.keys, prompt.values, prompt.lengths)
 
+    def choose(self, platform: str) -> decode.Implementation:
+        """Return the implementation that `None` stands for."""
+        return decode.choose(platform)
+
     def begin(self, state: KVState, lengths: jax.Array) -> KVState:
         """Leave everything as it is."""
         del lengths
@@ -335,6 +342,10 @@ class StreamingLLM:
         scores = jnp.where(order < self.n_sink, jnp.inf, order)
         scores = jnp.broadcast_to(scores, (batch, kv_heads, length))
         return keep_top(prompt, scores, state, budget=budget)
+
+    def choose(self, platform: str) -> decode.Implementation:
+        """Return the implementation that `None` stands for."""
+        return decode.choose(platform)
 
     def begin(self, state: KVState, lengths: jax.Array) -> KVState:
         """Aim at the oldest token that is not a sink, if no slot is free."""

@@ -3,30 +3,15 @@
 Axis letters: `B` batch, `N` query heads, `K` key/value heads, `S` slots, `H` head size.
 """
 
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 
+from jaxkv.kernels.outputs import DecodeOutput
 from jaxkv.kernels.shapes import check_groups, check_shape
 
-Implementation = Literal["reference", "xla", "triton"]
-
-
-class DecodeOutput(NamedTuple):
-    """What one decode step of attention returns.
-
-    Attributes:
-      out: `[B, N, H]`, in the dtype of the query.
-      keys: `[B, K, S, H]`, with the new key in its slot.
-      values: `[B, K, S, H]`, with the new value in its slot.
-      positions: int32 `[B, K, S]`, with the new position in its slot.
-    """
-
-    out: jax.Array
-    keys: jax.Array
-    values: jax.Array
-    positions: jax.Array
+Implementation = Literal["reference", "xla", "triton", "pallas_tpu"]
 
 
 def decode_attention(
@@ -57,6 +42,7 @@ def decode_attention(
       scale: factor on the logits.
       implementation: "reference" (float32), "xla" (anywhere), "triton" (NVIDIA, through
         jax-triton), or None for the best one that can run; `choose` says which.
+        "pallas_tpu" is of `longflow_attention` alone.
 
     Returns:
       The output and the updated cache.
@@ -92,7 +78,12 @@ def decode_attention(
                 raise NotImplementedError(f'{where}: implementation="triton" {reason}')
             from jaxkv.kernels.decode_triton import decode_attention_triton
 
-            return DecodeOutput(*decode_attention_triton(*arguments, scale=scale))
+            return decode_attention_triton(*arguments, scale=scale)
+        case "pallas_tpu":
+            raise NotImplementedError(
+                f'{where}: implementation="pallas_tpu" exists for longflow_attention '
+                'only; use "xla" or None.'
+            )
     raise ValueError(
         f"{where}: unknown {implementation=}; choose one of "
         f"{', '.join(get_args(Implementation))} or None."
@@ -141,11 +132,98 @@ def write(
     )
 
 
-def _reference(query, key, value, keys, values, positions, target, position, scale):
-    """Everything in float32 and highest precision: the definition of the operation."""
-    keys, values, positions = write(
-        key, value, keys, values, positions, target, position
+def decode_logits(
+    query: jax.Array,
+    keys: jax.Array,
+    positions: jax.Array,
+    *,
+    scale: float,
+    exact: bool = False,
+) -> jax.Array:
+    """Return the logits of one token over the slots, for policies that want them.
+
+    Args:
+      query: `[B, N, H]`.
+      keys: `[B, K, S, H]`, the token's own among them.
+      positions: int32 `[B, K, S]`.
+      scale: factor on the logits.
+      exact: multiply in float32 and highest precision, as the reference does.
+
+    Returns:
+      Float32 `[B, K, G, S]`, for the `G` query heads of each key/value head; `-inf`
+      where a slot is free.
+    """
+    batch, heads, head_dim = query.shape
+    kv_heads = keys.shape[1]
+    grouped = query.reshape(batch, kv_heads, heads // kv_heads, head_dim)
+    if exact:
+        logits = jnp.einsum(
+            "bkgh,bksh->bkgs",
+            grouped.astype(jnp.float32),
+            keys.astype(jnp.float32),
+            precision="highest",
+        )
+    else:
+        logits = _contract(grouped, keys)
+    return jnp.where((positions >= 0)[:, :, None], scale * logits, -jnp.inf)
+
+
+def decode_weights(
+    query: jax.Array,
+    keys: jax.Array,
+    positions: jax.Array,
+    *,
+    scale: float,
+    exact: bool = False,
+) -> jax.Array:
+    """Return the attention weights of one token: the softmax of `decode_logits`.
+
+    Arguments are those of `decode_logits`.
+
+    Returns:
+      Float32 `[B, K, G, S]`; 0 where a slot is free, and where all of a head's are.
+    """
+    return softmax(decode_logits(query, keys, positions, scale=scale, exact=exact))
+
+
+def softmax(logits: jax.Array) -> jax.Array:
+    """Softmax over the last axis; all zeros, not NaN, where all logits are `-inf`."""
+    maximum = jnp.max(logits, axis=-1, keepdims=True, initial=-1e30)
+    weights = jnp.exp(logits - maximum)
+    return weights / jnp.maximum(weights.sum(-1, keepdims=True), 1e-30)
+
+
+def weigh(weights: jax.Array, values: jax.Array, positions: jax.Array) -> jax.Array:
+    """Return the weighted sum of values, float32 `[B, K, G, H]`.
+
+    Args:
+      weights: float32 `[B, K, G, S]`, 0 where a slot is free.
+      values: `[B, K, S, H]`; the product is taken in their dtype.
+      positions: int32 `[B, K, S]`.
+    """
+    # 0 x NaN is NaN, so weights of 0 alone do not keep a free slot out.
+    v = jnp.where((positions >= 0)[..., None], values, 0)
+    return jnp.einsum(
+        "bkgs,bksh->bkgh",
+        weights.astype(values.dtype),
+        v,
+        preferred_element_type=jnp.float32,
     )
+
+
+def attend_exactly(
+    query: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    positions: jax.Array,
+    scale: float,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Attend in float32 and highest precision, every query head by itself.
+
+    Returns:
+      Output `[B, N, H]`, weights `[B, N, S]`, and the values `[B, N, S, H]` that they
+      weigh, 0 where a slot is free; all float32.
+    """
     groups = query.shape[1] // keys.shape[1]
     occupied = jnp.repeat(positions >= 0, groups, axis=1)  # [B, N, S]
     k = jnp.repeat(keys.astype(jnp.float32), groups, axis=1)
@@ -153,10 +231,17 @@ def _reference(query, key, value, keys, values, positions, target, position, sca
     logits = scale * jnp.einsum(
         "bnh,bnsh->bns", query.astype(jnp.float32), k, precision="highest"
     )
-    weights = _softmax(logits, occupied)
+    weights = softmax(jnp.where(occupied, logits, -jnp.inf))
     v = jnp.where(occupied[..., None], v, 0.0)
     out = jnp.einsum("bns,bnsh->bnh", weights, v, precision="highest")
-    return DecodeOutput(out.astype(query.dtype), keys, values, positions)
+    return out, weights, v
+
+
+def _reference(query, key, value, keys, values, positions, target, position, scale):
+    """Everything in float32 and highest precision: the definition of the operation."""
+    cache = write(key, value, keys, values, positions, target, position)
+    out, _, _ = attend_exactly(query, *cache, scale)
+    return DecodeOutput(out.astype(query.dtype), *cache)
 
 
 def _xla(query, key, value, keys, values, positions, target, position, scale):
@@ -164,25 +249,13 @@ def _xla(query, key, value, keys, values, positions, target, position, scale):
     keys, values, positions = write(
         key, value, keys, values, positions, target, position
     )
-    batch, heads, head_dim = query.shape
-    kv_heads = keys.shape[1]
-    grouped = query.reshape(batch, kv_heads, heads // kv_heads, head_dim)
-    occupied = positions >= 0
-    logits = scale * _logits(grouped, keys)
-    weights = _softmax(logits, occupied[:, :, None])
-    # 0 x NaN is NaN, so masked weights alone do not keep a free slot out.
-    v = jnp.where(occupied[..., None], values, 0)
-    out = jnp.einsum(
-        "bkgs,bksh->bkgh",
-        weights.astype(values.dtype),
-        v,
-        preferred_element_type=jnp.float32,
-    )
-    out = out.reshape(batch, heads, head_dim).astype(query.dtype)
+    weights = decode_weights(query, keys, positions, scale=scale)
+    out = weigh(weights, values, positions)
+    out = out.reshape(query.shape).astype(query.dtype)
     return DecodeOutput(out, keys, values, positions)
 
 
-def _logits(grouped, keys):
+def _contract(grouped, keys):
     """Contract queries `[B, K, G, H]` with keys `[B, K, S, H]`: `[B, K, G, S]`."""
     if jax.default_backend() != "cpu":
         return jnp.einsum(
@@ -194,11 +267,3 @@ def _logits(grouped, keys):
         "bksh,bkgh->bksg", keys, grouped, preferred_element_type=jnp.float32
     )
     return jax.lax.optimization_barrier(logits).swapaxes(2, 3)
-
-
-def _softmax(logits, occupied):
-    """Softmax over occupied slots; all zeros, not NaN, where no slot is occupied."""
-    logits = jnp.where(occupied, logits, -jnp.inf)
-    maximum = jnp.max(logits, axis=-1, keepdims=True, initial=-1e30)
-    weights = jnp.exp(logits - maximum)
-    return weights / jnp.maximum(weights.sum(-1, keepdims=True), 1e-30)

@@ -1,0 +1,337 @@
+"""Policies that evict while decoding: LongFlow, and the methods it is compared with.
+
+Each puts the new token into `state.target`, attends, and names the next slot: a free
+one first, else the least important one. They differ in what importance is and in what
+is never evicted. What a policy remembers of earlier steps lies in `state.memory`.
+`jaxkv.rkv` has R-KV; `jaxkv.policies` has StreamingLLM; `jaxkv.eviction` has what they
+share.
+
+Axis letters: `B` batch, `K` key/value heads, `G` query heads per key/value head,
+`S` slots.
+"""
+
+import dataclasses
+import functools
+from typing import get_args
+
+import jax
+import jax.numpy as jnp
+
+from jaxkv.eviction import (
+    aim_at_least,
+    attend_and_sum,
+    check_room,
+    evict_in_bulk,
+    lots,
+    start_sums,
+)
+from jaxkv.kernels import decode, longflow
+from jaxkv.policies import attend_and_write
+from jaxkv.state import KVState
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LongFlow:
+    """Evict the token that contributes least to the current attention output.
+
+    Su et al., "LongFlow: Efficient KV Cache Compression for Reasoning Models" (arXiv
+    2603.11504, section 3). With `alpha` the attention weight and `v` the value of a
+    token, the paper's score is `||alpha * v||_1`, averaged over all query heads; one
+    slot is given up per layer and sequence. The defaults are the paper's method as the
+    authors' code has it, where even the token just written may be the victim.
+    Deviations, none of which changes the mathematics: float32 throughout where the
+    authors round to float16, and free slots named as such where they score 0.
+
+    A prompt that exceeds the budget goes through whichever prefill policy is chosen;
+    the authors use SnapKV with a window of 32, average pooling over 5, and one choice
+    for all heads of a layer.
+
+    Attributes:
+      score: what is least: "l1" (the paper's), "l2", "attention" (`alpha` alone) or
+        "deletion" (exactly how far the output moves without the token).
+      n_sink: how many of the first positions are never evicted.
+      n_recent: how many of the newest tokens are never evicted; 1 protects the current
+        one, as the paper's equation 3 has it.
+      protect_prompt: never evict what prefill kept of the prompt.
+      shared: one victim for all heads of a layer, or one per key/value head.
+      interval: evict every so many steps, that many tokens at once. Above 1 it costs a
+        pass over the cache at these steps, and no step chooses in between.
+    """
+
+    score: longflow.Score = "l1"
+    n_sink: int = 0
+    n_recent: int = 0
+    protect_prompt: bool = False
+    shared: bool = True
+    interval: int = 1
+    evicts = True
+
+    @classmethod
+    def paper(cls) -> "LongFlow":
+        """Return the paper's method: the defaults."""
+        return cls()
+
+    @property
+    def spare(self) -> int:
+        """Slots that prefill leaves free: as many as are freed at once."""
+        return self.interval
+
+    def check(self, budget: int) -> None:
+        """Need a known score, and room beside what is protected."""
+        if self.score not in get_args(longflow.Score):
+            raise ValueError(
+                f"LongFlow: unknown score={self.score!r}; choose one of "
+                f"{', '.join(get_args(longflow.Score))}."
+            )
+        if self.interval < 1:
+            raise ValueError(f"LongFlow: interval must be >= 1, got {self.interval}.")
+        check_room(
+            "LongFlow",
+            budget,
+            n_sink=self.n_sink,
+            n_recent=self.n_recent,
+            count=self.interval,
+        )
+
+    def choose(self, platform: str) -> decode.Implementation:
+        """Return the implementation that `None` stands for."""
+        if self.interval > 1:
+            return decode.choose(platform)
+        return longflow.choose(platform, self.score)
+
+    def begin(self, state: KVState, lengths: jax.Array) -> KVState:
+        """Remember how long the prompts are, if they are to be protected."""
+        # A copy, since one buffer in the states of several layers cannot be donated.
+        memory = jnp.array(lengths, copy=True) if self.protect_prompt else ()
+        return dataclasses.replace(state, memory=memory)
+
+    def attend(
+        self, query, key, value, state, position, *, implementation=None
+    ) -> tuple[jax.Array, KVState]:
+        """Overwrite the least contribution; see `DecodePolicy.attend`."""
+        oldest = jnp.full_like(position, self.n_sink)
+        if self.protect_prompt:
+            oldest = jnp.maximum(oldest, state.memory)
+        newest = position - self.n_recent
+        scale = query.shape[-1] ** -0.5
+        if self.interval == 1:
+            out, keys, values, positions, target = longflow.longflow_attention(
+                query,
+                key,
+                value,
+                state.keys,
+                state.values,
+                state.positions,
+                state.target,
+                position,
+                oldest,
+                newest,
+                scale=scale,
+                score=self.score,
+                shared=self.shared,
+                implementation=implementation,
+            )
+            return out, dataclasses.replace(
+                state, keys=keys, values=values, positions=positions, target=target
+            )
+        out, state = attend_and_write(
+            query, key, value, state, position, implementation=implementation
+        )
+        importance = functools.partial(
+            longflow.token_importance,
+            query,
+            state.keys,
+            state.values,
+            state.positions,
+            scale=scale,
+            score=self.score,
+            exact=implementation == "reference",
+        )
+        return out, evict_in_bulk(
+            state,
+            importance,
+            position,
+            oldest,
+            newest,
+            count=self.interval,
+            shared=self.shared,
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TOVADecode:
+    """Evict the token that the current one attends to least.
+
+    Oren et al., "Transformers are Multi-State RNNs" (arXiv 2401.06104, section 4): the
+    lowest attention weight of the newest query, averaged over the heads of a layer;
+    nothing is protected. This is LongFlow's op with the weight alone as the score.
+    Deviation: a prompt is cut by the prefill policy, not token by token.
+    """
+
+    evicts = True
+    spare = 1
+
+    def check(self, budget: int) -> None:
+        """Accept any budget."""
+
+    def choose(self, platform: str) -> decode.Implementation:
+        """Return the implementation that `None` stands for."""
+        return longflow.choose(platform, "attention")
+
+    def begin(self, state: KVState, lengths: jax.Array) -> KVState:
+        """Leave everything as it is."""
+        del lengths
+        return state
+
+    def attend(
+        self, query, key, value, state, position, *, implementation=None
+    ) -> tuple[jax.Array, KVState]:
+        """Overwrite the least attended token; see `DecodePolicy.attend`."""
+        return LongFlow(score="attention").attend(
+            query, key, value, state, position, implementation=implementation
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class H2ODecode:
+    """Keep the tokens that gathered the most attention, and the recent ones.
+
+    Zhang et al., "H2O: Heavy-Hitter Oracle for Efficient Generative Inference of Large
+    Language Models" (arXiv 2306.14048, section 4): importance is the sum over all steps
+    of a token's attention weight; each head evicts its own least. Deviations: the sum
+    starts after the prompt, whose own attention no decode policy sees; query heads that
+    share a key/value head are averaged, as they share what is evicted.
+
+    Attributes:
+      n_recent: how many of the newest tokens are never evicted: a number, or a fraction
+        of the slots; the paper splits the budget in halves.
+    """
+
+    n_recent: int | float = 0.5
+    evicts = True
+    spare = 1
+
+    def check(self, budget: int) -> None:
+        """Need room beside the recent tokens."""
+        check_room("H2ODecode", budget, n_recent=self.n_recent)
+
+    def choose(self, platform: str) -> decode.Implementation:
+        """Return the implementation that `None` stands for."""
+        return decode.choose(platform)
+
+    def begin(self, state: KVState, lengths: jax.Array) -> KVState:
+        """Start all sums at 0."""
+        del lengths
+        return start_sums(state)
+
+    def attend(
+        self, query, key, value, state, position, *, implementation=None
+    ) -> tuple[jax.Array, KVState]:
+        """Overwrite the token least attended to so far; see `DecodePolicy.attend`."""
+        out, state = attend_and_sum(
+            query, key, value, state, position, implementation=implementation
+        )
+        return out, aim_at_least(
+            state, state.memory, position, n_recent=self.n_recent, shared=False
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VATP:
+    """H2O's sum of attention, times the norm of the token's value.
+
+    Guo et al., "Attention Score is Not All You Need for Token Importance Indicator in
+    KV Cache Reduction: Value Also Matters" (arXiv 2406.12335, section 4):
+    `S * ||v||_1` with H2O's `S`; the first tokens, whose values are small although all
+    depend on them, are kept. Deviations: those of `H2ODecode`.
+
+    Attributes:
+      n_sink: how many of the first positions are never evicted; the paper's is 20.
+      n_recent: as for `H2ODecode`.
+    """
+
+    n_sink: int = 20
+    n_recent: int | float = 0.5
+    evicts = True
+    spare = 1
+
+    def check(self, budget: int) -> None:
+        """Need room beside sinks and recent tokens."""
+        check_room("VATP", budget, n_sink=self.n_sink, n_recent=self.n_recent)
+
+    def choose(self, platform: str) -> decode.Implementation:
+        """Return the implementation that `None` stands for."""
+        return decode.choose(platform)
+
+    def begin(self, state: KVState, lengths: jax.Array) -> KVState:
+        """Start all sums at 0."""
+        del lengths
+        return start_sums(state)
+
+    def attend(
+        self, query, key, value, state, position, *, implementation=None
+    ) -> tuple[jax.Array, KVState]:
+        """Overwrite the least sum times norm; see `DecodePolicy.attend`."""
+        out, state = attend_and_sum(
+            query, key, value, state, position, implementation=implementation
+        )
+        values = jnp.where((state.positions >= 0)[..., None], state.values, 0)
+        norms = jnp.abs(values.astype(jnp.float32)).sum(-1)
+        return out, aim_at_least(
+            state,
+            state.memory * norms,
+            position,
+            n_sink=self.n_sink,
+            n_recent=self.n_recent,
+            shared=False,
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RandomDecode:
+    """Evict by lot: the baseline that any score should beat.
+
+    Each token draws a number from its position and the seed when it arrives, and the
+    lowest number is evicted, in all heads and layers alike. So what is kept is at every
+    step a uniform sample of all tokens so far, and depends on no other row.
+
+    Attributes:
+      seed: other seeds, other lots.
+      n_sink: how many of the first positions are never evicted.
+      n_recent: how many of the newest tokens are never evicted.
+    """
+
+    seed: int = 0
+    n_sink: int = 0
+    n_recent: int = 0
+    evicts = True
+    spare = 1
+
+    def check(self, budget: int) -> None:
+        """Need room beside what is protected."""
+        check_room("RandomDecode", budget, n_sink=self.n_sink, n_recent=self.n_recent)
+
+    def choose(self, platform: str) -> decode.Implementation:
+        """Return the implementation that `None` stands for."""
+        return decode.choose(platform)
+
+    def begin(self, state: KVState, lengths: jax.Array) -> KVState:
+        """Leave everything as it is."""
+        del lengths
+        return state
+
+    def attend(
+        self, query, key, value, state, position, *, implementation=None
+    ) -> tuple[jax.Array, KVState]:
+        """Overwrite the lowest lot; see `DecodePolicy.attend`."""
+        out, state = attend_and_write(
+            query, key, value, state, position, implementation=implementation
+        )
+        return out, aim_at_least(
+            state,
+            lots(state.positions, self.seed),
+            position,
+            n_sink=self.n_sink,
+            n_recent=self.n_recent,
+            shared=True,
+        )

@@ -1,0 +1,305 @@
+"""One decode step of attention that also chooses what the next token overwrites.
+
+LongFlow (arXiv 2603.11504): evict the token whose share `alpha * v` of the current
+attention output is smallest. The answer comes out of the attention itself, with no
+history and no second pass over the keys.
+
+Axis letters: `B` batch, `N` query heads, `K` key/value heads, `G` query heads per
+key/value head, `S` slots, `H` head size.
+"""
+
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+
+from jaxkv.kernels import decode
+from jaxkv.kernels.decode import Implementation
+from jaxkv.kernels.outputs import LongFlowOutput
+from jaxkv.kernels.shapes import check_groups, check_shape
+from jaxkv.kernels.victims import choose_victim
+
+Score = Literal["l1", "l2", "attention", "deletion"]
+
+# Least `1 - alpha` that a deletion is divided by: where one token has all of the
+# attention, float32 cannot tell the rest from 0.
+LEAST_REST = 1e-6
+
+
+def longflow_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    positions: jax.Array,
+    target: jax.Array,
+    position: jax.Array,
+    oldest: jax.Array,
+    newest: jax.Array,
+    *,
+    scale: float,
+    score: Score = "l1",
+    shared: bool = True,
+    implementation: Implementation | None = None,
+) -> LongFlowOutput:
+    """Write one token into its slot, attend from it, and choose the next slot.
+
+    With `alpha` the attention weight of a slot for one query head, `v` its value and
+    `o` that head's output, the score of a slot is, in float32,
+
+    * "l1": `alpha * ||v||_1`, the paper's;
+    * "l2": `alpha * ||v||_2`;
+    * "attention": `alpha`;
+    * "deletion": `alpha / (1 - alpha) * ||v - o||_2`, which is exactly the distance
+      that `o` moves if this token is deleted and the others share its weight.
+
+    The importance of a slot is the mean over the query heads of a key/value head, and
+    with `shared` over all heads of the layer. The next token goes to the lowest free
+    slot; else to the evictable slot of least importance; else, where nothing is
+    evictable, to the slot of least importance. Ties go to the lowest slot.
+    `jaxkv.kernels.victims` says what free and evictable mean where heads share.
+
+    Args:
+      query: `[B, N, H]` of the new token; head `n` reads head `n // (N / K)`.
+      key: `[B, K, H]` of the new token, rotated.
+      value: `[B, K, H]` of the new token.
+      keys: `[B, K, S, H]`.
+      values: `[B, K, S, H]`; free slots of both may hold anything, NaN included.
+      positions: int32 `[B, K, S]`, negative where a slot is free.
+      target: int32 `[B, K]`, the slot that the new token overwrites.
+      position: int32 `[B]` of the new token; -1 for a finished row, which changes
+        nothing, `target` included, and whose output is finite but means nothing.
+      oldest: int32 `[B]`, least position that may be evicted.
+      newest: int32 `[B]`, greatest position that may be evicted; `position` allows
+        even the new token.
+      scale: factor on the logits.
+      score: see above.
+      shared: one victim for all heads of a row, or one per key/value head.
+      implementation: "reference" (float32), "xla" (anywhere), "triton" (NVIDIA, through
+        jax-triton), "pallas_tpu" (TPU), or None for the best one that can run;
+        `choose` says which.
+
+    Returns:
+      The output, the updated cache and the next slot.
+
+    Raises:
+      ValueError: shapes disagree, or the score or the implementation is unknown.
+      NotImplementedError: a named implementation cannot run here, or has no "deletion".
+    """
+    where = "longflow_attention"
+    sizes = check_shape(
+        where,
+        query=(query, "B N H"),
+        key=(key, "B K H"),
+        value=(value, "B K H"),
+        keys=(keys, "B K S H"),
+        values=(values, "B K S H"),
+        positions=(positions, "B K S"),
+        target=(target, "B K"),
+        position=(position, "B"),
+        oldest=(oldest, "B"),
+        newest=(newest, "B"),
+    )
+    check_groups(where, sizes["N"], sizes["K"])
+    if score not in get_args(Score):
+        raise ValueError(
+            f"{where}: unknown {score=}; choose one of {', '.join(get_args(Score))}."
+        )
+    if implementation is None:
+        implementation = choose(jax.default_backend(), score)
+    run = {
+        "reference": _reference,
+        "xla": _xla,
+        "triton": _triton,
+        "pallas_tpu": _pallas_tpu,
+    }.get(implementation)
+    if run is None:
+        raise ValueError(
+            f"{where}: unknown {implementation=}; choose one of "
+            f"{', '.join(get_args(Implementation))} or None."
+        )
+    return run(
+        *(query, key, value, keys, values, positions, target, position, oldest, newest),
+        scale=scale,
+        score=score,
+        shared=shared,
+    )
+
+
+def choose(platform: str, score: Score = "l1") -> Implementation:
+    """Return the implementation that `None` stands for."""
+    if score != "deletion":
+        if platform == "gpu" and not decode.triton_unavailable():
+            return "triton"
+        if platform == "tpu" and not tpu_unavailable():
+            return "pallas_tpu"
+    return "xla"
+
+
+def tpu_unavailable() -> str:
+    """Return why the Pallas version cannot run here, or an empty string."""
+    if jax.default_backend() != "tpu":
+        return f"needs a TPU, but JAX runs on {jax.default_backend()}."
+    return ""
+
+
+def token_importance(
+    query: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    positions: jax.Array,
+    *,
+    scale: float,
+    score: Score = "l1",
+    exact: bool = False,
+) -> jax.Array:
+    """Score the slots alone, for a policy that does not choose at every step.
+
+    Args:
+      query: `[B, N, H]`.
+      keys: `[B, K, S, H]`, the new token's among them.
+      values: `[B, K, S, H]`.
+      positions: int32 `[B, K, S]`.
+      scale: factor on the logits.
+      score: see `longflow_attention`.
+      exact: in float32 and highest precision, as the reference does.
+
+    Returns:
+      Float32 `[B, K, S]`, the mean over the query heads of each key/value head.
+    """
+    weights = decode.decode_weights(query, keys, positions, scale=scale, exact=exact)
+    out = decode.weigh(weights, values, positions) if score == "deletion" else None
+    return _importance(weights, values, out, positions, score)
+
+
+def _reference(
+    query,
+    key,
+    value,
+    keys,
+    values,
+    positions,
+    target,
+    position,
+    oldest,
+    newest,
+    *,
+    scale,
+    score,
+    shared,
+):
+    """Float32, one query head after another: the definition of the operation."""
+    keys, values, positions = decode.write(
+        key, value, keys, values, positions, target, position
+    )
+    out, weights, v = decode.attend_exactly(query, keys, values, positions, scale)
+    match score:
+        case "l1":
+            scores = weights * jnp.abs(v).sum(-1)
+        case "l2":
+            scores = weights * jnp.sqrt(jnp.square(v).sum(-1))
+        case "attention":
+            scores = weights
+        case "deletion":
+            moved = jnp.sqrt(jnp.square(v - out[:, :, None]).sum(-1))
+            scores = weights / jnp.maximum(1 - weights, LEAST_REST) * moved
+    batch, kv_heads, slots = positions.shape
+    importance = scores.reshape(batch, kv_heads, -1, slots).mean(axis=2)
+    importance = jnp.where(positions >= 0, importance, 0)
+    free = positions < 0
+    allowed = (positions >= oldest[:, None, None]) & (
+        positions <= newest[:, None, None]
+    )
+    if shared:
+        importance = jnp.broadcast_to(
+            importance.mean(axis=1, keepdims=True), positions.shape
+        )
+        # A head that holds nothing there has nothing to say.
+        allowed = jnp.broadcast_to(
+            (free | allowed).all(axis=1, keepdims=True), positions.shape
+        )
+        free = jnp.broadcast_to(free.all(axis=1, keepdims=True), positions.shape)
+    rank = jnp.where(free, 0, jnp.where(allowed, 1, 2))
+    first = jnp.lexsort((importance, rank), axis=-1)[..., 0].astype(jnp.int32)
+    target = jnp.where(position[:, None] < 0, target, first)
+    return LongFlowOutput(out.astype(query.dtype), keys, values, positions, target)
+
+
+def _xla(
+    query,
+    key,
+    value,
+    keys,
+    values,
+    positions,
+    target,
+    position,
+    oldest,
+    newest,
+    *,
+    scale,
+    score,
+    shared,
+):
+    """Two contractions per key/value head, and a norm per slot: `a |v|` is `|a v|`."""
+    keys, values, positions = decode.write(
+        key, value, keys, values, positions, target, position
+    )
+    weights = decode.decode_weights(query, keys, positions, scale=scale)
+    out = decode.weigh(weights, values, positions)
+    importance = _importance(weights, values, out, positions, score)
+    victim = choose_victim(importance, positions, oldest, newest, shared=shared)
+    target = jnp.where(position[:, None] < 0, target, victim)
+    out = out.reshape(query.shape).astype(query.dtype)
+    return LongFlowOutput(out, keys, values, positions, target)
+
+
+def _triton(*arguments, score, **options):
+    _refuse_deletion("triton", score)
+    reason = decode.triton_unavailable()
+    if reason:
+        raise NotImplementedError(
+            f'longflow_attention: implementation="triton" {reason}'
+        )
+    from jaxkv.kernels.longflow_triton import longflow_attention_triton
+
+    return longflow_attention_triton(*arguments, score=score, **options)
+
+
+def _pallas_tpu(*arguments, score, **options):
+    _refuse_deletion("pallas_tpu", score)
+    reason = tpu_unavailable()
+    if reason:
+        raise NotImplementedError(
+            f'longflow_attention: implementation="pallas_tpu" {reason}'
+        )
+    from jaxkv.kernels.longflow_tpu import longflow_attention_tpu
+
+    return longflow_attention_tpu(*arguments, score=score, **options)
+
+
+def _refuse_deletion(implementation, score):
+    # It needs the finished output before the first score: a second pass over values.
+    if score == "deletion":
+        raise NotImplementedError(
+            f'longflow_attention: implementation="{implementation}" does not do '
+            'score="deletion"; use "xla", None, or another score.'
+        )
+
+
+def _importance(weights, values, out, positions, score):
+    """Average the scores `[B, K, G, S]` over the group: float32 `[B, K, S]`.
+
+    `out` is `[B, K, G, H]`, read for "deletion" only.
+    """
+    if score == "attention":
+        return weights.mean(axis=2)
+    v = jnp.where((positions >= 0)[..., None], values, 0).astype(jnp.float32)
+    if score == "l1":
+        return weights.mean(axis=2) * jnp.abs(v).sum(-1)
+    if score == "l2":
+        return weights.mean(axis=2) * jnp.sqrt(jnp.square(v).sum(-1))
+    moved = v[:, :, None] - out[..., None, :]
+    moved = jnp.sqrt(jnp.square(moved).sum(-1))
+    return (weights / jnp.maximum(1 - weights, LEAST_REST) * moved).mean(axis=2)
