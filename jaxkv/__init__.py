@@ -5,6 +5,7 @@ the pure functions underneath. Policies say what the cache keeps.
 """
 
 from jaxkv._version import __version__
+from jaxkv.acceptance import Conditional, Exact, FixedThreshold, TopK, Typical
 from jaxkv.dapq import LAQ, DapQ
 from jaxkv.decode_policies import (
     VATP,
@@ -13,6 +14,8 @@ from jaxkv.decode_policies import (
     RandomDecode,
     TOVADecode,
 )
+from jaxkv.draft_stats import DraftStats
+from jaxkv.drafts import Aligned, Drafter, PromptLookup, Tree
 from jaxkv.expected_attention import ExpectedAttention
 from jaxkv.generation import Options, decode_step, generate_tokens, prefill
 from jaxkv.inference import Completion, Stats, generate
@@ -30,12 +33,18 @@ __all__ = [
     "RKV",
     "TOVA",
     "VATP",
+    "Aligned",
     "Categorical",
     "CheckpointError",
     "Completion",
+    "Conditional",
     "DapQ",
     "DecodePolicy",
+    "DraftStats",
+    "Drafter",
+    "Exact",
     "ExpectedAttention",
+    "FixedThreshold",
     "Full",
     "Greedy",
     "H2ODecode",
@@ -45,6 +54,7 @@ __all__ = [
     "LongFlow",
     "Options",
     "PrefillPolicy",
+    "PromptLookup",
     "PyramidKV",
     "Random",
     "RandomDecode",
@@ -52,6 +62,9 @@ __all__ = [
     "Stats",
     "StreamingLLM",
     "TOVADecode",
+    "TopK",
+    "Tree",
+    "Typical",
     "__version__",
     "decode_step",
     "generate",

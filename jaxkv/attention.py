@@ -1,4 +1,4 @@
-"""The two attentions that a network can be run with: over a prompt, and over the cache.
+"""The attentions that a network can be run with: over a prompt, and over the cache.
 
 Each is an `attend(q, k, v, state) -> (out, state)`, bound to a policy inside a traced
 function; the network calls it once per layer and knows nothing else.
@@ -13,8 +13,9 @@ import jax.numpy as jnp
 
 from jaxkv import state as kv
 from jaxkv.kernels import decode, prefill, window_scores
-from jaxkv.policies import DecodePolicy, PrefillPolicy, Prompt
+from jaxkv.policies import DecodePolicy, PrefillPolicy, Prompt, Speculable
 from jaxkv.state import KVState
+from jaxkv.trees import DraftTree
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
 
@@ -174,6 +175,38 @@ def attend_cache(
             q[:, 0], k, v, state, position, implementation=implementation
         )
         return out[:, None], state
+
+    return attend
+
+
+def attend_tree(
+    policy: Speculable,
+    *,
+    position: jax.Array,
+    drafts: DraftTree,
+    ancestors: jax.Array,
+    depth: int,
+) -> Attend:
+    """Attend from a tree of drafted tokens over the cache, which stays as it is.
+
+    Args:
+      policy: what the cache would forget on the way to each node.
+      position: int32 `[B]` of the root; -1 for rows that have finished.
+      drafts: the trees.
+      ancestors: bool `[B, T, T]`.
+      depth: of the deepest node that a tree may have, static.
+
+    Returns:
+      An `attend` that takes queries, keys and values of all nodes, and gives a
+      `trees.Pending` in place of the state.
+    """
+
+    def attend(q, k, v, state):
+        return policy.verify(
+            *(q, k, v, state, position, drafts, ancestors),
+            depth=depth,
+            implementation=None,
+        )
 
     return attend
 

@@ -186,6 +186,8 @@ def generate(
     compression_ratio: flags.CompressionRatio = None,
     prefill: flags.Prefill = "full",
     decode: flags.Decode = "full",
+    speculate: flags.Speculate = "none",
+    accept: flags.Accept = "exact",
     temperature: flags.Temperature = 0.0,
     top_k: flags.TopK = None,
     top_p: flags.TopP = None,
@@ -201,15 +203,16 @@ def generate(
     stream: flags.Stream = None,
 ) -> None:
     """Continue prompts; prompt number i draws with seed + i, whatever the batch."""
+    sampler = flags.sampler(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+    )
     arguments = {
         "max_new_tokens": max_new_tokens,
-        "sampler": flags.sampler(
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-        ),
+        "sampler": sampler,
         "stop_ids": stop_id or None,
         "prefill_implementation": prefill_implementation,
         "decode_implementation": decode_implementation,
@@ -219,6 +222,7 @@ def generate(
         prefill=prefill,
         decode=decode,
     )
+    arguments |= flags.speculation(speculate=speculate, accept=accept, sampler=sampler)
     texts = prompts.read(prompt or [], prompt_file or [])
     if stream and (json_ or len(texts) > 1):
         raise ValueError("--stream takes one prompt and no --json.")

@@ -42,6 +42,18 @@ Decode = Annotated[
         help=f"Eviction of the output: {', '.join(methods.DECODE)}; options likewise."
     ),
 ]
+Speculate = Annotated[
+    str,
+    typer.Option(
+        help=f"Drafts: none, {', '.join(methods.SPECULATE)}; options likewise."
+    ),
+]
+Accept = Annotated[
+    str,
+    typer.Option(
+        help=f"Which drafts pass: {', '.join(methods.ACCEPT)}; all but exact are lossy."
+    ),
+]
 PrefillImplementation = Annotated[
     prefill_kernels.Implementation | None,
     typer.Option(help="Attention over the prompt; default: the best that can run."),
@@ -118,6 +130,21 @@ def eviction(
     if compression_ratio is None:
         Options(**arguments).check()
     return arguments | {"compression_ratio": compression_ratio}
+
+
+def speculation(*, speculate: str, accept: str, sampler: Sampler) -> dict[str, Any]:
+    """Return the arguments of `jaxkv.generate` that say how tokens are drafted.
+
+    Raises:
+      ValueError: the flags contradict each other or the sampler.
+    """
+    drafter = None
+    if speculate != "none":
+        drafter = methods.parse(speculate, methods.SPECULATE, flag="--speculate")
+    rule = methods.parse(accept, methods.ACCEPT, flag="--accept")
+    arguments = {"speculate": drafter, "accept": rule}
+    Options(**arguments, sampler=sampler).check()
+    return arguments
 
 
 def sampler(

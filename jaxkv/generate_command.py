@@ -1,5 +1,6 @@
 """`jaxkv generate`: runs prompts batch by batch, prints text or JSON as they end."""
 
+import dataclasses
 import json
 import sys
 from collections.abc import Sequence
@@ -108,4 +109,5 @@ def _record(out: Completion, row: int) -> dict[str, Any]:
         "batch_size": len(out.tokens),
         "prefill_implementation": stats.prefill_implementation,
         "decode_implementation": stats.decode_implementation,
+        "drafts": stats.drafts and dataclasses.asdict(stats.drafts),
     }

@@ -14,12 +14,17 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
+from jaxkv import speculation
+from jaxkv.acceptance import Exact, Rule
 from jaxkv.attention import append_tokens, attend_cache, attend_prompt, rooms
+from jaxkv.drafts import Drafter
 from jaxkv.kernels import decode as decode_kernels
 from jaxkv.kernels import prefill as prefill_kernels
 from jaxkv.kernels import window_scores
+from jaxkv.likeliest import likeliest_tokens
 from jaxkv.policies import DecodePolicy, Full, PrefillPolicy
-from jaxkv.sampling import Greedy, Sampler, penalize
+from jaxkv.sampling import Greedy, Sampler, pick_next
+from jaxkv.speculation import Speculation
 from jaxkv.state import KVState
 
 Cache = tuple[KVState, ...]
@@ -51,6 +56,8 @@ class Options:
       prefill: the prompt's eviction.
       decode: the output's eviction.
       sampler: how a token is chosen.
+      speculate: how tokens are drafted; None decodes one at a time.
+      accept: which drafted tokens pass.
       prefill_implementation: of `kernels.prefill.causal_attention`; None is the best.
       decode_implementation: of `kernels.decode.decode_attention`; None is the best.
       scores_implementation: of `kernels.window_scores.window_scores`; None is the best.
@@ -60,6 +67,8 @@ class Options:
     prefill: PrefillPolicy = Full()
     decode: DecodePolicy = Full()
     sampler: Sampler = Greedy()
+    speculate: Drafter | None = None
+    accept: Rule = Exact()
     prefill_implementation: prefill_kernels.Implementation | None = None
     decode_implementation: decode_kernels.Implementation | None = None
     scores_implementation: window_scores.Implementation | None = None
@@ -67,6 +76,7 @@ class Options:
     def check(self) -> None:
         """Raise ValueError for options that contradict each other."""
         self.sampler.check()
+        speculation.check(self)
         if self.budget is None:
             if self.decode.evicts:
                 raise ValueError(
@@ -127,6 +137,7 @@ class Generation:
       keys: PRNG keys `[B]`, one per row; a token's key is the row's, folded with the
         token's position, so what a row gets depends on no other row.
       seen: bool `[B, V]` for the repetition penalty, or None if it is off.
+      speculation: drafts and their statistics, or None if there are none.
     """
 
     tokens: jax.Array
@@ -137,6 +148,7 @@ class Generation:
     cache: Cache
     keys: jax.Array
     seen: jax.Array | None
+    speculation: Speculation | None = None
 
 
 def prefill(
@@ -167,6 +179,14 @@ def prefill(
     Raises:
       ValueError: `keep` without a budget.
     """
+    hidden, cache = _read(
+        network, params, tokens, lengths, options=options, slots=slots, keep=keep
+    )
+    return _logits_at_end(network, params, hidden, lengths), cache
+
+
+def _read(network, params, tokens, lengths, *, options, slots, keep):
+    """Do `prefill`, but return the hidden states of all positions."""
     if keep is not None and options.budget is None:
         raise ValueError(
             "prefill: keep= says how much of options.budget each row uses, but that "
@@ -201,10 +221,12 @@ def prefill(
         dtype=params["embedding"].dtype,
     )
     hidden, cache = network.apply({"params": params}, tokens, positions, empty, attend)
+    return hidden, tuple(options.decode.begin(state, lengths) for state in cache)
+
+
+def _logits_at_end(network, params, hidden, lengths):
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
-    logits = network.apply({"params": params}, last, method="unembed")
-    cache = tuple(options.decode.begin(state, lengths) for state in cache)
-    return logits, cache
+    return network.apply({"params": params}, last, method="unembed")
 
 
 def _draft(network, params, tokens, lengths, keep, options, policy, steps):
@@ -281,6 +303,7 @@ def start(
     slots: int | tuple[int, ...],
     max_out: int,
     keep: jax.Array | None = None,
+    pool: jax.Array | None = None,
 ) -> Generation:
     """Prefill and choose the first token.
 
@@ -295,20 +318,23 @@ def start(
       slots: of every layer's state, or of each layer's; see `Options.layer_slots`.
       max_out: size `O` of the output buffer.
       keep: int32 `[B]` or None; see `prefill`.
+      pool: int32 `[B, 2]`, the span of each prompt that drafts are copied from, its
+        first index and the one after its last; None is all of it.
 
     Returns:
       The state of the loop after one token.
     """
-    logits, cache = prefill(
+    hidden, cache = _read(
         network, params, tokens, lengths, options=options, slots=slots, keep=keep
     )
+    logits = _logits_at_end(network, params, hidden, lengths)
     batch, length = tokens.shape
     seen = None
     if options.sampler.repetition_penalty != 1:
         real = jnp.arange(length) < lengths[:, None]
         seen = jnp.zeros(logits.shape, bool)
         seen = seen.at[jnp.arange(batch)[:, None], tokens].max(real)
-    return _emit(
+    generation = _emit(
         Generation(
             tokens=jnp.full((batch, max_out), -1, jnp.int32),
             lengths=jnp.zeros(batch, jnp.int32),
@@ -324,6 +350,19 @@ def start(
         stop_ids,
         options.sampler,
     )
+    if options.speculate is None:
+        return generation
+    likeliest = None
+    if options.speculate.likeliest:
+        # Behind the prompts may stand pseudo tokens, from which nothing is drafted.
+        likeliest = likeliest_tokens(network, params, hidden[:, :length])
+    begun = speculation.begin(
+        *(options.speculate, tokens, lengths, generation.last),
+        max_out=max_out,
+        likeliest=likeliest,
+        pool=pool,
+    )
+    return dataclasses.replace(generation, speculation=begun)
 
 
 def advance(
@@ -361,6 +400,13 @@ def advance(
         g = dataclasses.replace(g, cache=cache)
         return _emit(g, logits, running, stop_ids, options.sampler)
 
+    if options.speculate is not None:
+        return speculation.advance(
+            *(network, params, generation, until, stop_ids),
+            options=options,
+            active=active,
+            plain_step=step,
+        )
     return jax.lax.while_loop(lambda g: active(g).any(), step, generation)
 
 
@@ -420,10 +466,8 @@ def _emit(g, logits, running, stop_ids, sampler):
     """Choose the next token of the running rows and append it to their output."""
     rows = jnp.arange(logits.shape[0])
     position = g.position + 1
-    if g.seen is not None:
-        logits = penalize(logits, g.seen, sampler.repetition_penalty)
-    keys = jax.vmap(jax.random.fold_in)(g.keys, position)
-    token = jnp.where(running, sampler.pick(logits, keys), g.last)
+    picked = pick_next(sampler, logits, g.keys, position, g.seen)
+    token = jnp.where(running, picked, g.last)
     column = jnp.where(running, g.lengths, g.tokens.shape[1])
     return dataclasses.replace(
         g,

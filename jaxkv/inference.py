@@ -17,6 +17,9 @@ import numpy as np
 
 from jaxkv import generation
 from jaxkv import state as kv
+from jaxkv.acceptance import Exact, Rule
+from jaxkv.draft_stats import DraftStats, draft_stats
+from jaxkv.drafts import Drafter
 from jaxkv.generation import Options
 from jaxkv.kernels import decode as decode_kernels
 from jaxkv.kernels import prefill as prefill_kernels
@@ -42,6 +45,7 @@ class Stats:
       tokens_per_second: of decoding, over all rows; 0 if there was nothing to decode.
       prefill_implementation: kernel that attended over the prompt.
       decode_implementation: kernel that attended over the cache.
+      drafts: what speculation came to; None without it.
     """
 
     prompt_tokens: tuple[int, ...]
@@ -53,6 +57,7 @@ class Stats:
     tokens_per_second: float
     prefill_implementation: str
     decode_implementation: str
+    drafts: DraftStats | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,6 +99,9 @@ def generate(
     prefill: PrefillPolicy | None = None,
     decode: DecodePolicy | None = None,
     sampler: Sampler | None = None,
+    speculate: Drafter | None = None,
+    accept: Rule | None = None,
+    pool: Sequence[tuple[int, int]] | None = None,
     seed: int | Sequence[int] = 0,
     stop_ids: Sequence[int] | None = None,
     on_tokens: Callable[[list[list[int]]], None] | None = None,
@@ -118,6 +126,11 @@ def generate(
       prefill: eviction of the prompt; None is `Full()`.
       decode: eviction of the output; None is `Full()`.
       sampler: None is `Greedy()`.
+      speculate: drafts several tokens per step; None decodes one at a time.
+      accept: which drafted tokens pass; None is `Exact()`, which gives what plain
+        decoding gives. With a lossy rule the output may also depend on `block`.
+      pool: span of each prompt, first token and the one after the last, that drafts
+        are copied from; None is all of it.
       seed: one for all rows (row `i` gets the `i`-th key), or one per row.
       stop_ids: token ids that end a row; None takes the checkpoint's.
       on_tokens: called with each row's new tokens about every `block` tokens.
@@ -138,12 +151,15 @@ def generate(
         prefill=Full() if prefill is None else prefill,
         decode=Full() if decode is None else decode,
         sampler=Greedy() if sampler is None else sampler,
+        speculate=speculate,
+        accept=Exact() if accept is None else accept,
         prefill_implementation=prefill_implementation,
         decode_implementation=decode_implementation,
         scores_implementation=scores_implementation,
     )
     budgets = row_budgets(budget, compression_ratio, ids, evicts=options.decode.evicts)
     _check(lm, ids, max_new_tokens, options, budgets, block)
+    spans = _spans(pool, ids, options)
     lengths = np.array([len(row) for row in ids], np.int32)
     padded = bucket(int(lengths.max()))
     max_out = bucket(max_new_tokens)
@@ -168,6 +184,7 @@ def generate(
             slots=slots,
             max_out=max_out,
             keep=keep,
+            pool=spans,
         )
         jax.block_until_ready(state.last)
         first = time.perf_counter()
@@ -221,6 +238,10 @@ def generate(
             ),
             decode_implementation=decode_implementation
             or options.decode.choose(backend),
+            drafts=state.speculation
+            and draft_stats(
+                state.speculation.counts, new_lengths.tolist(), lengths.tolist()
+            ),
         ),
     )
 
@@ -337,6 +358,26 @@ def _plan(
     return options, slots, jnp.asarray(keep)
 
 
+def _spans(
+    pool: Sequence[tuple[int, int]] | None, ids: list[list[int]], options: Options
+) -> jax.Array | None:
+    if pool is None:
+        return None
+    if options.speculate is None:
+        raise ValueError("generate: pool= does nothing without speculate=.")
+    if len(pool) != len(ids):
+        raise ValueError(
+            f"generate: got {len(pool)} spans in pool= for {len(ids)} prompts."
+        )
+    for (first, after), row in zip(pool, ids, strict=True):
+        if not 0 <= first < after <= len(row):
+            raise ValueError(
+                f"generate: pool= has the span ({first}, {after}) for a prompt of "
+                f"{len(row)} tokens; it must lie within, and hold at least one."
+            )
+    return jnp.asarray(pool, jnp.int32)
+
+
 def _check(
     lm: LanguageModel,
     ids: list[list[int]],
@@ -353,6 +394,11 @@ def _check(
         raise ValueError(f"generate: block must be >= 1, got {block}.")
     for budget in {None} if budgets is None else set(budgets):
         dataclasses.replace(options, budget=budget).check()
+    if lm.config.vocab_size > np.iinfo(np.int32).max:
+        raise ValueError(
+            f"generate: {lm.name} has a vocabulary of {lm.config.vocab_size} tokens, "
+            "but token ids are int32 here; it cannot be used."
+        )
     longest = max(len(row) for row in ids)
     if longest + max_new_tokens > lm.config.max_positions:
         raise ValueError(

@@ -11,6 +11,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
+from jaxkv.acceptance import Conditional, Exact, FixedThreshold, TopK, Typical
 from jaxkv.dapq import LAQ, DapQ
 from jaxkv.decode_policies import (
     VATP,
@@ -19,6 +20,7 @@ from jaxkv.decode_policies import (
     RandomDecode,
     TOVADecode,
 )
+from jaxkv.drafts import Aligned, PromptLookup, Tree
 from jaxkv.expected_attention import ExpectedAttention
 from jaxkv.policies import Full, StreamingLLM
 from jaxkv.prompt_policies import H2O, TOVA, KNorm, PyramidKV, Random, SnapKV
@@ -46,6 +48,18 @@ DECODE: Mapping[str, type] = {
     "streaming-llm": StreamingLLM,
     "tova": TOVADecode,
     "vatp": VATP,
+}
+SPECULATE: Mapping[str, type] = {
+    "prompt-lookup": PromptLookup,
+    "tree": Tree,
+    "aligned": Aligned,
+}
+ACCEPT: Mapping[str, type] = {
+    "exact": Exact,
+    "conditional": Conditional,
+    "fixed-threshold": FixedThreshold,
+    "top-k": TopK,
+    "typical": Typical,
 }
 
 

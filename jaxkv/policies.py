@@ -18,8 +18,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxkv import state as kv
-from jaxkv.kernels import decode, window_scores
+from jaxkv.kernels import decode, tree, window_scores
 from jaxkv.state import KVState
+from jaxkv.trees import DraftTree, Pending
 
 # What a policy may ask for before a prefill: `draft(policy, steps)` are the tokens,
 # int32 `[B, steps]`, that greedy decoding gives from a prompt evicted by `policy`.
@@ -200,6 +201,86 @@ class DecodePolicy(Protocol):
         """
 
 
+class Speculable(DecodePolicy, Protocol):
+    """A decode policy that can verify drafts: say what it would do, and do nothing."""
+
+    def verify(
+        self,
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        state: KVState,
+        position: jax.Array,
+        drafts: DraftTree,
+        ancestors: jax.Array,
+        *,
+        depth: int,
+        implementation: tree.Implementation | None,
+    ) -> tuple[jax.Array, Pending]:
+        """Attend from each node as if its path had been decoded token by token.
+
+        Args:
+          query: `[B, T, N, H]`, rotated.
+          key: `[B, T, K, H]`, rotated.
+          value: `[B, T, K, H]`.
+          state: of one layer; it does not change.
+          position: int32 `[B]` of the root; -1 for finished rows, whose results mean
+            nothing.
+          drafts: the trees.
+          ancestors: bool `[B, T, T]`, from `trees.ancestors`.
+          depth: of the deepest node that a tree may have, static.
+          implementation: of the attention.
+
+        Returns:
+          The output `[B, T, N, H]`, and what `trees.commit` needs.
+        """
+
+
+def verify_by_depth(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    state: KVState,
+    upcoming: jax.Array,
+    drafts: DraftTree,
+    ancestors: jax.Array,
+    *,
+    implementation: tree.Implementation | None,
+) -> tuple[jax.Array, Pending]:
+    """Do `Speculable.verify` where the slots of the next tokens are known beforehand.
+
+    Args:
+      query: `[B, T, N, H]`, rotated.
+      key: `[B, T, K, H]`, rotated.
+      value: `[B, T, K, H]`.
+      state: of one layer.
+      upcoming: int32 `[B, K, D + 2]`, the slots of the next `D + 2` tokens.
+      drafts: no deeper than `D`.
+      ancestors: bool `[B, T, T]`.
+      implementation: of the attention.
+
+    Returns:
+      The output and what is pending.
+    """
+    out = tree.tree_attention(
+        query,
+        key,
+        value,
+        state.keys,
+        state.values,
+        state.positions,
+        upcoming[..., :-1],
+        drafts.depths,
+        ancestors,
+        scale=query.shape[-1] ** -0.5,
+        implementation=implementation,
+    )
+    shape = (*upcoming.shape[:2], drafts.depths.shape[1])
+    depths = jnp.broadcast_to(drafts.depths[:, None], shape)
+    slots, targets = (jnp.take_along_axis(upcoming, depths + i, axis=2) for i in (0, 1))
+    return out, Pending(key, value, slots, targets)
+
+
 def attend_and_write(
     query: jax.Array,
     key: jax.Array,
@@ -292,6 +373,27 @@ class Full(WholePrompt):
         target = state.target + (position[:, None] >= 0)
         return out, dataclasses.replace(state, target=target)
 
+    def verify(
+        self,
+        query,
+        key,
+        value,
+        state,
+        position,
+        drafts,
+        ancestors,
+        *,
+        depth,
+        implementation=None,
+    ) -> tuple[jax.Array, Pending]:
+        """Append; see `Speculable.verify`."""
+        del position
+        upcoming = state.target[..., None] + jnp.arange(depth + 2, dtype=jnp.int32)
+        return verify_by_depth(
+            *(query, key, value, state, upcoming, drafts, ancestors),
+            implementation=implementation,
+        )
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StreamingLLM(WholePrompt):
@@ -348,10 +450,60 @@ class StreamingLLM(WholePrompt):
         target = oldest(state, n_sink=self.n_sink)
         return out, dataclasses.replace(state, target=target)
 
+    def verify(
+        self,
+        query,
+        key,
+        value,
+        state,
+        position,
+        drafts,
+        ancestors,
+        *,
+        depth,
+        implementation=None,
+    ) -> tuple[jax.Array, Pending]:
+        """Overwrite the oldest tokens in turn; see `Speculable.verify`."""
+        upcoming = next_oldest(state, position, n_sink=self.n_sink, count=depth + 2)
+        return verify_by_depth(
+            *(query, key, value, state, upcoming, drafts, ancestors),
+            implementation=implementation,
+        )
+
 
 def oldest(state: KVState, *, n_sink: int) -> jax.Array:
     """Return the first free slot, else the oldest non-sink one, int32 `[B, K]`."""
-    never = jnp.iinfo(jnp.int32).max
+    return jnp.argmin(_age(state, n_sink=n_sink), axis=-1).astype(jnp.int32)
+
+
+def next_oldest(
+    state: KVState, position: jax.Array, *, n_sink: int, count: int
+) -> jax.Array:
+    """Return what `oldest` would give at each of the next writes, without writing.
+
+    Args:
+      state: of one layer.
+      position: int32 `[B]`, of the first token to be written.
+      n_sink: see `StreamingLLM`.
+      count: how many writes to look ahead.
+
+    Returns:
+      int32 `[B, K, count]`. First come the slots in the order of their age; once all of
+      them have been written, the writes go round. A token that is itself a sink keeps
+      its slot, so that the circle shrinks by it.
+    """
+    age = _age(state, n_sink=n_sink)
+    known = min(count, state.slots)
+    _, order = jax.lax.top_k(-age, known)
+    evictable = (age != jnp.iinfo(jnp.int32).max).sum(-1, keepdims=True)
+    step = jnp.arange(count, dtype=jnp.int32)
+    sinks = jnp.clip(n_sink - position, 0, count)[:, None, None]
+    circle = jnp.maximum(evictable - sinks, 1)
+    turn = jnp.where(step < sinks, step, sinks + (step - sinks) % circle)
+    return jnp.take_along_axis(order, jnp.minimum(turn, known - 1), axis=-1)
+
+
+def _age(state, *, n_sink):
+    """Return positions, with sinks as the youngest; a free slot (-1) is the oldest."""
     is_sink = (state.positions >= 0) & (state.positions < n_sink)
-    age = jnp.where(is_sink, never, state.positions)  # a free slot (-1) comes first
-    return jnp.argmin(age, axis=-1).astype(jnp.int32)
+    return jnp.where(is_sink, jnp.iinfo(jnp.int32).max, state.positions)

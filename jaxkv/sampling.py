@@ -87,6 +87,31 @@ class Categorical:
 Sampler = Greedy | Categorical
 
 
+def pick_next(
+    sampler: Sampler,
+    logits: jax.Array,
+    keys: jax.Array,
+    position: jax.Array,
+    seen: jax.Array | None,
+) -> jax.Array:
+    """Choose each row's next token.
+
+    Args:
+      sampler: static.
+      logits: float32 `[B, V]`.
+      keys: the rows' PRNG keys `[B]`; a token's key is the row's, folded with the
+        token's position, so that a token depends on nothing but its row and place.
+      position: int32 `[B]`, of the tokens to be chosen.
+      seen: bool `[B, V]` for the repetition penalty, or None if it is off.
+
+    Returns:
+      int32 tokens `[B]`.
+    """
+    if seen is not None:
+        logits = penalize(logits, seen, sampler.repetition_penalty)
+    return sampler.pick(logits, jax.vmap(jax.random.fold_in)(keys, position))
+
+
 def penalize(logits: jax.Array, seen: jax.Array, penalty: float) -> jax.Array:
     """Make tokens that have occurred less likely (Keskar et al., arXiv 1909.05858).
 

@@ -8,6 +8,7 @@ import jax
 import rich.console
 import rich.progress
 
+from jaxkv.draft_stats import together
 from jaxkv.inference import Stats
 from jaxkv.language_model import LanguageModel
 
@@ -33,10 +34,12 @@ def announce(lm: LanguageModel, stats: Iterable[Stats]) -> None:
     # Prompts of other lengths may get another implementation.
     prefill = "+".join(sorted({s.prefill_implementation for s in stats}))
     decode = "+".join(sorted({s.decode_implementation for s in stats}))
+    drafts = [s.drafts for s in stats if s.drafts]
+    spoken = f"; {together(drafts)}" if drafts else ""
     kind = "" if device.device_kind == device.platform else f" ({device.device_kind})"
     print(
         f"jaxkv: {lm.name} on {device.platform}{kind}, {lm.dtype.name}, "
-        f"prefill={prefill}, decode={decode}",
+        f"prefill={prefill}, decode={decode}{spoken}",
         file=sys.stderr,
     )
 

@@ -125,6 +125,7 @@ def test_json_schema(jaxkv_, tiny, lm):
         "seed": 5,
         "prefill_implementation": "xla",
         "decode_implementation": "xla",
+        "drafts": None,
         "model": str(tiny),
         "dtype": "float32",
         "device": "cpu",
@@ -138,11 +139,52 @@ def test_json_schema(jaxkv_, tiny, lm):
             "compression_ratio": None,
             "prefill": {"name": "StreamingLLM", "n_sink": 2},
             "decode": {"name": "StreamingLLM", "n_sink": 2},
+            "speculate": None,
+            "accept": {"name": "Exact"},
         },
     }
     assert set(timing) == {"compile_s", "prefill_s", "decode_s", "tokens_per_s"}
     assert all(isinstance(seconds, float) for seconds in timing.values())
     assert {"python", "jax", "jaxkv"} <= set(versions)
+
+
+def test_drafts_change_nothing_and_are_told_of(jaxkv_, tiny, lm):
+    text = "one two three one two three one two"
+    common = ["generate", tiny, "--prompt", text, "--json", "--max-new-tokens", "20"]
+    drafts = ["--speculate", "aligned:num_draft_tokens=6,depth=3,break_even=0"]
+    (plain,), (record,) = (records(jaxkv_(*common, *more)[1]) for more in ([], drafts))
+    assert record["token_ids"] == plain["token_ids"]
+    told = record["drafts"]
+    assert told["steps"] >= told["steps_with_draft"]
+    assert told["mal_with_bonus"] == pytest.approx(19 / told["steps"])
+    assert sum(told["drafted_by_depth"]) == told["drafted"]
+    assert sum(told["drafted_by_kind"].values()) == told["drafted"]
+    assert 0 <= told["unexpected"] <= 1
+    _, _, err = jaxkv_(*common, *drafts)
+    assert f"{told['accepted']} of {told['drafted']} drafted tokens accepted" in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--speculate", "magic"], "--speculate: unknown 'magic'"),
+        (["--speculate", "tree:depth=0"], "depth must be >= 1"),
+        (["--accept", "top-k"], "does nothing without drafts"),
+        (["--accept", "typical:mass=1"], "no option of typical"),
+        (
+            ["--speculate=tree", "--accept=conditional", "--temperature=1"],
+            "is lossy, and defined for greedy",
+        ),
+        (
+            ["--speculate=tree", "--decode=streaming-llm", "--budget=8"],
+            "does not fit into the 8 slots",
+        ),
+    ],
+)
+def test_bad_speculation_gets_one_line(jaxkv_, tiny, flags, message):
+    result = jaxkv_("generate", tiny, "--prompt", PROMPT, *flags)
+    assert message in one_error(*result)
 
 
 def test_outputs_do_not_depend_on_the_batch_size(jaxkv_, tiny):

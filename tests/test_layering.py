@@ -15,18 +15,24 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 CORE = {
+    "acceptance",
     "attention",
     "dapq",
     "decode_policies",
+    "drafts",
     "eviction",
     "expected_attention",
     "generation",
+    "likeliest",
+    "matching",
     "policies",
     "prompt_policies",
     "rkv",
     "sampling",
     "scoring",
+    "speculation",
     "state",
+    "trees",
 }
 BASE = {"_version"}  # imports nothing of ours; anybody may import it
 WITHOUT_JAX = {

@@ -7,7 +7,12 @@ import pytest
 
 from jaxkv import methods
 
-TABLES = {"prefill": methods.PREFILL, "decode": methods.DECODE}
+TABLES = {
+    "prefill": methods.PREFILL,
+    "decode": methods.DECODE,
+    "speculate": methods.SPECULATE,
+    "accept": methods.ACCEPT,
+}
 ALL = [(kind, name) for kind, table in TABLES.items() for name in table]
 
 

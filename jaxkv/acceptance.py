@@ -1,0 +1,254 @@
+"""Which drafted tokens pass: the exact rule, and rules that let others through.
+
+The exact rule changes nothing: a drafted token passes if it is the token that plain
+decoding would have chosen there. The other rules are lossy on purpose: a token that is
+likely enough passes although the network would have chosen another.
+
+Axis letters: `B` batch, `T` nodes, `V` vocabulary, `E` stop ids.
+"""
+
+import dataclasses
+from typing import Literal, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from jaxkv.trees import DraftTree
+
+
+class View(NamedTuple):
+    """What the network says of each drafted token; float32 `[B, T]` unless noted.
+
+    The root's entries mean nothing.
+
+    Attributes:
+      chosen: bool, whether plain decoding chooses this token after the node's parent.
+      probability: of the token, after its parent.
+      highest: probability of the likeliest token there.
+      entropy: of the distribution there, in nats.
+      rank: int32, how many tokens are likelier.
+      stop: probability of the likeliest stop id there.
+      vocabulary: int scalar, `V`.
+    """
+
+    chosen: jax.Array
+    probability: jax.Array
+    highest: jax.Array
+    entropy: jax.Array
+    rank: jax.Array
+    stop: jax.Array
+    vocabulary: int
+
+
+class Rule(Protocol):
+    """Says which drafted tokens pass.
+
+    Attributes:
+      exact: whether the output is that of plain decoding. If so, `passes` is not asked,
+        and the distributions are not looked at.
+    """
+
+    exact: bool
+
+    def check(self) -> None:
+        """Raise ValueError for options that mean nothing."""
+
+    def passes(self, view: View) -> jax.Array:
+        """Return bool `[B, T]`, whether each token passes after its parent."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Exact:
+    """Take what plain decoding takes, greedy or drawn, and nothing else.
+
+    Drafts are deterministic, so one rule serves both: let the sampler pick a token with
+    the key of that position, and go on where a drafted token equals the pick.
+    """
+
+    exact = True
+
+    def check(self) -> None:
+        """There are no options."""
+
+    def passes(self, view: View) -> jax.Array:
+        """Return which tokens are the chosen ones."""
+        return view.chosen
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FixedThreshold:
+    """Take a token whose probability reaches a constant.
+
+    Attributes:
+      threshold: least probability.
+      eos_guard: also ask that no stop id is likelier.
+    """
+
+    threshold: float = 0.1
+    eos_guard: bool = True
+    exact = False
+
+    def check(self) -> None:
+        """Need a probability."""
+        _check_probability("FixedThreshold", "threshold", self.threshold)
+
+    def passes(self, view: View) -> jax.Array:
+        """Return which tokens are likely enough."""
+        return _reaches(view, jnp.full_like(view.entropy, self.threshold), self)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Conditional:
+    """Take a token whose probability reaches a threshold set by the entropy there.
+
+    Wang et al., "Alignment-Augmented Speculative Decoding with Alignment Sampling and
+    Conditional Verification" (arXiv 2505.13204). With entropy `h` in nats and the
+    highest probability `m`, the threshold is, by `form`:
+
+      * "F1": `min(beta - alpha * h, m)`, as a secondary source writes it;
+      * "F2": `min(beta - alpha * h / log(V), m)`;
+      * "F3": `min(beta + alpha * h, m)`;
+      * "F4": F1 with a larger `beta`, so that the cap `m` can bind.
+
+    The paper's own text was not available to us, so that none of the forms is claimed
+    to be its formula. With F1 and its defaults every token passes once `h` >= 1.
+
+    Attributes:
+      form: see above.
+      alpha: weight of the entropy.
+      beta: threshold at certainty; None is 0.1, and 0.5 for F4.
+      tau_min: the threshold is never lower.
+      eos_guard: also ask that no stop id is likelier.
+    """
+
+    form: Literal["F1", "F2", "F3", "F4"] = "F2"
+    alpha: float = 0.1
+    beta: float | None = None
+    tau_min: float = 0.0
+    eos_guard: bool = True
+    exact = False
+
+    def check(self) -> None:
+        """Need a known form and numbers that can be thresholds."""
+        if self.form not in ("F1", "F2", "F3", "F4"):
+            raise ValueError(
+                f"Conditional: form must be F1, F2, F3 or F4, got {self.form!r}."
+            )
+        if self.alpha < 0:
+            raise ValueError(f"Conditional: alpha must be >= 0, got {self.alpha}.")
+        _check_probability("Conditional", "tau_min", self.tau_min)
+        if self.beta is not None:
+            _check_probability("Conditional", "beta", self.beta)
+
+    def passes(self, view: View) -> jax.Array:
+        """Return which tokens reach the threshold."""
+        return _reaches(view, self.threshold(view), self)
+
+    def threshold(self, view: View) -> jax.Array:
+        """Return the threshold at each node's parent, without the guard."""
+        beta = self.beta
+        if beta is None:
+            beta = 0.5 if self.form == "F4" else 0.1
+        entropy = view.entropy
+        if self.form == "F2":
+            entropy = entropy / jnp.log(jnp.float32(view.vocabulary))
+        sign = 1 if self.form == "F3" else -1
+        threshold = jnp.minimum(beta + sign * self.alpha * entropy, view.highest)
+        return jnp.maximum(threshold, self.tau_min)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TopK:
+    """Take a token that is among the `k` likeliest.
+
+    Attributes:
+      k: how many pass.
+    """
+
+    k: int = 2
+    exact = False
+
+    def check(self) -> None:
+        """Need at least one."""
+        if self.k < 1:
+            raise ValueError(f"TopK: k must be >= 1, got {self.k}.")
+
+    def passes(self, view: View) -> jax.Array:
+        """Return which tokens are among the likeliest."""
+        return view.rank < self.k
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Typical:
+    """Take a token likelier than `min(epsilon, delta * exp(-entropy))`.
+
+    Cai et al., "Medusa" (arXiv 2401.10774, section 2.3.1). The likeliest token always
+    passes, as there.
+
+    Attributes:
+      epsilon: highest threshold.
+      delta: scale of the threshold that depends on the entropy.
+    """
+
+    epsilon: float = 0.09
+    delta: float = 0.3
+    exact = False
+
+    def check(self) -> None:
+        """Need probabilities."""
+        _check_probability("Typical", "epsilon", self.epsilon)
+        _check_probability("Typical", "delta", self.delta)
+
+    def passes(self, view: View) -> jax.Array:
+        """Return which tokens are typical."""
+        threshold = jnp.minimum(self.epsilon, self.delta * jnp.exp(-view.entropy))
+        return (view.probability > threshold) | view.chosen
+
+
+def view(
+    logits: jax.Array, tree: DraftTree, picks: jax.Array, stop_ids: jax.Array
+) -> View:
+    """Return what the network says of each drafted token.
+
+    Args:
+      logits: float32 `[B, T, V]`, of the token after each node.
+      tree: the drafts.
+      picks: int32 `[B, T]`, what plain decoding chooses after each node.
+      stop_ids: int32 `[E]`; -1 stands for none.
+
+    Returns:
+      The view, from each node's parent on its token.
+    """
+    rows = jnp.arange(logits.shape[0])[:, None]
+    total = jax.nn.logsumexp(logits, axis=-1)  # [B, T], by parent
+    top = logits.max(-1)
+    centred = logits - total[..., None]
+    entropy = -jnp.where(logits > -jnp.inf, jnp.exp(centred) * centred, 0.0).sum(-1)
+    stops = jnp.where(stop_ids >= 0, logits[..., stop_ids], -jnp.inf).max(-1)
+    own = logits[rows, tree.parents, tree.tokens]
+
+    def parent(x):
+        return jnp.take_along_axis(x, tree.parents, axis=1)
+
+    # Only TopK asks for the rank; for the others the compiler drops this line.
+    rank = (logits[rows, tree.parents] > own[..., None]).sum(-1, dtype=jnp.int32)
+    return View(
+        chosen=tree.tokens == parent(picks),
+        probability=jnp.exp(own - parent(total)),
+        highest=jnp.exp(parent(top - total)),
+        entropy=parent(entropy),
+        rank=rank,
+        stop=jnp.exp(parent(stops - total)),
+        vocabulary=logits.shape[-1],
+    )
+
+
+def _reaches(view, threshold, rule):
+    if rule.eos_guard:
+        threshold = jnp.maximum(threshold, view.stop)
+    return view.probability >= threshold
+
+
+def _check_probability(rule, option, value):
+    if not 0 <= value <= 1:
+        raise ValueError(f"{rule}: {option} must be in [0, 1], got {value}.")

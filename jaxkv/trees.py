@@ -1,0 +1,170 @@
+"""Trees of drafted tokens, and how an accepted path enters the cache.
+
+A tree has `T` nodes. Node 0 is the root: the newest token, which the cache does not
+hold yet. Every other node is a drafted token; parents come before their children.
+Nothing of a tree is written to the cache before it is accepted, because an eviction
+cannot be taken back.
+
+Axis letters: `B` batch, `T` nodes, `D` depth of the deepest node, `K` key/value heads,
+`S` slots, `H` head size.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxkv.state import KVState
+
+# What is known of a drafted token; `DraftTree.kinds` holds indices into this.
+KINDS = ("unchecked", "aligned", "unaligned", "sampled")
+UNCHECKED, ALIGNED, UNALIGNED, SAMPLED = range(4)
+
+
+class DraftTree(NamedTuple):
+    """One tree per row.
+
+    Attributes:
+      tokens: int32 `[B, T]`; column 0 is the newest token.
+      parents: int32 `[B, T]`, less than the node's own index; 0 for the root.
+      depths: int32 `[B, T]`; 0 for the root.
+      valid: bool `[B, T]`; the others are padding. The root is always valid.
+      kinds: int32 `[B, T]`, an index into `KINDS`: "aligned" if the token is what the
+        network thought likeliest at that place of the prompt, "unaligned" if not,
+        "sampled" if it is one of the network's own candidates in place of the
+        prompt's token, "unchecked" if nobody has asked.
+    """
+
+    tokens: jax.Array
+    parents: jax.Array
+    depths: jax.Array
+    valid: jax.Array
+    kinds: jax.Array
+
+
+class Pending(NamedTuple):
+    """One layer's keys and values of a tree, on their way to the cache.
+
+    Attributes:
+      keys: `[B, T, K, H]`, rotated.
+      values: `[B, T, K, H]`.
+      slots: int32 `[B, K, T]`, the slot that each node goes to if it is accepted.
+      targets: int32 `[B, K, T]`, the slot that the token after each node goes to.
+    """
+
+    keys: jax.Array
+    values: jax.Array
+    slots: jax.Array
+    targets: jax.Array
+
+
+def root_only(token: jax.Array, *, nodes: int) -> DraftTree:
+    """Return trees without a draft.
+
+    Args:
+      token: int32 `[B]`, the newest token.
+      nodes: `T`.
+    """
+    shape = (token.shape[0], nodes)
+    order = jnp.broadcast_to(jnp.arange(nodes, dtype=jnp.int32), shape)
+    zeros = jnp.zeros(shape, jnp.int32)
+    return DraftTree(
+        tokens=zeros.at[:, 0].set(token),
+        parents=zeros,
+        depths=jnp.minimum(order, 1),
+        valid=order == 0,
+        kinds=zeros,
+    )
+
+
+def ancestors(tree: DraftTree, *, depth: int) -> jax.Array:
+    """Return bool `[B, T, T]`: at `[b, t, u]`, whether `u` is `t` or above it.
+
+    Args:
+      tree: no deeper than `depth`.
+      depth: static; the reach is doubled until it covers it.
+    """
+    nodes = jnp.arange(tree.tokens.shape[1])
+    above = (tree.parents[:, :, None] == nodes) | (nodes[:, None] == nodes)
+    reach = 1
+    while reach < depth:
+        counts = jnp.einsum(
+            "btu,buv->btv", above.astype(jnp.float32), above.astype(jnp.float32)
+        )
+        above, reach = counts > 0, 2 * reach
+    return above
+
+
+def path_to(
+    node: jax.Array, tree: DraftTree, above: jax.Array, *, depth: int
+) -> jax.Array:
+    """Return the nodes from the root to `node`, int32 `[B, D + 1]`, by their depth.
+
+    Args:
+      node: int32 `[B]`.
+      tree: the trees.
+      above: bool `[B, T, T]`, from `ancestors`.
+      depth: `D`, static.
+
+    Returns:
+      The path; beyond the depth of `node` it holds 0.
+    """
+    on_path = jnp.take_along_axis(above, node[:, None, None], axis=1)  # [B, 1, T]
+    at_depth = tree.depths[:, None] == jnp.arange(depth + 1)[:, None]
+    return jnp.argmax(on_path & at_depth, axis=-1).astype(jnp.int32)
+
+
+def commit(
+    state: KVState,
+    pending: Pending,
+    path: jax.Array,
+    count: jax.Array,
+    position: jax.Array,
+) -> KVState:
+    """Write accepted tokens as plain decoding would have written them one by one.
+
+    Args:
+      state: of one layer, as it was when the tree was verified.
+      pending: what verification has left.
+      path: int32 `[B, D + 1]`, nodes from the root on.
+      count: int32 `[B]`, how many of them to write; 0 leaves a row as it is.
+      position: int32 `[B]`, of the root.
+
+    Returns:
+      The state after `count` tokens, `target` included.
+    """
+    batch, kv_heads, slots, _ = state.keys.shape
+    steps = jnp.arange(path.shape[1], dtype=jnp.int32)
+    slot = jnp.take_along_axis(pending.slots, path[:, None], axis=2)  # [B, K, D + 1]
+    written = (steps < count[:, None])[:, None]
+    # A path may come back to a slot of its own; then only the last write counts,
+    # because a scatter that hits a place twice has no order.
+    same = slot[..., :, None] == slot[..., None, :]
+    later = steps[None, :] > steps[:, None]
+    again = (same & later & written[..., None, :]).any(-1)
+    # A slot beyond the end is dropped; no two of them are equal.
+    where = jnp.where(written & ~again, slot, slots + steps)
+    b = jnp.arange(batch)[:, None, None]
+    k = jnp.arange(kv_heads)[None, :, None]
+    flags = dict(mode="drop", unique_indices=True)
+
+    def along(x):
+        chosen = jnp.take_along_axis(x, path[:, :, None, None], axis=1)
+        return chosen.swapaxes(1, 2)  # [B, K, D + 1, H]
+
+    positions = jnp.broadcast_to(position[:, None, None] + steps, slot.shape)
+    last = jnp.take_along_axis(path, jnp.maximum(count - 1, 0)[:, None], axis=1)
+    target = jnp.take_along_axis(pending.targets, last[:, None], axis=2)[..., 0]
+    place = (b, k, where)
+    return dataclasses.replace(
+        state,
+        keys=state.keys.at[place].set(
+            along(pending.keys).astype(state.keys.dtype), **flags
+        ),
+        values=state.values.at[place].set(
+            along(pending.values).astype(state.values.dtype), **flags
+        ),
+        positions=state.positions.at[place].set(positions, **flags),
+        target=jnp.where(count[:, None] > 0, target, state.target),
+    )

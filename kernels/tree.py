@@ -1,0 +1,202 @@
+"""Attention of a tree of drafted tokens over the cache and over the tree itself.
+
+Each node attends to what the cache would hold if the tokens from the root to that node
+had been written one after the other. Nothing is written; keys and values are read once.
+
+Axis letters: `B` batch, `T` nodes, `N` query heads, `K` key/value heads, `S` slots,
+`H` head size, `D` depth of the deepest node.
+"""
+
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+
+from jaxkv.kernels import decode
+from jaxkv.kernels.shapes import check_groups, check_shape
+
+Implementation = Literal["reference", "xla"]
+
+
+def tree_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    positions: jax.Array,
+    upcoming: jax.Array,
+    depths: jax.Array,
+    ancestors: jax.Array,
+    *,
+    scale: float,
+    implementation: Implementation | None = None,
+) -> jax.Array:
+    """Attend from every node, where the slot of a write depends on its depth alone.
+
+    Args:
+      query: `[B, T, N, H]`, rotated; head `n` reads head `n // (N / K)`.
+      key: `[B, T, K, H]` of the nodes, rotated.
+      value: `[B, T, K, H]` of the nodes.
+      keys: `[B, K, S, H]`.
+      values: `[B, K, S, H]`; free slots of both may hold anything, NaN included.
+      positions: int32 `[B, K, S]`, negative where a slot is free.
+      upcoming: int32 `[B, K, D + 1]`, the slot that a node of each depth overwrites.
+      depths: int32 `[B, T]`.
+      ancestors: bool `[B, T, T]`: at `[b, t, u]`, whether `u` is `t` or above it.
+      scale: factor on the logits.
+      implementation: "reference" (float32, writes node by node), "xla", or None for
+        the best one that can run.
+
+    Returns:
+      `[B, T, N, H]`, in the dtype of the query.
+
+    Raises:
+      ValueError: shapes disagree, or the implementation is unknown.
+    """
+    where = "tree_attention"
+    sizes = check_shape(
+        where,
+        query=(query, "B T N H"),
+        key=(key, "B T K H"),
+        value=(value, "B T K H"),
+        keys=(keys, "B K S H"),
+        values=(values, "B K S H"),
+        positions=(positions, "B K S"),
+        upcoming=(upcoming, "B K D+1"),
+        depths=(depths, "B T"),
+        ancestors=(ancestors, "B T T"),
+    )
+    check_groups(where, sizes["N"], sizes["K"])
+    arguments = (
+        *(query, key, value, keys, values),
+        *(positions, upcoming, depths, ancestors, scale),
+    )
+    match implementation:
+        case "reference":
+            return _reference(*arguments)
+        case "xla" | None:
+            return _xla(*arguments)
+    raise ValueError(
+        f"{where}: unknown {implementation=}; choose one of "
+        f"{', '.join(get_args(Implementation))} or None."
+    )
+
+
+def _reference(
+    query, key, value, keys, values, positions, upcoming, depths, ancestors, scale
+):
+    """Write each node's path into a copy of the cache; attend in float32."""
+    outs = []
+    for node in range(query.shape[1]):
+        held = (keys, values, positions)
+        for depth in range(upcoming.shape[2]):
+            on_path = ancestors[:, node] & (depths == depth)
+            writes = on_path.any(-1)
+            at = jnp.argmax(on_path, axis=-1)[:, None, None, None]
+            held = decode.write(
+                jnp.take_along_axis(key, at, axis=1)[:, 0],
+                jnp.take_along_axis(value, at, axis=1)[:, 0],
+                *held,
+                upcoming[:, :, depth],
+                jnp.where(writes, depth, -1),  # any position: here it only means "held"
+            )
+        nothing = jnp.full(query.shape[:1], -1, jnp.int32)
+        outs.append(
+            decode.decode_attention(
+                *(query[:, node], key[:, node], value[:, node], *held),
+                *(upcoming[:, :, 0], nothing),
+                scale=scale,
+                implementation="reference",
+            ).out
+        )
+    return jnp.stack(outs, axis=1)
+
+
+def group(query, kv_heads):
+    """Return queries `[B, T, N, H]` by the head they read: `[B, K, T, G, H]`."""
+    batch, nodes, heads, head_dim = query.shape
+    query = query.reshape(batch, nodes, kv_heads, heads // kv_heads, head_dim)
+    return query.transpose(0, 2, 1, 3, 4)
+
+
+def logits_of(grouped, key, keys, scale):
+    """Return the logits against the slots and against the tree, float32.
+
+    Args:
+      grouped: `[B, K, T, G, H]`.
+      key: `[B, T, K, H]`.
+      keys: `[B, K, S, H]`.
+      scale: factor.
+
+    Returns:
+      `[B, K, T, G, S]` and `[B, K, T, G, T]`.
+    """
+    flags = dict(preferred_element_type=jnp.float32)
+    old = scale * jnp.einsum("bktgh,bksh->bktgs", grouped, keys, **flags)
+    new = scale * jnp.einsum("bktgh,bukh->bktgu", grouped, key, **flags)
+    return old, new
+
+
+def softmax_over_both(old, new, old_alive, new_alive):
+    """Return one softmax over two arrays of logits, where their masks are true.
+
+    Args:
+      old: float32 `[B, K, T, G, S]`.
+      new: float32 `[B, K, T, G, T]`; each node is alive to itself.
+      old_alive: bool, broadcastable to `old`.
+      new_alive: bool, broadcastable to `new`.
+    """
+    old = jnp.where(old_alive, old, -jnp.inf)
+    new = jnp.where(new_alive, new, -jnp.inf)
+    top = jnp.maximum(old.max(-1, keepdims=True), new.max(-1, keepdims=True))
+    old, new = jnp.exp(old - top), jnp.exp(new - top)
+    total = old.sum(-1, keepdims=True) + new.sum(-1, keepdims=True)
+    return old / total, new / total
+
+
+def combine(old, new, value, values, occupied):
+    """Multiply weights with values, each read once: `[B, T, N, H]` in float32.
+
+    Args:
+      old: `[B, K, T, G, S]`.
+      new: `[B, K, T, G, T]`.
+      value: `[B, T, K, H]`.
+      values: `[B, K, S, H]`.
+      occupied: bool `[B, K, S]`.
+    """
+    flags = dict(preferred_element_type=jnp.float32)
+    # 0 x NaN is NaN, so masked weights alone do not keep a free slot out.
+    held = jnp.where(occupied[..., None], values, 0)
+    out = jnp.einsum("bktgs,bksh->bktgh", old.astype(values.dtype), held, **flags)
+    out += jnp.einsum("bktgu,bukh->bktgh", new.astype(value.dtype), value, **flags)
+    batch, kv_heads, nodes, groups, head_dim = out.shape
+    out = out.transpose(0, 2, 1, 3, 4)
+    return out.reshape(batch, nodes, kv_heads * groups, head_dim)
+
+
+def _xla(
+    query, key, value, keys, values, positions, upcoming, depths, ancestors, scale
+):
+    """Mask instead of writing: a slot holds what it holds until it is overwritten."""
+    order = jnp.arange(upcoming.shape[2], dtype=jnp.int32)
+    never = jnp.int32(upcoming.shape[2])
+    slot = jnp.arange(keys.shape[2], dtype=jnp.int32)
+    hits = upcoming[..., None] == slot  # [B, K, D + 1, S]
+    until = jnp.where(hits, order[:, None], never).min(2)  # [B, K, S]
+    again = (upcoming[..., :, None] == upcoming[..., None, :]) & (
+        order[None, :] > order[:, None]
+    )
+    until_new = jnp.where(again, order, never).min(-1)  # [B, K, D + 1]
+    depth = depths[:, None, :, None]  # [B, 1, T, 1]
+    old_alive = (positions >= 0)[:, :, None] & (depth < until[:, :, None])
+    by_node = jnp.broadcast_to(depths[:, None], (*until.shape[:2], depths.shape[1]))
+    ends = jnp.take_along_axis(until_new, by_node, axis=2)
+    new_alive = ancestors[:, None] & (depth < ends[:, :, None])
+    grouped = group(query, keys.shape[1])
+    weights = softmax_over_both(
+        *logits_of(grouped, key, keys, scale),
+        old_alive[:, :, :, None],
+        new_alive[:, :, :, None],
+    )
+    return combine(*weights, value, values, positions >= 0).astype(query.dtype)

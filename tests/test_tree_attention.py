@@ -1,0 +1,143 @@
+"""Attention of a tree of drafts: masks against writing every path out."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxkv import trees
+from jaxkv.kernels.tree import tree_attention
+from jaxkv.trees import DraftTree
+
+DEPTH, NODES = 2, 5
+
+
+def random_tree(rng, batch):
+    """Nodes hang anywhere below `DEPTH`."""
+    parents = np.zeros((batch, NODES), np.int32)
+    depths = np.zeros((batch, NODES), np.int32)
+    for row in range(batch):
+        for node in range(1, NODES):
+            shallow = np.flatnonzero(depths[row, :node] < DEPTH)
+            parents[row, node] = rng.choice(shallow)
+            depths[row, node] = depths[row, parents[row, node]] + 1
+    zeros = jnp.zeros((batch, NODES), jnp.int32)
+    return DraftTree(
+        zeros, jnp.asarray(parents), jnp.asarray(depths), zeros == 0, zeros
+    )
+
+
+def make_inputs(heads, kv_heads, *, slots=9, head_dim=8, dtype="float32", seed=0):
+    rng = np.random.default_rng(seed)
+    batch = 2
+
+    def draw(*shape):
+        return jnp.asarray(rng.standard_normal((batch, *shape)), dtype)
+
+    tree = random_tree(rng, batch)
+    free = rng.random((batch, kv_heads, slots)) < 0.3
+    free[:, :, 0] = False
+    positions = np.where(free, -1, np.arange(slots)).astype(np.int32)
+    nan = jnp.asarray(np.where(free, np.nan, 0)[..., None], dtype)
+    upcoming = rng.integers(0, slots, (batch, kv_heads, DEPTH + 1)).astype(np.int32)
+    upcoming[0, :, 2] = upcoming[0, :, 0]  # a path that comes back to its own slot
+    return dict(
+        query=draw(NODES, heads, head_dim),
+        key=draw(NODES, kv_heads, head_dim),
+        value=draw(NODES, kv_heads, head_dim),
+        keys=draw(kv_heads, slots, head_dim) + nan,
+        values=draw(kv_heads, slots, head_dim) + nan,
+        positions=jnp.asarray(positions),
+        upcoming=jnp.asarray(upcoming),
+        depths=tree.depths,
+        ancestors=trees.ancestors(tree, depth=DEPTH),
+    )
+
+
+attention = jax.jit(tree_attention, static_argnames=("scale", "implementation"))
+reference = functools.partial(attention, scale=0.3, implementation="reference")
+xla = functools.partial(attention, scale=0.3, implementation="xla")
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dtype", "tolerance"),
+    [
+        (4, 2, "float32", 2e-6),
+        (4, 2, "bfloat16", 2e-2),
+        (3, 1, "float32", 2e-6),
+        (2, 2, "float32", 2e-6),
+    ],
+)
+def test_xla_equals_reference(heads, kv_heads, dtype, tolerance):
+    inputs = make_inputs(heads, kv_heads, dtype=dtype)
+    want, got = reference(**inputs), xla(**inputs)
+    assert got.dtype == inputs["query"].dtype
+    np.testing.assert_allclose(
+        got.astype("float32"), want.astype("float32"), atol=tolerance, rtol=tolerance
+    )
+    np.testing.assert_array_equal(got, xla(**inputs))
+
+
+@pytest.mark.parametrize("broken", ["values", "upcoming", "ancestors", "depths"])
+def test_a_wrong_input_is_noticed(broken):
+    inputs = make_inputs(4, 2)
+    wrong = dict(inputs)
+    wrong[broken] = {
+        "values": lambda x: jnp.roll(x, 1, axis=2),
+        "upcoming": lambda x: (x + 1) % 9,
+        "ancestors": lambda x: x | jnp.roll(x, 1, axis=2),
+        "depths": lambda x: jnp.maximum(x - 1, 0),
+    }[broken](inputs[broken])
+    assert not np.allclose(xla(**wrong), reference(**inputs), atol=1e-3)
+
+
+def test_a_root_alone_is_plain_decoding():
+    from jaxkv.kernels.decode import decode_attention
+
+    inputs = make_inputs(4, 2)
+    root = {"query", "key", "value"}
+    one = {name: x[:, :1] if name in root else x for name, x in inputs.items()}
+    one |= {"depths": one["depths"][:, :1], "ancestors": one["ancestors"][:, :1, :1]}
+    plain = decode_attention(
+        *(inputs[name][:, 0] for name in ("query", "key", "value")),
+        *(inputs[name] for name in ("keys", "values", "positions")),
+        inputs["upcoming"][:, :, 0],
+        jnp.asarray([9, 9], jnp.int32),
+        scale=0.3,
+    )
+    np.testing.assert_allclose(xla(**one)[:, 0], plain.out, atol=2e-6, rtol=2e-6)
+
+
+def test_bad_arguments():
+    inputs = make_inputs(4, 2)
+    with pytest.raises(ValueError, match="unknown implementation='magic'"):
+        tree_attention(**inputs, scale=1.0, implementation="magic")
+    with pytest.raises(ValueError, match="axis T of"):
+        tree_attention(**inputs | {"depths": inputs["depths"][:, 1:]}, scale=1.0)
+    with pytest.raises(ValueError, match="multiple of"):
+        tree_attention(**inputs | {"query": inputs["query"][:, :, :3]}, scale=1.0)
+
+
+def test_ancestors_and_paths_of_a_tree():
+    #     0
+    #   1   2
+    #   3   4
+    #   5
+    tree = DraftTree(
+        tokens=jnp.asarray([[9, 1, 2, 3, 4, 5]]),
+        parents=jnp.asarray([[0, 0, 0, 1, 2, 3]]),
+        depths=jnp.asarray([[0, 1, 1, 2, 2, 3]]),
+        valid=jnp.ones((1, 6), bool),
+        kinds=jnp.zeros((1, 6), jnp.int32),
+    )
+    above = trees.ancestors(tree, depth=3)
+    want = [[0], [0, 1], [0, 2], [0, 1, 3], [0, 2, 4], [0, 1, 3, 5]]
+    assert [np.flatnonzero(row).tolist() for row in above[0]] == want
+    paths = [
+        trees.path_to(jnp.asarray([node]), tree, above, depth=3)[0].tolist()
+        for node in range(6)
+    ]
+    assert [path[: len(w)] for path, w in zip(paths, want, strict=True)] == want
+    assert not any(any(p[len(w) :]) for p, w in zip(paths, want, strict=True))
