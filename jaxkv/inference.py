@@ -7,6 +7,7 @@ options that differ, compile anew.
 
 import contextlib
 import dataclasses
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -114,8 +115,8 @@ def generate(
 
     Args:
       lm: from `jaxkv.load`.
-      prompts: texts, or lists of token ids; they may differ in length. Each gets
-        exactly what it would get alone.
+      prompts: texts, or lists or arrays of token ids; they may differ in length. Each
+        gets exactly what it would get alone.
       max_new_tokens: longest output; changing it within a bucket compiles nothing.
       budget: tokens that each layer and head may keep: of the prompt, and of prompt
         and output together if `decode` evicts. None keeps everything. One number for
@@ -262,11 +263,13 @@ def encode(lm: LanguageModel, prompts: Prompts) -> list[list[int]]:
             if not prompt:
                 raise ValueError(f"generate: prompt {index} is empty.")
             row = lm.tokenizer(prompt)["input_ids"]
+        elif isinstance(prompt, np.ndarray):
+            row = prompt  # thousands of long prompts need not become lists
         else:
             row = [int(token) for token in prompt]
-        if not row:
+        if not len(row):
             raise ValueError(f"generate: prompt {index} has no tokens.")
-        if min(row) < 0 or max(row) >= lm.config.vocab_size:
+        if np.min(row) < 0 or np.max(row) >= lm.config.vocab_size:
             raise ValueError(
                 f"generate: prompt {index} has token ids outside "
                 f"[0, {lm.config.vocab_size})."
@@ -439,9 +442,11 @@ _COMPILING = (
 def _compile_seconds() -> Iterator[list[float]]:
     """Collect the durations of tracing, lowering and compiling in the context."""
     seconds: list[float] = []
+    thread = threading.get_ident()
 
     def listen(event: str, duration: float, **_: Any) -> None:
-        if event in _COMPILING:
+        # Another thread may compile for a call of its own.
+        if event in _COMPILING and threading.get_ident() == thread:
             seconds.append(duration)
 
     jax.monitoring.register_event_duration_secs_listener(listen)
