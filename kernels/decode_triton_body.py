@@ -82,8 +82,10 @@ def attend_split(
     takes_new = unfinished & (split == 0)
 
     new_offsets = target.to(tl.int64) * HEAD_DIM + columns
-    tl.store(keys_ptr + new_offsets, k_new, column_real & takes_new)
-    tl.store(values_ptr + new_offsets, v_new, column_real & takes_new)
+    # As `column_real & takes_new`, of which Triton's interpreter makes no mask.
+    new_real = columns < tl.where(takes_new, HEAD_DIM, 0)
+    tl.store(keys_ptr + new_offsets, k_new, new_real)
+    tl.store(values_ptr + new_offsets, v_new, new_real)
     tl.store(positions_ptr + target, position, takes_new)
 
     new_logit = SCALE * tl.sum(q.to(tl.float32) * k_new.to(tl.float32)[None, :], 1)
