@@ -1,0 +1,342 @@
+"""The Triton kernels of LongFlow without a GPU: against an oracle, and compiled.
+
+Run as a script, this file is its own worker; `triton_on_cpu` says why.
+"""
+
+import itertools
+import json
+import sys
+
+import numpy as np
+import pytest
+import triton_on_cpu
+
+from jaxkv.kernels.longflow_triton import (
+    Tiles,
+    choose_constants,
+    choose_tiles,
+    score_constants,
+    score_heads,
+    score_stride,
+)
+
+# heads, KV heads, slots, head size, dtype, score, shared, (splits, block, programs)
+FAST = [
+    (4, 2, 37, 64, "float32", "l1", True, (2, 16, 0)),
+    (4, 2, 37, 64, "float32", "l1", True, (1, 16, 3)),
+    (6, 2, 70, 64, "bfloat16", "l1", True, (3, 16, 0)),
+    (3, 1, 33, 96, "float16", "l2", True, (1, 32, 2)),
+    (4, 2, 65, 128, "bfloat16", "l2", False, (2, 32, 0)),
+    (4, 2, 40, 64, "float32", "attention", False, (1, 16, 5)),
+    (2, 2, 1, 64, "float32", "l1", True, (1, 16, 0)),
+]
+SLOW = [
+    (kv_heads * group, kv_heads, slots, head_dim, dtype, score, shared, tiles)
+    for (kv_heads, group), slots, (head_dim, dtype, score), shared, tiles in (
+        itertools.product(
+            [(3, 1), (2, 4), (1, 7), (1, 24)],
+            [5, 63, 130],
+            [
+                (64, "float32", "l1"),
+                (96, "float16", "l2"),
+                (128, "bfloat16", "l1"),
+                (256, "bfloat16", "attention"),
+            ],
+            [True, False],
+            [(2, 16, 0), (1, 32, 4)],
+        )
+    )
+]
+# As in test_decode_triton.
+TOLERANCE = {"float32": 5e-6, "bfloat16": 2**-6, "float16": 2**-10}
+
+# batch, heads, KV heads, slots, head size, dtype: with the tiles that are shipped
+SHIPPED = [
+    (128, 32, 8, 3200, 128, "bfloat16"),
+    (64, 32, 8, 16384, 128, "bfloat16"),
+    (1, 32, 8, 3200, 128, "bfloat16"),
+]
+SHIPPED_SLOW = [
+    *[(8, 32, 8, 3200, 128, "bfloat16"), (128, 16, 8, 3200, 64, "bfloat16")],
+    *[(1, 128, 8, 3201, 256, "float16"), (128, 24, 1, 3200, 256, "float16")],
+    *[(b, 32, 8, 3200, h, "float32") for b in (1, 128) for h in (64, 128, 256)],
+    *[(1, 32, 8, 3200, 96, "bfloat16"), (128, 32, 8, 3200, 96, "bfloat16")],
+]
+
+
+@pytest.mark.parametrize(
+    "cases", ["FAST", pytest.param("SLOW", marks=pytest.mark.slow)]
+)
+def test_interpreted_kernels_agree_with_the_oracle(cases):
+    pytest.importorskip("triton")
+    pytest.importorskip("torch")
+    failures = triton_on_cpu.interpreted(__file__, cases)
+    assert not failures, "\n".join(failures)
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize(
+    "shape",
+    [*SHIPPED, *(pytest.param(s, marks=pytest.mark.slow) for s in SHIPPED_SLOW)],
+    ids=lambda s: "-".join(map(str, s)),
+)
+def test_shipped_tiles_compile_without_spills(shape, capability, record_property):
+    pytest.importorskip("triton")
+    from jaxkv.kernels import longflow_triton_body as body
+
+    batch, heads, kv_heads, slots, head_dim, dtype = shape
+    tiles = choose_tiles(batch, kv_heads, slots, head_dim, dtype)
+    sizes = heads, kv_heads, slots, head_dim
+    first = score_constants(*sizes, dtype, 0.1, "l1", True, tiles, batch)
+    second = choose_constants(*sizes, True, tiles)
+    small = Tiles(splits=1, block=16, warps=4, stages=1)
+    launches = {
+        True: [("score_rows", first, tiles), ("choose_victims", second, small)],
+        False: [("score_split", first, tiles), ("finish_splits", second, small)],
+    }[tiles.programs > 0]
+    for name, constants, launch in launches:
+        kernel = getattr(body, name)
+        dtypes = dict.fromkeys(kernel.arg_names, "int32")
+        dtypes |= dict.fromkeys(
+            ["query_ptr", "key_ptr", "value_ptr", "keys_ptr", "values_ptr"], dtype
+        )
+        dtypes |= dict(_keys_out_ptr=dtype, _values_out_ptr=dtype)
+        dtypes |= dict.fromkeys(
+            ["statistic_ptr", "scores_ptr", "importance_ptr", "parts_ptr"], "float32"
+        )
+        dtypes["out_ptr"] = "float32" if name == "score_split" else dtype
+        usage = triton_on_cpu.usage(kernel, dtypes, constants, launch, capability)
+        for key, number in usage.items():
+            record_property(f"{name} {key}", number)
+        print(f"sm_{capability} {shape} {name} {launch} {usage}")
+        assert usage["stack"] == 0 and usage["local"] == 0
+        # Room for two programs per processor on A100, for three on H100 with 4 warps.
+        assert usage["shared"] <= 83 * 1024
+
+
+def test_chosen_tiles_are_possible_everywhere():
+    for batch, kv_heads, slots, head_dim, dtype in itertools.product(
+        [1, 7, 300], [1, 8], [1, 17, 3201], [64, 96, 128, 256], ["float32", "float16"]
+    ):
+        tiles = choose_tiles(batch, kv_heads, slots, head_dim, dtype)
+        assert 1 <= tiles.splits <= -(-slots // tiles.block)
+        assert tiles.programs <= batch * kv_heads
+        assert not tiles.programs or tiles.splits == 1
+
+
+def make_case(case, seed):
+    """Return one case's arguments as torch tensors, and its tiles."""
+    import torch
+
+    heads, kv_heads, slots, head_dim, dtype, _, shared, cut = case
+    splits, block, programs = cut
+    tiles = Tiles(
+        splits=splits, block=block, warps=4, stages=3, programs=programs, chunk=64
+    )
+    batch = 5
+    rng = np.random.default_rng(seed)
+
+    def normal(*shape):
+        array = rng.standard_normal(shape, dtype=np.float32)
+        return torch.from_numpy(array).to(getattr(torch, dtype))
+
+    q = normal(batch, heads, head_dim)
+    k_new, v_new = normal(2, batch, kv_heads, head_dim)
+    keys, values = normal(2, batch, kv_heads, slots, head_dim)
+    values *= normal(batch, kv_heads, slots, 1).exp()  # for the norm to matter
+    # Rows 0 and 1 are full, row 2 has free slots, which coincide across heads where the
+    # victim is shared, row 3 is finished, row 4 empty.
+    free = rng.random((batch, 1 if shared else kv_heads, slots)) < 0.3
+    free[:2], free[4] = False, True
+    free = np.broadcast_to(free, (batch, kv_heads, slots))
+    order = rng.permuted(np.broadcast_to(np.arange(slots), free.shape), axis=-1)
+    positions = np.where(free, -1, order).astype(np.int32)
+    keys[torch.from_numpy(free.copy())] = float("nan")
+    values[torch.from_numpy(free.copy())] = float("nan")
+    heads_apart = (batch, 1 if shared else kv_heads)
+    target = rng.integers(0, slots, heads_apart)
+    target = np.broadcast_to(target, (batch, kv_heads)).astype(np.int32)
+    target[0] = slots - 1
+    target[3] = rng.choice([-1, slots, 2**31 - 1])  # means nothing in a finished row
+    position = np.array([slots, slots + 1, slots, -1, 0], np.int32)
+    # Row 0 protects sinks and recents (all but one, then none in each head, where slots
+    # are few), row 1 everything but keeps on going, the others nothing.
+    oldest = np.array([slots // 4, slots + 2, 0, 0, 0], np.int32)
+    newest = np.array([slots - slots // 4, 2**31 - 1, *[2**31 - 1] * 3], np.int32)
+    arrays = (positions, target, position, oldest, newest)
+    arrays = (torch.from_numpy(np.ascontiguousarray(x)) for x in arrays)
+    return (q, k_new, v_new, keys, values, *arrays), tiles
+
+
+def launch(case, args, tiles, seed):
+    """Run both kernels; return output, new target, and leave the cache updated."""
+    import torch
+
+    from jaxkv.kernels import longflow_triton_body as body
+
+    heads, kv_heads, slots, head_dim, dtype, score, shared, _ = case
+    q, target, position = args[0], args[6], args[7]
+    batch, scale = len(q), head_dim**-0.5
+    sizes = heads, kv_heads, slots, head_dim
+    first = score_constants(*sizes, dtype, scale, score, shared, tiles, batch)
+    second = choose_constants(*sizes, shared, tiles)
+    rows, stride = batch * kv_heads, score_stride(slots)
+    row_heads = score_heads(heads, kv_heads, shared)
+    choices = batch * heads // row_heads
+
+    def junk(*shape, dtype=torch.float32):
+        return torch.full(shape, -1 if dtype == torch.int32 else np.nan, dtype=dtype)
+
+    part_dtype = q.dtype if tiles.programs else torch.float32
+    out = junk(tiles.splits, *q.shape, dtype=part_dtype)
+    statistic = junk(tiles.splits, batch, heads)
+    scores = junk(tiles.programs or rows, heads // kv_heads, stride)
+    arrivals = junk(choices, dtype=torch.int32)
+    new_target = junk(batch, kv_heads, dtype=torch.int32)
+    minima = junk(choices, second["BLOCKS"], 2, dtype=torch.int32)
+    cache = args[3:6]
+    if tiles.programs:
+        importance = junk(batch, kv_heads, stride)
+        body.score_rows[(tiles.programs,)](
+            *(*args, out, statistic, scores, importance, arrivals, *cache), **first
+        )
+        body.choose_victims[(choices, second["BLOCKS"])](
+            *(importance, target, position, arrivals, new_target, minima, arrivals),
+            **second,
+        )
+        return out[0], new_target
+    body.score_split[(rows, tiles.splits)](
+        *(*args, out, statistic, scores, arrivals, *cache), **first
+    )
+    joined = torch.full_like(q, float("nan"))
+    body.finish_splits[(choices, second["BLOCKS"] + row_heads)](
+        *(scores, out, statistic, target, position, arrivals),
+        *(joined, new_target, minima, arrivals),
+        **second,
+    )
+    return joined, new_target
+
+
+def oracle(q, k_new, v_new, keys, values, positions, target, position, scale, score):
+    """Attention and importance in float64, one query head after the other.
+
+    Returns the output, the same mean of the values' magnitudes, the cache, and the
+    weighted norms `[B, N, S]`, zero where a slot is free.
+    """
+    keys, values, positions = keys.copy(), values.copy(), positions.copy()
+    batch, heads, _ = q.shape
+    group = heads // keys.shape[1]
+    out, magnitude = np.zeros(q.shape), np.zeros(q.shape)
+    weighted = np.zeros((batch, heads, keys.shape[2]))
+    for b in np.flatnonzero(position >= 0):
+        for k in range(keys.shape[1]):
+            keys[b, k, target[b, k]] = k_new[b, k]
+            values[b, k, target[b, k]] = v_new[b, k]
+            positions[b, k, target[b, k]] = position[b]
+        for n in range(heads):
+            occupied = positions[b, n // group] >= 0
+            logits = scale * keys[b, n // group, occupied] @ q[b, n]
+            alpha = np.exp(logits - logits.max())
+            alpha /= alpha.sum()
+            v = values[b, n // group, occupied]
+            out[b, n], magnitude[b, n] = alpha @ v, alpha @ abs(v)
+            norm = {"l1": abs(v).sum(1), "l2": (v * v).sum(1) ** 0.5, "attention": 1}
+            weighted[b, n, occupied] = alpha * norm[score]
+    return out, magnitude, (keys, values, positions), weighted
+
+
+def wrong_victim(got, weighted, positions, oldest, newest, tolerance) -> str:
+    """Say what is wrong with the victim of a row that is not finished, if anything.
+
+    `weighted` is `[heads, S]`, `positions` `[KV heads, S]`, of those who share it.
+    """
+    free = positions[0] < 0
+    if free.any():
+        want = np.flatnonzero(free)[0]
+        return "" if got == want else f"not the first free slot {want}"
+    importance = weighted.mean(0)
+    evictable = ((positions >= oldest) & (positions <= newest)).all(0)
+    candidates = evictable if evictable.any() else ~free
+    if not candidates[got]:
+        return "protected"
+    least = importance[candidates].min()
+    if importance[got] > least * (1 + tolerance):
+        return f"importance {importance[got]:.4g} where {least:.4g} is the least"
+    return ""
+
+
+def check_interpreted(case, seed, mutate=lambda args: args, score=None) -> list[str]:
+    """Run one case under the interpreter and return what is wrong with it.
+
+    `mutate` changes the kernels' arguments and `score` the oracle's, to be noticed.
+    """
+    import torch
+
+    dtype, shared = case[4], case[6]
+    args, tiles = make_case(case, seed)
+
+    def exact(tensor):
+        return tensor.to(torch.float64).numpy()
+
+    numbers = [exact(x) for x in args[:5]]
+    positions, target, position, oldest, newest = (x.numpy().copy() for x in args[5:])
+    scale = case[3] ** -0.5
+    want_out, magnitude, want_cache, weighted = oracle(
+        *(*numbers, positions, target, position, scale, score or case[5])
+    )
+    args = mutate(args)
+    out, new_target = launch(case, args, tiles, seed)
+    failures = []
+    error = np.abs(exact(out) - want_out)[position >= 0]
+    error = (error / magnitude[position >= 0]).max()
+    if not (error <= TOLERANCE[dtype] and np.isfinite(exact(out)).all()):
+        failures.append(f"{case}: out is off by {error:.3g} of its magnitude")
+    got_cache = exact(args[3]), exact(args[4]), args[5].numpy()
+    names = ["keys", "values", "positions"]
+    for name, got, want in zip(names, got_cache, want_cache, strict=True):
+        if not np.array_equal(got, want, equal_nan=name != "positions"):
+            failures.append(f"{case}: {name} differ")
+    batch, kv_heads = target.shape
+    group = case[0] // kv_heads
+    new_target = new_target.numpy()
+    tolerance = 2e-6 if dtype == "float32" else 2e-3
+    for b, k in itertools.product(range(batch), range(kv_heads)):
+        mine = slice(None) if shared else slice(k, k + 1)
+        heads = slice(None) if shared else slice(k * group, (k + 1) * group)
+        if position[b] < 0:
+            wrong = "" if new_target[b, k] == target[b, k] else "of a finished row"
+        else:
+            wrong = wrong_victim(
+                *(new_target[b, k], weighted[b, heads], want_cache[2][b, mine]),
+                *(oldest[b], newest[b], tolerance),
+            )
+        if wrong:
+            failures.append(f"{case}: victim {new_target[b, k]} of {b, k}: {wrong}")
+    return failures
+
+
+MUTATIONS = {  # name: change of the arguments, score of the oracle, what must be said
+    "keys and values swapped": (
+        lambda x: (x[0], x[2], x[1], x[4], x[3], *x[5:]),
+        None,
+        "out is off",
+    ),
+    "mask shifted": (
+        lambda x: (*x[:5], x[5].roll(1, -1).contiguous(), *x[6:]),
+        None,
+        "victim",
+    ),
+    "norm dropped": (lambda x: x, "attention", "victim"),
+    "protection shifted": (lambda x: (*x[:8], x[8] - 18, x[9] - 18), None, "protected"),
+}
+
+
+if __name__ == "__main__":
+    triton_on_cpu.teach_bfloat16_dot()
+    cases = {"FAST": FAST, "SLOW": SLOW}[sys.argv[1]]
+    failures = [f for i, case in enumerate(cases) for f in check_interpreted(case, i)]
+    if sys.argv[1] == "FAST":
+        for name, (mutate, score, said) in MUTATIONS.items():
+            if not any(said in f for f in check_interpreted(FAST[0], 0, mutate, score)):
+                failures.append(f"{name}: went unnoticed")
+    print(json.dumps(failures))
