@@ -222,4 +222,5 @@ def num_processors() -> int:
 
 
 def next_power_of_2(number: int) -> int:
+    """Return the least power of two that is not below `number`, which is positive."""
     return 1 << (number - 1).bit_length()

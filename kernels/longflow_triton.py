@@ -103,10 +103,11 @@ def longflow_attention_triton(
     `keys`, `values` and `positions` are updated in place where XLA lets them be:
     under `jit`, donated or used nowhere else.
 
-    The importance of a slot is the mean over query heads of `alpha * ||v||`, in float32.
-    The next target is the lowest free slot; without one, the least important among the
-    slots whose position lies between `oldest` and `newest` (for `shared`, in every head);
-    without one of those, the least important of all. Ties go to the lowest slot.
+    The importance of a slot is the mean over query heads of `alpha * ||v||`, in
+    float32. The next target is the lowest free slot; without one, the least important
+    among the slots whose position lies between `oldest` and `newest` (for `shared`, in
+    every head); without one of those, the least important of all. Ties go to the lowest
+    slot.
 
     Args:
       query: `[B, N, H]` of the new token; head `n` reads head `n // (N / K)`.

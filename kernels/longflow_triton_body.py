@@ -1,27 +1,29 @@
-"""Triton kernels of `longflow_triton`; imported at the call only, since it needs Triton.
+"""Triton kernels of `longflow_triton`; imported at the call, since it needs Triton.
+
+Two ways to cut the work, each in two launches:
 
 ```
-        launch 1                                    launch 2
-split   per (row, split): attend; scores of all     per (row, block of slots): importance,
-        its slots, per query head                   its minimum; the last one to arrive
-                                                    takes the least; others join the outputs
-rows    per program, row after row: attend; scores  the same from importance summed over
-        into a scratch of the program's own, which  query heads
-        it reads back when it knows the softmax
+in splits   1  per (row, split): attend; leave the scores of its slots, head by head
+            2  per (row, block of slots): importance and its minimum, of which the last
+               to arrive takes the least; per query head: join the splits
+in rows     1  per program, row after row: attend; leave the scores in a scratch of the
+               program's own; knowing the softmax, read them back: importance, summed
+               over the query heads of the row
+            2  the same as above from that importance
 ```
 
-What a query head `n` says of slot `s` is parked as one float32, its *score*:
-`log2 e^logit + log2 ||v_s||`, so that importance is a sum of `2^(score - statistic)` over
-heads, with the statistic that joins the splits anyway. Nothing underflows on the way, and
-float32 is as exact for it as for the logit itself. A slot that is free has the score
-`+inf`; the lowest bit of the score says that a slot is protected.
+What a query head says of a slot `s` is parked as one float32, its *score*: the logit
+plus `log ||v_s||`, in base 2, so that importance is a sum over heads of
+`2^(score - statistic)`, with the statistic that joins the splits anyway. So nothing
+underflows on the way, and float32 is as exact for the score as for the logit itself. A
+free slot has the score `+inf`; the score's lowest bit says that a slot is protected.
 
-Importance that leaves the chip has no negative values, so its sign says that a slot is
+Importance that leaves the chip is not negative, so its sign says that a slot is
 protected; `-inf` says that it is free.
 
-The choice is a minimum over int32 (`slot_order`), ties to the lowest slot, and the last
-program to arrive takes it over all blocks, in the order of blocks: whichever program that
-is, it computes the same. The counter of arrivals is the only atomic, and an integer.
+The choice is a minimum over int32 (`slot_order`), ties to the lowest slot. The last
+program to arrive takes the minimum over all blocks, and computes the same whichever it
+is; the counter of arrivals is the only atomic, and an integer.
 """
 
 import triton
@@ -95,7 +97,7 @@ def score_row(
     SCORE: tl.constexpr,
     STRIDE: tl.constexpr,
 ):
-    """Do `decode_triton_body.attend_split` for one row and split, and score its slots."""
+    """Do as `attend_split` for one row and split, and score its slots."""
     keys_ptr += row * (SLOTS * HEAD_DIM)
     values_ptr += row * (SLOTS * HEAD_DIM)
     positions_ptr += row * SLOTS
@@ -270,7 +272,7 @@ def score_split(
     STRIDE: tl.constexpr,
     TARGETS: tl.constexpr,
 ):
-    """Write the new token, attend to every `SPLITS`-th tile of one row, and score it."""
+    """Write the new token, attend to every `SPLITS`-th tile of a row, and score it."""
     row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
     score_row(

@@ -131,7 +131,7 @@ def make_case(case, seed):
     heads, kv_heads, slots, head_dim, dtype, _, shared, cut = case
     splits, block, programs = cut
     tiles = Tiles(
-        splits=splits, block=block, warps=4, stages=3, programs=programs, chunk=64
+        splits=splits, block=block, warps=4, stages=3, programs=programs, chunk=128
     )
     batch = 5
     rng = np.random.default_rng(seed)
