@@ -50,7 +50,7 @@ SEQUENCES = [(True, IN_ROWS), (True, IN_SPLITS), (False, IN_ROWS), (False, IN_SP
 def reference(
     query, key, value, keys, values, positions, target, position, oldest, newest, **kw
 ):
-    """Return output, importance `[B, K, S]` per victim, class, cache: all in float32."""
+    """Return output, importance and class of each slot `[B, K, S]`, and the cache."""
     batch, kv_heads, slots, _ = keys.shape
     group = query.shape[1] // kv_heads
     slot = jnp.where(position[:, None] < 0, slots, target)
@@ -192,9 +192,8 @@ def check_sequence(shared: bool, tiles: dict, steps: int = 200) -> dict:
         target = jnp.zeros((batch, kv_heads), jnp.int32)
         return jax.lax.scan(body, (keys, keys, positions, target), jnp.arange(steps))[1]
 
-    want, got = (
-        np.asarray(jax.jit(run, static_argnums=0)(f)) for f in (by_reference, by_triton)
-    )
+    sides = by_reference, by_triton
+    want, got = (np.asarray(jax.jit(functools.partial(run, x))()) for x in sides)
     differ = np.flatnonzero((want != got).any((1, 2)))
     record = dict(steps=steps, shared=shared, tiles=str(tiles))
     record |= dict(first_difference=int(differ[0]) if len(differ) else steps)

@@ -72,6 +72,44 @@ def usage(kernel, dtypes, constants, tiles, capability) -> dict[str, int]:
     )
 
 
+def call(
+    kernel, arrays, out_types, *, aliases, grid, num_warps, num_stages, **constants
+):
+    """Do what `decode_triton.call` does, in the interpreter, on the CPU.
+
+    Outputs start out as NaN and -1. As with jax-triton before 0.4, a kernel gets aliased
+    buffers twice. The inputs stay as they are.
+    """
+    import jax.numpy as jnp
+    import numpy as np
+    import torch
+
+    def to_torch(array):
+        array = np.array(array, order="C")  # a copy
+        if array.dtype == jnp.bfloat16:
+            return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+        return torch.from_numpy(array)
+
+    def to_jax(tensor):
+        if tensor.dtype == torch.bfloat16:
+            return jnp.asarray(tensor.view(torch.int16).numpy().view(jnp.bfloat16))
+        return jnp.asarray(tensor.numpy())
+
+    inputs = [to_torch(x) for x in arrays]
+    sources = {output: source for source, output in aliases.items()}
+    outputs = []
+    for i, out in enumerate(out_types):
+        if i in sources:
+            source = arrays[sources[i]]
+            assert (out.shape, out.dtype) == (source.shape, source.dtype)
+            outputs.append(inputs[sources[i]])
+        else:
+            junk = -1 if jnp.issubdtype(out.dtype, jnp.integer) else jnp.nan
+            outputs.append(to_torch(np.full(out.shape, junk, out.dtype)))
+    kernel[grid](*inputs, *outputs, **constants)
+    return tuple(map(to_jax, outputs))
+
+
 def teach_bfloat16_dot():
     """Make the interpreter's `dot` read bfloat16, whose bits it takes for integers."""
     import triton.language as tl
