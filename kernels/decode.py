@@ -99,6 +99,14 @@ def triton_unavailable() -> str:
     """Return why the Triton version cannot run here, or an empty string."""
     if jax.default_backend() != "gpu":
         return f"needs an NVIDIA GPU, but JAX runs on {jax.default_backend()}."
+    device = jax.local_devices()[0]
+    capability = str(getattr(device, "compute_capability", "unknown"))
+    major = capability.partition(".")[0]  # AMD's are names such as gfx942
+    if not major.isdecimal() or int(major) < 8:
+        return (
+            "needs an NVIDIA GPU of compute capability 8.0 or above, but "
+            f"{device.device_kind} has {capability}."
+        )
     try:
         import jax_triton  # noqa: F401
     except ImportError as error:

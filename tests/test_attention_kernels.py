@@ -1,11 +1,13 @@
 """Prefill and decode attention: references against `jax.nn`, the rest against them."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxkv.kernels.decode import decode_attention
+from jaxkv.kernels.decode import decode_attention, triton_unavailable
 from jaxkv.kernels.prefill import causal_attention, choose
 
 HEADS = {"MHA": (4, 4), "GQA": (6, 2), "MQA": (5, 1)}
@@ -174,3 +176,16 @@ def test_named_implementations_never_fall_back():
             decode_attention(**cache(4, 2, 8), scale=1.0, implementation="triton")
     with pytest.raises(NotImplementedError, match="multiples of 128"):
         causal_attention(q, k, v, scale=1.0, implementation="splash")
+
+
+@pytest.mark.parametrize("capability", ["7.5", "gfx942"])
+def test_triton_names_a_gpu_that_is_too_old(capability, monkeypatch):
+    device = types.SimpleNamespace(device_kind="T4", compute_capability=capability)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    with pytest.raises(
+        NotImplementedError, match=f"8.0 or above, but T4 has {capability}"
+    ):
+        decode_attention(**cache(4, 2, 8), scale=1.0, implementation="triton")
+    device.compute_capability = "12.0"
+    assert "compute capability" not in triton_unavailable()
