@@ -3,30 +3,15 @@
 Axis letters: `B` batch, `N` query heads, `K` key/value heads, `S` slots, `H` head size.
 """
 
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 
+from jaxkv.kernels.outputs import DecodeOutput
 from jaxkv.kernels.shapes import check_groups, check_shape
 
 Implementation = Literal["reference", "xla", "triton"]
-
-
-class DecodeOutput(NamedTuple):
-    """What one decode step of attention returns.
-
-    Attributes:
-      out: `[B, N, H]`, in the dtype of the query.
-      keys: `[B, K, S, H]`, with the new key in its slot.
-      values: `[B, K, S, H]`, with the new value in its slot.
-      positions: int32 `[B, K, S]`, with the new position in its slot.
-    """
-
-    out: jax.Array
-    keys: jax.Array
-    values: jax.Array
-    positions: jax.Array
 
 
 def decode_attention(
@@ -92,7 +77,7 @@ def decode_attention(
                 raise NotImplementedError(f'{where}: implementation="triton" {reason}')
             from jaxkv.kernels.decode_triton import decode_attention_triton
 
-            return DecodeOutput(*decode_attention_triton(*arguments, scale=scale))
+            return decode_attention_triton(*arguments, scale=scale)
     raise ValueError(
         f"{where}: unknown {implementation=}; choose one of "
         f"{', '.join(get_args(Implementation))} or None."

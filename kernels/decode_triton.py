@@ -14,19 +14,12 @@ import dataclasses
 import inspect
 import math
 import warnings
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-
-class DecodeOutput(NamedTuple):
-    """What one decode step of attention returns; see `decode.DecodeOutput`."""
-
-    out: jax.Array
-    keys: jax.Array
-    values: jax.Array
-    positions: jax.Array
+from jaxkv.kernels.outputs import DecodeOutput
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
