@@ -211,7 +211,13 @@ def generate(
                 backend, lm.dtype, length=padded, head_dim=lm.config.head_dim
             ),
             decode_implementation=decode_implementation
-            or decode_kernels.choose(backend),
+            or decode_kernels.choose(
+                backend,
+                jax.ShapeDtypeStruct(
+                    (len(ids), lm.config.num_heads, lm.config.head_dim), lm.dtype
+                ),
+                state.cache[0].keys,
+            ),
         ),
     )
 
