@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxkv.kernels import prefill
-from jaxkv.models.decoder import Decoder, rotary_frequencies, rotate
+from jaxkv.kernels.rotary import rotate
+from jaxkv.models.decoder import Decoder, rotary_frequencies
 
 
 class Recording(NamedTuple):

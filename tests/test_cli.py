@@ -125,8 +125,7 @@ def test_drafts_change_nothing_and_are_told_of(jaxkv_, tiny, lm):
     ],
 )
 def test_bad_speculation_gets_one_line(jaxkv_, tiny, flags, message):
-    result = jaxkv_("generate", tiny, "--prompt", PROMPT, *flags)
-    assert message in one_error(*result)
+    assert message in jaxkv_.error("generate", tiny, "--prompt", PROMPT, *flags)
 
 
 def test_outputs_do_not_depend_on_the_batch_size(jaxkv_, tiny):

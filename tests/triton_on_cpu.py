@@ -77,8 +77,8 @@ def call(
 ):
     """Do what `decode_triton.call` does, in the interpreter, on the CPU.
 
-    Outputs start out as NaN and -1. As with jax-triton before 0.4, a kernel gets aliased
-    buffers twice. The inputs stay as they are.
+    Outputs start out as NaN and -1. As with jax-triton before 0.4, a kernel gets
+    aliased buffers twice. The inputs stay as they are.
     """
     import jax.numpy as jnp
     import numpy as np
