@@ -90,7 +90,7 @@ def test_json_schema(jaxkv_, tiny, tiny_lm):
     assert {"python", "jax", "jaxkv"} <= set(versions)
 
 
-def test_drafts_change_nothing_and_are_told_of(jaxkv_, tiny, lm):
+def test_drafts_change_nothing_and_are_told_of(jaxkv_, tiny):
     text = "one two three one two three one two"
     common = ["generate", tiny, "--prompt", text, "--json", "--max-new-tokens", "20"]
     drafts = ["--speculate", "aligned:num_draft_tokens=6,depth=3,break_even=0"]
