@@ -170,7 +170,7 @@ def check_sequence(shared: bool, tiles: dict, steps: int = 200) -> dict:
         choose_tiles(batch, kv_heads, slots, head_dim, "float32"), **tiles
     )
     zeros = jnp.zeros((batch,), jnp.int32)
-    bounds = zeros, zeros + 2**31 - 1
+    bounds = zeros, zeros + (2**31 - 1)
 
     def by_reference(*args):
         out, importance, kind, cache = reference(*args, **options)

@@ -66,18 +66,18 @@ def choose_tiles(
 ) -> Tiles:
     """Return tiles that keep the memory busy, for a device of `num_sms` processors.
 
-    With two rows or more per processor, programs do whole rows, as many as have room at
-    once and so that all do equally many; else they share the rows as in
-    `decode_triton.choose_tiles`.
+    With three rows or more for two processors, programs do whole rows, as many as have
+    room at once, two per processor, and so that all do equally many; else they share
+    the rows as in `decode_triton.choose_tiles`.
     """
     attend = decode_triton.choose_tiles(
         batch, kv_heads, slots, head_dim, dtype, num_sms
     )
     tiles = Tiles(**dataclasses.asdict(attend))
     rows = batch * kv_heads
-    if rows < 2 * num_sms:
+    if 2 * rows < 3 * num_sms:
         return tiles
-    turns = -(-rows // (3 * num_sms))
+    turns = -(-rows // (2 * num_sms))
     return dataclasses.replace(tiles, splits=1, programs=-(-rows // turns))
 
 
