@@ -75,15 +75,15 @@ def decode(
     out: Out = None,
 ) -> None:
     """Time decode steps on a full cache, against the memory they must read."""
-    console = _console(json_)
-    batches = _batches(batch)
+    console = console_of(json_)
+    batches = batches_of(batch)
     if context <= steps:
         raise ValueError(f"--context {context} must exceed --steps {steps}.")
-    options = _options(budget, decode, decode_implementation)
+    options = options_of(budget, decode, decode_implementation)
     # Before the weights, which may leave no room for it.
     bandwidth = measure.copy_bandwidth(_copy_bytes(copy_gib))
     with console.status("weights"):
-        name, network, params = _network(model, shape, dtype)
+        name, network, params = network_of(model, shape, dtype)
     rows = []
     for rows_of_batch in batches:
         with console.status(f"batch {rows_of_batch}"):
@@ -99,14 +99,14 @@ def decode(
                     bandwidth=bandwidth,
                 )
             )
-    result = _header("decode", name, options, params["embedding"].dtype) | {
+    result = header_of("decode", name, options, params["embedding"].dtype) | {
         "context": context,
         "copy_bytes_per_second": bandwidth,
         "rows": [dataclasses.asdict(row) for row in rows],
     }
     if not json_:
         console.print(_decode_table(result, rows))
-    _finish(result, json_, out)
+    finish(result, json_, out)
 
 
 @app.command("compile")
@@ -132,7 +132,7 @@ def compile_(
     No weights are made, so a shape may be larger than the device. Run it twice with
     one --compilation-cache to see what a second process pays.
     """
-    console = _console(json_)
+    console = console_of(json_)
     if compilation_cache is not None:
         jax.config.update("jax_compilation_cache_dir", str(compilation_cache))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
@@ -141,7 +141,7 @@ def compile_(
         lambda event, **_: events.update({event: events.get(event, 0) + 1})
     )
     begin = time.perf_counter()
-    options = _options(budget, decode, decode_implementation)
+    options = options_of(budget, decode, decode_implementation)
     name, config, dtype_ = _shape(model, shape, dtype)
     with console.status("compiling"):
         halves = measure.compile_generate(
@@ -152,7 +152,7 @@ def compile_(
             max_out=bucket(new),
             options=options,
         )
-    result = _header("compile", name, options, dtype_) | {
+    result = header_of("compile", name, options, dtype_) | {
         "batch": batch,
         "prompt": bucket(prompt),
         "max_out": bucket(new),
@@ -172,15 +172,16 @@ def compile_(
             f"{result['total_seconds']:.2f} s in all; compilation cache: "
             f"{result['cache_hits']} hits, {result['cache_misses']} misses"
         )
-    _finish(result, json_, out)
+    finish(result, json_, out)
 
 
-def _console(json_: bool) -> Console:
+def console_of(json_: bool) -> Console:
     """Return where progress goes: not to the output that a machine reads."""
     return Console(stderr=json_)
 
 
-def _batches(text: str) -> list[int]:
+def batches_of(text: str) -> list[int]:
+    """Return the batch sizes of a flag, or raise ValueError."""
     try:
         batches = [int(part) for part in text.split(",")]
     except ValueError as error:
@@ -192,9 +193,10 @@ def _batches(text: str) -> list[int]:
     return batches
 
 
-def _options(
+def options_of(
     budget: int | None, policy: str, kernel: decode_kernels.Implementation | None
 ) -> Options:
+    """Return the options of the flags, or raise ValueError."""
     options = Options(
         budget=budget,
         decode=methods.parse(policy, methods.DECODE, flag="--decode"),
@@ -217,7 +219,7 @@ def _random_dtype(dtype: str | None) -> jnp.dtype:
     return jnp.dtype(dtype or ("float32" if on_cpu else "bfloat16"))
 
 
-def _network(
+def network_of(
     model: str | None, shape: str | None, dtype: str | None
 ) -> tuple[str, Decoder, Any]:
     """Return a name, a network and its parameters: a checkpoint's, or random ones."""
@@ -241,9 +243,10 @@ def _shape(
     return shape, SHAPES[shape], _random_dtype(dtype)
 
 
-def _header(
+def header_of(
     what: str, name: str, options: Options, dtype: jax.typing.DTypeLike
 ) -> dict[str, Any]:
+    """Return what every result begins with."""
     kernel = options.decode_implementation
     return {
         "benchmark": what,
@@ -297,7 +300,8 @@ def _decode_table(
     return table
 
 
-def _finish(result: dict[str, Any], json_: bool, out: Path | None) -> None:
+def finish(result: dict[str, Any], json_: bool, out: Path | None) -> None:
+    """Print the result as JSON, write it to a file, or both."""
     if json_:
         print(json.dumps(result, indent=2))
     if out is not None:

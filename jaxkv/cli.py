@@ -298,7 +298,8 @@ def convert(
 )
 def bench(context: typer.Context) -> Any:
     """Measure decoding and compiling on this device."""
-    from jaxkv.bench import app as bench_app  # measures, and is needed by nobody else
+    # It measures, and is needed by nobody else.
+    from jaxkv.bench_speculate import app as bench_app
 
     parent = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     parent.add_typer(bench_app, name="bench")

@@ -25,9 +25,10 @@ from jaxkv.eviction import (
     lots,
     start_sums,
 )
-from jaxkv.kernels import decode, longflow
+from jaxkv.kernels import decode, longflow, longflow_tree
 from jaxkv.policies import attend_and_write
 from jaxkv.state import KVState
+from jaxkv.trees import Pending
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -109,9 +110,7 @@ class LongFlow:
         self, query, key, value, state, position, *, implementation=None
     ) -> tuple[jax.Array, KVState]:
         """Overwrite the least contribution; see `DecodePolicy.attend`."""
-        oldest = jnp.full_like(position, self.n_sink)
-        if self.protect_prompt:
-            oldest = jnp.maximum(oldest, state.memory)
+        oldest = self._oldest(state, position)
         newest = position - self.n_recent
         scale = query.shape[-1] ** -0.5
         if self.interval == 1:
@@ -156,6 +155,50 @@ class LongFlow:
             count=self.interval,
             shared=self.shared,
         )
+
+    def verify(
+        self,
+        query,
+        key,
+        value,
+        state,
+        position,
+        drafts,
+        ancestors,
+        *,
+        depth,
+        implementation=None,
+    ) -> tuple[jax.Array, Pending]:
+        """Give up along each path what plain decoding would; see `Speculable.verify`.
+
+        Only with `interval=1`, and not with the score "deletion".
+        """
+        del ancestors
+        out, slots, targets = longflow_tree.longflow_tree(
+            query,
+            key,
+            value,
+            state.keys,
+            state.values,
+            state.positions,
+            state.target,
+            position,
+            self._oldest(state, position),
+            drafts.parents,
+            drafts.depths,
+            n_recent=self.n_recent,
+            depth=depth,
+            scale=query.shape[-1] ** -0.5,
+            score=self.score,
+            shared=self.shared,
+            implementation=implementation,
+        )
+        return out, Pending(key, value, slots, targets)
+
+    def _oldest(self, state, position):
+        """Return the least position that may be evicted, int32 `[B]`."""
+        oldest = jnp.full_like(position, self.n_sink)
+        return jnp.maximum(oldest, state.memory) if self.protect_prompt else oldest
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -88,10 +88,11 @@ def check(options: Any) -> None:
             )
         return
     drafter.check()
-    if not hasattr(decode, "verify"):
+    # A policy that frees several slots at once does not decide token by token.
+    if not hasattr(decode, "verify") or decode.spare > 1:
         raise ValueError(
-            f"{type(decode).__name__} cannot verify drafts; speculation works with "
-            "decode=Full(), StreamingLLM() and LongFlow()."
+            f"{decode} cannot verify drafts; speculation works with Full(), "
+            "StreamingLLM(), and LongFlow() of interval 1."
         )
     if not rule.exact and options.sampler != Greedy():
         raise ValueError(

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from jaxkv import Categorical, Full, Greedy, Options, StreamingLLM, generation
+from jaxkv import Categorical, Full, Greedy, LongFlow, Options, StreamingLLM, generation
 from jaxkv import speculation as spec
 from jaxkv.acceptance import Conditional, FixedThreshold, TopK
 from jaxkv.drafts import Aligned, PromptLookup, Tree
@@ -101,6 +101,12 @@ CASES = {  # name: options of the plain run
         prefill=StreamingLLM(n_sink=2),
         decode=StreamingLLM(n_sink=2),
         sampler=Greedy(repetition_penalty=1.3),
+    ),
+    "longflow": Options(budget=8, prefill=StreamingLLM(), decode=LongFlow()),
+    "longflow, protected": Options(
+        budget=12,
+        prefill=StreamingLLM(n_sink=2),
+        decode=LongFlow(n_sink=1, n_recent=1, shared=False, score="l2"),
     ),
 }
 cases = pytest.mark.parametrize("name", CASES)
@@ -365,7 +371,14 @@ class Unable:
         (Options(accept=Conditional()), "does nothing without drafts"),
         (Options(speculate=Tree(depth=0)), "depth must be >= 1"),
         (Options(speculate=Tree(), accept=TopK(k=0)), "k must be >= 1"),
-        (Options(speculate=Tree(), decode=Unable()), "Unable cannot verify drafts"),
+        (
+            Options(speculate=Tree(), decode=Unable()),
+            r"Unable\(\) cannot verify drafts",
+        ),
+        (
+            Options(speculate=Tree(), budget=20, decode=LongFlow(interval=4)),
+            "interval 1",
+        ),
         (
             Options(speculate=Tree(), accept=TopK(), sampler=Categorical()),
             "TopK is lossy, and defined for greedy",

@@ -1,0 +1,97 @@
+"""LongFlow along the paths of a tree: one walk on the logits, against step by step."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxkv.kernels.longflow_tree import longflow_tree
+
+# Two paths of three and a short one, so that evictions differ from branch to branch.
+PARENTS, DEPTHS = [0, 0, 1, 0, 2, 3], [0, 1, 2, 1, 3, 2]
+NODES, DEPTH, BATCH, HEADS, KV_HEADS, HEAD_DIM = 6, 3, 2, 4, 2, 8
+
+op = jax.jit(
+    longflow_tree,
+    static_argnames=(
+        *("n_recent", "depth", "scale", "score", "shared", "implementation"),
+    ),
+    # Compiling is most of the time here, and nothing is gained by compiling well.
+    compiler_options={"xla_backend_optimization_level": 0},
+)
+
+
+def make_inputs(*, slots, free=0, seed=0):
+    rng = np.random.default_rng(seed)
+
+    def draw(*shape):
+        return jnp.asarray(rng.standard_normal((BATCH, *shape)), jnp.float32)
+
+    held = np.stack([rng.permutation(slots) for _ in range(BATCH * KV_HEADS)])
+    held = held.reshape(BATCH, KV_HEADS, slots)
+    held[:, :, slots - free :] = -1
+    nan = jnp.where(jnp.asarray(held) < 0, jnp.nan, 0)[..., None]
+    target = np.zeros((BATCH, KV_HEADS)) if not free else np.full((2, 2), slots - free)
+    return dict(
+        query=draw(NODES, HEADS, HEAD_DIM),
+        key=draw(NODES, KV_HEADS, HEAD_DIM),
+        value=draw(NODES, KV_HEADS, HEAD_DIM),
+        keys=draw(KV_HEADS, slots, HEAD_DIM) + nan,
+        values=draw(KV_HEADS, slots, HEAD_DIM) + nan,
+        positions=jnp.asarray(held, jnp.int32),
+        target=jnp.asarray(target, jnp.int32),
+        position=jnp.full(BATCH, slots, jnp.int32),
+        oldest=jnp.asarray([0, 2], jnp.int32),
+        parents=jnp.asarray([PARENTS] * BATCH, jnp.int32),
+        depths=jnp.asarray([DEPTHS] * BATCH, jnp.int32),
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "sizes"),
+    [
+        (dict(score="l1", shared=True, n_recent=0), dict(slots=7)),
+        (dict(score="l1", shared=True, n_recent=0), dict(slots=3)),
+        (dict(score="l2", shared=False, n_recent=1), dict(slots=7, free=2)),
+        (dict(score="attention", shared=False, n_recent=0), dict(slots=4, free=1)),
+    ],
+)
+def test_walk_equals_step_by_step(options, sizes):
+    run = functools.partial(op, depth=DEPTH, scale=0.4, **options)
+    for seed in range(5):
+        inputs = make_inputs(seed=seed, **sizes)
+        want = run(**inputs, implementation="reference")
+        got = run(**inputs, implementation="xla")
+        np.testing.assert_array_equal(got.slots, want.slots)
+        np.testing.assert_array_equal(got.targets, want.targets)
+        np.testing.assert_allclose(got.out, want.out, atol=3e-6, rtol=3e-6)
+
+
+@pytest.mark.parametrize("broken", ["values", "parents", "oldest", "target"])
+def test_a_wrong_input_is_noticed(broken):
+    inputs = make_inputs(slots=7)
+    wrong = {
+        "values": jnp.roll(inputs["values"], 1, axis=2),
+        "parents": jnp.asarray([[0, 0, 3, 0, 2, 1]] * BATCH, jnp.int32),
+        "oldest": inputs["oldest"] + 4,
+        "target": inputs["target"] + 1,
+    }[broken]
+    run = functools.partial(
+        op, depth=DEPTH, scale=0.4, score="l1", shared=True, n_recent=0
+    )
+    want = run(**inputs, implementation="reference")
+    got = run(**inputs | {broken: wrong}, implementation="xla")
+    assert (got.targets != want.targets).any()
+
+
+def test_bad_arguments():
+    inputs = make_inputs(slots=4)
+    options = dict(n_recent=0, depth=DEPTH, scale=1.0)
+    with pytest.raises(NotImplementedError, match='"deletion" cannot be verified'):
+        longflow_tree(**inputs, **options, score="deletion")
+    with pytest.raises(ValueError, match="unknown implementation='magic'"):
+        longflow_tree(**inputs, **options, implementation="magic")
+    with pytest.raises(ValueError, match="axis T of"):
+        longflow_tree(**inputs | {"depths": inputs["depths"][:, 1:]}, **options)
