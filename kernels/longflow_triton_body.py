@@ -56,6 +56,23 @@ def log_norm(v, AXIS: tl.constexpr, SCORE: tl.constexpr):
 
 
 @triton.jit
+def log_norms(v, GROUP_PAD: tl.constexpr, SCORE: tl.constexpr, PRECISION: tl.constexpr):
+    """Return `log_norm` of a tile's values `[S, H]`, the same for each head: `[G, S]`.
+
+    The absolute values are summed by a product with ones. It has them where the product
+    with the weights does, and leaves the sums where the logits are; a sum over an axis
+    would lay the tile out anew, and takes as long as all the rest.
+    """
+    if SCORE == "l1":
+        ones = tl.full([GROUP_PAD, v.shape[1]], 1.0, v.dtype)
+        sums = tl.dot(ones, tl.trans(tl.abs(v)), input_precision=PRECISION)
+        result = tl.log2(sums)
+    else:
+        result = log_norm(v, 1, SCORE)[None, :]
+    return result
+
+
+@triton.jit
 def encode_score(score, positions, oldest, newest):
     """Return scores `[G, S]` with what the positions `[S]` say of their slots."""
     protected = (positions < oldest) | (positions > newest)
@@ -143,7 +160,7 @@ def score_row(
         )
         # Each program knows the new token's score: the tile that holds its slot
         # stores it, as one block with the others.
-        score = logits + log_norm(v, 1, SCORE)[None, :]
+        score = logits + log_norms(v, GROUP_PAD, SCORE, PRECISION)
         score = tl.where(is_target[None, :], new_score[:, None], score)
         positions = tl.where(is_target, position, positions)
         tl.store(
