@@ -68,10 +68,16 @@ def store_token(
 
 
 @triton.jit
-def start_softmax(new_logit, v_new, takes_new):
-    """Return maximum, total and accumulator of the new token alone, or of nothing."""
+def start_softmax(new_logit, v_new, takes_new, BLOCK: tl.constexpr):
+    """Return maximum, totals and accumulator of the new token alone, or of nothing.
+
+    Totals are kept by slot of a tile and added up at the end: a sum over slots in each
+    tile would make its warps wait for each other once more.
+    """
     maximum = tl.where(takes_new, new_logit, _LOWEST)  # [G]
-    total = tl.where(takes_new, 1.0, 0.0) + tl.zeros_like(new_logit)
+    is_new = tl.arange(0, BLOCK) < tl.where(takes_new, 1, 0)
+    total = tl.where(is_new, 1.0, 0.0)[None, :]
+    total += tl.zeros([new_logit.shape[0], BLOCK], tl.float32)
     acc = tl.zeros([new_logit.shape[0], v_new.shape[0]], tl.float32)
     acc += tl.where(takes_new, v_new.to(tl.float32), 0.0)[None, :]
     return maximum, total, acc
@@ -85,7 +91,7 @@ def attend_tile(
     slots,  # [S]
     occupied,  # [S]
     maximum,  # [G]
-    total,  # [G]
+    total,  # [G, S], not yet added up
     acc,  # [G, H]
     SCALE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -105,7 +111,7 @@ def attend_tile(
     new_maximum = tl.maximum(maximum, tl.max(logits, 1))
     weights = tl.exp2(logits - new_maximum[:, None])
     rescale = tl.exp2(maximum - new_maximum)
-    total = total * rescale + tl.sum(weights, 1)
+    total = total * rescale[:, None] + weights
     v = tl.load(values_ptr + offsets, real, other=0.0)  # [S, H]
     acc = tl.dot(
         weights.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION
@@ -130,7 +136,7 @@ def store_part(
     offsets, real = head_offsets(GROUP, HEAD_DIM, GROUP_PAD, HEAD_PAD)
     heads = tl.arange(0, GROUP_PAD)
     # A split without an occupied slot has total 0; all others have at least 1.
-    total = tl.maximum(total, 1e-30)
+    total = tl.maximum(tl.sum(total, 1), 1e-30)
     out = (acc / total[:, None]).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + split_row * (GROUP * HEAD_DIM) + offsets, out, real)
     statistic = maximum + tl.log2(total)
@@ -216,7 +222,7 @@ def attend_split(
         *(takes_new, HEAD_DIM, HEAD_PAD),
     )
     new_logit = SCALE * tl.sum(q.to(tl.float32) * k_new.to(tl.float32)[None, :], 1)
-    maximum, total, acc = start_softmax(new_logit, v_new, takes_new)
+    maximum, total, acc = start_softmax(new_logit, v_new, takes_new, BLOCK)
 
     # A tile's positions are read one step ahead, for then the copies of its keys and
     # values, which wait for them, still go into the pipeline at full depth.

@@ -139,7 +139,7 @@ def score_row(
         *(takes_new, HEAD_DIM, HEAD_PAD),
     )
     new_logit = SCALE * tl.sum(q.to(tl.float32) * k_new.to(tl.float32)[None, :], 1)
-    maximum, total, acc = start_softmax(new_logit, v_new, takes_new)
+    maximum, total, acc = start_softmax(new_logit, v_new, takes_new, BLOCK)
     new_score = new_logit + log_norm(v_new, 0, SCORE)
 
     first = split * BLOCK + tl.arange(0, BLOCK)
