@@ -13,7 +13,16 @@ from typing import Any
 
 import jax
 
-PACKAGES = ("jaxkv", "jax", "jaxlib", "flax", "jax-triton", "torch", "transformers")
+PACKAGES = (
+    "jaxkv",
+    "jax",
+    "jaxlib",
+    "libtpu",
+    "flax",
+    "jax-triton",
+    "torch",
+    "transformers",
+)
 
 
 def provenance() -> dict[str, Any]:

@@ -49,6 +49,7 @@ class Plan:
       head_dim: `H`.
       dtype: of keys and values.
       block: slots per step, a multiple of 128.
+      tile: rows that lie together in memory; keys and values are written by these.
       scale: factor on the logits.
       score: norm of the value in the importance; None only attends.
       shared: whether all heads of a sequence share one victim.
@@ -61,6 +62,7 @@ class Plan:
     head_dim: int
     dtype: jnp.dtype
     block: int
+    tile: int
     scale: float
     score: Score | None
     shared: bool
@@ -74,11 +76,6 @@ class Plan:
     def padded(self) -> int:
         """Slots of all blocks."""
         return self.steps * self.block
-
-    @property
-    def tile(self) -> int:
-        """Rows that lie together in memory; keys and values are written by these."""
-        return 32 // self.dtype.itemsize
 
     @property
     def precision(self) -> jax.lax.Precision:
@@ -157,6 +154,7 @@ def _plan(query, keys, *, scale=1.0, score="l1", shared=True, block=None) -> Pla
         head_dim=head_dim,
         dtype=jnp.dtype(keys.dtype),
         block=block or choose_block(slots, head_dim, keys.dtype),
+        tile=32 // jnp.dtype(keys.dtype).itemsize,
         scale=float(scale),
         score=score,
         shared=shared,
@@ -191,6 +189,10 @@ def call(plan: Plan, scalars, arrays, *, interpret: Any):
       `out [B, N, H]`, `keys`, `values`, `positions`, and with a score the next target,
       int32 `[B, K, 128]`, in every lane.
     """
+    if interpret and plan.slots % plan.block:
+        # Interpreters pad aliased inputs and outputs, each to a multiple of its own
+        # block, and then want their shapes to be equal.
+        plan = dataclasses.replace(plan, tile=plan.block)
     query, key, value, keys, values, positions = arrays
     b, k, g, h = plan.batch, plan.kv_heads, plan.group, plan.head_dim
     heads, token = (b, k, g, h), (b, k, 1, h)

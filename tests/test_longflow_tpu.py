@@ -139,6 +139,8 @@ def test_shared_victim_over_several_blocks():
     for seed in range(3):
         c = draw("GQA", 300, seed=seed)
         check(c, run(**c))
+    uneven = draw("GQA", 300, shared=False)  # of the free slots, head 0's count
+    check(uneven, run(**uneven))
     again = run(**c)
     jax.tree.map(np.testing.assert_array_equal, run(**c), again)
     # Equal importances: the lowest slot that may go.

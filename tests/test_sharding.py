@@ -131,7 +131,8 @@ def test_a_shared_victim_needs_all_heads_on_one_device():
             arrays,
         )
 
-    mesh = jax.sharding.AbstractMesh((1, 2), ("data", "model"))
+    auto = (jax.sharding.AxisType.Auto,) * 2
+    mesh = jax.sharding.AbstractMesh((1, 2), ("data", "model"), axis_types=auto)
     with jax.sharding.use_abstract_mesh(mesh):
         with pytest.raises(NotImplementedError, match="all heads of a row on one"):
             trace(2)
