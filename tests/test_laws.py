@@ -1,6 +1,7 @@
 """The laws of the design, as properties; a policy joins by one line in `POLICIES`."""
 
 import dataclasses
+import functools
 
 import hypothesis.strategies as st
 import jax
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from jaxkv import Categorical, Full, Greedy, Options, StreamingLLM, generation
+from jaxkv import Categorical, DapQ, Full, Greedy, Options, StreamingLLM, generation
 from jaxkv import state as kv
 from jaxkv.models.decoder import Config, Decoder, random_parameters
 
@@ -27,6 +28,8 @@ CONFIG = Config(
 NETWORK = Decoder(CONFIG)
 PROMPT, NEW = 32, 24
 
+DAPQ = DapQ(window_size=4, prefix=1, kernel_size=3)
+
 # name: options without their budget. Every law runs over this table.
 POLICIES = {
     "full": dict(prefill=Full(), decode=Full()),
@@ -36,6 +39,9 @@ POLICIES = {
     ),
     "streaming-llm prompt, append": dict(prefill=StreamingLLM(), decode=Full()),
     "full prompt, streaming-llm": dict(prefill=Full(), decode=StreamingLLM()),
+    # All other prompt policies stand under the laws of test_prompt_laws.py.
+    "dapq prompt, append": dict(prefill=DAPQ, decode=Full()),
+    "dapq prompt, streaming-llm": dict(prefill=DAPQ, decode=StreamingLLM()),
 }
 SAMPLERS = {
     "greedy": Greedy(),
@@ -74,6 +80,21 @@ def run(
         options=options,
         slots=options.num_slots(PROMPT, NEW),
         max_out=NEW,
+    )
+
+
+@functools.partial(jax.jit, static_argnames="options")
+def prefill(params, tokens, lengths, options):
+    slots = options.num_slots(PROMPT, NEW)
+    return generation.prefill(
+        NETWORK, params, tokens, lengths, options=options, slots=slots
+    )
+
+
+@functools.partial(jax.jit, static_argnames="options")
+def step(params, token, position, cache, options):
+    return generation.decode_step(
+        NETWORK, params, token, position, cache, options=options
     )
 
 
@@ -148,10 +169,7 @@ def test_batch_equals_singles(params, name, seed):
 def cache_after_prefill(params, name, seed=0):
     tokens, lengths = prompts(seed, [PROMPT, 3, 17])
     options = Options(budget=budget_of(name, 9), **POLICIES[name])
-    slots = options.num_slots(PROMPT, NEW)
-    _, cache = generation.prefill(
-        NETWORK, params, tokens, lengths, options=options, slots=slots
-    )
+    _, cache = prefill(params, tokens, lengths, options)
     return options, lengths, cache
 
 
@@ -173,12 +191,8 @@ def test_order_of_slots_has_no_meaning(params, name, seed):
         for s in cache
     )
     token = jnp.asarray([1, 2, 3], jnp.int32)
-    plain, _ = generation.decode_step(
-        NETWORK, params, token, lengths, cache, options=options
-    )
-    other, _ = generation.decode_step(
-        NETWORK, params, token, lengths, permuted, options=options
-    )
+    plain, _ = step(params, token, lengths, cache, options)
+    other, _ = step(params, token, lengths, permuted, options)
     np.testing.assert_allclose(plain, other, rtol=2e-4, atol=2e-4)
 
 
@@ -197,8 +211,7 @@ def test_free_slots_are_never_read(params, name, implementation):
     )
     token = jnp.asarray([1, 2, 3], jnp.int32)
     plain, poisoned = (
-        generation.decode_step(NETWORK, params, token, lengths, c, options=options)[0]
-        for c in (cache, poisoned)
+        step(params, token, lengths, c, options)[0] for c in (cache, poisoned)
     )
     np.testing.assert_array_equal(plain, poisoned)
 
@@ -208,12 +221,8 @@ def test_pure_and_of_one_shape(params, name):
     options, lengths, cache = cache_after_prefill(params, name)
     before = jax.tree.map(np.asarray, cache)
     token = jnp.asarray([1, 2, 3], jnp.int32)
-    first, after = generation.decode_step(
-        NETWORK, params, token, lengths, cache, options=options
-    )
-    second, _ = generation.decode_step(
-        NETWORK, params, token, lengths, cache, options=options
-    )
+    first, after = step(params, token, lengths, cache, options)
+    second, _ = step(params, token, lengths, cache, options)
     np.testing.assert_array_equal(first, second)
     jax.tree.map(np.testing.assert_array_equal, before, cache)
     assert jax.tree.structure(after) == jax.tree.structure(cache)
@@ -226,9 +235,7 @@ def test_finished_rows_do_not_change(params, name):
     options, lengths, cache = cache_after_prefill(params, name)
     position = lengths.at[1].set(-1)
     token = jnp.asarray([1, 2, 3], jnp.int32)
-    logits, after = generation.decode_step(
-        NETWORK, params, token, position, cache, options=options
-    )
+    logits, after = step(params, token, position, cache, options)
     assert np.isfinite(logits).all()
     for old, new in zip(cache, after, strict=True):
         for field in ("keys", "values", "positions", "target"):
