@@ -26,8 +26,8 @@ def documented(obj, name: str) -> bool:
     return bool(doc) and not (generated and doc.startswith(f"{name}("))
 
 
-def test_names_are_sorted_and_unique():
-    assert list(jaxkv.__all__) == sorted(set(jaxkv.__all__))
+def test_names_are_unique():  # ruff keeps them sorted, constants and acronyms first
+    assert len(jaxkv.__all__) == len(set(jaxkv.__all__))
 
 
 @pytest.mark.parametrize("name", jaxkv.__all__)
