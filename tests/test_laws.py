@@ -119,8 +119,8 @@ def test_full_budget_is_exact(params, name, sampler, seed, data):
 
 
 @policies
-@settings(max_examples=8)
-@given(seed=st.integers(0, 2**16), small=st.integers(5, 20), data=st.data())
+@settings(max_examples=6)
+@given(seed=st.integers(0, 2**16), small=st.sampled_from([5, 14]), data=st.data())
 def test_bounded(params, name, seed, small, data):
     lengths = data.draw(st.lists(st.integers(1, PROMPT), min_size=3, max_size=3))
     tokens, lengths = prompts(seed, lengths)
@@ -152,7 +152,7 @@ def test_streaming_llm_keeps_sinks_and_recent_ones(params):
 
 
 @policies
-@settings(max_examples=8)
+@settings(max_examples=4)
 @given(seed=st.integers(0, 2**16))
 def test_batch_equals_singles(params, name, seed):
     tokens, lengths = prompts(seed, [PROMPT, 3, 17])
