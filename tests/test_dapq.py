@@ -215,6 +215,7 @@ def test_query_heads_store_more_and_decode_the_same(params):
     assert (heads[0] != heads[1]).any()
 
 
+@pytest.mark.slow
 def test_implementations_of_the_scores_agree(params):
     tokens, lengths = prompts()
     one, two = (
@@ -266,6 +267,7 @@ def test_each_option_changes_what_is_kept(change):
         assert after[:, :3].tolist() == [[0, 1, 2]] * 2
 
 
+@pytest.mark.slow
 def test_laq_drafts_what_greedy_decoding_gives(params):
     """Its pseudo tokens are the output of generation from SnapKV's cache."""
     tokens, lengths = prompts(4)

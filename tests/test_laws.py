@@ -13,6 +13,7 @@ from jaxkv import (
     RKV,
     VATP,
     Categorical,
+    DapQ,
     Full,
     Greedy,
     H2ODecode,
@@ -39,6 +40,10 @@ CONFIG = Config(
 )
 NETWORK = Decoder(CONFIG)
 PROMPT, NEW = 32, 24
+
+DAPQ = DapQ(window_size=4, prefix=1, kernel_size=3)
+
+DAPQ = DapQ(window_size=4, prefix=1, kernel_size=3)
 
 # name: options without their budget. Every law runs over this table.
 POLICIES = {
@@ -67,6 +72,9 @@ POLICIES = {
             "random": RandomDecode(),
         }.items()
     },
+    # All other prompt policies stand under the laws of test_prompt_laws.py.
+    "dapq prompt, append": dict(prefill=DAPQ, decode=Full()),
+    "dapq prompt, streaming-llm": dict(prefill=DAPQ, decode=StreamingLLM()),
     "full prompt, longflow in bulk": dict(
         prefill=Full(), decode=LongFlow(interval=3, n_recent=1)
     ),
@@ -179,7 +187,7 @@ def test_streaming_llm_keeps_sinks_and_recent_ones(params):
 
 
 @policies
-@settings(max_examples=8)
+@settings(max_examples=4)
 @given(seed=st.integers(0, 2**16))
 def test_batch_equals_singles(params, name, seed):
     tokens, lengths = prompts(seed, [PROMPT, 3, 17])

@@ -35,6 +35,18 @@ def test_every_option_can_be_said(kind, name):
     assert methods.parse(f"{name}:{','.join(said)}", table, flag="--x") == default
 
 
+def test_lists_and_the_word_none():
+    text = "dapq:content=fixed,fixed_ids=[5 6],pooling=none"
+    policy = methods.parse(text, methods.PREFILL, flag="--x")
+    assert (policy.fixed_ids, policy.pooling) == ((5, 6), "none")
+    policy = methods.parse("h2o:window_size=none", methods.PREFILL, flag="--x")
+    assert policy.window_size is None
+    with pytest.raises(ValueError, match=r"takes a list such as \[int ...\], got"):
+        methods.parse("dapq:fixed_ids=[5 x]", methods.PREFILL, flag="--x")
+    with pytest.raises(ValueError, match="pooling takes none or max or avg, got"):
+        methods.parse("dapq:pooling=mean", methods.PREFILL, flag="--x")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
