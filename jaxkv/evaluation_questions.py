@@ -4,8 +4,11 @@ A question holds its prompt as an array of token ids, so that a hundred runs ove
 cost one tokenisation.
 """
 
+import concurrent.futures
 import dataclasses
 import json
+import multiprocessing
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +21,8 @@ from jaxkv.language_model import LanguageModel
 from jaxkv.samples import Sample, score_all
 
 Match = Literal["all", "any"]
+
+_CHUNK = 25  # questions that a process draws at a time
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -48,6 +53,7 @@ def draw(
     *,
     samples: int,
     seed: int,
+    workers: int = 1,
     advance: Callable[[int], Any] = lambda count: None,
 ) -> list[Question]:
     """Draw the samples of all cells and tokenise their prompts, each once.
@@ -57,30 +63,66 @@ def draw(
       cells: what to ask.
       samples: per cell.
       seed: of the samples.
+      workers: processes that draw; what they draw does not depend on their number.
       advance: called with the number of questions that have just been made.
     """
     _need_tokenizer(lm)
-    count_tokens = evaluation.counter(lm.tokenizer)
+    if workers == 1:
+        questions = []
+        for cell in cells:
+            questions += _drawn(lm.tokenizer, cell, range(samples), seed)
+            advance(samples)
+        return questions
+    jobs = [
+        (cell, range(first, min(first + _CHUNK, samples)))
+        for cell in cells
+        for first in range(0, samples, _CHUNK)
+    ]
+    pool = concurrent.futures.ProcessPoolExecutor(
+        workers,
+        # Forked children of a process that runs JAX may deadlock.
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_start_worker,
+        initargs=(lm.tokenizer,),
+    )
     questions = []
-    for cell in cells:
-        drawn = [
-            evaluation.draw(cell, count_tokens, seed=seed, index=index)
-            for index in range(samples)
-        ]
-        rows = _encode(lm, [sample.prompt for sample in drawn])
-        questions += [
-            Question(
-                cell=cell,
-                index=index,
-                ids=ids,
-                sample=sample,
-                answer_tokens=count_tokens(sample.answer),
-                by_lines=cell.task in evaluation.REASONING,
-            )
-            for index, (ids, sample) in enumerate(zip(rows, drawn, strict=True))
-        ]
-        advance(samples)
+    with pool:
+        futures = [pool.submit(_draw_in_worker, *job, seed) for job in jobs]
+        for future in futures:
+            questions += future.result()
+            advance(len(future.result()))
     return questions
+
+
+def _drawn(
+    tokenizer: Any, cell: Cell, indices: Sequence[int], seed: int
+) -> list[Question]:
+    count_tokens = evaluation.counter(tokenizer)
+    samples = [
+        evaluation.draw(cell, count_tokens, seed=seed, index=index) for index in indices
+    ]
+    rows = _encode(tokenizer, [sample.prompt for sample in samples])
+    return [
+        Question(
+            cell=cell,
+            index=index,
+            ids=ids,
+            sample=sample,
+            answer_tokens=count_tokens(sample.answer),
+            by_lines=cell.task in evaluation.REASONING,
+        )
+        for index, ids, sample in zip(indices, rows, samples, strict=True)
+    ]
+
+
+def _start_worker(tokenizer: Any) -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are parallel
+    global _tokenizer
+    _tokenizer = tokenizer
+
+
+def _draw_in_worker(cell: Cell, indices: Sequence[int], seed: int) -> list[Question]:
+    return _drawn(_tokenizer, cell, indices, seed)
 
 
 def read_task_file(
@@ -125,7 +167,7 @@ def read_task_file(
     if not records:
         raise ValueError(f"{file}: holds no line with a question.")
     prompts = [r["input"] + r.get("answer_prefix", "") for r in records.values()]
-    rows = _encode(lm, prompts)
+    rows = _encode(lm.tokenizer, prompts)
     longest = max(map(len, rows))
     return [
         Question(
@@ -166,8 +208,8 @@ def _need_tokenizer(lm: LanguageModel) -> None:
         raise ValueError(f"{lm.name} has no tokenizer, and the tasks are made of text.")
 
 
-def _encode(lm: LanguageModel, prompts: Sequence[str]) -> list[np.ndarray]:
-    rows = lm.tokenizer(list(prompts))["input_ids"]
+def _encode(tokenizer: Any, prompts: Sequence[str]) -> list[np.ndarray]:
+    rows = tokenizer(list(prompts))["input_ids"]
     return [np.array(row, np.int32) for row in rows]
 
 

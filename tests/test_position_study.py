@@ -85,6 +85,26 @@ def test_windows(found, questions):
     assert "similarity" not in by_window["snapkv, recents", 4]
 
 
+def test_moved_queries_are_those_of_the_same_tokens_behind_the_prompt(
+    tiny_lm, questions
+):
+    """In the first layer, where a query depends on token and position only."""
+    rng = np.random.default_rng(0)
+    one = position_study._One(
+        tiny_lm, questions[0].ids, np.arange(8), STUDY, padded=512, rng=rng
+    )
+    scores = dict(one._window_scores())
+    # Windows of 1 and 4 have none of the prompt's first tokens, one of 8 has one.
+    again, moved = scores["dapq, prompt"][0], scores["snapkv, moved"][0]
+    np.testing.assert_allclose(again[:2], moved[:2], atol=1e-5)
+    assert np.abs(again[2] - moved[2]).max() > 1e-4
+    # A window of one is the last token, which sees the whole prompt where it stands.
+    assert np.abs(scores["snapkv"][0] - moved).max() > 1e-4
+    assert scores["snapkv"].sum(-1) == pytest.approx(
+        np.broadcast_to(np.array([1, 4, 8])[:, None], (2, 3, 4)), abs=1e-4
+    )
+
+
 def test_a_recording_holds_what_the_network_rotates(tiny_lm):
     """At position 0 nothing is rotated, so queries there are those before RoPE."""
     tokens = jnp.asarray([5, 6, 7, 8, 0, 0], jnp.int32)
