@@ -6,6 +6,7 @@ the pure functions underneath. Policies say what the cache keeps.
 
 from jaxkv._version import __version__
 from jaxkv.acceptance import Conditional, Exact, FixedThreshold, TopK, Typical
+from jaxkv.dapq import LAQ, DapQ
 from jaxkv.decode_policies import (
     VATP,
     H2ODecode,
@@ -15,38 +16,49 @@ from jaxkv.decode_policies import (
 )
 from jaxkv.draft_stats import DraftStats
 from jaxkv.drafts import Aligned, Drafter, PromptLookup, Tree
+from jaxkv.expected_attention import ExpectedAttention
 from jaxkv.generation import Options, decode_step, generate_tokens, prefill
 from jaxkv.inference import Completion, Stats, generate
 from jaxkv.language_model import LanguageModel, load, save
 from jaxkv.models.checkpoint import CheckpointError
 from jaxkv.policies import DecodePolicy, Full, PrefillPolicy, StreamingLLM
+from jaxkv.prompt_policies import H2O, TOVA, KNorm, PyramidKV, Random, SnapKV
 from jaxkv.rkv import RKV
 from jaxkv.sampling import Categorical, Greedy
 from jaxkv.state import KVState
 
 __all__ = [
+    "H2O",
+    "LAQ",
     "RKV",
+    "TOVA",
     "VATP",
     "Aligned",
     "Categorical",
     "CheckpointError",
     "Completion",
     "Conditional",
+    "DapQ",
     "DecodePolicy",
     "DraftStats",
     "Drafter",
     "Exact",
+    "ExpectedAttention",
     "FixedThreshold",
     "Full",
     "Greedy",
     "H2ODecode",
+    "KNorm",
     "KVState",
     "LanguageModel",
     "LongFlow",
     "Options",
     "PrefillPolicy",
     "PromptLookup",
+    "PyramidKV",
+    "Random",
     "RandomDecode",
+    "SnapKV",
     "Stats",
     "StreamingLLM",
     "TOVADecode",

@@ -4,45 +4,149 @@ Each is an `attend(q, k, v, state) -> (out, state)`, bound to a policy inside a 
 function; the network calls it once per layer and knows nothing else.
 """
 
+import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 
-from jaxkv.kernels import decode, prefill
+from jaxkv import state as kv
+from jaxkv.kernels import decode, prefill, window_scores
 from jaxkv.policies import DecodePolicy, PrefillPolicy, Prompt, Speculable
 from jaxkv.state import KVState
 from jaxkv.trees import DraftTree
 
-Attend = Callable[[jax.Array, jax.Array, jax.Array, KVState], tuple[jax.Array, KVState]]
+Attend = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Room:
+    """What prefill hands to a layer in place of its state: an empty state, and limits.
+
+    Attributes:
+      state: empty.
+      keep: int32 `[B]`, tokens that this layer may keep of each row's prompt.
+      budget: static bound of `keep`.
+    """
+
+    state: KVState
+    keep: jax.Array
+    budget: int = dataclasses.field(metadata=dict(static=True))
+
+
+def rooms(
+    policy: PrefillPolicy,
+    config: Any,
+    lengths: jax.Array,
+    *,
+    slots: tuple[int, ...],
+    budget: int,
+    keep: jax.Array | None,
+    dtype: jax.typing.DTypeLike,
+) -> tuple[Room, ...]:
+    """Return what prefill hands to each layer.
+
+    Args:
+      policy: says how layers share the budget, and which heads are stored.
+      config: of the network; see `generation.Network`.
+      lengths: int32 `[B]`.
+      slots: of each layer's state.
+      budget: the most tokens that a row may keep of its prompt.
+      keep: int32 `[B]`, what each row keeps; None is `budget`.
+      dtype: of keys and values.
+    """
+    if keep is None:
+        keep = jnp.full(lengths.shape, budget, jnp.int32)
+    keeps = policy.layer_keeps(keep, lengths, config.num_layers)
+    budgets = policy.layer_budgets(budget, config.num_layers)
+    return tuple(
+        Room(
+            state=kv.init(
+                batch=lengths.shape[0],
+                kv_heads=policy.heads(config.num_heads, config.num_kv_heads),
+                slots=size,
+                head_dim=config.head_dim,
+                dtype=dtype,
+            ),
+            keep=kept,
+            budget=min(most, size),
+        )
+        for size, kept, most in zip(slots, keeps, budgets, strict=True)
+    )
+
+
+def append_tokens(
+    tokens: jax.Array, lengths: jax.Array, extra: jax.Array, *, offset: int
+) -> tuple[jax.Array, jax.Array]:
+    """Put pseudo tokens right behind each row's prompt, in place of its padding.
+
+    So the plain causal mask serves ragged rows: no token of a prompt sees them, and
+    they see their own row's prompt and each other.
+
+    Args:
+      tokens: int32 `[B, P]`, right-padded.
+      lengths: int32 `[B]`.
+      extra: int32 `[B, N]`; with `N = 0` the tokens stay as they are.
+      offset: of the first one's position from the prompt's end; not before 0.
+
+    Returns:
+      Tokens and positions, int32 `[B, T]`, with `T` at least `P + N` and a multiple
+      of what attention kernels like.
+    """
+    batch, length = tokens.shape
+    count = extra.shape[1]
+    # Whole tiles: splash attention on TPUs takes no others.
+    tile = 128 if jax.default_backend() == "tpu" else 64
+    total = -(-(length + count) // tile) * tile if count else length
+    index = jnp.broadcast_to(jnp.arange(total, dtype=jnp.int32), (batch, total))
+    behind = index - lengths[:, None]
+    start = jnp.maximum(lengths + offset, 0)[:, None]
+    tokens = jnp.pad(tokens, ((0, 0), (0, total - length)))
+    place = lengths[:, None] + jnp.arange(count)
+    tokens = tokens.at[jnp.arange(batch)[:, None], place].set(extra)
+    return tokens, jnp.where(behind < 0, index, start + behind)
 
 
 def attend_prompt(
     policy: PrefillPolicy,
     *,
-    budget: int,
     lengths: jax.Array,
+    frequencies: jax.Array,
     implementation: prefill.Implementation | None = None,
+    scores_implementation: window_scores.Implementation | None = None,
 ) -> Attend:
     """Attend causally over right-padded prompts, then evict inside the layer.
 
     Args:
       policy: what of the prompt the state keeps.
-      budget: tokens that it may keep.
       lengths: int32 `[B]`.
+      frequencies: float32 `[H / 2]` of the rotation.
       implementation: of `causal_attention`.
+      scores_implementation: of `window_scores`.
 
     Returns:
-      An `attend` that takes an empty state. Only one layer's whole prompt exists at a
-      time, because the policy runs before the next layer does.
+      An `attend` that takes a `Room` and gives a state. Only one layer's whole prompt
+      exists at a time, because the policy runs before the next layer does.
     """
 
-    def attend(q, k, v, state):
+    def attend(q, k, v, room):
         scale = q.shape[-1] ** -0.5
         out = prefill.causal_attention(
             q, k, v, scale=scale, implementation=implementation
         )
-        prompt = Prompt(q, k.swapaxes(1, 2), v.swapaxes(1, 2), lengths)
-        return out, policy.compress(prompt, state, budget=budget)
+        prompt = Prompt(
+            queries=q,
+            keys=k,
+            values=v,
+            lengths=lengths,
+            keep=room.keep,
+            frequencies=frequencies,
+            scale=scale,
+            implementation=scores_implementation,
+        )
+        return out, policy.compress(prompt, room.state, budget=room.budget)
 
     return attend
 
@@ -66,8 +170,9 @@ def attend_cache(
     """
 
     def attend(q, k, v, state):
+        k, v = (_for_heads(x[:, 0], state.keys.shape[1]) for x in (k, v))
         out, state = policy.attend(
-            q[:, 0], k[:, 0], v[:, 0], state, position, implementation=implementation
+            q[:, 0], k, v, state, position, implementation=implementation
         )
         return out[:, None], state
 
@@ -104,3 +209,11 @@ def attend_tree(
         )
 
     return attend
+
+
+def _for_heads(x, heads):
+    """Repeat `[B, K, H]` for a state that holds one set of tokens per query head.
+
+    Such a state is an analysis (`PrefillPolicy.heads`); all others hold `K` heads.
+    """
+    return x if x.shape[1] == heads else jnp.repeat(x, heads // x.shape[1], axis=1)

@@ -6,7 +6,6 @@ Results go to stdout, everything else to stderr. Bad input gives one line and ex
 
 import dataclasses
 import importlib.util
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -14,26 +13,27 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import jax
-import rich.console
 import typer
 
-from jaxkv import cli_flags as flags
-from jaxkv import demo as demo_
 from jaxkv import (
-    evaluation,
-    evaluation_report,
+    cli_eval,
+    cli_study,
     generate_command,
     inference,
     needle_train,
     prompts,
 )
+from jaxkv import cli_flags as flags
+from jaxkv import demo as demo_
 from jaxkv._version import __version__
-from jaxkv.language_model import NEEDLE, LanguageModel, load, needle_folder
+from jaxkv.language_model import NEEDLE, needle_folder
 from jaxkv.models import checkpoint, hf_config, hf_weights, orbax_copy
 
 app = typer.Typer(
     add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
 )
+app.add_typer(cli_eval.app, name="eval")
+app.add_typer(cli_study.app, name="study")
 
 
 @dataclasses.dataclass
@@ -150,14 +150,6 @@ def _use_compilation_cache() -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
-def _load(model: str, dtype: str | None) -> LanguageModel:
-    try:
-        jax.devices()
-    except RuntimeError as error:  # e.g. JAX_PLATFORMS names what is not there
-        raise ValueError(f"JAX finds no device: {error}") from error
-    return load(model, dtype=dtype)
-
-
 @app.command()
 def demo(
     model: flags.Model = NEEDLE,
@@ -171,7 +163,7 @@ def demo(
     dtype: flags.Dtype = None,
 ) -> None:
     """Ask about long documents, with the full cache and with a small one."""
-    lm = _load(model, dtype)
+    lm = flags.load_model(model, dtype)
     demo_.run(lm, length=length, budget=budget or length // 8, seed=seed)
 
 
@@ -226,7 +218,7 @@ def generate(
     texts = prompts.read(prompt or [], prompt_file or [])
     if stream and (json_ or len(texts) > 1):
         raise ValueError("--stream takes one prompt and no --json.")
-    lm = _load(model, dtype)
+    lm = flags.load_model(model, dtype)
     # All at once, so that a bad prompt is found before a good one has cost anything.
     ids = inference.encode(lm, prompts.as_chat(lm, texts) if chat else texts)
     generate_command.run(
@@ -238,60 +230,6 @@ def generate(
         stream=stream,
         **arguments,
     )
-
-
-@app.command("eval")
-def eval_(
-    model: flags.Model = NEEDLE,
-    tasks: Annotated[
-        str | None, typer.Option(help="Names with commas; default: all.")
-    ] = None,
-    lengths: Annotated[
-        str, typer.Option(help="Tokens of samples, with commas.")
-    ] = "1024,2048,4096,8192",
-    answers: Annotated[
-        str, typer.Option(help="Tokens of the long answers, with commas.")
-    ] = "512,1024,2048,4096",
-    samples: Annotated[int, typer.Option(min=1, help="Per task and length.")] = 200,
-    batch_size: flags.BatchSize = 8,
-    seed: Annotated[
-        int, typer.Option(min=0, help="Of the samples.")
-    ] = evaluation.REPORT_SEED,
-    budget: flags.Budget = None,
-    compression_ratio: flags.CompressionRatio = None,
-    prefill: flags.Prefill = "full",
-    decode: flags.Decode = "full",
-    dtype: flags.Dtype = None,
-    prefill_implementation: flags.PrefillImplementation = None,
-    decode_implementation: flags.DecodeImplementation = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Folder for predictions and metrics.")
-    ] = None,
-    json_: flags.Json = False,
-) -> None:
-    """Measure how often answers are right, by task and length."""
-    arguments = flags.eviction(
-        budget=budget,
-        compression_ratio=compression_ratio,
-        prefill=prefill,
-        decode=decode,
-    ) | {
-        "prefill_implementation": prefill_implementation,
-        "decode_implementation": decode_implementation,
-    }
-    cells = evaluation_report.cells(tasks, lengths, answers)
-    if out is not None:
-        evaluation_report.check_writable(out)  # before the work, not after it
-    lm = _load(model, dtype)
-    report = evaluation_report.run(
-        lm, cells, samples=samples, batch_size=batch_size, seed=seed, **arguments
-    )
-    if out is not None:
-        evaluation_report.write(out, report)
-    if json_:
-        print(json.dumps(report.summary))
-    else:
-        rich.console.Console().print(evaluation_report.table(report))
 
 
 @app.command()

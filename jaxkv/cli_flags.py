@@ -4,12 +4,14 @@ import dataclasses
 from pathlib import Path
 from typing import Annotated, Any
 
+import jax
 import typer
 
 from jaxkv import methods
 from jaxkv.generation import Options
 from jaxkv.kernels import decode as decode_kernels
 from jaxkv.kernels import prefill as prefill_kernels
+from jaxkv.language_model import LanguageModel, load
 from jaxkv.policies import Full
 from jaxkv.sampling import Categorical, Greedy, Sampler
 
@@ -101,6 +103,19 @@ Stream = Annotated[
     bool | None,
     typer.Option(help="Show text as it comes; default: one prompt, on a terminal."),
 ]
+
+
+def load_model(model: str, dtype: str | None) -> LanguageModel:
+    """Load a model, after a look at whether JAX has a device to put it on.
+
+    Raises:
+      ValueError: it has none.
+    """
+    try:
+        jax.devices()
+    except RuntimeError as error:  # e.g. JAX_PLATFORMS names what is not there
+        raise ValueError(f"JAX finds no device: {error}") from error
+    return load(model, dtype=dtype)
 
 
 def eviction(

@@ -55,9 +55,6 @@ def run(lm: LanguageModel, *, length: int, budget: int, seed: int) -> None:
         raise ValueError(f"{lm.name} has no tokenizer; the demo's documents are text.")
     StreamingLLM().check(budget)
 
-    def count_tokens(text: str) -> int:
-        return len(lm.tokenizer(text, add_special_tokens=False)["input_ids"])
-
     begin = time.perf_counter()
     console = rich.console.Console()
     if not console.is_terminal:
@@ -65,7 +62,8 @@ def run(lm: LanguageModel, *, length: int, budget: int, seed: int) -> None:
     cells = [Cell(task=name, length=length) for name in RETRIEVAL]
     cells.append(Cell(task=REASONING, length=min(ANSWER, length // 4)))
     samples = [
-        evaluation.draw(cell, count_tokens, seed=seed, index=0) for cell in cells
+        evaluation.draw(cell, evaluation.counter(lm.tokenizer), seed=seed, index=0)
+        for cell in cells
     ]
     console.print(
         f"{len(RETRIEVAL)} questions about facts hidden in documents of {length} "

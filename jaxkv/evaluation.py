@@ -44,10 +44,13 @@ class Cell:
       task: a name of `tasks.TASKS`.
       length: tokens of prompt and answer together; of the answer alone for the
         reasoning tasks.
+      depth: where the needle stands, from 0 (the text's beginning) to 1, for tasks
+        with one needle; None draws it.
     """
 
     task: str
     length: int
+    depth: float | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,7 +93,10 @@ def default_cells(lengths: Sequence[int], answers: Sequence[int]) -> list[Cell]:
 def draw(
     cell: Cell, count_tokens: Callable[[str], int], *, seed: int, index: int
 ) -> tasks.Sample:
-    """Return sample `index` of a cell; it depends on nothing but the arguments."""
+    """Return sample `index` of a cell; it depends on nothing but the arguments.
+
+    Cells that differ in depth only have the same needle and the same noise.
+    """
     number = list(tasks.TASKS).index(cell.task)
     rng = np.random.default_rng([seed, number, cell.length, index])
     if cell.task in REASONING:
@@ -101,9 +107,24 @@ def draw(
             count_tokens=count_tokens,
             split="eval",
         )
+    place = {} if cell.depth is None else {"depth": cell.depth}
     return tasks.make(
-        cell.task, rng, length=cell.length, count_tokens=count_tokens, split="eval"
+        cell.task,
+        rng,
+        length=cell.length,
+        count_tokens=count_tokens,
+        split="eval",
+        **place,
     )
+
+
+def counter(tokenizer: Any) -> Callable[[str], int]:
+    """Return a function that counts a text's tokens, without special tokens."""
+    # Samples are counted piece by piece; transformers' own call costs ten times more.
+    fast = getattr(tokenizer, "backend_tokenizer", None)
+    if fast is not None:
+        return lambda text: len(fast.encode(text, add_special_tokens=False))
+    return lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def evaluate(
@@ -125,10 +146,7 @@ def evaluate(
       seed: of the samples.
       **options: of `jaxkv.generate`, e.g. budget and policies.
     """
-
-    def count_tokens(text: str) -> int:
-        return len(lm.tokenizer(text, add_special_tokens=False)["input_ids"])
-
+    count_tokens = counter(lm.tokenizer)
     for cell in cells:
         for indices in _batches(range(samples), batch_size):
             drawn = [

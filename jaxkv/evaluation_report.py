@@ -1,9 +1,8 @@
-"""`jaxkv eval`: runs an evaluation, and puts what came out on screen and on disk."""
+"""`jaxkv eval card`: runs an evaluation, and shows and writes what came out."""
 
 import csv
 import dataclasses
 import json
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ import rich.table
 from jaxkv import evaluation
 from jaxkv.cli_flags import described
 from jaxkv.evaluation import Cell, Prediction
+from jaxkv.evaluation_folder import write_yaml
 from jaxkv.language_model import LanguageModel
 from jaxkv.provenance import provenance, write_json
 from jaxkv.terminal import announce, megabytes, progress
@@ -62,21 +62,38 @@ def cells(tasks: str | None, lengths: str, answers: str) -> list[Cell]:
       ValueError: a task is unknown, or a length is no positive number.
     """
     known = evaluation.RETRIEVAL + evaluation.QUOTING + evaluation.REASONING
-    wanted = known if tasks is None else [name.strip() for name in tasks.split(",")]
-    for name in wanted:
-        if name not in known:
-            raise ValueError(f"unknown task {name!r}; choose among {', '.join(known)}.")
+    wanted = names(tasks, known)
     everything = evaluation.default_cells(
-        _numbers("--lengths", lengths), _numbers("--answers", answers)
+        numbers("--lengths", lengths), numbers("--answers", answers)
     )
     return [cell for cell in everything if cell.task in wanted]
 
 
-def check_writable(folder: Path) -> None:
-    """Make a folder, and raise OSError if nothing can be written there."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder):
-        pass
+def names(tasks: str | None, known: Sequence[str]) -> list[str]:
+    """Return the tasks that comma-separated names ask for, all if None.
+
+    Raises:
+      ValueError: one is not known.
+    """
+    if tasks is None:
+        return list(known)
+    wanted = list(dict.fromkeys(name.strip() for name in tasks.split(",")))
+    for name in wanted:
+        if name not in known:
+            raise ValueError(f"unknown task {name!r}; choose among {', '.join(known)}.")
+    return wanted
+
+
+def numbers(flag: str, text: str) -> list[int]:
+    """Return the positive numbers of a comma-separated flag.
+
+    Raises:
+      ValueError: a part is no positive number.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise ValueError(f"{flag} takes positive numbers with commas, got {text!r}.")
+    return list(dict.fromkeys(map(int, parts)))
 
 
 def run(
@@ -145,7 +162,7 @@ def write(folder: Path, report: Report) -> None:
         writer.writeheader()
         writer.writerows(map(_row, report.predictions))
     beside.replace(folder / "predictions.csv")
-    write_json(folder / "config.json", report.config)
+    write_yaml(folder / "config.yaml", report.config)
     write_json(folder / "run_meta.json", report.meta)
     write_json(folder / "metrics.json", {"metrics": report.metrics})
 
@@ -166,13 +183,6 @@ def table(report: Report) -> rich.table.Table:
             megabytes(row["cache_bytes"]),
         )
     return result
-
-
-def _numbers(flag: str, text: str) -> list[int]:
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise ValueError(f"{flag} takes positive numbers with commas, got {text!r}.")
-    return [int(part) for part in parts]
 
 
 def _cache_bytes(prediction: Prediction) -> int:

@@ -15,12 +15,12 @@ import jax
 import jax.numpy as jnp
 
 from jaxkv import speculation
-from jaxkv import state as kv
 from jaxkv.acceptance import Exact, Rule
-from jaxkv.attention import attend_cache, attend_prompt
+from jaxkv.attention import append_tokens, attend_cache, attend_prompt, rooms
 from jaxkv.drafts import Drafter
 from jaxkv.kernels import decode as decode_kernels
 from jaxkv.kernels import prefill as prefill_kernels
+from jaxkv.kernels import window_scores
 from jaxkv.likeliest import likeliest_tokens
 from jaxkv.policies import DecodePolicy, Full, PrefillPolicy
 from jaxkv.sampling import Greedy, Sampler, pick_next
@@ -33,9 +33,10 @@ Cache = tuple[KVState, ...]
 class Network(Protocol):
     """What the loops ask of a network; `jaxkv.models.decoder.Decoder` is one.
 
-    `config` has `num_layers`, `num_kv_heads`, `head_dim` and `vocab_size`; applied to
-    `(tokens, positions, cache, attend)` it returns hidden states and the new cache, and
-    its method `unembed` turns hidden states into logits. It hashes by value.
+    `config` has `num_layers`, `num_heads`, `num_kv_heads`, `head_dim` and `vocab_size`;
+    applied to `(tokens, positions, cache, attend)` it returns hidden states and the new
+    cache; its method `unembed` turns hidden states into logits, and `frequencies` gives
+    those of the rotation. It hashes by value.
     """
 
     config: Any
@@ -50,7 +51,8 @@ class Options:
 
     Attributes:
       budget: tokens that a layer's cache may keep of the prompt and, if `decode`
-        evicts, of prompt and output together; None keeps everything.
+        evicts, of prompt and output together; None keeps everything, whatever `prefill`
+        says. Rows may have less: see `prefill`.
       prefill: the prompt's eviction.
       decode: the output's eviction.
       sampler: how a token is chosen.
@@ -58,6 +60,7 @@ class Options:
       accept: which drafted tokens pass.
       prefill_implementation: of `kernels.prefill.causal_attention`; None is the best.
       decode_implementation: of `kernels.decode.decode_attention`; None is the best.
+      scores_implementation: of `kernels.window_scores.window_scores`; None is the best.
     """
 
     budget: int | None = None
@@ -68,6 +71,7 @@ class Options:
     accept: Rule = Exact()
     prefill_implementation: prefill_kernels.Implementation | None = None
     decode_implementation: decode_kernels.Implementation | None = None
+    scores_implementation: window_scores.Implementation | None = None
 
     def check(self) -> None:
         """Raise ValueError for options that contradict each other."""
@@ -90,6 +94,12 @@ class Options:
                 f"use a budget of at least {self.decode.spare + 1}."
             )
         self.prefill.check(self.prompt_budget)
+        if self.decode.evicts and not self.prefill.same_budgets:
+            raise ValueError(
+                f"{type(self.prefill).__name__} gives layers different budgets, but "
+                f"{type(self.decode).__name__} evicts while decoding and needs one for "
+                "all; use decode=Full() or another prefill policy."
+            )
 
     @property
     def prompt_budget(self) -> int | None:
@@ -103,6 +113,13 @@ class Options:
         if self.decode.evicts:
             return min(self.budget, prompt + new)
         return min(self.budget, prompt) + new
+
+    def layer_slots(self, prompt: int, new: int, num_layers: int) -> tuple[int, ...]:
+        """Return `num_slots` layer by layer, enough for prompts of any length."""
+        if self.budget is None or self.decode.evicts:
+            return (self.num_slots(prompt, new),) * num_layers
+        budgets = self.prefill.layer_budgets(self.budget, num_layers)
+        return tuple(min(budget, prompt) + new for budget in budgets)
 
 
 @jax.tree_util.register_dataclass
@@ -141,7 +158,8 @@ def prefill(
     lengths: jax.Array,
     *,
     options: Options,
-    slots: int,
+    slots: int | tuple[int, ...],
+    keep: jax.Array | None = None,
 ) -> tuple[jax.Array, Cache]:
     """Run prompts through the network and keep what the policy keeps.
 
@@ -151,44 +169,88 @@ def prefill(
       tokens: int32 `[B, P]`, right-padded.
       lengths: int32 `[B]`, at least 1.
       options: static.
-      slots: of every layer's state.
+      slots: of every layer's state, or of each layer's.
+      keep: int32 `[B]`, tokens that each row may keep of its prompt, at most
+        `options.prompt_budget`; other numbers compile nothing. None is that bound.
 
     Returns:
       Logits of the token after each prompt, float32 `[B, V]`, and the cache.
+
+    Raises:
+      ValueError: `keep` without a budget.
     """
     hidden, cache = _read(
-        network, params, tokens, lengths, options=options, slots=slots
+        network, params, tokens, lengths, options=options, slots=slots, keep=keep
     )
     return _logits_at_end(network, params, hidden, lengths), cache
 
 
-def _read(network, params, tokens, lengths, *, options, slots):
+def _read(network, params, tokens, lengths, *, options, slots, keep):
     """Do `prefill`, but return the hidden states of all positions."""
-    config = network.config
-    batch, length = tokens.shape
-    empty = kv.init(
-        batch=batch,
-        kv_heads=config.num_kv_heads,
+    if keep is not None and options.budget is None:
+        raise ValueError(
+            "prefill: keep= says how much of options.budget each row uses, but that "
+            "is None; set Options(budget=), the most that any row may keep."
+        )
+    policy = Full() if options.budget is None else options.prefill
+    pseudo = policy.pseudo_tokens(
+        tokens,
+        lengths,
+        vocab_size=network.config.vocab_size,
+        draft=lambda other, steps: _draft(
+            *(network, params, tokens, lengths, keep, options, other, steps)
+        ),
+    )
+    tokens, positions = append_tokens(tokens, lengths, pseudo, offset=policy.offset)
+    attend = attend_prompt(
+        policy,
+        lengths=lengths,
+        frequencies=network.apply({"params": params}, method="frequencies"),
+        implementation=options.prefill_implementation,
+        scores_implementation=options.scores_implementation,
+    )
+    layers = network.config.num_layers
+    slots = slots if isinstance(slots, tuple) else (slots,) * layers
+    empty = rooms(
+        policy,
+        network.config,
+        lengths,
         slots=slots,
-        head_dim=config.head_dim,
+        budget=max(slots) if options.budget is None else options.prompt_budget,
+        keep=keep,
         dtype=params["embedding"].dtype,
     )
-    positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), tokens.shape)
-    attend = attend_prompt(
-        options.prefill,
-        budget=slots if options.budget is None else options.prompt_budget,
-        lengths=lengths,
-        implementation=options.prefill_implementation,
-    )
-    hidden, cache = network.apply(
-        {"params": params}, tokens, positions, (empty,) * config.num_layers, attend
-    )
+    hidden, cache = network.apply({"params": params}, tokens, positions, empty, attend)
     return hidden, tuple(options.decode.begin(state, lengths) for state in cache)
 
 
 def _logits_at_end(network, params, hidden, lengths):
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
     return network.apply({"params": params}, last, method="unembed")
+
+
+def _draft(network, params, tokens, lengths, keep, options, policy, steps):
+    """Decode greedily from an evicted prompt; see `policies.Draft`."""
+    options = dataclasses.replace(
+        options, budget=options.prompt_budget, prefill=policy, decode=Full()
+    )
+    slots = options.layer_slots(tokens.shape[1], steps, network.config.num_layers)
+    logits, cache = prefill(
+        network, params, tokens, lengths, options=options, slots=slots, keep=keep
+    )
+
+    def step(carry, position):
+        token, cache = carry
+        logits, cache = decode_step(
+            network, params, token, position, cache, options=options
+        )
+        token = logits.argmax(-1).astype(jnp.int32)
+        return (token, cache), token
+
+    first = logits.argmax(-1).astype(jnp.int32)
+    positions = lengths + jnp.arange(steps - 1, dtype=jnp.int32)[:, None]
+    _, rest = jax.lax.scan(step, (first, cache), positions)
+    return jnp.concatenate([first[:, None], rest.T], axis=1)
 
 
 def decode_step(
@@ -238,8 +300,9 @@ def start(
     stop_ids: jax.Array,
     *,
     options: Options,
-    slots: int,
+    slots: int | tuple[int, ...],
     max_out: int,
+    keep: jax.Array | None = None,
     pool: jax.Array | None = None,
 ) -> Generation:
     """Prefill and choose the first token.
@@ -252,8 +315,9 @@ def start(
       keys: PRNG keys `[B]`.
       stop_ids: int32 `[E]`; -1 stands for none.
       options: static.
-      slots: of every layer's state; see `Options.num_slots`.
+      slots: of every layer's state, or of each layer's; see `Options.layer_slots`.
       max_out: size `O` of the output buffer.
+      keep: int32 `[B]` or None; see `prefill`.
       pool: int32 `[B, 2]`, the span of each prompt that drafts are copied from, its
         first index and the one after its last; None is all of it.
 
@@ -261,7 +325,7 @@ def start(
       The state of the loop after one token.
     """
     hidden, cache = _read(
-        network, params, tokens, lengths, options=options, slots=slots
+        network, params, tokens, lengths, options=options, slots=slots, keep=keep
     )
     logits = _logits_at_end(network, params, hidden, lengths)
     batch, length = tokens.shape
@@ -290,7 +354,8 @@ def start(
         return generation
     likeliest = None
     if options.speculate.likeliest:
-        likeliest = likeliest_tokens(network, params, hidden)
+        # Behind the prompts may stand pseudo tokens, from which nothing is drafted.
+        likeliest = likeliest_tokens(network, params, hidden[:, :length])
     begun = speculation.begin(
         *(options.speculate, tokens, lengths, generation.last),
         max_out=max_out,
@@ -371,8 +436,9 @@ def generate_tokens(
     max_new_tokens: jax.Array,
     *,
     options: Options,
-    slots: int,
+    slots: int | tuple[int, ...],
     max_out: int,
+    keep: jax.Array | None = None,
 ) -> Output:
     """Generate from token ids, in one traceable function: `start`, then `advance`.
 
@@ -388,6 +454,7 @@ def generate_tokens(
         options=options,
         slots=slots,
         max_out=max_out,
+        keep=keep,
     )
     end = advance(
         network, params, generation, max_new_tokens, stop_ids, options=options

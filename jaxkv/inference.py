@@ -7,6 +7,7 @@ options that differ, compile anew.
 
 import contextlib
 import dataclasses
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -23,6 +24,7 @@ from jaxkv.drafts import Drafter
 from jaxkv.generation import Options
 from jaxkv.kernels import decode as decode_kernels
 from jaxkv.kernels import prefill as prefill_kernels
+from jaxkv.kernels import window_scores
 from jaxkv.language_model import LanguageModel
 from jaxkv.policies import DecodePolicy, Full, PrefillPolicy
 from jaxkv.sampling import Greedy, Sampler
@@ -37,7 +39,7 @@ class Stats:
     Attributes:
       prompt_tokens: of each row.
       cache_bytes: of the whole cache, bookkeeping included.
-      slots: of each layer's state.
+      slots: of the layer with the largest state.
       compile_seconds: spent tracing and compiling; 0 once the shapes are known.
       prefill_seconds: until the first token, compilation not counted.
       decode_seconds: for all other tokens, compilation not counted.
@@ -93,7 +95,7 @@ def generate(
     prompts: Prompts,
     *,
     max_new_tokens: int = 64,
-    budget: int | None = None,
+    budget: int | Sequence[int] | None = None,
     compression_ratio: float | None = None,
     prefill: PrefillPolicy | None = None,
     decode: DecodePolicy | None = None,
@@ -107,18 +109,21 @@ def generate(
     block: int = 32,
     prefill_implementation: prefill_kernels.Implementation | None = None,
     decode_implementation: decode_kernels.Implementation | None = None,
+    scores_implementation: window_scores.Implementation | None = None,
 ) -> Completion:
     """Generate a continuation of each prompt.
 
     Args:
       lm: from `jaxkv.load`.
-      prompts: texts, or lists of token ids; they may differ in length. Each gets
-        exactly what it would get alone.
+      prompts: texts, or lists or arrays of token ids; they may differ in length. Each
+        gets exactly what it would get alone.
       max_new_tokens: longest output; changing it within a bucket compiles nothing.
       budget: tokens that each layer and head may keep: of the prompt, and of prompt
-        and output together if `decode` evicts. None keeps everything.
-      compression_ratio: another way to say it: the fraction of the longest prompt that
-        is removed.
+        and output together if `decode` evicts. None keeps everything. One number for
+        all prompts or, if `decode` does not evict, one for each. The cache is padded
+        to a bucket of the largest, so that similar budgets share a program.
+      compression_ratio: another way to say it: the fraction of each prompt that is
+        removed.
       prefill: eviction of the prompt; None is `Full()`.
       decode: eviction of the output; None is `Full()`.
       sampler: None is `Greedy()`.
@@ -133,6 +138,7 @@ def generate(
       block: see `on_tokens`.
       prefill_implementation: see `jaxkv.kernels.prefill`.
       decode_implementation: see `jaxkv.kernels.decode`.
+      scores_implementation: see `jaxkv.kernels.window_scores`.
 
     Returns:
       Text, tokens and what it cost.
@@ -143,7 +149,6 @@ def generate(
     """
     ids = encode(lm, prompts)
     options = Options(
-        budget=_budget(budget, compression_ratio, ids),
         prefill=Full() if prefill is None else prefill,
         decode=Full() if decode is None else decode,
         sampler=Greedy() if sampler is None else sampler,
@@ -151,13 +156,17 @@ def generate(
         accept=Exact() if accept is None else accept,
         prefill_implementation=prefill_implementation,
         decode_implementation=decode_implementation,
+        scores_implementation=scores_implementation,
     )
-    _check(lm, ids, max_new_tokens, options, block)
+    budgets = row_budgets(budget, compression_ratio, ids, evicts=options.decode.evicts)
+    _check(lm, ids, max_new_tokens, options, budgets, block)
     spans = _spans(pool, ids, options)
     lengths = np.array([len(row) for row in ids], np.int32)
     padded = bucket(int(lengths.max()))
     max_out = bucket(max_new_tokens)
-    slots = options.num_slots(padded, max_out)
+    options, slots, keep = _plan(
+        options, budgets, lengths, padded, max_out, lm.config.num_layers
+    )
     tokens = np.zeros((len(ids), padded), np.int32)
     for row, prompt in zip(tokens, ids, strict=True):
         row[: len(prompt)] = prompt
@@ -175,6 +184,7 @@ def generate(
             options=options,
             slots=slots,
             max_out=max_out,
+            keep=keep,
             pool=spans,
         )
         jax.block_until_ready(state.last)
@@ -218,7 +228,7 @@ def generate(
         stats=Stats(
             prompt_tokens=tuple(int(length) for length in lengths),
             cache_bytes=kv.num_bytes(state.cache),
-            slots=slots,
+            slots=max(slots),
             compile_seconds=sum(compiled),
             prefill_seconds=max(first - begin - compile_prefill, 0.0),
             decode_seconds=decode_seconds,
@@ -253,11 +263,13 @@ def encode(lm: LanguageModel, prompts: Prompts) -> list[list[int]]:
             if not prompt:
                 raise ValueError(f"generate: prompt {index} is empty.")
             row = lm.tokenizer(prompt)["input_ids"]
+        elif isinstance(prompt, np.ndarray):
+            row = prompt  # thousands of long prompts need not become lists
         else:
             row = [int(token) for token in prompt]
-        if not row:
+        if not len(row):
             raise ValueError(f"generate: prompt {index} has no tokens.")
-        if min(row) < 0 or max(row) >= lm.config.vocab_size:
+        if np.min(row) < 0 or np.max(row) >= lm.config.vocab_size:
             raise ValueError(
                 f"generate: prompt {index} has token ids outside "
                 f"[0, {lm.config.vocab_size})."
@@ -279,20 +291,74 @@ def row_keys(seed: int | Sequence[int], rows: int) -> jax.Array:
     return jnp.stack([jax.random.fold_in(jax.random.key(int(s)), 0) for s in seed])
 
 
-def _budget(
-    budget: int | None, compression_ratio: float | None, ids: list[list[int]]
-) -> int | None:
-    if compression_ratio is None:
-        return budget
-    if budget is not None:
-        raise ValueError("generate: pass budget= or compression_ratio=, not both.")
-    if not 0 <= compression_ratio < 1:
+def row_budgets(
+    budget: int | Sequence[int] | None,
+    compression_ratio: float | None,
+    ids: list[list[int]],
+    *,
+    evicts: bool,
+) -> tuple[int, ...] | None:
+    """Return the budget of each prompt, or None if everything is kept.
+
+    Args:
+      budget: see `generate`.
+      compression_ratio: see `generate`.
+      ids: the prompts.
+      evicts: whether the decode policy does.
+
+    Raises:
+      ValueError: both are given, or one that does not fit the prompts or the policy.
+    """
+    if compression_ratio is not None:
+        if budget is not None:
+            raise ValueError("generate: pass budget= or compression_ratio=, not both.")
+        if not 0 <= compression_ratio < 1:
+            raise ValueError(
+                "generate: compression_ratio is the fraction removed, in [0, 1); "
+                f"got {compression_ratio}."
+            )
+        if evicts:
+            raise ValueError(
+                "generate: compression_ratio is a fraction of each prompt, but the "
+                "decode policy evicts and needs one budget for prompt and output of "
+                "all rows; pass budget= (tokens) instead."
+            )
+        return tuple(max(1, round(len(row) * (1 - compression_ratio))) for row in ids)
+    if budget is None or isinstance(budget, int | np.integer):
+        return None if budget is None else (int(budget),) * len(ids)
+    budgets = tuple(int(one) for one in budget)
+    if len(budgets) != len(ids):
         raise ValueError(
-            "generate: compression_ratio is the fraction removed, in [0, 1); "
-            f"got {compression_ratio}."
+            f"generate: got {len(budgets)} budgets for {len(ids)} prompts; pass one or "
+            f"{len(ids)}."
         )
-    longest = max(len(row) for row in ids)
-    return max(1, round(longest * (1 - compression_ratio)))
+    if evicts and len(set(budgets)) > 1:
+        raise ValueError(
+            "generate: the decode policy evicts and needs the same budget for all "
+            f"rows, got {sorted(set(budgets))}; pass one number, or decode=Full()."
+        )
+    return budgets
+
+
+def _plan(
+    options: Options,
+    budgets: tuple[int, ...] | None,
+    lengths: np.ndarray,
+    padded: int,
+    max_out: int,
+    num_layers: int,
+) -> tuple[Options, tuple[int, ...], jax.Array | None]:
+    """Return options with their budget, the slots of each layer, and what rows keep."""
+    if budgets is None or options.decode.evicts:
+        budget = None if budgets is None else budgets[0]
+        options = dataclasses.replace(options, budget=budget)
+        return options, options.layer_slots(padded, max_out, num_layers), None
+    # The largest that shares a program with these; rows keep what they were given.
+    options = dataclasses.replace(options, budget=bucket(max(budgets)))
+    keep = np.array(budgets, np.int32)
+    keeps = options.prefill.layer_keeps(keep, lengths, num_layers)
+    slots = tuple(min(bucket(int(kept.max())), padded) + max_out for kept in keeps)
+    return options, slots, jnp.asarray(keep)
 
 
 def _spans(
@@ -320,6 +386,7 @@ def _check(
     ids: list[list[int]],
     max_new_tokens: int,
     options: Options,
+    budgets: tuple[int, ...] | None,
     block: int,
 ) -> None:
     if max_new_tokens < 1:
@@ -328,7 +395,8 @@ def _check(
         )
     if block < 1:
         raise ValueError(f"generate: block must be >= 1, got {block}.")
-    options.check()
+    for budget in {None} if budgets is None else set(budgets):
+        dataclasses.replace(options, budget=budget).check()
     if lm.config.vocab_size > np.iinfo(np.int32).max:
         raise ValueError(
             f"generate: {lm.name} has a vocabulary of {lm.config.vocab_size} tokens, "
@@ -341,15 +409,26 @@ def _check(
             f"{max_new_tokens} need {longest + max_new_tokens} positions, but "
             f"{lm.name} was made for {lm.config.max_positions}; shorten one of them."
         )
-    if options.budget is not None and isinstance(options.prefill, Full):
-        least = longest + options.decode.spare
-        if options.budget < least:
-            raise ValueError(
-                f"generate: the prompt has {longest} tokens and budget="
-                f"{options.budget}, but prefill=Full() keeps all of them; choose a "
-                "prefill policy that evicts, such as StreamingLLM(), or a budget of at "
-                f"least {least}."
-            )
+    if budgets is None:
+        return
+    prefill = options.prefill
+    if isinstance(prefill, Full):
+        for row, budget in zip(ids, budgets, strict=True):
+            least = len(row) + options.decode.spare
+            if budget < least:
+                raise ValueError(
+                    f"generate: the prompt has {len(row)} tokens and {budget=}, but "
+                    "prefill=Full() keeps all of them; choose a prefill policy that "
+                    f"evicts, such as StreamingLLM(), or a budget of at least {least}."
+                )
+    last = longest + prefill.offset + prefill.num_pseudo
+    if prefill.num_pseudo and last > lm.config.max_positions:
+        raise ValueError(
+            f"generate: a prompt of {longest} tokens and {prefill.num_pseudo} pseudo "
+            f"tokens of {type(prefill).__name__} at offset {prefill.offset} need "
+            f"{last} positions, but {lm.name} was made for {lm.config.max_positions}; "
+            "shorten the prompt, or lower offset or window_size."
+        )
 
 
 _COMPILING = (
@@ -363,9 +442,11 @@ _COMPILING = (
 def _compile_seconds() -> Iterator[list[float]]:
     """Collect the durations of tracing, lowering and compiling in the context."""
     seconds: list[float] = []
+    thread = threading.get_ident()
 
     def listen(event: str, duration: float, **_: Any) -> None:
-        if event in _COMPILING:
+        # Another thread may compile for a call of its own.
+        if event in _COMPILING and threading.get_ident() == thread:
             seconds.append(duration)
 
     jax.monitoring.register_event_duration_secs_listener(listen)

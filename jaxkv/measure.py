@@ -23,6 +23,7 @@ from jaxkv import state as kv
 from jaxkv.generation import Cache, Generation, Network, Options
 from jaxkv.inference import row_keys
 from jaxkv.models.decoder import Config, parameter_shapes
+from jaxkv.policies import DecodePolicy
 
 
 class Seconds(NamedTuple):
@@ -157,22 +158,33 @@ def full_cache(
     return tuple(layer(k) for k in jax.random.split(key, config.num_layers))
 
 
-def rewind(cache: Cache, *, steps: int, context: int, evicts: bool) -> Generation:
+def rewind(
+    cache: Cache, *, steps: int, context: int, policy: DecodePolicy
+) -> Generation:
     """Return a generation that is about to produce `steps` tokens from `context` on.
 
     Without eviction the new tokens go to the last `steps` slots. Random tokens lie
     there already, so that the first step reads as many slots as the last.
 
     Args:
-      cache: full; its buffers move into the result.
+      cache: its buffers move into the result, all slots occupied again.
       steps: size of the output buffer.
       context: position of the next token.
-      evicts: whether the policy chooses the slots itself.
+      policy: what decodes; it begins anew, its memory included.
     """
     batch, kv_heads, slots, _ = cache[0].keys.shape
-    first = 0 if evicts else slots - steps
+    first = 0 if policy.evicts else slots - steps
+    order = jnp.arange(slots, dtype=jnp.int32)
     cache = tuple(
-        dataclasses.replace(state, target=jnp.full((batch, kv_heads), first, jnp.int32))
+        policy.begin(
+            dataclasses.replace(
+                state,
+                positions=jnp.broadcast_to(order, state.positions.shape),
+                target=jnp.full((batch, kv_heads), first, jnp.int32),
+                memory=(),
+            ),
+            jnp.full(batch, min(context, slots), jnp.int32),
+        )
         for state in cache
     )
     return Generation(
@@ -238,7 +250,7 @@ def time_decode(
         dtype=params["embedding"].dtype,
         key=jax.random.key(1),
     )
-    where = dict(steps=steps, context=context, evicts=options.decode.evicts)
+    where = dict(steps=steps, context=context, policy=options.decode)
     state = rewind(cache, **where)
     until, stop_ids = jnp.int32(steps), jnp.array([-1], jnp.int32)
     program, seconds = compile_stage(

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxkv.acceptance import Conditional, Exact, FixedThreshold, TopK, Typical
+from jaxkv.dapq import LAQ, DapQ
 from jaxkv.decode_policies import (
     VATP,
     H2ODecode,
@@ -20,12 +21,23 @@ from jaxkv.decode_policies import (
     TOVADecode,
 )
 from jaxkv.drafts import Aligned, PromptLookup, Tree
+from jaxkv.expected_attention import ExpectedAttention
 from jaxkv.policies import Full, StreamingLLM
+from jaxkv.prompt_policies import H2O, TOVA, KNorm, PyramidKV, Random, SnapKV
 from jaxkv.rkv import RKV
 
 PREFILL: Mapping[str, type] = {
     "full": Full,
     "streaming-llm": StreamingLLM,
+    "dapq": DapQ,
+    "snapkv": SnapKV,
+    "pyramidkv": PyramidKV,
+    "h2o": H2O,
+    "tova": TOVA,
+    "knorm": KNorm,
+    "expected-attention": ExpectedAttention,
+    "laq": LAQ,
+    "random": Random,
 }
 DECODE: Mapping[str, type] = {
     "full": Full,
@@ -55,7 +67,8 @@ def parse(text: str, table: Mapping[str, type], *, flag: str) -> Any:
     """Make the method that a text such as `name:option=value,option=value` names.
 
     Args:
-      text: values are written as in JSON, strings without quotes.
+      text: values are written as in JSON, strings without quotes, and lists with
+        spaces instead of commas.
       table: names and their dataclasses.
       flag: what the text was given for, for the messages.
 
@@ -87,15 +100,20 @@ def parse(text: str, table: Mapping[str, type], *, flag: str) -> Any:
 
 def _read(text: str, hint: Any, what: str) -> Any:
     try:
-        value = json.loads(text)
+        # A comma would end the option.
+        value = json.loads(",".join(text.split()) if text[:1] == "[" else text)
     except ValueError:
         value = None if text.lower() == "none" else text
     for kind in _kinds(hint):
         if typing.get_origin(kind) is typing.Literal:
-            if value in typing.get_args(kind):
-                return value
+            if text in typing.get_args(kind):  # "none" is a choice of some
+                return text
         elif kind is float and type(value) is int:
             return float(value)
+        elif typing.get_origin(kind) is tuple:
+            inner = typing.get_args(kind)[0]
+            if isinstance(value, list) and all(type(x) is inner for x in value):
+                return tuple(value)
         elif type(value) is kind:
             return value
     raise ValueError(f"{what} takes {_words(hint)}, got {text!r}.")
@@ -111,6 +129,8 @@ def _words(hint: Any) -> str:
     for kind in _kinds(hint):
         if typing.get_origin(kind) is typing.Literal:
             words += map(str, typing.get_args(kind))
+        elif typing.get_origin(kind) is tuple:
+            words.append(f"a list such as [{typing.get_args(kind)[0].__name__} ...]")
         else:
             words.append("none" if kind is types.NoneType else kind.__name__)
     return " or ".join(words)

@@ -11,41 +11,136 @@ Axis letters: `B` batch, `K` key/value heads, `N` query heads, `S` slots, `P` pr
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 
 from jaxkv import state as kv
-from jaxkv.kernels import decode, tree
+from jaxkv.kernels import decode, tree, window_scores
 from jaxkv.state import KVState
 from jaxkv.trees import DraftTree, Pending
+
+# What a policy may ask for before a prefill: `draft(policy, steps)` are the tokens,
+# int32 `[B, steps]`, that greedy decoding gives from a prompt evicted by `policy`.
+Draft = Callable[["PrefillPolicy", int], jax.Array]
 
 
 class Prompt(NamedTuple):
     """One layer's view of the prompt, right after its attention.
 
+    Token `t` of a row stands at index `t`: first the `lengths[b]` tokens of the prompt,
+    then `num_pseudo` pseudo tokens if the policy asked for them, then padding.
+
     Attributes:
-      queries: `[B, P, N, H]`, rotated.
-      keys: `[B, K, P, H]`, rotated, right-padded.
-      values: `[B, K, P, H]`.
-      lengths: int32 `[B]`, tokens of each prompt; the rest is padding.
+      queries: `[B, T, N, H]`, rotated.
+      keys: `[B, T, K, H]`, rotated.
+      values: `[B, T, K, H]`.
+      lengths: int32 `[B]`, tokens of each prompt.
+      keep: int32 `[B]`, tokens that each row may keep in this layer.
+      frequencies: float32 `[H / 2]`, of the rotation.
+      scale: of the attention's logits, static.
+      implementation: of `window_scores`, static.
     """
 
     queries: jax.Array
     keys: jax.Array
     values: jax.Array
     lengths: jax.Array
+    keep: jax.Array
+    frequencies: jax.Array
+    scale: float
+    implementation: window_scores.Implementation | None = None
 
 
 class PrefillPolicy(Protocol):
-    """Chooses what of a prompt enters the cache."""
+    """Chooses what of a prompt enters the cache.
+
+    `WholePrompt` has the usual answers to all but `check` and `compress`.
+
+    Attributes:
+      num_pseudo: pseudo tokens that stand after each prompt while it is scored. They
+        never enter the cache, and no token of the prompt sees them.
+      offset: how far behind the prompt's end the first of them stands, in positions.
+      same_budgets: whether all layers keep equally many tokens.
+    """
+
+    num_pseudo: int
+    offset: int
+    same_budgets: bool
 
     def check(self, budget: int) -> None:
         """Raise ValueError if this policy cannot work with `budget` slots."""
 
+    def pseudo_tokens(
+        self, tokens: jax.Array, lengths: jax.Array, *, vocab_size: int, draft: Draft
+    ) -> jax.Array:
+        """Return the pseudo tokens of each row, int32 `[B, num_pseudo]`.
+
+        Args:
+          tokens: int32 `[B, P]`, right-padded.
+          lengths: int32 `[B]`.
+          vocab_size: of the network.
+          draft: generates from the network; see `Draft`.
+        """
+
+    def heads(self, num_heads: int, num_kv_heads: int) -> int:
+        """Return the heads of the state: KV heads, or query heads (an analysis)."""
+
+    def layer_budgets(self, budget: int, num_layers: int) -> tuple[int, ...]:
+        """Return the most tokens each layer keeps of any prompt at `budget` or less."""
+
+    def layer_keeps(
+        self, keep: jax.Array, lengths: jax.Array, num_layers: int
+    ) -> tuple[jax.Array, ...]:
+        """Return how many tokens each layer keeps of each row, int32 `[B]` each.
+
+        Args:
+          keep: int32 `[B]`, budget of each row.
+          lengths: int32 `[B]`.
+          num_layers: of the network.
+        """
+
     def compress(self, prompt: Prompt, state: KVState, *, budget: int) -> KVState:
-        """Fill the empty `state` with at most `budget` tokens of `prompt`."""
+        """Fill the empty `state` with tokens of `prompt`.
+
+        Args:
+          prompt: the layer's.
+          state: with at least `budget` slots.
+          budget: static, at least every entry of `prompt.keep`.
+
+        Returns:
+          The state, with at most `prompt.keep` occupied slots per head. A row that
+          fits is kept whole, in order.
+        """
+
+
+class WholePrompt:
+    """The usual answers of a prefill policy: no pseudo tokens, one budget for all."""
+
+    num_pseudo = 0
+    offset = 0
+    same_budgets = True
+
+    def pseudo_tokens(self, tokens, lengths, *, vocab_size, draft) -> jax.Array:
+        """Return no tokens."""
+        del lengths, vocab_size, draft
+        return tokens[:, :0]
+
+    def heads(self, num_heads: int, num_kv_heads: int) -> int:
+        """Return the KV heads."""
+        del num_heads
+        return num_kv_heads
+
+    def layer_budgets(self, budget: int, num_layers: int) -> tuple[int, ...]:
+        """Return the same budget for each layer."""
+        return (budget,) * num_layers
+
+    def layer_keeps(self, keep, lengths, num_layers) -> tuple[jax.Array, ...]:
+        """Return the same numbers for each layer."""
+        del lengths
+        return (keep,) * num_layers
 
 
 class DecodePolicy(Protocol):
@@ -216,40 +311,33 @@ def attend_and_write(
 def keep_top(
     prompt: Prompt, scores: jax.Array, state: KVState, *, budget: int
 ) -> KVState:
-    """Keep each head's `budget` best tokens, shared by all scoring policies.
+    """Keep each head's best tokens, shared by all scoring policies.
 
     Args:
-      prompt: the layer's prompt.
-      scores: float32 `[B, K, P]`; what padding scores does not matter.
+      prompt: the layer's prompt; `prompt.keep` says how many tokens of each row.
+      scores: float32 `[B, heads of the state, L]` for the first `L` indices of the
+        prompt, all of its real tokens among them; what others score does not matter.
       state: empty.
-      budget: tokens to keep; a prompt that fits is kept whole, in order.
+      budget: static bound of `prompt.keep`.
 
     Returns:
-      The filled state. Ties are broken in favour of the earlier token.
+      The filled state, its tokens in the order of their positions, so that a row that
+      fits lies as it would in a full cache. Ties favour the earlier token.
     """
-    length = prompt.keys.shape[2]
-    if budget >= length:
-        return kv.fill(state, prompt.keys, prompt.values, prompt.lengths)
-    whole = kv.fill(
-        kv.init(
-            batch=prompt.keys.shape[0],
-            kv_heads=prompt.keys.shape[1],
-            slots=length,
-            head_dim=prompt.keys.shape[3],
-            dtype=prompt.keys.dtype,
-        ),
-        prompt.keys,
-        prompt.values,
-        prompt.lengths,
-    )
-    scores = jnp.where(kv.occupied(whole), scores, -jnp.inf)
-    _, best = jax.lax.top_k(scores, budget)
-    # In order of position, so that a row that fits lies as it would in a full cache.
-    return kv.gather(state, whole, jnp.sort(best, axis=-1))
+    length = scores.shape[-1]
+    real = jnp.arange(length) < prompt.lengths[:, None]
+    scores = jnp.where(real[:, None], scores, -jnp.inf)
+    _, best = jax.lax.top_k(scores, min(budget, length, state.slots))
+    rank = jnp.arange(best.shape[-1])
+    most = jnp.minimum(prompt.keep, prompt.lengths)[:, None, None]
+    # The sentinel sorts behind every token.
+    best = jnp.sort(jnp.where(rank < most, best, length), axis=-1)
+    best = jnp.where(best < length, best, kv.FREE).astype(jnp.int32)
+    return kv.gather(state, prompt.keys, prompt.values, best)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Full:
+class Full(WholePrompt):
     """Keep everything: the ordinary cache, and the oracle for all other policies."""
 
     evicts = False
@@ -308,7 +396,7 @@ class Full:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class StreamingLLM:
+class StreamingLLM(WholePrompt):
     """Keep the first tokens (attention sinks) and the most recent ones.
 
     Xiao et al., "Efficient Streaming Language Models with Attention Sinks"
@@ -336,8 +424,8 @@ class StreamingLLM:
             )
 
     def compress(self, prompt: Prompt, state: KVState, *, budget: int) -> KVState:
-        """Keep the sinks and the last `budget - n_sink` tokens of the prompt."""
-        batch, kv_heads, length, _ = prompt.keys.shape
+        """Keep the sinks and the last `keep - n_sink` tokens of each row."""
+        batch, length, kv_heads, _ = prompt.keys.shape
         order = jnp.arange(length, dtype=jnp.float32)
         scores = jnp.where(order < self.n_sink, jnp.inf, order)
         scores = jnp.broadcast_to(scores, (batch, kv_heads, length))

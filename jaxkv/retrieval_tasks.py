@@ -102,13 +102,18 @@ def _noise(budget: int, count_tokens: CountTokens, first: int) -> list[str]:
 
 
 def _hide(
-    rng: np.random.Generator, needles: Sequence[str], noise: Sequence[str]
+    rng: np.random.Generator,
+    needles: Sequence[str],
+    noise: Sequence[str],
+    depth: float | None = None,
 ) -> str:
     """Puts needles, in their order, on lines of their own between noise sentences.
 
-    Each needle's depth is uniform over the gaps between sentences.
+    Each needle's depth is uniform over the gaps between sentences, unless it is given.
     """
     gaps = np.sort(rng.integers(0, len(noise) + 1, size=len(needles))).tolist()
+    if depth is not None:
+        gaps = [round(depth * len(noise))] * len(needles)
     lines: list[str] = []
     start = 0
     for needle, gap in zip(needles, gaps, strict=True):
@@ -185,6 +190,7 @@ def _niah(
     values: int = 1,
     distractors: int = 0,
     needles_only: bool = False,
+    depth: float | None = None,
 ) -> Sample:
     """Draws a needle-in-a-haystack sample.
 
@@ -201,6 +207,7 @@ def _niah(
       values: Values a key has.
       distractors: Needles nobody asks for.
       needles_only: Fill the haystack with distractors instead of noise.
+      depth: Place of the needles in the noise, from 0 to 1; by default drawn.
     """
     # Pseudo-words among the training keys teach copying, not a vocabulary.
     invented = split == "train" and rng.random() < 0.5
@@ -278,7 +285,7 @@ def _niah(
     if needles_only:
         haystack = "\n".join(needles)
     else:
-        haystack = _hide(rng, needles, _noise(left, count_tokens, first))
+        haystack = _hide(rng, needles, _noise(left, count_tokens, first), depth)
     return assemble(task, head + haystack, [ask.exchange for ask in asks], count_tokens)
 
 

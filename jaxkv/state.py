@@ -81,59 +81,62 @@ def fill(
 
     Args:
       state: empty, with room for the longest prompt; padding may exceed the slots.
-      keys: `[B, K, P, H]`, right-padded.
-      values: `[B, K, P, H]`.
+      keys: `[B, P, K, H]`, right-padded.
+      values: `[B, P, K, H]`.
       lengths: int32 `[B]`, prompt lengths; padding stays free.
 
     Returns:
       The state, with `target` at each row's first free slot.
     """
-    keys, values = keys[:, :, : state.slots], values[:, :, : state.slots]
+    keys, values = (x[:, : state.slots].swapaxes(1, 2) for x in (keys, values))
     batch, kv_heads, length, _ = keys.shape
     order = jnp.arange(length, dtype=jnp.int32)
     positions = jnp.where(order < lengths[:, None], order, FREE)[:, None]
-    start = (0, 0, 0, 0)
+    positions = jnp.broadcast_to(positions, (batch, kv_heads, length))
+    filled = _put(state, keys, values, positions)
+    target = jnp.minimum(lengths, state.slots - 1)[:, None]
     return dataclasses.replace(
-        state,
-        keys=jax.lax.dynamic_update_slice(state.keys, keys, start),
-        values=jax.lax.dynamic_update_slice(state.values, values, start),
-        positions=jax.lax.dynamic_update_slice(
-            state.positions,
-            jnp.broadcast_to(positions, (batch, kv_heads, length)),
-            start[:3],
-        ),
-        target=jnp.broadcast_to(
-            jnp.minimum(lengths, state.slots - 1)[:, None], (batch, kv_heads)
-        ).astype(jnp.int32),
+        filled, target=jnp.broadcast_to(target, state.target.shape).astype(jnp.int32)
     )
 
 
-def gather(state: KVState, kept: KVState, indices: jax.Array) -> KVState:
-    """Copy the tokens that an eviction keeps into the first slots of another state.
+def gather(
+    state: KVState, keys: jax.Array, values: jax.Array, positions: jax.Array
+) -> KVState:
+    """Copy the tokens that an eviction keeps into the first slots of an empty state.
 
     Args:
-      state: empty, with at least `M` slots; it gives the result its shape.
-      kept: where the tokens come from.
-      indices: int32 `[B, K, M]`, slots of `kept`, all different for one head; free
-        slots among them stay free.
+      state: empty, with at least `M` slots. It may hold several heads for each one of
+        `keys`: one per query head, say.
+      keys: `[B, P, K, H]` of the prompt, token `p` at position `p`.
+      values: `[B, P, K, H]`.
+      positions: int32 `[B, heads of the state, M]`, what to keep, all different for one
+        head; `FREE` leaves a slot free.
 
     Returns:
       The state, with `target` at each head's first free slot.
     """
-    chosen = indices[..., None]
-    positions = jnp.take_along_axis(kept.positions, indices, axis=2)
-    start = (0, 0, 0, 0)
-    filled = dataclasses.replace(
-        state,
-        keys=jax.lax.dynamic_update_slice(
-            state.keys, jnp.take_along_axis(kept.keys, chosen, axis=2), start
-        ),
-        values=jax.lax.dynamic_update_slice(
-            state.values, jnp.take_along_axis(kept.values, chosen, axis=2), start
-        ),
-        positions=jax.lax.dynamic_update_slice(state.positions, positions, start[:3]),
+    batch, heads, _ = positions.shape
+    # Straight from the layout of the projection, so that no whole prompt is transposed.
+    where = (
+        jnp.arange(batch)[:, None, None],
+        jnp.maximum(positions, 0),
+        (jnp.arange(heads) // (heads // keys.shape[2]))[:, None],
     )
+    filled = _put(state, keys[where], values[where], positions)
     return dataclasses.replace(filled, target=first_free(filled))
+
+
+def _put(state, keys, values, positions):
+    """Overwrite the first slots; `target` stays as it is."""
+    start = (0, 0, 0, 0)
+    update = jax.lax.dynamic_update_slice
+    return dataclasses.replace(
+        state,
+        keys=update(state.keys, keys.astype(state.keys.dtype), start),
+        values=update(state.values, values.astype(state.values.dtype), start),
+        positions=update(state.positions, positions, start[:3]),
+    )
 
 
 def first_free(state: KVState) -> jax.Array:

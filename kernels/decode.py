@@ -3,15 +3,19 @@
 Axis letters: `B` batch, `N` query heads, `K` key/value heads, `S` slots, `H` head size.
 """
 
+import functools
 from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 
 from jaxkv.kernels.outputs import DecodeOutput
+from jaxkv.kernels.per_shard import per_shard
 from jaxkv.kernels.shapes import check_groups, check_shape
 
 Implementation = Literal["reference", "xla", "triton", "pallas_tpu"]
+
+_CACHE = ("B K S H", "B K S H", "B K S")
 
 
 def decode_attention(
@@ -41,8 +45,8 @@ def decode_attention(
         nothing and whose output is finite but means nothing.
       scale: factor on the logits.
       implementation: "reference" (float32), "xla" (anywhere), "triton" (NVIDIA, through
-        jax-triton), or None for the best one that can run; `choose` says which.
-        "pallas_tpu" is of `longflow_attention` alone.
+        jax-triton), "pallas_tpu" (TPU), or None for the best one that can run; `choose`
+        says which.
 
     Returns:
       The output and the updated cache.
@@ -65,45 +69,90 @@ def decode_attention(
     )
     check_groups(where, sizes["N"], sizes["K"])
     if implementation is None:
-        implementation = choose(jax.default_backend())
-    arguments = (query, key, value, keys, values, positions, target, position)
+        implementation = choose(jax.default_backend(), query, keys)
     match implementation:
         case "reference":
-            return _reference(*arguments, scale)
+            run = _reference
         case "xla":
-            return _xla(*arguments, scale)
+            run = _xla
         case "triton":
             reason = triton_unavailable()
             if reason:
                 raise NotImplementedError(f'{where}: implementation="triton" {reason}')
-            from jaxkv.kernels.decode_triton import decode_attention_triton
-
-            return decode_attention_triton(*arguments, scale=scale)
+            from jaxkv.kernels.decode_triton import decode_attention_triton as run
         case "pallas_tpu":
-            raise NotImplementedError(
-                f'{where}: implementation="pallas_tpu" exists for longflow_attention '
-                'only; use "xla" or None.'
+            reason = tpu_unavailable()
+            if reason:
+                raise NotImplementedError(
+                    f'{where}: implementation="pallas_tpu" {reason}'
+                )
+            from jaxkv.kernels.decode_tpu import decode_attention_tpu as run
+        case _:
+            raise ValueError(
+                f"{where}: unknown {implementation=}; choose one of "
+                f"{', '.join(get_args(Implementation))} or None."
             )
-    raise ValueError(
-        f"{where}: unknown {implementation=}; choose one of "
-        f"{', '.join(get_args(Implementation))} or None."
+    run = per_shard(
+        functools.partial(run, scale=scale),
+        ("B N H", "B K H", "B K H", *_CACHE, "B K", "B"),
+        ("B N H", *_CACHE),
+    )
+    return DecodeOutput(
+        *run(query, key, value, keys, values, positions, target, position)
     )
 
 
-def choose(platform: str) -> Implementation:
-    """Return the implementation that `None` stands for."""
-    return "triton" if platform == "gpu" and not triton_unavailable() else "xla"
+def choose(platform: str, query=None, keys=None) -> Implementation:
+    """Return the implementation that `None` stands for.
+
+    Args:
+      platform: of the device, as `jax.default_backend()` names it.
+      query: `[B, N, H]`, or a `jax.ShapeDtypeStruct`.
+      keys: `[B, K, S, H]`, likewise; without the two, those that every kernel takes.
+    """
+    if platform == "gpu" and not triton_unavailable():
+        return "triton"
+    if platform == "tpu":
+        from jaxkv.kernels.attend_tpu import unsupported
+
+        if query is None or not unsupported(query, keys):
+            return "pallas_tpu"
+    return "xla"
 
 
 def triton_unavailable() -> str:
     """Return why the Triton version cannot run here, or an empty string."""
     if jax.default_backend() != "gpu":
         return f"needs an NVIDIA GPU, but JAX runs on {jax.default_backend()}."
+    device = jax.local_devices()[0]
+    capability = str(getattr(device, "compute_capability", "unknown"))
+    major = capability.partition(".")[0]  # AMD's are names such as gfx942
+    if not major.isdecimal() or int(major) < 8:
+        return (
+            "needs an NVIDIA GPU of compute capability 8.0 or above, but "
+            f"{device.device_kind} has {capability}."
+        )
     try:
         import jax_triton  # noqa: F401
     except ImportError as error:
         return f"needs jax-triton ({error}); pip install 'jaxkv[cuda13]'."
     return ""
+
+
+def tpu_unavailable() -> str:
+    """Return why the Pallas versions cannot run here, or an empty string.
+
+    Under a mesh of TPU devices they can, wherever JAX itself runs: that is how a
+    program is compiled for TPUs on a machine that has none.
+    """
+    from jax.experimental.pallas import tpu
+
+    if tpu.is_tpu_device():
+        return ""
+    return (
+        f"needs a TPU, but JAX runs on {jax.default_backend()}, and no mesh of TPU "
+        "devices is set (jax.set_mesh)."
+    )
 
 
 def write(
@@ -237,14 +286,14 @@ def attend_exactly(
     return out, weights, v
 
 
-def _reference(query, key, value, keys, values, positions, target, position, scale):
+def _reference(query, key, value, keys, values, positions, target, position, *, scale):
     """Everything in float32 and highest precision: the definition of the operation."""
     cache = write(key, value, keys, values, positions, target, position)
     out, _, _ = attend_exactly(query, *cache, scale)
     return DecodeOutput(out.astype(query.dtype), *cache)
 
 
-def _xla(query, key, value, keys, values, positions, target, position, scale):
+def _xla(query, key, value, keys, values, positions, target, position, *, scale):
     """Two contractions per key/value head, accumulated in float32."""
     keys, values, positions = write(
         key, value, keys, values, positions, target, position

@@ -56,8 +56,8 @@ def choose_tiles(
     least where the slots allow it, for the last wave of programs to be short.
     """
     itemsize = jnp.dtype(dtype).itemsize
-    row_bytes = _next_power_of_2(head_dim) * itemsize
-    block = max(16, min(128, 16384 // row_bytes, _next_power_of_2(slots)))
+    row_bytes = next_power_of_2(head_dim) * itemsize
+    block = max(16, min(128, 16384 // row_bytes, next_power_of_2(slots)))
     rows = batch * kv_heads
     num_tiles = -(-slots // block)
     splits = max(1, min(max(2, 2 * num_sms // rows), num_tiles // 3))
@@ -106,11 +106,11 @@ def decode_attention_triton(
     batch, kv_heads, slots, head_dim = keys.shape
     heads = query.shape[1]
     tiles = tiles or choose_tiles(
-        batch, kv_heads, slots, head_dim, keys.dtype, _num_processors()
+        batch, kv_heads, slots, head_dim, keys.dtype, num_processors()
     )
     part_dtype = query.dtype if tiles.splits == 1 else jnp.float32
     aliased = body.attend_split if _has_out_type() else body.attend_split_aliased
-    out, statistic, keys, values, positions = _call(
+    out, statistic, keys, values, positions = call(
         aliased,
         (query, key, value, keys, values, positions, target, position),
         (
@@ -129,7 +129,7 @@ def decode_attention_triton(
     if tiles.splits == 1:
         return DecodeOutput(out.reshape(query.shape), keys, values, positions)
     constants = combine_constants(head_dim, tiles)
-    (out,) = _call(
+    (out,) = call(
         body.combine_splits,
         (out, statistic),
         (jax.ShapeDtypeStruct(query.shape, query.dtype),),
@@ -161,8 +161,8 @@ def attend_constants(
         HEAD_DIM=head_dim,
         SPLITS=tiles.splits,
         BLOCK=tiles.block,
-        GROUP_PAD=max(16, _next_power_of_2(group)),
-        HEAD_PAD=_next_power_of_2(head_dim),
+        GROUP_PAD=max(16, next_power_of_2(group)),
+        HEAD_PAD=next_power_of_2(head_dim),
         PRECISION="ieee" if jnp.dtype(dtype) == jnp.float32 else "tf32",
     )
 
@@ -172,12 +172,12 @@ def combine_constants(head_dim: int, tiles: Tiles) -> dict[str, Any]:
     return dict(
         HEAD_DIM=head_dim,
         SPLITS=tiles.splits,
-        SPLITS_PAD=_next_power_of_2(tiles.splits),
-        HEAD_PAD=_next_power_of_2(head_dim),
+        SPLITS_PAD=next_power_of_2(tiles.splits),
+        HEAD_PAD=next_power_of_2(head_dim),
     )
 
 
-def _call(kernel, arrays, out_types, *, aliases, grid, **options):
+def call(kernel, arrays, out_types, *, aliases, grid, **options):
     """Launch through jax-triton, whichever side of its version 0.4."""
     import jax_triton
 
@@ -209,10 +209,11 @@ def _has_out_type() -> bool:
     return "out_type" in inspect.signature(jax_triton.triton_call).parameters
 
 
-def _num_processors() -> int:
+def num_processors() -> int:
     """Return the number of streaming multiprocessors of the default GPU."""
     return getattr(jax.local_devices()[0], "core_count", 132)
 
 
-def _next_power_of_2(number: int) -> int:
+def next_power_of_2(number: int) -> int:
+    """Return the least power of two that is not below `number`, which is positive."""
     return 1 << (number - 1).bit_length()

@@ -31,6 +31,140 @@ _LOWEST = tl.constexpr(-1e30)
 
 
 @triton.jit
+def head_offsets(
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    GROUP_PAD: tl.constexpr,
+    HEAD_PAD: tl.constexpr,
+):
+    """Return where the group's query heads lie, and which of it is not padding."""
+    heads = tl.arange(0, GROUP_PAD)
+    columns = tl.arange(0, HEAD_PAD)
+    real = (heads < GROUP)[:, None] & (columns < HEAD_DIM)[None, :]
+    return heads[:, None] * HEAD_DIM + columns[None, :], real
+
+
+@triton.jit
+def store_token(
+    keys_ptr,
+    values_ptr,
+    positions_ptr,
+    k_new,  # [H]
+    v_new,  # [H]
+    position,
+    target,
+    is_mine,
+    HEAD_DIM: tl.constexpr,
+    HEAD_PAD: tl.constexpr,
+):
+    """Write the new token into its slot of one row, if it is this program's to do."""
+    columns = tl.arange(0, HEAD_PAD)
+    offsets = target.to(tl.int64) * HEAD_DIM + columns
+    # As `(columns < HEAD_DIM) & is_mine`, of which the interpreter makes no mask.
+    real = columns < tl.where(is_mine, HEAD_DIM, 0)
+    tl.store(keys_ptr + offsets, k_new, real)
+    tl.store(values_ptr + offsets, v_new, real)
+    tl.store(positions_ptr + target, position, is_mine)
+
+
+@triton.jit
+def start_softmax(new_logit, v_new, takes_new):
+    """Return maximum, total and accumulator of the new token alone, or of nothing."""
+    maximum = tl.where(takes_new, new_logit, _LOWEST)  # [G]
+    total = tl.where(takes_new, 1.0, 0.0) + tl.zeros_like(new_logit)
+    acc = tl.zeros([new_logit.shape[0], v_new.shape[0]], tl.float32)
+    acc += tl.where(takes_new, v_new.to(tl.float32), 0.0)[None, :]
+    return maximum, total, acc
+
+
+@triton.jit
+def attend_tile(
+    q,  # [G, H]
+    keys_ptr,
+    values_ptr,
+    slots,  # [S]
+    occupied,  # [S]
+    maximum,  # [G]
+    total,  # [G]
+    acc,  # [G, H]
+    SCALE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEAD_PAD: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Return the tile's logits and values, and the softmax with the tile added."""
+    columns = tl.arange(0, HEAD_PAD)
+    # Not reading free slots saves their bytes and keeps their NaN out of both
+    # products: 0 x NaN is NaN, so masking the weights would not be enough.
+    real = occupied[:, None] & (columns < HEAD_DIM)[None, :]
+    offsets = slots[:, None] * HEAD_DIM + columns[None, :]
+    k = tl.load(keys_ptr + offsets, real, other=0.0)  # [S, H]
+    logits = SCALE * tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    logits = tl.where(occupied[None, :], logits, float("-inf"))  # [G, S]
+
+    new_maximum = tl.maximum(maximum, tl.max(logits, 1))
+    weights = tl.exp2(logits - new_maximum[:, None])
+    rescale = tl.exp2(maximum - new_maximum)
+    total = total * rescale + tl.sum(weights, 1)
+    v = tl.load(values_ptr + offsets, real, other=0.0)  # [S, H]
+    acc = tl.dot(
+        weights.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION
+    )
+    return logits, v, new_maximum, total, acc
+
+
+@triton.jit
+def store_part(
+    out_ptr,
+    statistic_ptr,
+    split_row,
+    maximum,
+    total,
+    acc,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    GROUP_PAD: tl.constexpr,
+    HEAD_PAD: tl.constexpr,
+):
+    """Store the normalised output of one split and the logarithm of its sum."""
+    offsets, real = head_offsets(GROUP, HEAD_DIM, GROUP_PAD, HEAD_PAD)
+    heads = tl.arange(0, GROUP_PAD)
+    # A split without an occupied slot has total 0; all others have at least 1.
+    total = tl.maximum(total, 1e-30)
+    out = (acc / total[:, None]).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + split_row * (GROUP * HEAD_DIM) + offsets, out, real)
+    statistic = maximum + tl.log2(total)
+    tl.store(statistic_ptr + split_row * GROUP + heads, statistic, heads < GROUP)
+
+
+@triton.jit
+def combine_head(
+    parts_ptr,  # [SPLITS, B, N, H]
+    statistic_ptr,  # [SPLITS, B, N]
+    out_ptr,  # [B, N, H]
+    row,
+    num_rows,
+    HEAD_DIM: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SPLITS_PAD: tl.constexpr,
+    HEAD_PAD: tl.constexpr,
+):
+    """Weigh the splits of one query head by their share of the softmax and add them."""
+    splits = tl.arange(0, SPLITS_PAD)
+    columns = tl.arange(0, HEAD_PAD)
+    rows = splits * num_rows + row
+    statistic = tl.load(statistic_ptr + rows, splits < SPLITS, other=float("-inf"))
+    real = (splits < SPLITS)[:, None] & (columns < HEAD_DIM)[None, :]
+    parts = tl.load(
+        parts_ptr + rows[:, None] * HEAD_DIM + columns[None, :], real, other=0.0
+    )
+    weights = tl.exp2(statistic - tl.max(statistic, 0))  # [SPLITS], none of them NaN
+    out = tl.sum(weights[:, None] * parts, 0) / tl.sum(weights, 0)
+    out = out.to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + row * HEAD_DIM + columns, out, columns < HEAD_DIM)
+
+
+@triton.jit
 def attend_split(
     # Inputs; the cache (keys, values, positions) is also written, in place.
     query_ptr,  # [B, K, G, H]
@@ -65,32 +199,24 @@ def attend_split(
     values_ptr += row * (SLOTS * HEAD_DIM)
     positions_ptr += row * SLOTS
 
-    heads = tl.arange(0, GROUP_PAD)  # [G]
     columns = tl.arange(0, HEAD_PAD)  # [H]
-    column_real = columns < HEAD_DIM
-    query_real = (heads < GROUP)[:, None] & column_real[None, :]
-    query_offsets = heads[:, None] * HEAD_DIM + columns[None, :]
+    query_offsets, query_real = head_offsets(GROUP, HEAD_DIM, GROUP_PAD, HEAD_PAD)
     q = tl.load(
         query_ptr + row * (GROUP * HEAD_DIM) + query_offsets, query_real, other=0.0
     )
-    k_new = tl.load(key_ptr + row * HEAD_DIM + columns, column_real, other=0.0)
-    v_new = tl.load(value_ptr + row * HEAD_DIM + columns, column_real, other=0.0)
+    k_new = tl.load(key_ptr + row * HEAD_DIM + columns, columns < HEAD_DIM, other=0.0)
+    v_new = tl.load(value_ptr + row * HEAD_DIM + columns, columns < HEAD_DIM, other=0.0)
     position = tl.load(position_ptr + row // KV_HEADS)
     # A finished row has no target: no slot is masked, nothing is taken or stored.
     unfinished = position >= 0
     target = tl.where(unfinished, tl.load(target_ptr + row), -1)
     takes_new = unfinished & (split == 0)
-
-    new_offsets = target.to(tl.int64) * HEAD_DIM + columns
-    tl.store(keys_ptr + new_offsets, k_new, column_real & takes_new)
-    tl.store(values_ptr + new_offsets, v_new, column_real & takes_new)
-    tl.store(positions_ptr + target, position, takes_new)
-
+    store_token(
+        *(keys_ptr, values_ptr, positions_ptr, k_new, v_new, position, target),
+        *(takes_new, HEAD_DIM, HEAD_PAD),
+    )
     new_logit = SCALE * tl.sum(q.to(tl.float32) * k_new.to(tl.float32)[None, :], 1)
-    maximum = tl.where(takes_new, new_logit, _LOWEST)  # [G]
-    total = tl.where(takes_new, 1.0, 0.0) + tl.zeros([GROUP_PAD], tl.float32)
-    acc = tl.zeros([GROUP_PAD, HEAD_PAD], tl.float32)
-    acc += tl.where(takes_new, v_new.to(tl.float32), 0.0)[None, :]
+    maximum, total, acc = start_softmax(new_logit, v_new, takes_new)
 
     # A tile's positions are read one step ahead, for then the copies of its keys and
     # values, which wait for them, still go into the pipeline at full depth.
@@ -106,31 +232,15 @@ def attend_split(
             positions_ptr + next_slots, next_slots < SLOTS, other=-1
         )
         occupied &= slots != target
-        # Not reading free slots saves their bytes and keeps their NaN out of both
-        # products: 0 x NaN is NaN, so masking the weights would not be enough.
-        real = occupied[:, None] & column_real[None, :]
-        offsets = slots[:, None] * HEAD_DIM + columns[None, :]
-        k = tl.load(keys_ptr + offsets, real, other=0.0)  # [S, H]
-        logits = SCALE * tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        logits = tl.where(occupied[None, :], logits, float("-inf"))  # [G, S]
-
-        new_maximum = tl.maximum(maximum, tl.max(logits, 1))
-        weights = tl.exp2(logits - new_maximum[:, None])
-        rescale = tl.exp2(maximum - new_maximum)
-        total = total * rescale + tl.sum(weights, 1)
-        v = tl.load(values_ptr + offsets, real, other=0.0)  # [S, H]
-        acc = tl.dot(
-            weights.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION
+        _, _, maximum, total, acc = attend_tile(
+            *(q, keys_ptr, values_ptr, slots, occupied, maximum, total, acc),
+            *(SCALE, HEAD_DIM, HEAD_PAD, PRECISION),
         )
-        maximum = new_maximum
 
-    # A split without an occupied slot has total 0; all others have at least 1.
-    total = tl.maximum(total, 1e-30)
-    split_row = split * num_rows + row
-    out = (acc / total[:, None]).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + split_row * (GROUP * HEAD_DIM) + query_offsets, out, query_real)
-    statistic = maximum + tl.log2(total)
-    tl.store(statistic_ptr + split_row * GROUP + heads, statistic, heads < GROUP)
+    store_part(
+        *(out_ptr, statistic_ptr, split * num_rows + row, maximum, total, acc),
+        *(GROUP, HEAD_DIM, GROUP_PAD, HEAD_PAD),
+    )
 
 
 @triton.jit
@@ -194,18 +304,9 @@ def combine_splits(
     SPLITS_PAD: tl.constexpr,
     HEAD_PAD: tl.constexpr,
 ):
-    """Weigh the splits of one query head by their share of the softmax and add them."""
-    row = tl.program_id(0).to(tl.int64)
-    num_rows = tl.num_programs(0)
-    splits = tl.arange(0, SPLITS_PAD)
-    columns = tl.arange(0, HEAD_PAD)
-    rows = splits * num_rows + row
-    statistic = tl.load(statistic_ptr + rows, splits < SPLITS, other=float("-inf"))
-    real = (splits < SPLITS)[:, None] & (columns < HEAD_DIM)[None, :]
-    parts = tl.load(
-        parts_ptr + rows[:, None] * HEAD_DIM + columns[None, :], real, other=0.0
+    """Join the splits of one query head."""
+    combine_head(
+        *(parts_ptr, statistic_ptr, out_ptr),
+        *(tl.program_id(0).to(tl.int64), tl.num_programs(0)),
+        *(HEAD_DIM, SPLITS, SPLITS_PAD, HEAD_PAD),
     )
-    weights = tl.exp2(statistic - tl.max(statistic, 0))  # [SPLITS], none of them NaN
-    out = tl.sum(weights[:, None] * parts, 0) / tl.sum(weights, 0)
-    out = out.to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + row * HEAD_DIM + columns, out, columns < HEAD_DIM)

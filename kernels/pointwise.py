@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 
+from jaxkv.kernels import rotary
 from jaxkv.kernels.decode import triton_unavailable
 from jaxkv.kernels.shapes import check_shape
 
@@ -85,7 +86,7 @@ def split_and_rotate(
       qkv: `[B, T, (N + 2 K) H]`.
       q_norm: `[H]`, weight of the queries' norm, or None for no norm (Qwen3 has it).
       k_norm: `[H]`, likewise; both or none.
-      cos: float32 `[B, T, H / 2]`, from `rotary_table`.
+      cos: float32 `[B, T, H / 2]`, from `rotary.table`.
       sin: float32 `[B, T, H / 2]`.
       num_heads: `N`.
       num_kv_heads: `K`.
@@ -123,7 +124,8 @@ def split_and_rotate(
     q, k, v = jnp.split(heads, [num_heads, num_heads + num_kv_heads], axis=2)
     if q_norm is not None:
         q, k = rms_norm(q, q_norm, eps), rms_norm(k, k_norm, eps)
-    return Heads(rotate(q, cos, sin), rotate(k, cos, sin), v)
+    cos, sin = cos[:, :, None], sin[:, :, None]
+    return Heads(rotary.turn(q, cos, sin), rotary.turn(k, cos, sin), v)
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
@@ -131,38 +133,6 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     x32 = x.astype(jnp.float32)
     variance = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
     return (x32 * jax.lax.rsqrt(variance + eps)).astype(x.dtype) * weight
-
-
-def rotary_table(
-    positions: jax.Array, frequencies: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Return cosine and sine, float32 `[B, T, H / 2]`, of the angles of RoPE.
-
-    Args:
-      positions: integers `[B, T]`.
-      frequencies: float32 `[H / 2]`, in radians per position.
-    """
-    angles = positions[..., None].astype(jnp.float32) * frequencies
-    return jnp.cos(angles), jnp.sin(angles)
-
-
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotate heads (RoPE, the half-split layout of Hugging Face).
-
-    Args:
-      x: `[B, T, heads, H]`.
-      cos: float32 `[B, T, H / 2]`, from `rotary_table`.
-      sin: float32 `[B, T, H / 2]`.
-
-    Returns:
-      `x` rotated, in its own dtype; the arithmetic is float32.
-    """
-    cos, sin = cos[:, :, None], sin[:, :, None]
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate(
-        [first * cos - second * sin, second * cos + first * sin], axis=-1
-    )
-    return rotated.astype(x.dtype)
 
 
 def _resolve(where: str, implementation: str | None, rows: int) -> str:

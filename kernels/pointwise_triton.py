@@ -7,7 +7,7 @@ it is the launch that costs, not the bytes.
 import jax
 import jax.numpy as jnp
 
-from jaxkv.kernels.decode_triton import _call, _next_power_of_2
+from jaxkv.kernels.decode_triton import call, next_power_of_2
 from jaxkv.kernels.pointwise import Heads
 
 
@@ -19,13 +19,13 @@ def add_rms_norm_triton(
 
     size = x.shape[-1]
     out = jax.ShapeDtypeStruct(x.shape, x.dtype)
-    total, normed = _call(
+    total, normed = call(
         body.add_rms_norm,
         (x, x if delta is None else delta, weight),
         (out, out),
         aliases={},
         grid=(x.size // size,),
-        num_warps=max(1, min(8, _next_power_of_2(size) // 256)),
+        num_warps=max(1, min(8, next_power_of_2(size) // 256)),
         num_stages=1,
         **norm_constants(size, eps, delta=delta is not None),
     )
@@ -54,7 +54,7 @@ def split_and_rotate_triton(
         for heads in (num_heads, num_kv_heads, num_kv_heads)
     ]
     return Heads(
-        *_call(
+        *call(
             body.split_and_rotate,
             (qkv, q_norm if norm else none, k_norm if norm else none, cos, sin),
             tuple(jax.ShapeDtypeStruct(shape, qkv.dtype) for shape in shapes),
@@ -69,7 +69,7 @@ def split_and_rotate_triton(
 
 def norm_constants(size: int, eps: float, *, delta: bool) -> dict[str, object]:
     """Return the compile-time arguments of `add_rms_norm`."""
-    return dict(SIZE=size, SIZE_PAD=_next_power_of_2(size), EPS=eps, DELTA=delta)
+    return dict(SIZE=size, SIZE_PAD=next_power_of_2(size), EPS=eps, DELTA=delta)
 
 
 def rotate_constants(
@@ -80,7 +80,7 @@ def rotate_constants(
         HEADS=num_heads,
         KV_HEADS=num_kv_heads,
         HALF=half,
-        HALF_PAD=_next_power_of_2(half),
+        HALF_PAD=next_power_of_2(half),
         EPS=eps,
         NORM=norm,
     )

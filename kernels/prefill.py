@@ -7,11 +7,14 @@ Axis letters: `B` batch, `T` tokens, `N` query heads, `K` key/value heads, `H` h
 size.
 """
 
+import functools
+import math
 from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 
+from jaxkv.kernels.per_shard import per_shard
 from jaxkv.kernels.shapes import check_groups, check_shape
 
 Implementation = Literal["reference", "xla", "cudnn", "splash"]
@@ -54,18 +57,15 @@ def causal_attention(
         implementation = choose(
             jax.default_backend(), query.dtype, length=sizes["T"], head_dim=sizes["H"]
         )
-    match implementation:
-        case "reference":
-            return _reference(query, key, value, scale)
-        case "xla":
-            return _blockwise(query, key, value, scale)
-        case "cudnn":
-            return _cudnn(query, key, value, scale)
-        case "splash":
-            return _splash(query, key, value, scale)
-    raise ValueError(
-        f"{where}: unknown {implementation=}; choose one of "
-        f"{', '.join(get_args(Implementation))} or None."
+    runs = dict(reference=_reference, xla=_blockwise, cudnn=_cudnn, splash=_splash)
+    if implementation not in runs:
+        raise ValueError(
+            f"{where}: unknown {implementation=}; choose one of "
+            f"{', '.join(get_args(Implementation))} or None."
+        )
+    run = functools.partial(runs[implementation], scale=scale)
+    return per_shard(run, ("B T N H", "B T K H", "B T K H"), "B T N H")(
+        query, key, value
     )
 
 
@@ -169,7 +169,7 @@ def _cudnn(query, key, value, scale):
     )
 
 
-def _splash(query, key, value, scale):
+def _splash(query, key, value, scale, interpret=False):
     """Splash attention of JAX's TPU kernels, one call per sequence through vmap."""
     from jax.experimental.pallas.ops.tpu.splash_attention import (
         splash_attention_kernel,
@@ -185,8 +185,12 @@ def _splash(query, key, value, scale):
         )
     groups = heads // kv_heads
     causal = splash_attention_mask.CausalMask((length, length))
+    # Its own default, tiles of 128, keeps the matrix units waiting.
+    block = math.gcd(length, 512)
     kernel = splash_attention_kernel.make_splash_mqa_single_device(
-        splash_attention_mask.MultiHeadMask([causal] * groups)
+        splash_attention_mask.MultiHeadMask([causal] * groups),
+        block_sizes=splash_attention_kernel.BlockSizes(block_q=block, block_kv=block),
+        interpret=interpret,
     )
     q = (query * scale).reshape(batch, length, kv_heads, groups, head_dim)
     out = jax.vmap(jax.vmap(kernel))(

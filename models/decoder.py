@@ -18,7 +18,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxkv.kernels import pointwise
+from jaxkv.kernels import pointwise, rotary
 
 Attend = Callable[
     [jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]
@@ -102,11 +102,6 @@ def rotary_frequencies(config: Config) -> jax.Array:
     return (1 - smooth) * frequencies / scaling.factor + smooth * frequencies
 
 
-def rotate(x: jax.Array, positions: jax.Array, frequencies: jax.Array) -> jax.Array:
-    """Rotate heads `[B, T, heads, H]` by their positions, integers `[B, T]`."""
-    return pointwise.rotate(x, *pointwise.rotary_table(positions, frequencies))
-
-
 class Layer(nn.Module):
     """One pre-norm layer; weights that are read together are stored together."""
 
@@ -129,7 +124,7 @@ class Layer(nn.Module):
           x: `[B, T, D]`, the residual stream.
           delta: `[B, T, D]`, what the layer before adds to it; None for the first. The
             sum is left to this layer, which makes it and its norm in one launch.
-          cos: of `pointwise.rotary_table`.
+          cos: of `rotary.table`.
           sin: likewise.
           state: of this layer.
           attend: see `Attend`.
@@ -231,7 +226,7 @@ class Decoder(nn.Module):
           The normalised hidden states `[B, T, D]` and the new cache.
         """
         c = self.config
-        cos, sin = pointwise.rotary_table(positions, rotary_frequencies(c))
+        cos, sin = rotary.table(positions, rotary_frequencies(c))
         x, delta = self.embedding[tokens], None
         new_cache = []
 
@@ -254,6 +249,10 @@ class Decoder(nn.Module):
             implementation=self.implementation,
         )
         return normed, tuple(new_cache)
+
+    def frequencies(self) -> jax.Array:
+        """Return the rotary frequencies, float32 `[H / 2]`, in radians per position."""
+        return rotary_frequencies(self.config)
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
         """Return float32 logits `[..., V]` of normalised hidden states `[..., D]`."""

@@ -8,6 +8,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import itertools
 import random
 import sys
+from pathlib import Path
 
 import hypothesis
 import jax
@@ -15,6 +16,9 @@ import numpy as np
 import pytest
 
 jax.config.update("jax_enable_x64", False)
+
+# Tests may import the modules beside them, also where pytest imports by path.
+sys.path.append(str(Path(__file__).parent))
 
 hypothesis.settings.register_profile(
     "jaxkv",
@@ -53,3 +57,65 @@ def getkey():
     """Return a function that hands out a fresh PRNG key at each call."""
     seeds = itertools.count()
     return lambda: jax.random.key(next(seeds))
+
+
+class CommandLine:
+    """Runs the command line in this process."""
+
+    def __init__(self, capsys):
+        self._capsys = capsys
+
+    def __call__(self, *arguments):
+        """Return exit code, stdout and stderr."""
+        from jaxkv import cli
+
+        code = cli.main(["--no-compilation-cache", *map(str, arguments)])
+        return code, *self._capsys.readouterr()
+
+    def error(self, *arguments) -> str:
+        """Return the one line on stderr that bad input must give, and nothing else."""
+        code, out, err = self(*arguments)
+        assert (code, out) == (2, "")
+        assert err.startswith("jaxkv: error: ")
+        assert err.count("\n") == 1 and err.endswith("\n")
+        assert "Traceback" not in err
+        return err
+
+
+@pytest.fixture
+def jaxkv_(capsys):
+    return CommandLine(capsys)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A folder with random weights and the tokenizer of needle."""
+    from jaxkv.language_model import needle_folder
+    from jaxkv.models.decoder import Config, random_parameters
+    from jaxkv.models.hf_export import write_qwen3
+
+    config = Config(
+        vocab_size=4096,
+        hidden_size=32,
+        intermediate_size=64,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=8,
+        max_positions=2048,
+        qk_norm=True,
+        tied=True,
+    )
+    folder = tmp_path_factory.mktemp("cli") / "tiny"
+    params = random_parameters(config, jax.random.key(0), dtype=jax.numpy.float32)
+    tokenizer = sorted(needle_folder().glob("*token*.json"))
+    ids = {"bos_id": 0, "stop_ids": [1], "pad_id": 2}
+    write_qwen3(params, config, folder, extra_files=tokenizer, **ids)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_lm(tiny):
+    import jaxkv
+
+    return jaxkv.load(tiny)

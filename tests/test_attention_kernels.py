@@ -1,11 +1,14 @@
 """Prefill and decode attention: references against `jax.nn`, the rest against them."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxkv.kernels.decode import decode_attention
+from jaxkv.kernels import decode, prefill
+from jaxkv.kernels.decode import decode_attention, triton_unavailable
 from jaxkv.kernels.prefill import causal_attention, choose
 
 HEADS = {"MHA": (4, 4), "GQA": (6, 2), "MQA": (5, 1)}
@@ -85,6 +88,21 @@ def test_swapping_keys_and_values_is_noticed():
 )
 def test_choice_of_prefill(platform, dtype, length, head_dim, wanted):
     assert choose(platform, dtype, length=length, head_dim=head_dim) == wanted
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "wanted"),
+    [
+        ("bfloat16", 128, "pallas_tpu"),
+        ("float16", 128, "xla"),
+        ("bfloat16", 80, "xla"),
+    ],
+)
+def test_choice_of_decode_on_a_tpu(dtype, head_dim, wanted):
+    query = jax.ShapeDtypeStruct((1, 4, head_dim), dtype)
+    keys = jax.ShapeDtypeStruct((1, 2, 100, head_dim), dtype)
+    assert decode.choose("tpu", query, keys) == wanted
+    assert decode.choose("tpu") == "pallas_tpu"
 
 
 def cache(num_heads, kv_heads, slots, dtype="float32", head_dim=16, batch=3):
@@ -172,5 +190,32 @@ def test_named_implementations_never_fall_back():
             causal_attention(q, k, v, scale=1.0, implementation="cudnn")
         with pytest.raises(NotImplementedError, match="needs an NVIDIA GPU"):
             decode_attention(**cache(4, 2, 8), scale=1.0, implementation="triton")
+    if jax.default_backend() != "tpu":
+        with pytest.raises(NotImplementedError, match="needs a TPU, but JAX runs on"):
+            decode_attention(**cache(4, 2, 8), scale=1.0, implementation="pallas_tpu")
     with pytest.raises(NotImplementedError, match="multiples of 128"):
         causal_attention(q, k, v, scale=1.0, implementation="splash")
+
+
+@pytest.mark.parametrize("capability", ["7.5", "gfx942"])
+def test_triton_names_a_gpu_that_is_too_old(capability, monkeypatch):
+    device = types.SimpleNamespace(device_kind="T4", compute_capability=capability)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    with pytest.raises(
+        NotImplementedError, match=f"8.0 or above, but T4 has {capability}"
+    ):
+        decode_attention(**cache(4, 2, 8), scale=1.0, implementation="triton")
+    device.compute_capability = "12.0"
+    assert "compute capability" not in triton_unavailable()
+
+
+@pytest.mark.slow
+@heads
+@pytest.mark.parametrize("length", [128, 640])
+def test_splash_against_reference(heads, length):
+    """JAX's own kernel, as `causal_attention` calls it, interpreted."""
+    q, k, v = prompt(*HEADS[heads], length, head_dim=128)
+    ours = prefill._splash(q, k, v, 0.09, interpret=True)
+    exact = causal_attention(q, k, v, scale=0.09, implementation="reference")
+    np.testing.assert_allclose(ours, exact, atol=2e-5)

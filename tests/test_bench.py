@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxkv import bench, cli, measure
+from jaxkv import H2ODecode, LongFlow, bench, cli, measure
 from jaxkv import state as kv
 from jaxkv.generation import Options
 from jaxkv.models import public_shapes
 from jaxkv.models.decoder import Config, Decoder, parameter_shapes, random_parameters
-from jaxkv.policies import StreamingLLM
+from jaxkv.policies import Full, StreamingLLM
 
 TINY = Config(
     vocab_size=10,
@@ -84,14 +84,16 @@ def test_shapes_have_the_published_number_of_parameters(name):
 
 
 @pytest.mark.parametrize(
-    ("options", "slots"),
+    ("options", "slots", "memory"),
     [
-        (Options(), 12),
-        (Options(budget=5), 5 + 4),
-        (Options(budget=6, decode=StreamingLLM()), 6),
+        (Options(), 12, 0),
+        (Options(budget=5), 5 + 4, 0),
+        (Options(budget=6, decode=StreamingLLM()), 6, 0),
+        (Options(budget=6, decode=LongFlow(protect_prompt=True)), 6, 1),  # a length
+        (Options(budget=6, decode=H2ODecode()), 6, 6),  # a sum per slot
     ],
 )
-def test_decode_timing(options, slots):
+def test_decode_timing(options, slots, memory):
     params = random_parameters(TINY, jax.random.key(0), jnp.float32)
     timing = measure.time_decode(
         Decoder(TINY),
@@ -105,7 +107,7 @@ def test_decode_timing(options, slots):
     )
     assert timing.slots == slots
     assert timing.kv_bytes == 2 * 2 * (3 * 1 * slots * 2) * 4  # layers, K and V
-    bookkeeping = 2 * 3 * (slots + 1) * 4  # positions and target
+    bookkeeping = 2 * 3 * (slots + 1 + memory) * 4  # positions and target
     assert timing.state_bytes == timing.kv_bytes + bookkeeping
     assert timing.floor_ms == pytest.approx(
         (timing.weight_bytes + timing.kv_bytes) / 1e9 * 1e3
@@ -120,12 +122,27 @@ def test_every_slot_is_occupied_from_the_first_step_on():
     cache = measure.full_cache(
         TINY, batch=2, slots=6, dtype=jnp.float32, key=jax.random.key(0)
     )
-    start = measure.rewind(cache, steps=4, context=6, evicts=False)
+    start = measure.rewind(cache, steps=4, context=6, policy=Full())
     for state in start.cache:
         assert (kv.occupancy(state) == 6).all()
         assert (state.target == 2).all()  # four new tokens end at the last slot
         assert jnp.isfinite(state.keys).all()
     assert (start.position == 6).all()
+
+
+def test_a_policy_begins_anew_at_each_rewind():
+    cache = measure.full_cache(
+        TINY, batch=2, slots=6, dtype=jnp.float32, key=jax.random.key(0)
+    )
+    used = tuple(
+        dataclasses.replace(s, positions=s.positions + 9, memory=jnp.ones((2, 1, 6)))
+        for s in cache
+    )
+    start = measure.rewind(used, steps=4, context=6, policy=H2ODecode())
+    for state in start.cache:
+        assert (state.memory == 0).all()
+        assert (state.positions == jnp.arange(6)).all()
+        assert (state.target == 0).all()
 
 
 def test_copy_bandwidth_is_positive():
@@ -156,10 +173,10 @@ def test_decode_table(run, tiny_shape):
     result = run(
         *("decode", "--shape", "qwen3-8b", "--context", 12, "--steps", 4),
         *("--repeats", 1, "--copy-gib", 0.001, "--dtype", "bfloat16"),
-        *("--decode", "streaming-llm", "--budget", 8),
+        *("--decode", "longflow:n_sink=2", "--budget", 8),
     )
     assert result.exit_code == 0, result.stderr
-    assert "StreamingLLM" in result.stdout
+    assert "LongFlow(score='l1', n_sink=2" in result.stdout
     assert "bfloat16" in result.stdout
 
 

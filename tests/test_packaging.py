@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PROJECT = PYPROJECT["project"]
 FOLDERS = {"jaxkv": "jaxkv", "jaxkv.kernels": "kernels", "jaxkv.models": "models"}
-EXTRAS = {"cuda12", "cuda13", "parity", "test", "tpu", "train"}
+EXTRAS = {"cuda12", "cuda13", "parity", "plot", "test", "tpu", "train"}
 NEEDLE = ROOT / "models" / "needle"
 
 # Import names that differ from the name on the package index.
@@ -23,6 +23,7 @@ DISTRIBUTIONS = {
     "orbax": "orbax-checkpoint",
     "tokenizers": "transformers",  # comes with it
     "triton": "jax-triton",  # comes with it
+    "yaml": "pyyaml",
 }
 
 

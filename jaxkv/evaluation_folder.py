@@ -1,0 +1,182 @@
+"""A folder of results that grows batch by batch and can be gone on with.
+
+The layout is kvpress's: `predictions.csv`, `metrics.json`, `config.yaml`, and
+`run_meta.json` beside them. Predictions are appended and flushed to the disk with every
+batch; `config.yaml` says what they belong to, so that a second run skips what is there
+and never mixes two experiments.
+"""
+
+import csv
+import io
+import json
+import os
+import re
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+COLUMNS = (
+    "method",
+    "budget",
+    "budget_tokens",
+    "task",
+    "length",
+    "depth",
+    "index",
+    "score",
+    "exact",
+    "prompt_tokens",
+    "output_tokens",
+    "truncated",
+    "cache_bytes",
+    "outputs",
+    "prediction",
+)
+KEY = ("method", "budget", "task", "length", "depth", "index")
+
+Key = tuple[str, ...]
+
+
+def check_writable(folder: Path) -> None:
+    """Make a folder, and raise OSError if nothing can be written there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
+
+
+def safe_name(text: str) -> str:
+    """Return a text as a part of a file's name."""
+    text = text.replace("/", "--").replace("%", "pct")
+    return re.sub(r"[^A-Za-z0-9._=+-]+", "-", text).strip("-") or "-"
+
+
+def write_yaml(path: Path, content: dict[str, Any]) -> None:
+    """Write YAML beside `path`, then rename, so that no half a file bears its name."""
+    beside = path.with_name(path.name + ".partial")
+    beside.write_text(yaml.safe_dump(_plain(content), sort_keys=False), "utf-8")
+    beside.replace(path)
+
+
+def _plain(content: Any) -> Any:
+    """Return what YAML and JSON both hold: tuples become lists."""
+    return json.loads(json.dumps(content))
+
+
+class Predictions:
+    """`predictions.csv` of one experiment, open for appending.
+
+    Attributes:
+      done: keys of the rows that are there, each a tuple of the columns `KEY`.
+    """
+
+    def __init__(self, folder: Path, config: dict[str, Any]):
+        """Open a folder, which may be new.
+
+        Args:
+          folder: where the results go.
+          config: everything that decides them; written to `config.yaml`.
+
+        Raises:
+          ValueError: the folder holds results of another configuration.
+          OSError: nothing can be written there.
+        """
+        check_writable(folder)
+        self._path = folder / "predictions.csv"
+        saved = folder / "config.yaml"
+        if saved.exists():
+            _refuse_other(saved, _plain(config))
+        elif self._path.exists():
+            raise ValueError(
+                f"{folder} holds predictions but no config.yaml; choose another --out."
+            )
+        else:
+            write_yaml(saved, config)
+        rows = read(folder) if self._path.exists() else []
+        # Also drops a row that an interrupted run has left unfinished.
+        self._rewrite(rows)
+        self.done = {key(row) for row in rows}
+
+    def append(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Append rows; when this returns they are on the disk."""
+        text = io.StringIO()
+        csv.DictWriter(text, COLUMNS).writerows(rows)
+        with open(self._path, "a", encoding="utf-8", newline="") as file:
+            file.write(text.getvalue())
+            file.flush()
+            os.fsync(file.fileno())
+        self.done.update(map(key, rows))
+
+    def _rewrite(self, rows: Sequence[dict[str, Any]]) -> None:
+        beside = self._path.with_name(self._path.name + ".partial")
+        with open(beside, "w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            writer.writeheader()
+            writer.writerows(rows)
+        beside.replace(self._path)
+
+
+def key(row: dict[str, Any]) -> Key:
+    """Return what tells a row from all others."""
+    return tuple(str(row[name]) for name in KEY)
+
+
+def read(folder: Path) -> list[dict[str, str]]:
+    """Return the complete rows of a folder's predictions, all as text.
+
+    Raises:
+      ValueError: the folder has no predictions of ours.
+    """
+    path = folder / "predictions.csv"
+    if not path.is_file():
+        raise ValueError(
+            f"{folder} holds no predictions.csv; give a folder of results."
+        )
+    text = path.read_bytes().decode("utf-8", errors="ignore")
+    rows: list[dict[str, str]] = []
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    if tuple(reader.fieldnames or ()) != COLUMNS:
+        raise ValueError(f"{path} has other columns than {', '.join(COLUMNS)}.")
+    try:
+        rows += reader
+    except csv.Error:  # the end is missing within a quoted text
+        return rows
+    if not text.endswith("\n"):
+        rows = rows[:-1]
+    return [row for row in rows if None not in row.values()]
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return a folder's configuration.
+
+    Raises:
+      ValueError: there is none, or it is no YAML of ours.
+    """
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise ValueError(f"{folder} holds no config.yaml; give a folder of results.")
+    try:
+        config = yaml.safe_load(path.read_text("utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} holds no configuration.")
+    return config
+
+
+def _refuse_other(path: Path, config: dict[str, Any]) -> None:
+    saved = read_config(path.parent)
+    for name in sorted({*saved, *config}):
+        if saved.get(name) != config.get(name):
+            raise ValueError(
+                f"{path.parent} holds results with {name}={_short(saved.get(name))}, "
+                f"this run has {name}={_short(config.get(name))}; choose another "
+                "--out, or the flags of that run to go on with it."
+            )
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 120 else text[:119] + "…"

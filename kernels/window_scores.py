@@ -1,0 +1,181 @@
+"""How much attention a window of queries pays to each key: the scores of an eviction.
+
+The softmax is exact, so it takes two passes over the keys: the first finds the
+logarithm of every query's sum of exponentials, the second adds the probabilities up.
+
+Axis letters: `B` batch, `W` window, `N` query heads, `K` key/value heads, `G = N / K`,
+`T` keys, `H` head size.
+"""
+
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+
+from jaxkv.kernels.decode import triton_unavailable
+from jaxkv.kernels.shapes import check_groups, check_shape
+
+Implementation = Literal["reference", "xla", "triton", "pallas_tpu"]
+
+_TILE = 1024  # keys of a tile of the XLA version
+
+
+def window_scores(
+    query: jax.Array,
+    key: jax.Array,
+    start: jax.Array,
+    *,
+    scale: float,
+    length: int,
+    count: jax.Array | None = None,
+    implementation: Implementation | None = None,
+) -> jax.Array:
+    """Sum the attention that a window of queries pays to each key.
+
+    Args:
+      query: `[B, W, N, H]`; head `n` reads key head `n // (N / K)`. Query `w` of row
+        `b` stands at index `start[b] + w` of the key axis and sees the keys
+        `0 .. start[b] + w`, so the window's own keys belong to `key`.
+      key: `[B, T, K, H]`; beyond the last visible key it may hold anything.
+      start: int32 `[B]`, not negative, and at most `T - W`.
+      scale: factor on the logits.
+      length: keys that are scored, the first ones; at most `T`. The softmax is over
+        all visible keys all the same.
+      count: int32 `[B]`: only the first `count[b]` queries of row `b` contribute, and
+        `start[b] + w` must lie below `T` for these only; None is all `W`.
+      implementation: "reference" (float32, `W x T` memory), "xla" (anywhere; memory of
+        one tile), "triton" (NVIDIA, through jax-triton), "pallas_tpu" (TPU), or None
+        for the best one that can run; `choose` says which.
+
+    Returns:
+      Float32 `[B, K, length]`: softmax probabilities, summed over the window and
+      averaged over the query heads of each key head; 0 for keys that nobody sees.
+
+    Raises:
+      ValueError: shapes disagree, or the implementation is unknown.
+      NotImplementedError: a named implementation cannot run here.
+    """
+    where = "window_scores"
+    sizes = check_shape(
+        where, query=(query, "B W N H"), key=(key, "B T K H"), start=(start, "B")
+    )
+    check_groups(where, sizes["N"], sizes["K"])
+    if not 1 <= length <= sizes["T"]:
+        raise ValueError(
+            f"{where}: length must be between 1 and the {sizes['T']} keys, "
+            f"got {length}."
+        )
+    if count is not None:
+        check_shape(where, start=(start, "B"), count=(count, "B"))
+    if implementation is None:
+        implementation = choose(jax.default_backend())
+    options = dict(scale=scale, length=length, count=count)
+    match implementation:
+        case "reference":
+            return _reference(query, key, start, **options)
+        case "xla":
+            return _xla(query, key, start, **options)
+        case "triton":
+            reason = triton_unavailable()
+            if reason:
+                raise NotImplementedError(f'{where}: implementation="triton" {reason}')
+            from jaxkv.kernels.window_scores_triton import window_scores_triton
+
+            return window_scores_triton(query, key, start, **options)
+        case "pallas_tpu":
+            if jax.default_backend() != "tpu":
+                raise NotImplementedError(
+                    f'{where}: implementation="pallas_tpu" needs a TPU, but JAX runs '
+                    f"on {jax.default_backend()}."
+                )
+            from jaxkv.kernels.window_scores_tpu import window_scores_tpu
+
+            return window_scores_tpu(query, key, start, **options)
+    raise ValueError(
+        f"{where}: unknown {implementation=}; choose one of "
+        f"{', '.join(get_args(Implementation))} or None."
+    )
+
+
+def choose(platform: str) -> Implementation:
+    """Return the implementation that `None` stands for."""
+    if platform == "gpu" and not triton_unavailable():
+        return "triton"
+    return "pallas_tpu" if platform == "tpu" else "xla"
+
+
+def _last_visible(start, window, count):
+    """Return the last key that each query sees, int32 `[B, W]`; -1 if it counts not."""
+    order = jnp.arange(window, dtype=jnp.int32)
+    last = start[:, None] + order
+    return last if count is None else jnp.where(order < count[:, None], last, -1)
+
+
+def _reference(query, key, start, *, scale, length, count):
+    """Everything at once in float32 and highest precision: the definition."""
+    _, window, heads, _ = query.shape
+    keys, kv_heads = key.shape[1:3]
+    last = _last_visible(start, window, count)
+    seen = (jnp.arange(keys) <= last[..., None])[:, None]  # [B, 1, W, T]
+    k = jnp.repeat(key.astype(jnp.float32), heads // kv_heads, axis=2)
+    q = query.astype(jnp.float32)
+    logits = scale * jnp.einsum("bwnh,btnh->bnwt", q, k, precision="highest")
+    weights = jax.nn.softmax(jnp.where(seen, logits, -jnp.inf), axis=-1)
+    weights = jnp.where(seen, weights, 0.0)  # a query that counts not gives NaN
+    per_head = weights.sum(2)  # [B, N, T]
+    grouped = per_head.reshape(-1, kv_heads, heads // kv_heads, keys)
+    return grouped.mean(2)[..., :length]
+
+
+def _xla(query, key, start, *, scale, length, count):
+    """Two passes over tiles of keys; nothing larger than `[B, N, W, tile]` exists."""
+    batch, window, heads, head_dim = query.shape
+    keys, kv_heads = key.shape[1:3]
+    groups = heads // kv_heads
+    rows = groups * window
+    grouped = query.reshape(batch, window, kv_heads, groups, head_dim)
+    grouped = grouped.transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, rows, head_dim)
+    last = _last_visible(start, window, count)
+    last = jnp.tile(last, (1, groups))[:, None]  # [B, 1, G x W], as the rows lie
+
+    def logits(first, size):
+        """Return the logits of the tile that starts at `first`, -inf if not seen."""
+        tile = jax.lax.dynamic_slice_in_dim(key, first, size, axis=1)
+        out = scale * jnp.einsum(
+            "bkrh,bskh->bkrs", grouped, tile, preferred_element_type=jnp.float32
+        )
+        index = first + jnp.arange(size, dtype=jnp.int32)
+        return jnp.where(index <= last[..., None], out, -jnp.inf)
+
+    def add_up(i, carry):
+        maximum, total = carry
+        # The last tile is moved to the left to fit, and skips what it has in common
+        # with the one before; padding would copy all keys.
+        first = jnp.minimum(i * size, keys - size)
+        tile = logits(first, size)
+        fresh = first + jnp.arange(size) >= i * size
+        tile = jnp.where(fresh, tile, -jnp.inf)
+        new = jnp.maximum(maximum, tile.max(-1))
+        return new, total * jnp.exp(maximum - new) + jnp.exp(tile - new[..., None]).sum(
+            -1
+        )
+
+    # The lowest finite number, so that a row that sees nothing gives 0 and not NaN.
+    shape = (batch, kv_heads, rows)
+    lowest = jnp.full(shape, jnp.finfo(jnp.float32).min)
+    size = min(_TILE, keys)
+    tiles = jnp.minimum(last.max() // size + 1, -(-keys // size))
+    maximum, total = jax.lax.fori_loop(0, tiles, add_up, (lowest, jnp.zeros(shape)))
+    normaliser = maximum + jnp.log(jnp.maximum(total, 1e-30))
+
+    scored = min(_TILE, length)
+
+    def write(i, out):
+        first = jnp.minimum(i * scored, length - scored)
+        weights = jnp.exp(logits(first, scored) - normaliser[..., None])
+        return jax.lax.dynamic_update_slice_in_dim(
+            out, weights.sum(2) / groups, first, axis=2
+        )
+
+    out = jnp.zeros((batch, kv_heads, length), jnp.float32)
+    return jax.lax.fori_loop(0, -(-length // scored), write, out)
