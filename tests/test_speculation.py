@@ -10,7 +10,16 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from jaxkv import Categorical, Full, Greedy, LongFlow, Options, StreamingLLM, generation
+from jaxkv import (
+    Categorical,
+    DapQ,
+    Full,
+    Greedy,
+    LongFlow,
+    Options,
+    StreamingLLM,
+    generation,
+)
 from jaxkv import speculation as spec
 from jaxkv.acceptance import Conditional, FixedThreshold, TopK
 from jaxkv.drafts import Aligned, PromptLookup, Tree
@@ -315,8 +324,11 @@ DRAFTERS = {
     "drafter", [pytest.param("prompt lookup", marks=pytest.mark.slow), "aligned"]
 )
 def test_drafters_in_the_loop(params, drafter):
-    """From prefill to cache, with prompts that repeat so that drafts are found."""
-    plain = CASES["full"]
+    """From prefill to cache, with pseudo tokens and a cache at query-head width."""
+    plain = Options(
+        budget=10,
+        prefill=DapQ(window_size=4, prefix=2, granularity="query_head"),
+    )
     options = dataclasses.replace(plain, speculate=DRAFTERS[drafter])
     lengths = [PROMPT, 3, 11]
     want, got = run(params, plain, 2, lengths), run(params, options, 2, lengths)
