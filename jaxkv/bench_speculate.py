@@ -217,7 +217,7 @@ def time_steps(
 
     def rewound(cache):
         state = measure.rewind(
-            cache, steps=steps, context=context, evicts=options.decode.evicts
+            cache, steps=steps, context=context, policy=options.decode
         )
         if drafter is None:
             return state

@@ -237,7 +237,7 @@ class Aligned(Tree):
         def spread(x):
             return jnp.broadcast_to(x[:, :, None, None], shape)
 
-        until = order <= (length if self.tail else order[:, None])
+        until = (order <= order[:, None]) | self.tail
         there = spread(few.there) & until[None, None, :, None]
         varied = Sequences(
             jnp.where(here, candidates[..., None], spread(few.tokens)),
@@ -302,10 +302,11 @@ def merge(
         key += group * (number + 1) * size
     rank = _ranks(jnp.where(is_node, key, never))
 
+    # Of each rank there is one node at most, so that a sum looks it up.
     wanted = jnp.arange(nodes, dtype=jnp.int32)[:, None]
-    flat_rank = jnp.where(is_node, rank, -1).reshape(batch, 1, size)
-    chosen = jnp.argmax(flat_rank == wanted, axis=-1)  # [B, nodes], into Q * R
-    valid = (flat_rank == wanted).any(-1)
+    hit = jnp.where(is_node, rank, -1).reshape(batch, 1, size) == wanted
+    chosen = jnp.where(hit, jnp.arange(size), 0).sum(-1)  # [B, nodes], into Q * R
+    valid = hit.any(-1)
     sequence, at = chosen // length, chosen % length
     rows = jnp.arange(batch)[:, None]
     above = first[rows, sequence, jnp.maximum(at - 1, 0)]
@@ -331,16 +332,18 @@ def _prefixes(sequences):
     sequence `q`.
     """
     tokens, there = sequences.tokens, sequences.there
-    first, count = [], []
-    same = True
-    for r in range(tokens.shape[2]):
+    number, length = tokens.shape[1:]
+    running, common = True, 0
+    for r in range(length):  # of elementwise operations, which become one
         mine, held = tokens[..., r], there[..., r]
-        same &= mine[:, :, None] == mine[:, None]
-        same &= held[:, :, None] & held[:, None]
-        first.append(jnp.argmax(same, axis=2))
-        copied = same & sequences.copied[:, None]
-        count.append(copied.sum(2, dtype=jnp.int32))
-    return jnp.stack(first, axis=2).astype(jnp.int32), jnp.stack(count, axis=2)
+        running &= (mine[:, :, None] == mine[:, None]) & held[:, :, None]
+        running &= held[:, None]
+        common += running.astype(jnp.int32)  # [B, Q, Q], equal tokens from the first on
+    same = common[:, :, None] > jnp.arange(length)[:, None]  # [B, Q, R, Q]
+    order = jnp.arange(number, dtype=jnp.int32)
+    first = jnp.where(same, order, number - 1).min(-1)
+    copied = same & sequences.copied[:, None, None]
+    return first, copied.sum(-1, dtype=jnp.int32)
 
 
 def _ranks(key):

@@ -39,12 +39,13 @@ def likeliest_tokens(
 
 
 def top_three(logits: jax.Array, *, block: int = 128) -> jax.Array:
-    """Return the ids of the three highest logits, int32 `[..., 3]`, without a sort.
+    """Return the ids of the three highest of `V` >= 3 logits, int32 `[..., 3]`.
 
-    The three lie in the three blocks with the highest maxima, so that the vocabulary is
-    read once. Ties go to the lower id.
+    Without a sort: they lie in the three blocks with the highest maxima, so that the
+    vocabulary is read once. Ties go to the lower id.
     """
     vocabulary = logits.shape[-1]
+    block = min(block, vocabulary // 3)  # at least three blocks
     blocks = -(-vocabulary // block)
     pad = [(0, 0)] * (logits.ndim - 1) + [(0, blocks * block - vocabulary)]
     filled = jnp.pad(logits, pad, constant_values=-jnp.inf)

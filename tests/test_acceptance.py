@@ -34,7 +34,7 @@ def seen(*, probability, highest=0.6, entropy=1.0, rank=0, stop=0.0, vocabulary=
     [
         (Conditional(form="F1"), 0.05, dict(entropy=0.5)),
         (Conditional(form="F1", alpha=0.05), 0.075, dict(entropy=0.5)),
-        (Conditional(form="F1"), -0.1, dict(entropy=2.0)),
+        (Conditional(form="F1"), 0.0, dict(entropy=2.0)),  # never below tau_min
         (Conditional(form="F1", tau_min=0.02), 0.02, dict(entropy=2.0)),
         # H / ln V = 1 / ln 8
         (Conditional(form="F2"), 0.1 - 0.1 / math.log(8), dict(entropy=1.0)),

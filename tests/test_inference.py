@@ -1,9 +1,13 @@
 """`jaxkv.generate`: what it refuses, streaming, seeds and buckets."""
 
+import dataclasses
+
 import pytest
 
 import jaxkv
+from jaxkv import evaluation
 from jaxkv.inference import bucket
+from jaxkv.models.decoder import Decoder
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +32,10 @@ def lm():
         (["a b c d e f g"], dict(budget=2), "keeps all of them"),
         (["a"], dict(decode=jaxkv.StreamingLLM()), "needs a budget"),
         (["a"], dict(budget=4, decode=jaxkv.StreamingLLM()), "leaves no slot"),
+        (["a"], dict(pool=[(0, 1)]), "pool= does nothing without speculate="),
+        (["a"], dict(pool=[], speculate=jaxkv.Tree()), "got 0 spans"),
+        (["a"], dict(pool=[(1, 9)], speculate=jaxkv.Tree()), "must lie within"),
+        (["a"], dict(accept=jaxkv.TopK()), "does nothing without drafts"),
         (
             ["a"],
             dict(budget=4, decode=jaxkv.StreamingLLM(n_sink=-1)),
@@ -38,6 +46,35 @@ def lm():
 def test_bad_input_is_named(lm, prompts, options, message):
     with pytest.raises(ValueError, match=message):
         jaxkv.generate(lm, prompts, **options)
+
+
+def test_a_vocabulary_beyond_int32_is_refused(lm):
+    config = dataclasses.replace(lm.config, vocab_size=2**31)
+    large = dataclasses.replace(lm, network=Decoder(config))
+    with pytest.raises(ValueError, match="token ids are int32"):
+        jaxkv.generate(large, ["a"])
+
+
+def test_the_pool_says_what_is_copied(lm):
+    sample = evaluation.draw(
+        evaluation.Cell(task="quote", length=512),
+        lambda text: len(lm.tokenizer(text)["input_ids"]),
+        seed=evaluation.DEVELOPMENT_SEED,
+        index=0,
+    )
+    length = len(lm.tokenizer(sample.prompt)["input_ids"])
+    drafts = [
+        jaxkv.generate(
+            lm,
+            sample.prompt,
+            max_new_tokens=16,
+            speculate=jaxkv.PromptLookup(include_output=False, break_even=0.0),
+            pool=[span],
+        ).stats.drafts
+        for span in ((0, 1), (0, length))
+    ]
+    assert drafts[0].drafted == 0 < drafts[1].accepted
+    assert drafts[0].steps > drafts[1].steps
 
 
 def test_streamed_blocks_are_the_output(lm):

@@ -52,10 +52,16 @@ def make_inputs(*, slots, free=0, seed=0):
 @pytest.mark.parametrize(
     ("options", "sizes"),
     [
-        (dict(score="l1", shared=True, n_recent=0), dict(slots=7)),
+        pytest.param(
+            *(dict(score="l1", shared=True, n_recent=0), dict(slots=7)),
+            marks=pytest.mark.slow,
+        ),
         (dict(score="l1", shared=True, n_recent=0), dict(slots=3)),
         (dict(score="l2", shared=False, n_recent=1), dict(slots=7, free=2)),
-        (dict(score="attention", shared=False, n_recent=0), dict(slots=4, free=1)),
+        pytest.param(
+            *(dict(score="attention", shared=False, n_recent=0), dict(slots=4, free=1)),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_walk_equals_step_by_step(options, sizes):

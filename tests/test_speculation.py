@@ -10,7 +10,16 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from jaxkv import Categorical, Full, Greedy, LongFlow, Options, StreamingLLM, generation
+from jaxkv import (
+    Categorical,
+    DapQ,
+    Full,
+    Greedy,
+    LongFlow,
+    Options,
+    StreamingLLM,
+    generation,
+)
 from jaxkv import speculation as spec
 from jaxkv.acceptance import Conditional, FixedThreshold, TopK
 from jaxkv.drafts import Aligned, PromptLookup, Tree
@@ -90,11 +99,12 @@ class Scripted:
 
 CASES = {  # name: options of the plain run
     "full": Options(),
-    "full, drawn": Options(
-        sampler=Categorical(temperature=0.9, top_k=20, repetition_penalty=1.3)
-    ),
-    "streaming-llm, tight": Options(
-        budget=6, prefill=StreamingLLM(), decode=StreamingLLM()
+    "full, drawn": Options(sampler=Categorical(temperature=0.9, top_p=0.9)),
+    "streaming-llm, tight and drawn": Options(
+        budget=6,
+        prefill=StreamingLLM(),
+        decode=StreamingLLM(),
+        sampler=Categorical(temperature=0.9, top_k=20, repetition_penalty=1.3),
     ),
     "streaming-llm, penalised": Options(
         budget=12,
@@ -109,7 +119,15 @@ CASES = {  # name: options of the plain run
         decode=LongFlow(n_sink=1, n_recent=1, shared=False, score="l2"),
     ),
 }
-cases = pytest.mark.parametrize("name", CASES)
+# Each case is a program of its own to compile; three of them have every feature.
+QUICK_CASES = ("full", "streaming-llm, tight and drawn", "longflow")
+cases = pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in QUICK_CASES else pytest.mark.slow)
+        for name in CASES
+    ],
+)
 
 # Compiling is most of the time here, and nothing is gained by compiling well.
 QUICK = {"xla_backend_optimization_level": 0}
@@ -243,11 +261,9 @@ def test_exact_speculation_is_plain_decoding(
         )
     counts = got.speculation.counts
     emitted = np.asarray(got.lengths) - 1  # the first came with the prompt
-    np.testing.assert_array_equal(
-        counts.steps + counts.accepted.sum(1) - emitted,
-        # A step that was cut short by its own drafts had no token of its own.
-        np.maximum(counts.steps + counts.accepted.sum(1) - emitted, 0),
-    )
+    # A step gives one token more than it accepts, unless its own drafts end the row.
+    given = counts.steps + counts.accepted.sum(1)
+    assert (emitted <= given).all() and (given <= emitted + len(wanted["until"])).all()
     assert (counts.accepted <= counts.drafted).all()
     assert (counts.accepted_kinds.sum(1) == counts.accepted.sum(1)).all()
     assert (counts.drafted_kinds.sum(1) == counts.drafted.sum(1)).all()
@@ -304,10 +320,15 @@ DRAFTERS = {
 }
 
 
-@pytest.mark.parametrize("drafter", DRAFTERS)
+@pytest.mark.parametrize(
+    "drafter", [pytest.param("prompt lookup", marks=pytest.mark.slow), "aligned"]
+)
 def test_drafters_in_the_loop(params, drafter):
-    """From prefill to cache, with prompts that repeat so that drafts are found."""
-    plain = CASES["full"]
+    """From prefill to cache, with pseudo tokens and a cache at query-head width."""
+    plain = Options(
+        budget=10,
+        prefill=DapQ(window_size=4, prefix=2, granularity="query_head"),
+    )
     options = dataclasses.replace(plain, speculate=DRAFTERS[drafter])
     lengths = [PROMPT, 3, 11]
     want, got = run(params, plain, 2, lengths), run(params, options, 2, lengths)
