@@ -8,6 +8,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import itertools
 import random
 import sys
+from pathlib import Path
 
 import hypothesis
 import jax
@@ -15,6 +16,9 @@ import numpy as np
 import pytest
 
 jax.config.update("jax_enable_x64", False)
+
+# Tests may import the modules beside them, also where pytest imports by path.
+sys.path.append(str(Path(__file__).parent))
 
 hypothesis.settings.register_profile(
     "jaxkv",

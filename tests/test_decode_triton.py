@@ -1,17 +1,15 @@
 """The Triton kernels without a GPU: interpreted against an oracle, and compiled.
 
-Run as a script under `TRITON_INTERPRET=1`, this file is its own worker: Triton must be
-imported with that variable set, and then cannot compile, so each side has its process.
+Run as a script, this file is its own worker; `triton_on_cpu` says why.
 """
 
 import itertools
 import json
-import os
-import subprocess
 import sys
 
 import numpy as np
 import pytest
+import triton_on_cpu
 
 from jaxkv.kernels.decode_triton import (
     Tiles,
@@ -71,14 +69,7 @@ SHIPPED_SLOW = [
 def test_interpreted_kernels_agree_with_the_oracle(cases):
     pytest.importorskip("triton")
     pytest.importorskip("torch")
-    worker = subprocess.run(
-        [sys.executable, __file__, cases],
-        env={**os.environ, "TRITON_INTERPRET": "1", "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-    )
-    assert worker.returncode == 0, worker.stderr
-    failures = json.loads(worker.stdout.splitlines()[-1])
+    failures = triton_on_cpu.interpreted(__file__, cases)
     assert not failures, "\n".join(failures)
 
 
@@ -137,60 +128,14 @@ def test_chosen_tiles_are_possible_everywhere():
 
 def compile_usage(kernel, dtype, writes_out, constants, tiles, capability):
     """Compile one kernel to machine code and read what it uses, without a GPU."""
-    import pathlib
-    import re
-    import tempfile
-
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     from jaxkv.kernels import decode_triton_body
 
     kernel = getattr(decode_triton_body, kernel)
-    short = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}[dtype]
-    names = kernel.arg_names
-    types = {
-        "positions_ptr": "*i32",
-        "target_ptr": "*i32",
-        "position_ptr": "*i32",
-        "parts_ptr": "*fp32",
-        "statistic_ptr": "*fp32",
-        "out_ptr": short if writes_out else "*fp32",
-    }
-    signature = {
-        name: "constexpr" if name in constants else types.get(name, short)
-        for name in names
-    }
-    compiled = triton.compile(
-        ASTSource(
-            kernel,
-            signature,
-            constexprs={(names.index(name),): v for name, v in constants.items()},
-            # What jax-triton promises the compiler about every array.
-            attrs={
-                (i,): [["tt.divisibility", 16]]
-                for i, name in enumerate(names)
-                if name not in constants
-            },
-        ),
-        target=GPUTarget("cuda", capability, 32),
-        options=dict(num_warps=tiles.warps, num_stages=tiles.stages),
-    )
-    tool = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        report = subprocess.run(
-            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
-        )
-    numbers = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", report.stdout))
-    return dict(
-        registers=int(numbers["REG"]),
-        stack=int(numbers["STACK"]),
-        local=int(numbers["LOCAL"]),
-        shared=compiled.metadata.shared,
-    )
+    dtypes = dict.fromkeys(kernel.arg_names, dtype)
+    dtypes |= dict.fromkeys(["positions_ptr", "target_ptr", "position_ptr"], "int32")
+    dtypes |= dict.fromkeys(["parts_ptr", "statistic_ptr"], "float32")
+    dtypes["out_ptr"] = dtype if writes_out else "float32"
+    return triton_on_cpu.usage(kernel, dtypes, constants, tiles, capability)
 
 
 def oracle(q, k_new, v_new, keys, values, positions, target, position, scale):
@@ -288,25 +233,8 @@ def check_interpreted(case, seed, swap=False) -> list[str]:
     return failures
 
 
-def teach_bfloat16_dot():
-    """Make the interpreter's `dot` read bfloat16, whose bits it takes for integers."""
-    import triton.language as tl
-    from triton.runtime.interpreter import InterpreterBuilder
-
-    create_dot = InterpreterBuilder.create_dot
-
-    def widen(builder, x):
-        is_bfloat16 = x.dtype.scalar == tl.bfloat16
-        return builder.cast_impl(x, tl.float32) if is_bfloat16 else x
-
-    def patched(builder, a, b, *rest):
-        return create_dot(builder, widen(builder, a), widen(builder, b), *rest)
-
-    InterpreterBuilder.create_dot = patched
-
-
 if __name__ == "__main__":
-    teach_bfloat16_dot()
+    triton_on_cpu.teach_bfloat16_dot()
     cases = {"FAST": FAST, "SLOW": SLOW}[sys.argv[1]]
     failures = [f for i, case in enumerate(cases) for f in check_interpreted(case, i)]
     if not any("out is off" in f for f in check_interpreted(cases[0], 0, swap=True)):

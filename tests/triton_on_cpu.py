@@ -1,0 +1,126 @@
+"""Triton without a GPU: kernels run by its interpreter, or are compiled and measured.
+
+Triton must be imported with `TRITON_INTERPRET=1` set to interpret, and then cannot
+compile, so a test file whose kernels are interpreted is its own worker, a script.
+"""
+
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+
+SHORT = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16", "int32": "*i32"}
+
+
+def interpreted(file: str, *arguments: str) -> list[str]:
+    """Run a test file as a worker; return the failures that its last line lists."""
+    worker = subprocess.run(
+        [sys.executable, file, *arguments],
+        env={**os.environ, "TRITON_INTERPRET": "1", "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+    assert worker.returncode == 0, worker.stderr
+    return json.loads(worker.stdout.splitlines()[-1])
+
+
+def usage(kernel, dtypes, constants, tiles, capability) -> dict[str, int]:
+    """Compile one kernel to machine code and read what it uses.
+
+    `dtypes` maps the names of the array arguments to dtypes.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = kernel.arg_names
+    signature = {
+        name: "constexpr" if name in constants else SHORT[dtypes[name]]
+        for name in names
+    }
+    compiled = triton.compile(
+        ASTSource(
+            kernel,
+            signature,
+            constexprs={(names.index(name),): v for name, v in constants.items()},
+            # What jax-triton promises the compiler about every array.
+            attrs={
+                (i,): [["tt.divisibility", 16]]
+                for i, name in enumerate(names)
+                if name not in constants
+            },
+        ),
+        target=GPUTarget("cuda", capability, 32),
+        options=dict(num_warps=tiles.warps, num_stages=tiles.stages),
+    )
+    tool = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        report = subprocess.run(
+            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
+        )
+    numbers = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", report.stdout))
+    return dict(
+        registers=int(numbers["REG"]),
+        stack=int(numbers["STACK"]),
+        local=int(numbers["LOCAL"]),
+        shared=compiled.metadata.shared,
+    )
+
+
+def call(kernel, arrays, out_types, *, aliases, grid, **constants):
+    """Do what `decode_triton.call` does, in the interpreter, on the CPU.
+
+    Outputs start out as NaN and -1. As with jax-triton before 0.4, a kernel gets
+    aliased buffers twice. The inputs stay as they are.
+    """
+    del constants["num_warps"], constants["num_stages"]
+    import jax.numpy as jnp
+    import numpy as np
+    import torch
+
+    def to_torch(array):
+        array = np.array(array, order="C")  # a copy
+        if array.dtype == jnp.bfloat16:
+            return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+        return torch.from_numpy(array)
+
+    def to_jax(tensor):
+        if tensor.dtype == torch.bfloat16:
+            return jnp.asarray(tensor.view(torch.int16).numpy().view(jnp.bfloat16))
+        return jnp.asarray(tensor.numpy())
+
+    inputs = [to_torch(x) for x in arrays]
+    sources = {output: source for source, output in aliases.items()}
+    outputs = []
+    for i, out in enumerate(out_types):
+        if i in sources:
+            source = arrays[sources[i]]
+            assert (out.shape, out.dtype) == (source.shape, source.dtype)
+            outputs.append(inputs[sources[i]])
+        else:
+            junk = -1 if jnp.issubdtype(out.dtype, jnp.integer) else jnp.nan
+            outputs.append(to_torch(np.full(out.shape, junk, out.dtype)))
+    kernel[grid](*inputs, *outputs, **constants)
+    return tuple(map(to_jax, outputs))
+
+
+def teach_bfloat16_dot():
+    """Make the interpreter's `dot` read bfloat16, whose bits it takes for integers."""
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    create_dot = InterpreterBuilder.create_dot
+
+    def widen(builder, x):
+        is_bfloat16 = x.dtype.scalar == tl.bfloat16
+        return builder.cast_impl(x, tl.float32) if is_bfloat16 else x
+
+    def patched(builder, a, b, *rest):
+        return create_dot(builder, widen(builder, a), widen(builder, b), *rest)
+
+    InterpreterBuilder.create_dot = patched
