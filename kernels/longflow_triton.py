@@ -1,0 +1,267 @@
+"""One LongFlow decode step on NVIDIA GPUs, in Triton, through jax-triton.
+
+Two launches: the first writes the token, attends, and scores every slot while its value
+is on the chip, so that keys and values are read once for all query heads of the group;
+the second chooses the victims and joins the splits. `longflow_triton_body` has the
+picture and the numerics.
+
+No vmap and no derivatives: the batch is an explicit axis, and decoding has no backward.
+
+Axis letters: `B` batch, `N` query heads, `K` key/value heads, `G` query heads per
+key/value head, `S` slots, `H` head size.
+"""
+
+import dataclasses
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxkv.kernels import decode_triton
+from jaxkv.kernels.decode_triton import attend_constants, call, next_power_of_2
+
+Score = Literal["l1", "l2", "attention"]
+
+
+class LongFlowOutput(NamedTuple):
+    """What one LongFlow step returns.
+
+    Attributes:
+      out: `[B, N, H]`, in the dtype of the query.
+      keys: `[B, K, S, H]`, with the new key in its slot.
+      values: `[B, K, S, H]`, with the new value in its slot.
+      positions: int32 `[B, K, S]`, with the new position in its slot.
+      target: int32 `[B, K]`, the slot that the next token overwrites.
+    """
+
+    out: jax.Array
+    keys: jax.Array
+    values: jax.Array
+    positions: jax.Array
+    target: jax.Array
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tiles(decode_triton.Tiles):
+    """How the work of one call is cut.
+
+    Attributes:
+      programs: 0: one program per key/value head and split. Otherwise that many
+        programs do whole rows one after the other, and `splits` is 1: scores then
+        stay in the second-level cache.
+      chunk: scores that a program reads at once, a power of two.
+    """
+
+    programs: int = 0
+    chunk: int = 4096
+
+
+def choose_tiles(
+    batch: int,
+    heads: int,
+    kv_heads: int,
+    slots: int,
+    head_dim: int,
+    dtype: jax.typing.DTypeLike,
+    num_sms: int = 132,
+) -> Tiles:
+    """Return tiles that keep the memory busy, for a device of `num_sms` processors.
+
+    With three rows or more for two processors, programs do whole rows, as many as have
+    room at once, two per processor, and so that all do equally many; else they share
+    the rows as in `decode_triton.choose_tiles`. The score takes registers: tiles are of
+    at most 64 slots, and a group whose outputs fill the registers of four warps, more
+    than 4096 numbers, gets eight, and small tiles.
+    """
+    attend = decode_triton.choose_tiles(
+        batch, kv_heads, slots, head_dim, dtype, num_sms
+    )
+    tiles = Tiles(**dataclasses.asdict(attend))
+    tiles = dataclasses.replace(tiles, block=min(64, tiles.block))
+    if next_power_of_2(heads // kv_heads) * head_dim > 4096:
+        tiles = dataclasses.replace(tiles, block=16, warps=8)
+    rows = batch * kv_heads
+    if 2 * rows < 3 * num_sms:
+        return tiles
+    turns = -(-rows // (2 * num_sms))
+    return dataclasses.replace(tiles, splits=1, programs=-(-rows // turns))
+
+
+def longflow_attention_triton(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    positions: jax.Array,
+    target: jax.Array,
+    position: jax.Array,
+    oldest: jax.Array,
+    newest: jax.Array,
+    *,
+    scale: float,
+    score: Score = "l1",
+    shared: bool = True,
+    tiles: Tiles | None = None,
+) -> LongFlowOutput:
+    """Write one token, attend from it, and choose the slot that the next overwrites.
+
+    `keys`, `values` and `positions` are updated in place where XLA lets them be:
+    under `jit`, donated or used nowhere else.
+
+    The importance of a slot is the mean over query heads of `alpha * ||v||`, in
+    float32. The next target is the lowest free slot; without one, the least important
+    among the slots whose position lies between `oldest` and `newest` (for `shared`, in
+    every head); without one of those, the least important of all. Ties go to the lowest
+    slot.
+
+    Args:
+      query: `[B, N, H]` of the new token; head `n` reads head `n // (N / K)`.
+      key: `[B, K, H]` of the new token, rotated.
+      value: `[B, K, H]` of the new token.
+      keys: `[B, K, S, H]`.
+      values: `[B, K, S, H]`; free slots of both may hold anything, NaN included.
+      positions: int32 `[B, K, S]`, negative where a slot is free.
+      target: int32 `[B, K]`, the slot that the new token overwrites.
+      position: int32 `[B]` of the new token; -1 for a finished row, which writes
+        nothing, keeps its target, and whose output is finite but means nothing.
+      oldest: int32 `[B]`, the first position that may go.
+      newest: int32 `[B]`, the last position that may go.
+      scale: factor on the logits.
+      score: the norm of `v`, "l1" or "l2", or "attention", which leaves it out.
+      shared: one victim for all key/value heads, whose free slots coincide, from the
+        mean over all query heads; else one per key/value head, from its group's.
+      tiles: how to cut the work; None chooses by shape and device.
+
+    Returns:
+      The output, the updated cache and the next target.
+    """
+    from jaxkv.kernels import longflow_triton_body as body
+
+    batch, kv_heads, slots, head_dim = keys.shape
+    heads = query.shape[1]
+    sizes = heads, kv_heads, slots, head_dim
+    tiles = tiles or choose_tiles(
+        batch, *sizes, keys.dtype, decode_triton.num_processors()
+    )
+    row_heads = score_heads(heads, kv_heads, shared)
+    rows = batch * heads // row_heads
+    stride, kept = score_stride(slots), tiles.programs or batch * kv_heads
+    part_dtype = query.dtype if tiles.programs else jnp.float32
+    importance = (batch, kv_heads, stride)
+    cache = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (keys, values, positions)]
+    outputs = [
+        jax.ShapeDtypeStruct((tiles.splits, batch, heads, head_dim), part_dtype),
+        jax.ShapeDtypeStruct((tiles.splits, batch, heads), jnp.float32),
+        jax.ShapeDtypeStruct((kept, heads // kv_heads, stride), jnp.float32),
+        *[jax.ShapeDtypeStruct(importance, jnp.float32)] * bool(tiles.programs),
+        jax.ShapeDtypeStruct((rows,), jnp.int32),
+    ]
+    first = len(outputs)
+    parts, statistic, scores, *rest = call(
+        body.score_rows if tiles.programs else body.score_split,
+        (query, key, value, keys, values, positions, target, position, oldest, newest),
+        (*outputs, *cache),
+        aliases={3: first, 4: first + 1, 5: first + 2},
+        grid=(tiles.programs,) if tiles.programs else (kept, tiles.splits),
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
+        **score_constants(*sizes, keys.dtype, scale, score, shared, tiles, batch),
+    )
+    *rest, arrivals, keys, values, positions = rest
+    constants = choose_constants(*sizes, shared, tiles)
+    blocks = constants["BLOCKS"]
+    outputs = [
+        jax.ShapeDtypeStruct(target.shape, jnp.int32),
+        jax.ShapeDtypeStruct((rows, blocks, 2), jnp.int32),
+        jax.ShapeDtypeStruct((rows,), jnp.int32),
+    ]
+    if tiles.programs:
+        target, _, _ = call(
+            body.choose_victims,
+            (*rest, target, position, arrivals),
+            outputs,
+            aliases={3: 2},
+            grid=(rows, blocks),
+            num_warps=4,
+            num_stages=1,
+            **constants,
+        )
+        out = parts.reshape(query.shape)
+        return LongFlowOutput(out, keys, values, positions, target)
+    out, target, _, _ = call(
+        body.finish_splits,
+        (scores, parts, statistic, target, position, arrivals),
+        (jax.ShapeDtypeStruct(query.shape, query.dtype), *outputs),
+        aliases={5: 3},
+        grid=(rows, blocks + row_heads),
+        num_warps=4,
+        num_stages=1,
+        **constants,
+    )
+    return LongFlowOutput(out, keys, values, positions, target)
+
+
+def score_heads(heads: int, kv_heads: int, shared: bool) -> int:
+    """Return how many query heads share a victim."""
+    return heads if shared else heads // kv_heads
+
+
+def score_stride(slots: int) -> int:
+    """Return the length of a row of scores, rounded up so that all rows are aligned."""
+    return -(-slots // 64) * 64
+
+
+def score_constants(
+    heads: int,
+    kv_heads: int,
+    slots: int,
+    head_dim: int,
+    dtype: jax.typing.DTypeLike,
+    scale: float,
+    score: Score,
+    shared: bool,
+    tiles: Tiles,
+    batch: int,
+) -> dict[str, Any]:
+    """Return the compile-time arguments of `score_split`, or of `score_rows`."""
+    constants = attend_constants(heads, kv_heads, slots, head_dim, dtype, scale, tiles)
+    constants |= dict(
+        SCORE=score, STRIDE=score_stride(slots), TARGETS=kv_heads if shared else 1
+    )
+    if tiles.programs:
+        del constants["SPLITS"]
+        pad = next_power_of_2(heads // kv_heads)
+        chunk = _slots_at_once(pad, slots, tiles)
+        constants |= dict(ROWS=batch * kv_heads, HEADS_PAD=pad, CHUNK=chunk)
+    return constants
+
+
+def choose_constants(
+    heads: int, kv_heads: int, slots: int, head_dim: int, shared: bool, tiles: Tiles
+) -> dict[str, Any]:
+    """Return the compile-time arguments of `finish_splits`, or of `choose_victims`."""
+    targets = kv_heads if shared else 1
+    row_heads = score_heads(heads, kv_heads, shared)
+    pad = next_power_of_2(targets if tiles.programs else row_heads)
+    chunk = _slots_at_once(pad, slots, tiles)
+    blocks = -(-slots // chunk)
+    constants = dict(
+        TARGETS=targets,
+        TARGETS_PAD=next_power_of_2(targets),
+        KV_HEADS=kv_heads,
+        SLOTS=slots,
+        STRIDE=score_stride(slots),
+        CHUNK=chunk,
+        BLOCKS=blocks,
+        BLOCKS_PAD=next_power_of_2(blocks),
+    )
+    if not tiles.programs:
+        constants |= dict(HEADS=row_heads, HEADS_PAD=pad)
+        constants |= decode_triton.combine_constants(head_dim, tiles)
+    return constants
+
+
+def _slots_at_once(heads_pad: int, slots: int, tiles: Tiles) -> int:
+    """Return how many slots of so many heads make up a chunk."""
+    return max(16, min(tiles.chunk // heads_pad, next_power_of_2(slots)))

@@ -1,0 +1,458 @@
+"""Triton kernels of `longflow_triton`; imported at the call, since it needs Triton.
+
+Two ways to cut the work, each in two launches:
+
+```
+in splits   1  per (row, split): attend; leave the scores of its slots, head by head
+            2  per (row, block of slots): importance and its minimum, of which the last
+               to arrive takes the least; per query head: join the splits
+in rows     1  per program, row after row: attend; leave the scores in a scratch of the
+               program's own; knowing the softmax, read them back: importance, summed
+               over the query heads of the row
+            2  the same as above from that importance
+```
+
+What a query head says of a slot `s` is parked as one float32, its *score*: the logit
+plus `log ||v_s||`, in base 2, so that importance is a sum over heads of
+`2^(score - statistic)`, with the statistic that joins the splits anyway. So nothing
+underflows on the way, and float32 is as exact for the score as for the logit itself. A
+free slot has the score `+inf`; the score's lowest bit says that a slot is protected.
+
+Importance that leaves the chip is not negative, so its sign says that a slot is
+protected; `-inf` says that it is free.
+
+The choice is a minimum over int32 (`slot_order`), ties to the lowest slot. The last
+program to arrive takes the minimum over all blocks, and computes the same whichever it
+is; the counter of arrivals is the only atomic, and an integer.
+"""
+
+import triton
+import triton.language as tl
+
+from jaxkv.kernels.decode_triton_body import (
+    attend_tile,
+    combine_head,
+    head_offsets,
+    start_softmax,
+    store_part,
+    store_token,
+)
+
+_LOWEST = tl.constexpr(-1e30)
+_MAX_INT = tl.constexpr(2147483647)
+
+
+@triton.jit
+def log_norm(v, AXIS: tl.constexpr, SCORE: tl.constexpr):
+    """Return log2 of the norm along an axis; 0 where the score leaves the norm out."""
+    v = v.to(tl.float32)
+    if SCORE == "l1":
+        result = tl.log2(tl.sum(tl.abs(v), AXIS))
+    elif SCORE == "l2":
+        result = 0.5 * tl.log2(tl.sum(v * v, AXIS))
+    else:
+        result = tl.sum(tl.zeros_like(v), AXIS)
+    return result
+
+
+@triton.jit
+def encode_score(score, positions, oldest, newest):
+    """Return scores `[G, S]` with what the positions `[S]` say of their slots."""
+    protected = (positions < oldest) | (positions > newest)
+    # Bits of -inf with the lowest one set would be NaN.
+    bits = tl.maximum(score, _LOWEST).to(tl.int32, bitcast=True)
+    bits = (bits & -2) | protected.to(tl.int32)[None, :]
+    score = bits.to(tl.float32, bitcast=True)
+    return tl.where((positions < 0)[None, :], float("inf"), score)
+
+
+@triton.jit
+def score_row(
+    query_ptr,
+    key_ptr,
+    value_ptr,
+    keys_ptr,
+    values_ptr,
+    positions_ptr,
+    target_ptr,
+    position_ptr,
+    oldest_ptr,
+    newest_ptr,
+    out_ptr,
+    statistic_ptr,
+    scores_ptr,  # [G, STRIDE] of this row
+    row,
+    split,
+    num_rows,
+    SCALE: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    SLOTS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    GROUP_PAD: tl.constexpr,
+    HEAD_PAD: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SCORE: tl.constexpr,
+    STRIDE: tl.constexpr,
+):
+    """Do as `attend_split` for one row and split, and score its slots."""
+    keys_ptr += row * (SLOTS * HEAD_DIM)
+    values_ptr += row * (SLOTS * HEAD_DIM)
+    positions_ptr += row * SLOTS
+
+    heads = tl.arange(0, GROUP_PAD)  # [G]
+    columns = tl.arange(0, HEAD_PAD)  # [H]
+    query_offsets, query_real = head_offsets(GROUP, HEAD_DIM, GROUP_PAD, HEAD_PAD)
+    q = tl.load(
+        query_ptr + row * (GROUP * HEAD_DIM) + query_offsets, query_real, other=0.0
+    )
+    k_new = tl.load(key_ptr + row * HEAD_DIM + columns, columns < HEAD_DIM, other=0.0)
+    v_new = tl.load(value_ptr + row * HEAD_DIM + columns, columns < HEAD_DIM, other=0.0)
+    batch = row // KV_HEADS
+    position = tl.load(position_ptr + batch)
+    oldest = tl.load(oldest_ptr + batch)
+    newest = tl.load(newest_ptr + batch)
+    unfinished = position >= 0
+    target = tl.where(unfinished, tl.load(target_ptr + row), -1)
+    takes_new = unfinished & (split == 0)
+    store_token(
+        *(keys_ptr, values_ptr, positions_ptr, k_new, v_new, position, target),
+        *(takes_new, HEAD_DIM, HEAD_PAD),
+    )
+    new_logit = SCALE * tl.sum(q.to(tl.float32) * k_new.to(tl.float32)[None, :], 1)
+    maximum, total, acc = start_softmax(new_logit, v_new, takes_new)
+    new_score = new_logit + log_norm(v_new, 0, SCORE)
+
+    first = split * BLOCK + tl.arange(0, BLOCK)
+    next_positions = tl.load(positions_ptr + first, first < SLOTS, other=-1)
+    for start in range(0, SLOTS, SPLITS * BLOCK):
+        slots = start + first  # [S]
+        # A finished row reads no slot: nobody asks for its output or victim.
+        positions = tl.where(unfinished, next_positions, -1)
+        next_slots = slots + SPLITS * BLOCK
+        next_positions = tl.load(
+            positions_ptr + next_slots, next_slots < SLOTS, other=-1
+        )
+        is_target = slots == target
+        occupied = (positions >= 0) & (slots != target)
+        logits, v, maximum, total, acc = attend_tile(
+            *(q, keys_ptr, values_ptr, slots, occupied, maximum, total, acc),
+            *(SCALE, HEAD_DIM, HEAD_PAD, PRECISION),
+        )
+        # Each program knows the new token's score: the tile that holds its slot
+        # stores it, as one block with the others.
+        score = logits + log_norm(v, 1, SCORE)[None, :]
+        score = tl.where(is_target[None, :], new_score[:, None], score)
+        positions = tl.where(is_target, position, positions)
+        tl.store(
+            scores_ptr + heads[:, None] * STRIDE + slots[None, :],
+            encode_score(score, positions, oldest, newest),
+            (heads < GROUP)[:, None] & (slots < STRIDE)[None, :],
+            eviction_policy="evict_last",
+        )
+
+    store_part(
+        *(out_ptr, statistic_ptr, split * num_rows + row, maximum, total, acc),
+        *(GROUP, HEAD_DIM, GROUP_PAD, HEAD_PAD),
+    )
+
+
+@triton.jit
+def read_scores(
+    scores_ptr,  # [HEADS, STRIDE]
+    statistic,  # [HEADS]
+    slots,
+    HEADS: tl.constexpr,
+    HEADS_PAD: tl.constexpr,
+    SLOTS: tl.constexpr,
+    STRIDE: tl.constexpr,
+):
+    """Return importance `[S]`, summed over heads, and which slots are protected.
+
+    Importance is +inf where a slot is free.
+    """
+    heads = tl.arange(0, HEADS_PAD)
+    # Read for the last time: what streams past may have the room.
+    scores = tl.load(
+        scores_ptr + heads[:, None] * STRIDE + slots[None, :],
+        (heads < HEADS)[:, None] & (slots < SLOTS)[None, :],
+        other=float("-inf"),
+        eviction_policy="evict_first",
+    )
+    importance = tl.sum(tl.exp2(scores - statistic[:, None]), 0)
+    protected = tl.max(scores.to(tl.int32, bitcast=True) & 1, 0)
+    return importance, protected > 0
+
+
+@triton.jit
+def slot_order(importance, free, protected, real):
+    """Return int32 `[S]`, the less the sooner to go: free, evictable, protected."""
+    bits = importance.to(tl.int32, bitcast=True)  # as ordered as what is not negative
+    order = tl.where(protected, bits, bits - _MAX_INT)
+    order = tl.where(free, -_MAX_INT - 1, order)
+    return tl.where(real, order, _MAX_INT)
+
+
+@triton.jit
+def choose_victim(
+    order,  # [S] of this block
+    slots,  # [S]
+    target_ptr,  # [B, K]
+    position_ptr,  # [B]
+    arrivals_ptr,  # [ROWS], zeros
+    new_target_ptr,  # [B, K]
+    minima_ptr,  # [ROWS, BLOCKS, 2]
+    row,
+    block,
+    TARGETS: tl.constexpr,  # KV heads that share the victim: K or 1
+    TARGETS_PAD: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    BLOCKS_PAD: tl.constexpr,
+):
+    """Store the block's minimum; if it is the row's last, store the row's victim."""
+    least = tl.min(order, 0)
+    slot = tl.min(tl.where(order == least, slots, _MAX_INT), 0)
+    minima_ptr += row * (BLOCKS * 2)
+    tl.store(minima_ptr + block * 2, least)
+    tl.store(minima_ptr + block * 2 + 1, slot)
+    tl.debug_barrier()
+    arrived = tl.atomic_add(arrivals_ptr + row, 1, sem="acq_rel")
+    if arrived == BLOCKS - 1:
+        tl.debug_barrier()
+        blocks = tl.arange(0, BLOCKS_PAD)
+        real = blocks < BLOCKS
+        orders = tl.load(minima_ptr + blocks * 2, real, other=_MAX_INT, volatile=True)
+        found = tl.load(minima_ptr + blocks * 2 + 1, real, other=0, volatile=True)
+        least = tl.min(orders, 0)
+        # Among padding, too, the minimum is real: each row has a slot.
+        slot = tl.min(tl.where(orders == least, found, _MAX_INT), 0)
+        targets = tl.arange(0, TARGETS_PAD)
+        position = tl.load(position_ptr + row * TARGETS // KV_HEADS)
+        old = tl.load(target_ptr + row * TARGETS + targets, targets < TARGETS, other=0)
+        new = tl.where(position >= 0, slot, old)
+        tl.store(new_target_ptr + row * TARGETS + targets, new, targets < TARGETS)
+
+
+@triton.jit
+def score_split(
+    # Inputs; the cache (keys, values, positions) is also written, in place.
+    query_ptr,  # [B, K, G, H]
+    key_ptr,  # [B, K, H]
+    value_ptr,  # [B, K, H]
+    keys_ptr,  # [B, K, S, H]
+    values_ptr,  # [B, K, S, H]
+    positions_ptr,  # [B, K, S]
+    target_ptr,  # [B, K]
+    position_ptr,  # [B]
+    oldest_ptr,  # [B]
+    newest_ptr,  # [B]
+    # Outputs.
+    out_ptr,  # [SPLITS, B, K, G, H]
+    statistic_ptr,  # [SPLITS, B, K, G]
+    scores_ptr,  # [B, K, G, STRIDE]
+    arrivals_ptr,  # [B, K / TARGETS]
+    # jax-triton before 0.4 passes aliased buffers a second time, as outputs.
+    _keys_out_ptr,
+    _values_out_ptr,
+    _positions_out_ptr,
+    SCALE: tl.constexpr,  # times log2(e)
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    SLOTS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    GROUP_PAD: tl.constexpr,
+    HEAD_PAD: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SCORE: tl.constexpr,
+    STRIDE: tl.constexpr,
+    TARGETS: tl.constexpr,
+):
+    """Write the new token, attend to every `SPLITS`-th tile of a row, and score it."""
+    row = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(1)
+    score_row(
+        *(query_ptr, key_ptr, value_ptr, keys_ptr, values_ptr, positions_ptr),
+        *(target_ptr, position_ptr, oldest_ptr, newest_ptr, out_ptr, statistic_ptr),
+        *(scores_ptr + row * (GROUP * STRIDE), row, split, tl.num_programs(0)),
+        *(SCALE, KV_HEADS, GROUP, SLOTS, HEAD_DIM, SPLITS, BLOCK, GROUP_PAD),
+        *(HEAD_PAD, PRECISION, SCORE, STRIDE),
+    )
+    is_first = (split == 0) & (row % TARGETS == 0)
+    tl.store(arrivals_ptr + row // TARGETS, 0, is_first)
+
+
+@triton.jit
+def finish_splits(
+    scores_ptr,  # [ROWS, HEADS, STRIDE]
+    parts_ptr,  # [SPLITS, ROWS, HEADS, H]
+    statistic_ptr,  # [SPLITS, ROWS, HEADS]
+    target_ptr,  # [B, K]
+    position_ptr,  # [B]
+    arrivals_ptr,  # [ROWS]
+    # Outputs.
+    out_ptr,  # [ROWS, HEADS, H]
+    new_target_ptr,  # [B, K]
+    minima_ptr,  # [ROWS, BLOCKS, 2]
+    _arrivals_out_ptr,
+    HEADS: tl.constexpr,  # query heads that share the victim: N or G
+    HEADS_PAD: tl.constexpr,
+    TARGETS: tl.constexpr,
+    TARGETS_PAD: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    STRIDE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEAD_PAD: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SPLITS_PAD: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    BLOCKS_PAD: tl.constexpr,
+):
+    """Choose the victim, `BLOCKS` programs a row, and join the splits, one per head."""
+    row = tl.program_id(0).to(tl.int64)
+    block = tl.program_id(1)
+    num_heads = tl.num_programs(0) * HEADS
+    if block < BLOCKS:
+        splits = tl.arange(0, SPLITS_PAD)
+        heads = tl.arange(0, HEADS_PAD)
+        parts = tl.load(
+            statistic_ptr
+            + splits[:, None].to(tl.int64) * num_heads
+            + (row * HEADS + heads)[None, :],
+            (splits < SPLITS)[:, None] & (heads < HEADS)[None, :],
+            other=_LOWEST,
+        )
+        maximum = tl.max(parts, 0)
+        statistic = maximum + tl.log2(tl.sum(tl.exp2(parts - maximum[None, :]), 0))
+        slots = block * CHUNK + tl.arange(0, CHUNK)
+        importance, protected = read_scores(
+            *(scores_ptr + row * (HEADS * STRIDE), statistic, slots),
+            *(HEADS, HEADS_PAD, SLOTS, STRIDE),
+        )
+        is_free = importance == float("inf")
+        order = slot_order(importance, is_free, protected, slots < SLOTS)
+        choose_victim(
+            *(order, slots, target_ptr, position_ptr, arrivals_ptr),
+            *(new_target_ptr, minima_ptr, row, block),
+            *(TARGETS, TARGETS_PAD, KV_HEADS, BLOCKS, BLOCKS_PAD),
+        )
+    else:
+        combine_head(
+            *(parts_ptr, statistic_ptr, out_ptr),
+            *(row * HEADS + block - BLOCKS, num_heads),
+            *(HEAD_DIM, SPLITS, SPLITS_PAD, HEAD_PAD),
+        )
+
+
+@triton.jit
+def score_rows(
+    # As in `score_split`.
+    query_ptr,
+    key_ptr,
+    value_ptr,
+    keys_ptr,
+    values_ptr,
+    positions_ptr,
+    target_ptr,
+    position_ptr,
+    oldest_ptr,
+    newest_ptr,
+    # Outputs.
+    out_ptr,  # [B, K, G, H]
+    statistic_ptr,  # [B, K, G]
+    scores_ptr,  # [PROGRAMS, G, STRIDE]
+    importance_ptr,  # [B, K, STRIDE]
+    arrivals_ptr,  # [B, K / TARGETS]
+    _keys_out_ptr,
+    _values_out_ptr,
+    _positions_out_ptr,
+    SCALE: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    SLOTS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    GROUP_PAD: tl.constexpr,
+    HEAD_PAD: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SCORE: tl.constexpr,
+    STRIDE: tl.constexpr,
+    TARGETS: tl.constexpr,
+    ROWS: tl.constexpr,
+    HEADS_PAD: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """Do whole rows, one after the other, and their importance per key/value head."""
+    program = tl.program_id(0)
+    scores_ptr += program.to(tl.int64) * (GROUP * STRIDE)
+    heads = tl.arange(0, HEADS_PAD)
+    row = program.to(tl.int64)
+    for _ in range(program, ROWS, tl.num_programs(0)):
+        score_row(
+            *(query_ptr, key_ptr, value_ptr, keys_ptr, values_ptr, positions_ptr),
+            *(target_ptr, position_ptr, oldest_ptr, newest_ptr, out_ptr),
+            *(statistic_ptr, scores_ptr, row, 0, ROWS),
+            *(SCALE, KV_HEADS, GROUP, SLOTS, HEAD_DIM, 1, BLOCK, GROUP_PAD),
+            *(HEAD_PAD, PRECISION, SCORE, STRIDE),
+        )
+        tl.store(arrivals_ptr + row // TARGETS, 0, row % TARGETS == 0)
+        # What the program's other threads have stored is read from here on.
+        tl.debug_barrier()
+        statistic = tl.load(statistic_ptr + row * GROUP + heads, heads < GROUP, other=0)
+        for start in range(0, SLOTS, CHUNK):
+            slots = start + tl.arange(0, CHUNK)
+            importance, protected = read_scores(
+                *(scores_ptr, statistic, slots, GROUP, HEADS_PAD, SLOTS, STRIDE),
+            )
+            is_free = importance == float("inf")
+            importance = tl.where(protected, -importance, importance)
+            importance = tl.where(is_free, float("-inf"), importance)
+            tl.store(importance_ptr + row * STRIDE + slots, importance, slots < SLOTS)
+        tl.debug_barrier()
+        row += tl.num_programs(0)
+
+
+@triton.jit
+def choose_victims(
+    importance_ptr,  # [ROWS, TARGETS, STRIDE]
+    target_ptr,  # [B, K]
+    position_ptr,  # [B]
+    arrivals_ptr,  # [ROWS]
+    # Outputs.
+    new_target_ptr,  # [B, K]
+    minima_ptr,  # [ROWS, BLOCKS, 2]
+    _arrivals_out_ptr,
+    TARGETS: tl.constexpr,
+    TARGETS_PAD: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    STRIDE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    BLOCKS_PAD: tl.constexpr,
+):
+    """Choose the victim from importance per key/value head, `BLOCKS` programs a row."""
+    row = tl.program_id(0).to(tl.int64)
+    block = tl.program_id(1)
+    slots = block * CHUNK + tl.arange(0, CHUNK)
+    kv_heads = tl.arange(0, TARGETS_PAD)
+    importance = tl.load(
+        importance_ptr + (row * TARGETS + kv_heads)[:, None] * STRIDE + slots[None, :],
+        (kv_heads < TARGETS)[:, None] & (slots < SLOTS)[None, :],
+        other=0.0,
+    )
+    protected = tl.max((importance.to(tl.int32, bitcast=True) < 0).to(tl.int32), 0) > 0
+    importance = tl.sum(tl.abs(importance), 0)
+    is_free = importance == float("inf")
+    order = slot_order(importance, is_free, protected, slots < SLOTS)
+    choose_victim(
+        *(order, slots, target_ptr, position_ptr, arrivals_ptr),
+        *(new_target_ptr, minima_ptr, row, block),
+        *(TARGETS, TARGETS_PAD, KV_HEADS, BLOCKS, BLOCKS_PAD),
+    )
