@@ -1,0 +1,137 @@
+"""The Triton kernels of the window scores without a GPU: against an oracle, compiled.
+
+Run as a script, this file is its own worker; `triton_on_cpu` says why.
+"""
+
+import itertools
+import json
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import triton_on_cpu
+
+from jaxkv.kernels import window_scores_triton
+from jaxkv.kernels.window_scores_triton import (
+    Tiles,
+    choose_tiles,
+    probability_constants,
+    statistic_constants,
+)
+
+# window, heads, KV heads, keys, length, head size, dtype, tiles (splits, rows, block)
+FAST = [
+    (5, 4, 2, 70, 60, 64, "float32", (2, 32, 16)),
+    (9, 4, 2, 70, 70, 64, "bfloat16", (3, 16, 16)),
+    (1, 3, 1, 33, 17, 96, "float16", (1, 16, 32)),
+]
+SLOW = [
+    (window, kv_heads * group, kv_heads, keys, keys - 3, head_dim, dtype, tiles)
+    for window, (kv_heads, group), keys, (head_dim, dtype), tiles in itertools.product(
+        [1, 8, 33],
+        [(2, 1), (2, 4), (1, 24)],
+        [40, 130],
+        [(64, "float32"), (96, "float16"), (128, "bfloat16"), (256, "bfloat16")],
+        [(1, 64, 16), (3, 16, 32)],
+    )
+]
+# Logits are exact in float32; the statistics and exponentials are float32.
+TOLERANCE = 1e-5
+
+# batch, window, heads, KV heads, keys, head size, dtype: with the shipped tiles
+SHIPPED = [(1, 32, 32, 8, 8192, 128, "bfloat16")]
+SHIPPED_SLOW = [
+    (1, window, 32, 8, 8192, head_dim, dtype)
+    for window, head_dim, dtype in itertools.product(
+        [1, 64], [64, 96, 128, 256], ["float16", "float32"]
+    )
+]
+
+
+@pytest.mark.parametrize(
+    "cases", ["FAST", pytest.param("SLOW", marks=pytest.mark.slow)]
+)
+def test_interpreted_kernels_agree_with_the_oracle(cases):
+    pytest.importorskip("triton")
+    pytest.importorskip("torch")
+    failures = triton_on_cpu.interpreted(__file__, cases)
+    assert not failures, "\n".join(failures)
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize(
+    "shape",
+    [*SHIPPED, *(pytest.param(s, marks=pytest.mark.slow) for s in SHIPPED_SLOW)],
+    ids=lambda s: "-".join(map(str, s)),
+)
+def test_shipped_tiles_compile_without_spills(shape, capability, record_property):
+    pytest.importorskip("triton")
+    from jaxkv.kernels import window_scores_triton_body as body
+
+    batch, window, heads, kv_heads, keys, head_dim, dtype = shape
+    rows = window * heads // kv_heads
+    tiles = choose_tiles(batch, kv_heads, rows, keys, head_dim, dtype)
+    first = statistic_constants(
+        window, heads, kv_heads, keys, head_dim, dtype, 0.1, tiles
+    )
+    second = probability_constants(first, keys, tiles)
+    dtypes = dict(query_ptr=dtype, key_ptr=dtype, start_ptr="int32", count_ptr="int32")
+    dtypes |= dict(statistic_ptr="float32", scores_ptr="float32")
+    launches = [(body.window_statistic, first), (body.window_probabilities, second)]
+    for kernel, constants in launches:
+        usage = triton_on_cpu.usage(kernel, dtypes, constants, tiles, capability)
+        for key, number in usage.items():
+            record_property(f"{kernel.__name__} {key}", number)
+        print(f"sm_{capability} {shape} {kernel.__name__} {tiles} {usage}")
+        assert usage["stack"] == 0 and usage["local"] == 0
+        # A100 gives a program 163 KiB at most.
+        assert usage["shared"] <= 160 * 1024
+
+
+def check_interpreted(case, seed, mutate=lambda args: args) -> list[str]:
+    """Run one case under the interpreter and return what is wrong with it."""
+    window, heads, kv_heads, keys, length, head_dim, dtype, (splits, rows, block) = case
+    tiles = Tiles(splits=splits, rows=rows, block=block, warps=4, stages=3)
+    batch, group, scale = 3, heads // kv_heads, head_dim**-0.5
+    rng = np.random.default_rng(seed)
+    # The window at the end, at the front, and somewhere with few queries that count.
+    start = np.array([keys - window, 0, (keys - window) // 2], np.int32)
+    count = np.array([window, window, max(1, window // 3)], np.int32)
+    q = jnp.asarray(rng.standard_normal((batch, window, heads, head_dim)), dtype)
+    k = jnp.asarray(rng.standard_normal((batch, keys, kv_heads, head_dim)), dtype)
+    dead = np.arange(keys) >= (start + count)[:, None]
+    k = jnp.where(dead[..., None, None], jnp.nan, k)
+    want = np.zeros((batch, kv_heads, keys))
+    exact_q, exact_k = (np.asarray(x.astype(jnp.float32), np.float64) for x in (q, k))
+    for b, n in itertools.product(range(batch), range(heads)):
+        for w in range(count[b]):
+            seen = exact_k[b, : start[b] + w + 1, n // group]
+            logits = scale * seen @ exact_q[b, w, n]
+            weights = np.exp(logits - logits.max())
+            want[b, n // group, : len(seen)] += weights / weights.sum() / group
+    q, k, start, count = mutate((q, k, jnp.asarray(start), jnp.asarray(count)))
+    scores = window_scores_triton.window_scores_triton(
+        q, k, start, scale=scale, length=length, count=count, tiles=tiles
+    )
+    error = np.abs(np.asarray(scores) - want[..., :length]).max()
+    return [] if error <= TOLERANCE * window else [f"{case}: off by {error:.3g}"]
+
+
+MUTATIONS = {
+    "start shifted": lambda x: (*x[:2], x[2] - 1, x[3]),
+    "count shifted": lambda x: (*x[:3], x[3] - 1),
+    "heads swapped": lambda x: (x[0][:, :, ::-1], *x[1:]),
+}
+
+
+if __name__ == "__main__":
+    triton_on_cpu.teach_bfloat16_dot()
+    window_scores_triton.call = triton_on_cpu.call
+    cases = {"FAST": FAST, "SLOW": SLOW}[sys.argv[1]]
+    failures = [f for i, case in enumerate(cases) for f in check_interpreted(case, i)]
+    if sys.argv[1] == "FAST":
+        for name, mutate in MUTATIONS.items():
+            if not check_interpreted(FAST[0], 0, mutate):
+                failures.append(f"{name}: went unnoticed")
+    print(json.dumps(failures))
