@@ -126,7 +126,7 @@ def check(batch, heads, kv_heads, slots, head_dim, dtype, score, shared, share, 
         *args
     )
     tiles = dataclasses.replace(
-        choose_tiles(batch, kv_heads, slots, head_dim, dtype), **tiles
+        choose_tiles(batch, heads, kv_heads, slots, head_dim, dtype), **tiles
     )
     step = functools.partial(longflow_attention_triton, **options, tiles=tiles)
     step = jax.jit(step, donate_argnums=(3, 4, 5))
@@ -167,7 +167,7 @@ def check_sequence(shared: bool, tiles: dict, steps: int = 200) -> dict:
     batch, heads, kv_heads, slots, head_dim = 4, 8, 2, 100, 64
     options = dict(scale=head_dim**-0.5, score="l1", shared=shared)
     tiles = dataclasses.replace(
-        choose_tiles(batch, kv_heads, slots, head_dim, "float32"), **tiles
+        choose_tiles(batch, heads, kv_heads, slots, head_dim, "float32"), **tiles
     )
     zeros = jnp.zeros((batch,), jnp.int32)
     bounds = zeros, zeros + (2**31 - 1)

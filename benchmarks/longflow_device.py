@@ -218,12 +218,12 @@ def time_window(keys: int, changes: dict) -> dict:
 
 def versions(batch: int, slots: int) -> list:
     """Return what is timed first: the shipped tiles and what they are compared with."""
-    return ["attention", choose_tiles(batch, 8, slots, 128, "bfloat16"), "cudnn"]
+    return ["attention", choose_tiles(batch, 32, 8, slots, 128, "bfloat16"), "cudnn"]
 
 
 def sweep_versions(batch: int, slots: int) -> list[Tiles]:
     """Return other tiles worth a try."""
-    shipped = choose_tiles(batch, 8, slots, 128, "bfloat16")
+    shipped = choose_tiles(batch, 32, 8, slots, 128, "bfloat16")
     return [dataclasses.replace(shipped, **changes) for changes in SWEEP[batch]]
 
 

@@ -12,33 +12,16 @@ key/value head, `S` slots, `H` head size.
 """
 
 import dataclasses
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
 from jaxkv.kernels import decode_triton
 from jaxkv.kernels.decode_triton import attend_constants, call, next_power_of_2
+from jaxkv.kernels.outputs import LongFlowOutput
 
 Score = Literal["l1", "l2", "attention"]
-
-
-class LongFlowOutput(NamedTuple):
-    """What one LongFlow step returns.
-
-    Attributes:
-      out: `[B, N, H]`, in the dtype of the query.
-      keys: `[B, K, S, H]`, with the new key in its slot.
-      values: `[B, K, S, H]`, with the new value in its slot.
-      positions: int32 `[B, K, S]`, with the new position in its slot.
-      target: int32 `[B, K]`, the slot that the next token overwrites.
-    """
-
-    out: jax.Array
-    keys: jax.Array
-    values: jax.Array
-    positions: jax.Array
-    target: jax.Array
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,6 +41,7 @@ class Tiles(decode_triton.Tiles):
 
 def choose_tiles(
     batch: int,
+    heads: int,
     kv_heads: int,
     slots: int,
     head_dim: int,
@@ -68,12 +52,17 @@ def choose_tiles(
 
     With three rows or more for two processors, programs do whole rows, as many as have
     room at once, two per processor, and so that all do equally many; else they share
-    the rows as in `decode_triton.choose_tiles`.
+    the rows as in `decode_triton.choose_tiles`. The score takes registers: tiles are of
+    at most 64 slots, and a group whose outputs fill the registers of four warps, more
+    than 4096 numbers, gets eight, and small tiles.
     """
     attend = decode_triton.choose_tiles(
         batch, kv_heads, slots, head_dim, dtype, num_sms
     )
     tiles = Tiles(**dataclasses.asdict(attend))
+    tiles = dataclasses.replace(tiles, block=min(64, tiles.block))
+    if next_power_of_2(heads // kv_heads) * head_dim > 4096:
+        tiles = dataclasses.replace(tiles, block=16, warps=8)
     rows = batch * kv_heads
     if 2 * rows < 3 * num_sms:
         return tiles
@@ -134,10 +123,10 @@ def longflow_attention_triton(
 
     batch, kv_heads, slots, head_dim = keys.shape
     heads = query.shape[1]
-    tiles = tiles or choose_tiles(
-        batch, kv_heads, slots, head_dim, keys.dtype, decode_triton.num_processors()
-    )
     sizes = heads, kv_heads, slots, head_dim
+    tiles = tiles or choose_tiles(
+        batch, *sizes, keys.dtype, decode_triton.num_processors()
+    )
     row_heads = score_heads(heads, kv_heads, shared)
     rows = batch * heads // row_heads
     stride, kept = score_stride(slots), tiles.programs or batch * kv_heads

@@ -46,13 +46,14 @@ def choose_tiles(
 ) -> Tiles:
     """Return tiles for `rows` query rows per key/value head, and so many keys.
 
-    As many rows at once as the registers hold, up to 128; tiles of at most 16 KiB of
-    keys; splits for two programs per processor, with four tiles each at least.
+    As many rows at once as the registers hold, up to 128, and 16 in float32, for which
+    there are no tensor cores; tiles of at most 16 KiB of keys; splits for two programs
+    per processor, with four tiles each at least.
     """
     itemsize = jnp.dtype(dtype).itemsize
-    rows = max(16, min(next_power_of_2(rows), 128 if itemsize == 2 else 32))
+    rows = max(16, min(next_power_of_2(rows), 128 if itemsize == 2 else 16))
     row_bytes = next_power_of_2(head_dim) * itemsize
-    block = max(16, min(64, 16384 // row_bytes))
+    block = 16 if itemsize == 4 else max(16, min(64, 16384 // row_bytes))
     tiles = -(-keys // block)
     splits = max(1, min(2 * num_sms // (batch * kv_heads), tiles // 4))
     return Tiles(

@@ -162,7 +162,7 @@ def window_probabilities(
     scores_ptr += pair * LENGTH
     splits = tl.arange(0, SPLITS_PAD)
     # Chunks outside, so that the keys are read again only where there are several.
-    for chunk in tl.static_range(CHUNKS):
+    for chunk in range(CHUNKS):
         q, rows, window = load_queries(
             *(query_ptr, batch, head, chunk),
             *(KV_HEADS, GROUP, ROWS, ROWS_PAD, HEAD_DIM, HEAD_PAD),
@@ -186,8 +186,9 @@ def window_probabilities(
                 *(SCALE, KV_HEADS, HEAD_DIM, HEAD_PAD, PRECISION),
             )
             score = tl.sum(tl.exp2(logits - statistic[:, None]), 0) * (1.0 / GROUP)
-            if chunk > 0:
-                score += tl.load(scores_ptr + indices, indices < LENGTH, other=0.0)
+            if CHUNKS > 1:
+                written = tl.where(chunk > 0, LENGTH, 0)
+                score += tl.load(scores_ptr + indices, indices < written, other=0.0)
             tl.store(scores_ptr + indices, score, indices < LENGTH)
         if CHUNKS > 1:
             tl.debug_barrier()

@@ -72,15 +72,13 @@ def usage(kernel, dtypes, constants, tiles, capability) -> dict[str, int]:
     )
 
 
-def call(
-    kernel, arrays, out_types, *, aliases, grid, num_warps, num_stages, **constants
-):
+def call(kernel, arrays, out_types, *, aliases, grid, **constants):
     """Do what `decode_triton.call` does, in the interpreter, on the CPU.
 
     Outputs start out as NaN and -1. As with jax-triton before 0.4, a kernel gets
     aliased buffers twice. The inputs stay as they are.
     """
-    del num_warps, num_stages
+    del constants["num_warps"], constants["num_stages"]
     import jax.numpy as jnp
     import numpy as np
     import torch
