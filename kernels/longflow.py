@@ -107,7 +107,7 @@ def longflow_attention(
             f"{where}: unknown {score=}; choose one of {', '.join(get_args(Score))}."
         )
     if implementation is None:
-        implementation = choose(jax.default_backend(), score)
+        implementation = choose(jax.default_backend(), score, query, keys)
     run = {
         "reference": _reference,
         "xla": _xla,
@@ -127,21 +127,16 @@ def longflow_attention(
     )
 
 
-def choose(platform: str, score: Score = "l1") -> Implementation:
-    """Return the implementation that `None` stands for."""
-    if score != "deletion":
-        if platform == "gpu" and not decode.triton_unavailable():
-            return "triton"
-        if platform == "tpu" and not tpu_unavailable():
-            return "pallas_tpu"
-    return "xla"
+def choose(platform: str, score: Score = "l1", query=None, keys=None) -> Implementation:
+    """Return the implementation that `None` stands for.
 
-
-def tpu_unavailable() -> str:
-    """Return why the Pallas version cannot run here, or an empty string."""
-    if jax.default_backend() != "tpu":
-        return f"needs a TPU, but JAX runs on {jax.default_backend()}."
-    return ""
+    Args:
+      platform: of the device, as `jax.default_backend()` names it.
+      score: see `longflow_attention`.
+      query: `[B, N, H]`, or a `jax.ShapeDtypeStruct`.
+      keys: `[B, K, S, H]`, likewise; without the two, those that every kernel takes.
+    """
+    return "xla" if score == "deletion" else decode.choose(platform, query, keys)
 
 
 def token_importance(
@@ -269,7 +264,7 @@ def _triton(*arguments, score, **options):
 
 def _pallas_tpu(*arguments, score, **options):
     _refuse_deletion("pallas_tpu", score)
-    reason = tpu_unavailable()
+    reason = decode.tpu_unavailable()
     if reason:
         raise NotImplementedError(
             f'longflow_attention: implementation="pallas_tpu" {reason}'

@@ -12,7 +12,7 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 
-from jaxkv.kernels.decode import triton_unavailable
+from jaxkv.kernels.decode import tpu_unavailable, triton_unavailable
 from jaxkv.kernels.shapes import check_groups, check_shape
 
 Implementation = Literal["reference", "xla", "triton", "pallas_tpu"]
@@ -68,7 +68,7 @@ def window_scores(
     if count is not None:
         check_shape(where, start=(start, "B"), count=(count, "B"))
     if implementation is None:
-        implementation = choose(jax.default_backend())
+        implementation = choose(jax.default_backend(), query, key)
     options = dict(scale=scale, length=length, count=count)
     match implementation:
         case "reference":
@@ -83,10 +83,10 @@ def window_scores(
 
             return window_scores_triton(query, key, start, **options)
         case "pallas_tpu":
-            if jax.default_backend() != "tpu":
+            reason = tpu_unavailable()
+            if reason:
                 raise NotImplementedError(
-                    f'{where}: implementation="pallas_tpu" needs a TPU, but JAX runs '
-                    f"on {jax.default_backend()}."
+                    f'{where}: implementation="pallas_tpu" {reason}'
                 )
             from jaxkv.kernels.window_scores_tpu import window_scores_tpu
 
@@ -97,11 +97,22 @@ def window_scores(
     )
 
 
-def choose(platform: str) -> Implementation:
-    """Return the implementation that `None` stands for."""
+def choose(platform: str, query=None, key=None) -> Implementation:
+    """Return the implementation that `None` stands for.
+
+    Args:
+      platform: of the device, as `jax.default_backend()` names it.
+      query: `[B, W, N, H]`, or a `jax.ShapeDtypeStruct`.
+      key: `[B, T, K, H]`, likewise; without the two, those that every kernel takes.
+    """
     if platform == "gpu" and not triton_unavailable():
         return "triton"
-    return "pallas_tpu" if platform == "tpu" else "xla"
+    if platform == "tpu":
+        from jaxkv.kernels.attend_tpu import unsupported_type
+
+        if query is None or not unsupported_type(query, key):
+            return "pallas_tpu"
+    return "xla"
 
 
 def _last_visible(start, window, count):

@@ -185,8 +185,6 @@ def test_named_implementations_never_fall_back():
         causal_attention(q, k, v, scale=1.0, implementation="fast")
     with pytest.raises(ValueError, match="unknown implementation='fast'"):
         decode_attention(**cache(4, 2, 8), scale=1.0, implementation="fast")
-    with pytest.raises(NotImplementedError, match="exists for longflow_attention only"):
-        decode_attention(**cache(4, 2, 8), scale=1.0, implementation="pallas_tpu")
     if jax.default_backend() != "gpu":
         with pytest.raises(NotImplementedError, match="needs an NVIDIA GPU"):
             causal_attention(q, k, v, scale=1.0, implementation="cudnn")

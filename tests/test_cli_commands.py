@@ -131,9 +131,9 @@ def stub_bench(monkeypatch):
         if batch == "2":
             raise typer.Exit(2)
 
-    stub = types.ModuleType("jaxkv.bench")
+    stub = types.ModuleType("jaxkv.bench_speculate")
     stub.app = app
-    monkeypatch.setitem(sys.modules, "jaxkv.bench", stub)
+    monkeypatch.setitem(sys.modules, "jaxkv.bench_speculate", stub)
     return seen
 
 

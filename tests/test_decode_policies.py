@@ -60,7 +60,7 @@ def run(policy, implementation="xla") -> Run:
     state = kv.init(
         batch=BATCH, kv_heads=KV_HEADS, slots=SLOTS, head_dim=HEAD, dtype=jnp.float32
     )
-    prompt = (x[:, : max(PROMPT)].swapaxes(1, 2) for x in (keys, values))
+    prompt = (x[:, : max(PROMPT)] for x in (keys, values))
     state = policy.begin(kv.fill(state, *prompt, lengths), lengths)
     rows = jnp.arange(BATCH)
 
