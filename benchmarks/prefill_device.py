@@ -55,7 +55,7 @@ def compile_start(network, arguments, options, length, new):
     )
 
 
-def time_length(network, params, length, batch, budget, repeats, new, scores):
+def time_length(network, params, length, batch, budget, repeats, new, scores, methods):
     """Return one record per method for prompts of `length` tokens."""
     rng = np.random.default_rng(length)
     tokens = rng.integers(0, network.config.vocab_size, (batch, bucket(length)))
@@ -67,7 +67,7 @@ def time_length(network, params, length, batch, budget, repeats, new, scores):
         jnp.array([-1], jnp.int32),
     )
     programs, records = {}, {}
-    for method in METHODS:
+    for method in methods:
         options = options_of(method, budget, scores)
         options.check()
         programs[method], memory = compile_start(
@@ -86,7 +86,7 @@ def time_length(network, params, length, batch, budget, repeats, new, scores):
         del out
     for turn in range(repeats):
         # Forwards, then backwards, so that nobody always comes first.
-        order = list(METHODS) if turn % 2 == 0 else list(METHODS)[::-1]
+        order = methods if turn % 2 == 0 else methods[::-1]
         for method in order:
             begin = time.perf_counter()
             out = jax.block_until_ready(programs[method](*arguments))
@@ -128,10 +128,14 @@ def main(
     dtype: str = "bfloat16",
     layers: Annotated[int, typer.Option(help="0: all of the shape")] = 0,
     scores: Annotated[str, typer.Option(help="window_scores, or auto")] = "auto",
+    methods: Annotated[str, typer.Option(help="full among them")] = ",".join(METHODS),
 ) -> None:
     """Time all methods at all lengths, and write the file after each length."""
     if repeats < 2:
         raise typer.BadParameter("needs at least 2 repeats for quartiles.")
+    chosen = methods.split(",")
+    if "full" not in chosen or not set(chosen) <= set(METHODS):
+        raise typer.BadParameter(f"full and some of {', '.join(METHODS)}.")
     config = SHAPES[shape]
     if layers:
         config = dataclasses.replace(config, num_layers=layers)
@@ -143,7 +147,7 @@ def main(
     report |= dict(new=new, scores=scores, timings=[])
     for length in map(int, lengths.split(",")):
         for record in time_length(
-            network, params, length, batch, budget, repeats, new, scores
+            network, params, length, batch, budget, repeats, new, scores, chosen
         ):
             report["timings"].append(record)
             print(

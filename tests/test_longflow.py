@@ -321,13 +321,22 @@ def test_refusals():
 )
 def test_choice(monkeypatch, platform, score, wanted):
     monkeypatch.setattr(longflow.decode, "triton_unavailable", lambda: "")
-    monkeypatch.setattr(longflow, "tpu_unavailable", lambda: "")
     assert longflow.choose(platform, score) == wanted
 
 
 def test_choice_without_the_libraries():
     if jax.default_backend() == "cpu":
-        assert longflow.choose("gpu") == longflow.choose("tpu") == "xla"
+        assert longflow.choose("gpu") == "xla"
+
+
+def test_choice_on_a_tpu_depends_on_the_arrays():
+    query, keys = (
+        jnp.zeros((1, 4, 64), jnp.float16),
+        jnp.zeros((1, 2, 9, 64), "float16"),
+    )
+    assert longflow.choose("tpu", "l1", query, keys) == "xla"
+    query, keys = query.astype(jnp.bfloat16), keys.astype(jnp.bfloat16)
+    assert longflow.choose("tpu", "l1", query, keys) == "pallas_tpu"
 
 
 def test_heads_that_share_free_no_slot_of_another():
