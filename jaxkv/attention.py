@@ -146,7 +146,10 @@ def attend_prompt(
             scale=scale,
             implementation=scores_implementation,
         )
-        return out, policy.compress(prompt, room.state, budget=room.budget)
+        state = policy.compress(prompt, room.state, budget=room.budget)
+        # Nothing before decoding waits for the state. Without the barrier the compiler
+        # may put all evictions last, and hold every layer's whole prompt until then.
+        return jax.lax.optimization_barrier((out, state))
 
     return attend
 

@@ -59,11 +59,12 @@ def log_norm(v, AXIS: tl.constexpr, SCORE: tl.constexpr):
 def log_norms(v, GROUP_PAD: tl.constexpr, SCORE: tl.constexpr, PRECISION: tl.constexpr):
     """Return `log_norm` of a tile's values `[S, H]`, the same for each head: `[G, S]`.
 
-    The absolute values are summed by a product with ones. It has them where the product
-    with the weights does, and leaves the sums where the logits are; a sum over an axis
-    would lay the tile out anew, and takes as long as all the rest.
+    In 16 bits the absolute values are summed by a product with ones, and exactly, for
+    it accumulates in float32. It has them where the product with the weights does, and
+    leaves the sums where the logits are; a sum over an axis would lay the tile out
+    anew, and takes as long as all the rest.
     """
-    if SCORE == "l1":
+    if SCORE == "l1" and v.dtype.primitive_bitwidth == 16:
         ones = tl.full([GROUP_PAD, v.shape[1]], 1.0, v.dtype)
         sums = tl.dot(ones, tl.trans(tl.abs(v)), input_precision=PRECISION)
         result = tl.log2(sums)
