@@ -55,6 +55,7 @@ def test_full_trees_are_full():
     )
 
 
+@pytest.mark.slow
 def test_json(run):
     code, out, err = run(*QUICK, "--json")
     assert code == 0, err

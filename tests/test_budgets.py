@@ -52,6 +52,7 @@ def tokens(lm, rows, *, prefill=DAPQ, max_new_tokens=8, **options):
     return out.tokens
 
 
+@pytest.mark.slow
 def test_each_row_gets_its_own_budget(lm):
     """And exactly what it gets alone; rows shorter than all pseudo tokens included."""
     rows = prompts(60, 3, 40)
@@ -79,6 +80,7 @@ def test_similar_budgets_share_a_program(lm):
     assert generation.start_jit._cache_size() == compiled
 
 
+@pytest.mark.slow
 def test_the_cache_is_as_large_as_it_is_said_to_be(lm):
     rows = prompts(120)
     per_slot = 2 * (2 * 8 * 4 + 4)  # two heads: keys, values, position

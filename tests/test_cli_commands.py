@@ -176,6 +176,7 @@ def test_a_home_that_cannot_be_written(cache_options, tmp_path, monkeypatch):
     assert jax.config.jax_compilation_cache_dir is None
 
 
+@pytest.mark.slow
 def test_processes(tiny, tmp_path):
     """A cold run fills the cache; a warm one meets a reader that has gone."""
     program = [

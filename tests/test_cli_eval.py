@@ -67,6 +67,7 @@ def reader(monkeypatch, tiny_lm):
     return calls
 
 
+@pytest.mark.slow
 def test_ruler_with_the_real_model(jaxkv_, tiny, tiny_lm, tmp_path):
     flags = ["--methods=streaming-llm:n_sink=2", "--budgets=10%", "--tasks=vt"]
     code, out, err = jaxkv_(*RULER, tiny, *flags, "--batch-size=2", "--out", tmp_path)

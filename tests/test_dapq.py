@@ -184,6 +184,7 @@ def test_one_pass_equals_two(params, policy):
                 assert (scores[head][held] >= least - 1e-5).all()
 
 
+@pytest.mark.slow
 def test_query_heads_store_more_and_decode_the_same(params):
     """At full budget each query head has its own copy, and nothing else changes."""
     tokens, lengths = prompts(2)

@@ -55,6 +55,7 @@ def test_a_vocabulary_beyond_int32_is_refused(lm):
         jaxkv.generate(large, ["a"])
 
 
+@pytest.mark.slow
 def test_the_pool_says_what_is_copied(lm):
     sample = evaluation.draw(
         evaluation.Cell(task="quote", length=512),
@@ -92,6 +93,7 @@ def test_streamed_blocks_are_the_output(lm):
     assert tuple(map(tuple, blocks)) == plain.tokens
 
 
+@pytest.mark.slow
 def test_seeds_decide_draws(lm):
     sampler = jaxkv.Categorical(temperature=2.0)
 
