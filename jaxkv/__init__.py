@@ -4,6 +4,7 @@
 the pure functions underneath. Policies say what the cache keeps.
 """
 
+import jaxkv._installed  # noqa: F401
 from jaxkv._version import __version__
 from jaxkv.acceptance import Conditional, Exact, FixedThreshold, TopK, Typical
 from jaxkv.dapq import LAQ, DapQ

@@ -29,7 +29,7 @@ Budget = Annotated[
 ]
 CompressionRatio = Annotated[
     float | None,
-    typer.Option(help="Fraction of a batch's longest prompt that is removed."),
+    typer.Option(help="Fraction of each prompt that is removed."),
 ]
 Prefill = Annotated[
     str,

@@ -34,7 +34,7 @@ CORE = {
     "state",
     "trees",
 }
-BASE = {"_version"}  # imports nothing of ours; anybody may import it
+BASE = {"_installed", "_version"}  # imports nothing of ours; anybody may import it
 WITHOUT_JAX = {
     "lexicon",
     "quoting_tasks",
