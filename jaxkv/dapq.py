@@ -113,6 +113,10 @@ class DapQ(WholePrompt):
             raise ValueError(
                 'DapQ: content="fixed" needs fixed_ids, the token ids of a sentence.'
             )
+        if self.fixed_ids and min(self.fixed_ids) < 0:
+            raise ValueError(
+                f"DapQ: fixed_ids are token ids, 0 or more, got {min(self.fixed_ids)}."
+            )
         check_kept_anyway("DapQ", budget, n_sink=self.n_sink, n_recent=self.n_recent)
 
     def heads(self, num_heads: int, num_kv_heads: int) -> int:

@@ -381,5 +381,5 @@ def _check(drafter):
             f"{name}: ngram_max={drafter.ngram_max} is less than "
             f"ngram_min={drafter.ngram_min}."
         )
-    if drafter.break_even < 0:
+    if not drafter.break_even >= 0:
         raise ValueError(f"{name}: break_even must be >= 0, got {drafter.break_even}.")

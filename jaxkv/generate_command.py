@@ -63,7 +63,7 @@ def run(
             elif as_json:
                 for row, row_seed in enumerate(seeds):
                     record = _record(out, row) | {"seed": row_seed} | shared
-                    _write(json.dumps(record) + "\n")
+                    _write(json.dumps(record, allow_nan=False) + "\n")
             else:
                 _write("" if first == 0 else "\n")
                 _write("\n".join(line + "\n" for line in _texts(out)))

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxkv import generation
+from jaxkv import arguments, generation
 from jaxkv import state as kv
 from jaxkv.acceptance import Exact, Rule
 from jaxkv.draft_stats import DraftStats, draft_stats
@@ -147,13 +147,28 @@ def generate(
       ValueError: bad prompts or options; the message says what to do.
       NotImplementedError: a named implementation cannot run here.
     """
+    prefill = Full() if prefill is None else prefill
+    decode = Full() if decode is None else decode
+    sampler = Greedy() if sampler is None else sampler
+    accept = Exact() if accept is None else accept
+    kinds = dict(
+        prefill=(prefill, "compress", "DapQ()"),
+        decode=(decode, "attend", "LongFlow()"),
+        sampler=(sampler, "pick", "Greedy()"),
+        accept=(accept, "passes", "Exact()"),
+    )
+    if speculate is not None:
+        kinds["speculate"] = (speculate, "draft", "Aligned()")
+    arguments.methods(lm, **kinds)
+    max_new_tokens = arguments.integer("max_new_tokens", max_new_tokens)
+    block = arguments.integer("block", block)
     ids = encode(lm, prompts)
     options = Options(
-        prefill=Full() if prefill is None else prefill,
-        decode=Full() if decode is None else decode,
-        sampler=Greedy() if sampler is None else sampler,
+        prefill=prefill,
+        decode=decode,
+        sampler=sampler,
         speculate=speculate,
-        accept=Exact() if accept is None else accept,
+        accept=accept,
         prefill_implementation=prefill_implementation,
         decode_implementation=decode_implementation,
         scores_implementation=scores_implementation,
@@ -170,7 +185,10 @@ def generate(
     tokens = np.zeros((len(ids), padded), np.int32)
     for row, prompt in zip(tokens, ids, strict=True):
         row[: len(prompt)] = prompt
-    stops = jnp.asarray(lm.stop_ids if stop_ids is None else stop_ids or [-1], int)
+    stops = (
+        lm.stop_ids if stop_ids is None else arguments.integers("stop_ids", stop_ids)
+    )
+    stops = jnp.asarray(stops if len(stops) else [-1], int)
 
     with _compile_seconds() as compiled:
         begin = time.perf_counter()
@@ -251,6 +269,11 @@ def encode(lm: LanguageModel, prompts: Prompts) -> list[list[int]]:
     """Return the token ids of prompts, or raise ValueError for bad ones."""
     if isinstance(prompts, str):
         prompts = [prompts]
+    if isinstance(prompts, bytes) or not hasattr(prompts, "__len__"):
+        raise ValueError(
+            "generate: prompts must be a list of texts or of lists of token ids, got "
+            f"{prompts!r}."
+        )
     if len(prompts) == 0:
         raise ValueError("generate: got no prompts; pass at least one.")
     ids = []
@@ -260,13 +283,9 @@ def encode(lm: LanguageModel, prompts: Prompts) -> list[list[int]]:
                 raise ValueError(
                     f"generate: {lm.name} has no tokenizer; pass token ids, not text."
                 )
-            if not prompt:
-                raise ValueError(f"generate: prompt {index} is empty.")
-            row = lm.tokenizer(prompt)["input_ids"]
-        elif isinstance(prompt, np.ndarray):
-            row = prompt  # thousands of long prompts need not become lists
+            row = lm.tokenizer(arguments.text(index, prompt))["input_ids"]
         else:
-            row = [int(token) for token in prompt]
+            row = arguments.token_ids(index, prompt)
         if not len(row):
             raise ValueError(f"generate: prompt {index} has no tokens.")
         if np.min(row) < 0 or np.max(row) >= lm.config.vocab_size:
@@ -280,7 +299,8 @@ def encode(lm: LanguageModel, prompts: Prompts) -> list[list[int]]:
 
 def row_keys(seed: int | Sequence[int], rows: int) -> jax.Array:
     """Return one PRNG key per row: from one seed, or from one seed each."""
-    if isinstance(seed, int | np.integer):
+    if np.ndim(seed) == 0:
+        seed = arguments.integer("seed", seed, most=arguments.MOST_SEED)
         return jax.vmap(jax.random.fold_in, (None, 0))(
             jax.random.key(int(seed)), jnp.arange(rows)
         )
@@ -288,7 +308,8 @@ def row_keys(seed: int | Sequence[int], rows: int) -> jax.Array:
         raise ValueError(
             f"generate: got {len(seed)} seeds for {rows} prompts; pass one or {rows}."
         )
-    return jnp.stack([jax.random.fold_in(jax.random.key(int(s)), 0) for s in seed])
+    seeds = arguments.integers("seed", seed, most=arguments.MOST_SEED)
+    return jnp.stack([jax.random.fold_in(jax.random.key(s), 0) for s in seeds])
 
 
 def row_budgets(
@@ -312,6 +333,11 @@ def row_budgets(
     if compression_ratio is not None:
         if budget is not None:
             raise ValueError("generate: pass budget= or compression_ratio=, not both.")
+        if not isinstance(compression_ratio, int | float | np.number):
+            raise ValueError(
+                "generate: compression_ratio must be a number, got "
+                f"{compression_ratio!r}."
+            )
         if not 0 <= compression_ratio < 1:
             raise ValueError(
                 "generate: compression_ratio is the fraction removed, in [0, 1); "
@@ -324,9 +350,11 @@ def row_budgets(
                 "all rows; pass budget= (tokens) instead."
             )
         return tuple(max(1, round(len(row) * (1 - compression_ratio))) for row in ids)
-    if budget is None or isinstance(budget, int | np.integer):
-        return None if budget is None else (int(budget),) * len(ids)
-    budgets = tuple(int(one) for one in budget)
+    if budget is None:
+        return None
+    if np.ndim(budget) == 0:
+        return (arguments.integer("budget", budget),) * len(ids)
+    budgets = tuple(arguments.integers("budget", budget))
     if len(budgets) != len(ids):
         raise ValueError(
             f"generate: got {len(budgets)} budgets for {len(ids)} prompts; pass one or "
@@ -412,6 +440,12 @@ def _check(
     if budgets is None:
         return
     prefill = options.prefill
+    highest = max(getattr(prefill, "fixed_ids", ()), default=0)
+    if highest >= lm.config.vocab_size:
+        raise ValueError(
+            f"generate: fixed_ids of {type(prefill).__name__} has the token id "
+            f"{highest}, but {lm.name} has ids below {lm.config.vocab_size}."
+        )
     if isinstance(prefill, Full):
         for row, budget in zip(ids, budgets, strict=True):
             least = len(row) + options.decode.spare

@@ -67,6 +67,15 @@ def load(
       CheckpointError: the checkpoint is missing, damaged, or of an unsupported kind;
         the message names the file, tensor or key.
     """
+    if not isinstance(name, str | os.PathLike):
+        raise checkpoint.CheckpointError(
+            f"load takes the name of a checkpoint, a folder or a Hub id, got {name!r}."
+        )
+    if str(name) == NEEDLE and revision is not None:
+        raise checkpoint.CheckpointError(
+            f"{revision=} selects a version of a Hub model, but {NEEDLE} comes with "
+            "the package; leave the revision out."
+        )
     folder = needle_folder() if str(name) == NEEDLE else None
     folder = folder or checkpoint.resolve(name, revision=revision)
     if dtype is None and jax.default_backend() == "cpu":

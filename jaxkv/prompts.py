@@ -29,7 +29,7 @@ def read(texts: Sequence[str], files: Sequence[Path]) -> list[Prompt]:
     ]
     for file in files:
         text = _decode(file.read_bytes(), str(file))
-        if file.suffix == ".jsonl":
+        if file.suffix.lower() == ".jsonl":
             named += _lines(text, file)
         else:
             named.append((str(file), _without_last_break(text)))

@@ -56,10 +56,12 @@ class Categorical:
                 f"temperature must be > 0, got {self.temperature}; "
                 "use Greedy() for the limit of 0."
             )
+        _check_float32("temperature", self.temperature)
         if self.top_k < 0:
             raise ValueError(f"top_k must be >= 0 (0 keeps all), got {self.top_k}.")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p}.")
+        _check_float32("top_p", self.top_p)
         if not 0 <= self.min_p <= 1:
             raise ValueError(f"min_p must be in [0, 1], got {self.min_p}.")
 
@@ -139,3 +141,11 @@ def _keep_top_p(logits, top_p):
 def _check_penalty(penalty):
     if not penalty > 0:
         raise ValueError(f"repetition_penalty must be > 0 (1 is off), got {penalty}.")
+    _check_float32("repetition_penalty", penalty)
+
+
+def _check_float32(name, value):
+    """Raise ValueError for a positive number that float32 makes 0 or infinite."""
+    limits = jnp.finfo(jnp.float32)
+    if not limits.tiny <= value <= limits.max:
+        raise ValueError(f"{name} must be a number that float32 holds, got {value}.")

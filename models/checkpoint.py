@@ -40,7 +40,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} cannot be read ({error.strerror}); a checkpoint folder has it."
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{path} is not valid JSON ({error}); fetch the file again."
         ) from error
@@ -65,7 +65,14 @@ def resolve(path_or_hub_id: str | Path, revision: str | None = None) -> Path:
     Raises:
       CheckpointError: if the name is neither, or the Hub does not hand the model out.
     """
-    folder = Path(path_or_hub_id).expanduser()
+    if not str(path_or_hub_id):
+        raise CheckpointError(
+            "the name of the checkpoint is empty; give a folder or a Hub id."
+        )
+    try:
+        folder = Path(path_or_hub_id).expanduser()
+    except RuntimeError as error:
+        raise CheckpointError(f"{path_or_hub_id}: {error}") from error
     if folder.is_dir():
         if revision is not None:
             raise CheckpointError(

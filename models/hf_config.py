@@ -12,6 +12,8 @@ from typing import Any, Literal, NoReturn
 from jaxkv.models.checkpoint import CheckpointError, read_json
 from jaxkv.models.decoder import Config, Llama3Scaling
 
+_MOST = 2**31 - 1  # sizes and positions are int32
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Family:
@@ -149,7 +151,7 @@ def _convert(raw: dict[str, Any]) -> Config:
         vocab_size=_integer(raw, "vocab_size"),
         hidden_size=hidden_size,
         intermediate_size=_integer(raw, "intermediate_size"),
-        num_layers=_integer(raw, "num_hidden_layers"),
+        num_layers=_layers(raw),
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
@@ -234,12 +236,24 @@ def _rope(
     return theta, scaling
 
 
+def _layers(raw: dict[str, Any]) -> int:
+    # Each is planned for before the first tensor is looked at.
+    layers = _integer(raw, "num_hidden_layers")
+    if layers > 10_000:
+        raise CheckpointError(
+            f"num_hidden_layers must be at most 10000, found {layers}."
+        )
+    return layers
+
+
 def _integer(raw: dict[str, Any], key: str, default: int | None = None) -> int:
     value = raw.get(key)
     if value is None:
         value = default
     if type(value) is not int or value < 1:
         raise CheckpointError(f"{key} must be a positive integer, found {value!r}.")
+    if value > _MOST:
+        raise CheckpointError(f"{key} must be at most {_MOST}, found {value}.")
     return value
 
 

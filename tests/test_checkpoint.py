@@ -111,8 +111,9 @@ def test_hub_offline_and_not_cached(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["./absent", "/absent/x", "a/b/c", "", "a b/c"])
 def test_neither_folder_nor_hub_id(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
-    if name == "":  # the path of nothing is the working folder, which exists
-        assert resolve(name).samefile(tmp_path)
+    if name == "":  # not the working folder, which nobody asked for
+        with raises("the name of the checkpoint is empty"):
+            resolve(name)
         return
     with raises(repr(name), "neither an existing folder nor a Hub id"):
         resolve(name)

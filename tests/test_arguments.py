@@ -1,0 +1,120 @@
+"""What callers may hand to `generate` by mistake, and what they are told."""
+
+import json
+
+import numpy as np
+import pytest
+
+import jaxkv
+from jaxkv.models.checkpoint import CheckpointError
+
+BAD = {
+    "max_new_tokens": (dict(max_new_tokens=2.5), "max_new_tokens must be a whole"),
+    "truth": (dict(max_new_tokens=True), "must be a whole number, got True"),
+    "no tokens": (dict(max_new_tokens=None), "max_new_tokens must be a whole number"),
+    "block": (dict(block="a"), "block must be a whole number"),
+    "budget": (dict(budget="40"), "budget must be a whole number, got '40'"),
+    "budgets": (dict(budget=[2.5]), r"budget\[0\] must be a whole number"),
+    "large budget": (dict(budget=2**31), "budget must be between"),
+    "ratio": (dict(compression_ratio="0.5"), "compression_ratio must be a number"),
+    "seed": (dict(seed="1"), "seed must be a whole number"),
+    "large seed": (dict(seed=2**63), "seed must be between"),
+    "stop ids": (dict(stop_ids=5), "stop_ids must be a list"),
+    "stop id": (dict(stop_ids=[5.5]), r"stop_ids\[0\] must be a whole number"),
+    "policy's name": (dict(prefill="snapkv"), "prefill= takes something like DapQ"),
+    "policy's class": (dict(prefill=jaxkv.SnapKV), r"write SnapKV\(\)"),
+    "prompt policy": (dict(decode=jaxkv.SnapKV()), "decode= takes something like Long"),
+    "sampler": (dict(sampler=jaxkv.Exact()), r"sampler= takes something like Greedy"),
+    "drafts": (dict(speculate="tree"), "speculate= takes something like Aligned"),
+    "rule": (dict(accept=True), "accept= takes something like Exact"),
+    "pseudo tokens": (
+        dict(budget=2, prefill=jaxkv.DapQ(content="fixed", fixed_ids=(1, 99999999))),
+        "has the token id 99999999",
+    ),
+    "negative pseudo tokens": (
+        dict(budget=2, prefill=jaxkv.DapQ(content="fixed", fixed_ids=(-1,))),
+        "fixed_ids are token ids, 0 or more",
+    ),
+    "temperature": (
+        dict(sampler=jaxkv.Categorical(temperature=1e-45)),
+        "temperature must be a number that float32 holds",
+    ),
+    "top_p": (dict(sampler=jaxkv.Categorical(top_p=1e-300)), "top_p must be a number"),
+    "penalty": (
+        dict(sampler=jaxkv.Greedy(repetition_penalty=float("inf"))),
+        "repetition_penalty must be a number that float32 holds",
+    ),
+    "break even": (
+        dict(speculate=jaxkv.Tree(break_even=float("nan"))),
+        "break_even must be >= 0",
+    ),
+}
+BAD_PROMPTS = {
+    "nothing": (None, "prompts must be a list"),
+    "bytes": (b"ab", "prompts must be a list"),
+    "a number": ([5], "prompt 0 must be a text or a list"),
+    "fractions": ([[1.7, 2]], r"prompts\[0\]\[0\] must be a whole number, got 1.7"),
+    "an array of fractions": ([np.array([1.5])], "an array of shape .* float64"),
+    "half a character": (["\ud800"], "prompt 0 is no valid Unicode"),
+}
+
+
+@pytest.mark.parametrize(("given", "message"), BAD.values(), ids=BAD)
+def test_bad_arguments_say_what_to_do(tiny_lm, given, message):
+    with pytest.raises(ValueError, match=message):
+        jaxkv.generate(tiny_lm, "some words", **given)
+
+
+@pytest.mark.parametrize(("prompts", "message"), BAD_PROMPTS.values(), ids=BAD_PROMPTS)
+def test_bad_prompts_say_what_to_do(tiny_lm, prompts, message):
+    with pytest.raises(ValueError, match=message):
+        jaxkv.generate(tiny_lm, prompts)
+
+
+def test_a_name_is_no_model():
+    with pytest.raises(ValueError, match="the first argument is a model from"):
+        jaxkv.generate("needle", "some words")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        (None, {}, "load takes the name of a checkpoint"),
+        ("", {}, "the name of the checkpoint is empty"),
+        ("~nobody-of-this-name/x", {}, "~nobody-of-this-name/x"),
+        ("needle", dict(revision="main"), "needle comes with the package"),
+    ],
+)
+def test_bad_names_say_what_to_do(name, options, message):
+    with pytest.raises(CheckpointError, match=message):
+        jaxkv.load(name, **options)
+
+
+def test_a_config_nested_without_end(tmp_path):
+    (tmp_path / "config.json").write_text("[" * 100_000)
+    with pytest.raises(CheckpointError, match="is not valid JSON"):
+        jaxkv.load(tmp_path)
+
+
+def test_numbers_of_other_libraries_are_numbers(tiny_lm):
+    plain = jaxkv.generate(tiny_lm, [[3, 4, 5]], max_new_tokens=3, stop_ids=[1, 2])
+    same = jaxkv.generate(
+        tiny_lm,
+        [np.array([3, 4, 5])],
+        max_new_tokens=np.int64(3),
+        budget=np.array(9),
+        seed=np.int32(0),
+        stop_ids=np.array([1, 2]),
+    )
+    assert same.tokens == plain.tokens
+
+
+@pytest.mark.parametrize(("layers", "most"), [(10**9, 10_000), (2**40, 2**31 - 1)])
+def test_a_config_with_layers_without_end(tmp_path, tiny, layers, most):
+    config = json.loads((tiny / "config.json").read_text())
+    config["num_hidden_layers"] = layers
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        CheckpointError, match=f"num_hidden_layers must be at most {most}"
+    ):
+        jaxkv.load(tmp_path)
