@@ -292,7 +292,13 @@ def main(out: pathlib.Path, seconds: float = 240.0) -> None:
         if left() > 0:
             save("windows", time_window(keys, changes))
     summarise(report["timings"])
-    if any(x is False for record in report["checks"] for x in record.values()):
+    # `shared` says what was checked, not what came out.
+    if any(
+        value is False
+        for record in report["checks"]
+        for name, value in record.items()
+        if name != "shared"
+    ):
         raise SystemExit("FAILED")
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
+import jax
 import rich.console
 import rich.markdown
 import typer
@@ -119,6 +120,12 @@ def run(model: str, sweep: Sweep, experiment: Experiment, *, what: str) -> None:
       experiment: what to run.
       what: lengths or the like, for the folder's default name.
     """
+    if experiment.side_by_side > 1 and jax.default_backend() == "gpu":
+        # Seen on an H200: a thread that waits breaks the other one's graph capture.
+        raise ValueError(
+            "--side-by-side does not work on a GPU, where one program disturbs "
+            "another's launches; leave it out."
+        )
     folder = sweep.out
     if folder is None:
         parts = (experiment.kind, what, model)

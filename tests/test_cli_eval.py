@@ -268,3 +268,9 @@ def test_help_names_the_commands(jaxkv_):
     assert code == 0
     for name in ("card", "niah", "ruler", "reasoning", "file", "report"):
         assert f"  {name} " in out
+
+
+def test_programs_side_by_side_are_refused_on_a_gpu(jaxkv_, tiny, monkeypatch):
+    monkeypatch.setattr("jaxkv.cli_sweep.jax.default_backend", lambda: "gpu")
+    error = jaxkv_.error("eval", "ruler", tiny, "--side-by-side", "2")
+    assert "--side-by-side does not work on a GPU" in error
