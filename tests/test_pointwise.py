@@ -5,13 +5,12 @@ imported with that variable set.
 """
 
 import json
-import os
-import subprocess
-import sys
+import types
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import triton_on_cpu
 
 from jaxkv.kernels import pointwise
 
@@ -133,14 +132,7 @@ def test_bad_arguments_are_named():
 def test_interpreted_kernels_agree_with_the_oracle():
     pytest.importorskip("triton")
     pytest.importorskip("torch")
-    worker = subprocess.run(
-        [sys.executable, __file__],
-        env={**os.environ, "TRITON_INTERPRET": "1", "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-    )
-    assert worker.returncode == 0, worker.stderr
-    failures = json.loads(worker.stdout.splitlines()[-1])
+    failures = triton_on_cpu.interpreted(__file__)
     assert not failures, "\n".join(failures)
 
 
@@ -155,29 +147,10 @@ def test_kernels_compile(capability):
         (body.add_rms_norm, wrapper.norm_constants(4096, EPS, delta=True), 8),
         (body.split_and_rotate, wrapper.rotate_constants(32, 8, 64, EPS, norm=True), 1),
     ):
-        compile_kernel(kernel, constants, warps, capability)
-
-
-def compile_kernel(kernel, constants, warps, capability):
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    types = {"cos_ptr": "*fp32", "sin_ptr": "*fp32"}
-    signature = {
-        name: "constexpr" if name in constants else types.get(name, "*bf16")
-        for name in kernel.arg_names
-    }
-    places = {name: (kernel.arg_names.index(name),) for name in constants}
-    triton.compile(
-        ASTSource(
-            kernel,
-            signature,
-            constexprs={places[name]: value for name, value in constants.items()},
-        ),
-        target=GPUTarget("cuda", capability, 32),
-        options=dict(num_warps=warps, num_stages=1),
-    )
+        dtypes = dict.fromkeys(kernel.arg_names, "bfloat16")
+        dtypes |= dict(cos_ptr="float32", sin_ptr="float32")
+        tiles = types.SimpleNamespace(warps=warps, stages=1)
+        triton_on_cpu.usage(kernel, dtypes, constants, tiles, capability)
 
 
 def check_interpreted(swap=False) -> list[str]:
