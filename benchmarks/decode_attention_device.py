@@ -22,6 +22,7 @@ import typer
 
 from jaxkv.kernels.decode import decode_attention
 from jaxkv.kernels.decode_triton import Tiles, choose_tiles, decode_attention_triton
+from jaxkv.measure import copy_bandwidth
 
 # batch, heads, KV heads, slots, head size, dtype, splits (None: as shipped)
 CHECKS = [
@@ -111,13 +112,6 @@ def time_loop(function, state, iterations, runs=5):
     return float(np.median(seconds)), state, temporaries
 
 
-def copy_bandwidth() -> float:
-    """Return bytes per second of reading and writing 1 GiB, over and over."""
-    x = jnp.zeros(2**28, jnp.int32)
-    seconds, _, _ = time_loop(lambda x: x * 3 + 1, x, 20)
-    return 2 * x.nbytes / seconds
-
-
 def versions(batch, slots, sweep) -> list[Tiles | None]:
     """Return the shipped tiles and None for XLA, or other tiles worth a try."""
     shipped = choose_tiles(batch, 8, slots, 128, "bfloat16")
@@ -177,7 +171,7 @@ def main(out: pathlib.Path, seconds: float = 55.0) -> None:
     for case in CHECKS:
         report["checks"].append(check(*case))
         print(*report["checks"][-1].values(), flush=True)
-    bandwidth = copy_bandwidth()
+    bandwidth = copy_bandwidth(2**30)
     report["copy_tb_per_s"] = bandwidth / 1e12
     print(f"copy {bandwidth / 1e12:.2f} TB/s; B, S, full, ms, floor ms, ratio, tmp MB")
     for sweep, shape in itertools.product([False, True], SHAPES):

@@ -31,6 +31,7 @@ from jaxkv.kernels.longflow_triton import (
 )
 from jaxkv.kernels.window_scores_triton import choose_tiles as choose_window_tiles
 from jaxkv.kernels.window_scores_triton import window_scores_triton
+from jaxkv.measure import copy_bandwidth
 from jaxkv.provenance import provenance, write_json
 
 # batch, slots; 32 heads, 8 KV heads, head size 128, bfloat16
@@ -101,13 +102,6 @@ def kernel_times(step, state, per_step: int):
                     for event in line.events:
                         total[event.name] += event.duration_ns / 1e3 / per_step
     return {name: round(us, 2) for name, us in total.most_common(4)}, state
-
-
-def copy_bandwidth() -> float:
-    """Return bytes per second of reading and writing 2 GiB, over and over."""
-    x = jnp.zeros(2**29, jnp.int32)
-    seconds, _, _ = time_loop(lambda x: x * 3 + 1, x, 30)
-    return 2 * x.nbytes / seconds
 
 
 def cudnn(q, k, v, keys, values):
@@ -261,7 +255,7 @@ def main(out: pathlib.Path, seconds: float = 240.0) -> None:
     for record in run_checks():
         report["checks"].append(record)
         print(*record.values(), flush=True)
-    report["copy_tb_per_s"] = copy_bandwidth() / 1e12
+    report["copy_tb_per_s"] = copy_bandwidth(2**31) / 1e12
     print(f"copy {report['copy_tb_per_s']:.3f} TB/s", flush=True)
 
     def save(kind, record):
