@@ -26,7 +26,7 @@ from jaxkv.eviction import (
     start_sums,
 )
 from jaxkv.kernels import decode, longflow, longflow_tree
-from jaxkv.policies import attend_and_write
+from jaxkv.policies import PlainAttention, attend_and_write
 from jaxkv.state import KVState
 from jaxkv.trees import Pending
 
@@ -202,7 +202,7 @@ class LongFlow:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TOVADecode:
+class TOVADecode(PlainAttention):
     """Evict the token that the current one attends to least.
 
     Oren et al., "Transformers are Multi-State RNNs" (arXiv 2401.06104, section 4): the
@@ -221,11 +221,6 @@ class TOVADecode:
         """Return the implementation that `None` stands for."""
         return longflow.choose(platform, "attention")
 
-    def begin(self, state: KVState, lengths: jax.Array) -> KVState:
-        """Leave everything as it is."""
-        del lengths
-        return state
-
     def attend(
         self, query, key, value, state, position, *, implementation=None
     ) -> tuple[jax.Array, KVState]:
@@ -236,7 +231,7 @@ class TOVADecode:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class H2ODecode:
+class H2ODecode(PlainAttention):
     """Keep the tokens that gathered the most attention, and the recent ones.
 
     Zhang et al., "H2O: Heavy-Hitter Oracle for Efficient Generative Inference of Large
@@ -258,10 +253,6 @@ class H2ODecode:
         """Need room beside the recent tokens."""
         check_room("H2ODecode", budget, n_recent=self.n_recent)
 
-    def choose(self, platform: str) -> decode.Implementation:
-        """Return the implementation that `None` stands for."""
-        return decode.choose(platform)
-
     def begin(self, state: KVState, lengths: jax.Array) -> KVState:
         """Start all sums at 0."""
         del lengths
@@ -280,7 +271,7 @@ class H2ODecode:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class VATP:
+class VATP(PlainAttention):
     """H2O's sum of attention, times the norm of the token's value.
 
     Guo et al., "Attention Score is Not All You Need for Token Importance Indicator in
@@ -301,10 +292,6 @@ class VATP:
     def check(self, budget: int) -> None:
         """Need room beside sinks and recent tokens."""
         check_room("VATP", budget, n_sink=self.n_sink, n_recent=self.n_recent)
-
-    def choose(self, platform: str) -> decode.Implementation:
-        """Return the implementation that `None` stands for."""
-        return decode.choose(platform)
 
     def begin(self, state: KVState, lengths: jax.Array) -> KVState:
         """Start all sums at 0."""
@@ -331,7 +318,7 @@ class VATP:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RandomDecode:
+class RandomDecode(PlainAttention):
     """Evict by lot: the baseline that any score should beat.
 
     Each token draws a number from its position and the seed when it arrives, and the
@@ -353,15 +340,6 @@ class RandomDecode:
     def check(self, budget: int) -> None:
         """Need room beside what is protected."""
         check_room("RandomDecode", budget, n_sink=self.n_sink, n_recent=self.n_recent)
-
-    def choose(self, platform: str) -> decode.Implementation:
-        """Return the implementation that `None` stands for."""
-        return decode.choose(platform)
-
-    def begin(self, state: KVState, lengths: jax.Array) -> KVState:
-        """Leave everything as it is."""
-        del lengths
-        return state
 
     def attend(
         self, query, key, value, state, position, *, implementation=None

@@ -336,8 +336,21 @@ def keep_top(
     return kv.gather(state, prompt.keys, prompt.values, best)
 
 
+class PlainAttention:
+    """What most decode policies answer: plain attention, and nothing to prepare."""
+
+    def choose(self, platform: str) -> decode.Implementation:
+        """Return the implementation that `None` stands for."""
+        return decode.choose(platform)
+
+    def begin(self, state: KVState, lengths: jax.Array) -> KVState:
+        """Leave everything as it is."""
+        del lengths
+        return state
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Full(WholePrompt):
+class Full(WholePrompt, PlainAttention):
     """Keep everything: the ordinary cache, and the oracle for all other policies."""
 
     evicts = False
@@ -350,15 +363,6 @@ class Full(WholePrompt):
         """Keep the whole prompt."""
         del budget
         return kv.fill(state, prompt.keys, prompt.values, prompt.lengths)
-
-    def choose(self, platform: str) -> decode.Implementation:
-        """Return the implementation that `None` stands for."""
-        return decode.choose(platform)
-
-    def begin(self, state: KVState, lengths: jax.Array) -> KVState:
-        """Leave everything as it is."""
-        del lengths
-        return state
 
     def attend(
         self, query, key, value, state, position, *, implementation=None
@@ -396,7 +400,7 @@ class Full(WholePrompt):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class StreamingLLM(WholePrompt):
+class StreamingLLM(WholePrompt, PlainAttention):
     """Keep the first tokens (attention sinks) and the most recent ones.
 
     Xiao et al., "Efficient Streaming Language Models with Attention Sinks"
@@ -430,10 +434,6 @@ class StreamingLLM(WholePrompt):
         scores = jnp.where(order < self.n_sink, jnp.inf, order)
         scores = jnp.broadcast_to(scores, (batch, kv_heads, length))
         return keep_top(prompt, scores, state, budget=budget)
-
-    def choose(self, platform: str) -> decode.Implementation:
-        """Return the implementation that `None` stands for."""
-        return decode.choose(platform)
 
     def begin(self, state: KVState, lengths: jax.Array) -> KVState:
         """Aim at the oldest token that is not a sink, if no slot is free."""

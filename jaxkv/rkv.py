@@ -11,12 +11,12 @@ import jax.numpy as jnp
 
 from jaxkv.eviction import check_room, evict_in_bulk
 from jaxkv.kernels import decode
-from jaxkv.policies import attend_and_write
+from jaxkv.policies import PlainAttention, attend_and_write
 from jaxkv.state import KVState
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RKV:
+class RKV(PlainAttention):
     """Weigh a token's importance against how redundant its key is.
 
     Cai et al., "R-KV: Redundancy-aware KV Cache Compression for Reasoning Models"
@@ -73,10 +73,6 @@ class RKV:
                 f"RKV: mix_lambda must lie in [0, 1], got {self.mix_lambda}."
             )
         check_room("RKV", budget, n_recent=self.window_size, count=self.buffer)
-
-    def choose(self, platform: str) -> decode.Implementation:
-        """Return the implementation that `None` stands for."""
-        return decode.choose(platform)
 
     def begin(self, state: KVState, lengths: jax.Array) -> KVState:
         """Start with a window that has seen no query."""
