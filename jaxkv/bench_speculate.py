@@ -14,9 +14,10 @@ from rich.table import Table
 
 from jaxkv import bench, generation, measure, speculation
 from jaxkv import cli_flags as flags
+from jaxkv.arguments import row_keys
 from jaxkv.drafts import Aligned, Drafter, PromptLookup, Tree
 from jaxkv.generation import Network, Options
-from jaxkv.inference import bucket, row_keys
+from jaxkv.inference import bucket
 from jaxkv.matching import Context
 from jaxkv.trees import DraftTree
 

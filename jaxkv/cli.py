@@ -19,13 +19,13 @@ from jaxkv import (
     cli_eval,
     cli_study,
     generate_command,
-    inference,
     needle_train,
     prompts,
 )
 from jaxkv import cli_flags as flags
 from jaxkv import demo as demo_
 from jaxkv._version import __version__
+from jaxkv.arguments import encode
 from jaxkv.language_model import NEEDLE, needle_folder
 from jaxkv.models import checkpoint, hf_config, hf_weights, orbax_copy
 
@@ -220,7 +220,7 @@ def generate(
         raise ValueError("--stream takes one prompt and no --json.")
     lm = flags.load_model(model, dtype)
     # All at once, so that a bad prompt is found before a good one has cost anything.
-    ids = inference.encode(lm, prompts.as_chat(lm, texts) if chat else texts)
+    ids = encode(lm, prompts.as_chat(lm, texts) if chat else texts)
     generate_command.run(
         lm,
         ids,

@@ -20,8 +20,8 @@ import jax.numpy as jnp
 
 from jaxkv import generation
 from jaxkv import state as kv
+from jaxkv.arguments import row_keys
 from jaxkv.generation import Cache, Generation, Network, Options
-from jaxkv.inference import row_keys
 from jaxkv.models.decoder import Config, parameter_shapes
 from jaxkv.policies import DecodePolicy
 
