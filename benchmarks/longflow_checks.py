@@ -48,9 +48,23 @@ SEQUENCES = [(True, IN_ROWS), (True, IN_SPLITS), (False, IN_ROWS), (False, IN_SP
 
 
 def reference(
-    query, key, value, keys, values, positions, target, position, oldest, newest, **kw
+    query,
+    key,
+    value,
+    keys,
+    values,
+    positions,
+    norms,
+    target,
+    position,
+    oldest,
+    newest,
+    **kw,
 ):
-    """Return output, importance and class of each slot `[B, K, S]`, and the cache."""
+    """Return output, importance and class of each slot `[B, K, S]`, and the cache.
+
+    Norms are not believed, but computed from the values.
+    """
     batch, kv_heads, slots, _ = keys.shape
     group = query.shape[1] // kv_heads
     slot = jnp.where(position[:, None] < 0, slots, target)
@@ -66,12 +80,7 @@ def reference(
     alpha = jax.nn.softmax(logits, axis=-1)
     v = jnp.where(free[..., None], 0, v)
     out = jnp.einsum("bkgs,bksh->bkgh", alpha, v, precision="highest")
-    norm = {
-        "l1": jnp.abs(v).sum(-1),
-        "l2": jnp.sqrt((v * v).sum(-1)),
-        "attention": jnp.ones(v.shape[:-1]),
-    }[kw["score"]]
-    importance = (alpha * norm[:, :, None]).mean(2)
+    importance = (alpha * norms_of(v, kw["score"])[:, :, None]).mean(2)
     evictable = (positions >= oldest[:, None, None]) & (
         positions <= newest[:, None, None]
     )
@@ -85,7 +94,18 @@ def reference(
             )
         )
     kind = jnp.where(free, 0, jnp.where(evictable, 1, 2))
-    return out.reshape(query.shape), importance, kind, (keys, values, positions)
+    new = norms_of(value.astype(jnp.float32), kw["score"])
+    norms = norms.at[where].set(new, mode="drop")
+    return out.reshape(query.shape), importance, kind, (keys, values, positions, norms)
+
+
+def norms_of(v, score):
+    """Return the norms of float32 values `[..., H]`."""
+    return {
+        "l1": jnp.abs(v).sum(-1),
+        "l2": jnp.sqrt((v * v).sum(-1)),
+        "attention": jnp.ones(v.shape[:-1]),
+    }[score]
 
 
 def victims(importance, kind, target, position):
@@ -95,7 +115,9 @@ def victims(importance, kind, target, position):
     return jnp.where(position[:, None] < 0, target, order.argmin(-1).astype(jnp.int32))
 
 
-def longflow_inputs(batch, heads, kv_heads, slots, head_dim, dtype, share, shared):
+def longflow_inputs(
+    batch, heads, kv_heads, slots, head_dim, dtype, share, shared, score
+):
     """Return random arguments of the op, the last row of several finished."""
     args = list(
         make_inputs(batch, heads, kv_heads, slots, head_dim, dtype, share, seed=1)
@@ -113,13 +135,14 @@ def longflow_inputs(batch, heads, kv_heads, slots, head_dim, dtype, share, share
         args[7] = args[7].at[-1].set(-1)
     oldest = jnp.where(jnp.arange(batch) % 2 == 0, slots // 4, 0).astype(jnp.int32)
     newest = jnp.where(jnp.arange(batch) % 3 == 0, slots * 3 // 4, 2**31 - 1)
-    return (*args, oldest, newest.astype(jnp.int32))
+    norms = norms_of(args[4].astype(jnp.float32), score)
+    return (*args[:6], norms, *args[6:], oldest, newest.astype(jnp.int32))
 
 
 def check(batch, heads, kv_heads, slots, head_dim, dtype, score, shared, share, tiles):
     """Compare with the reference, and check aliasing and that two runs are equal."""
     args = longflow_inputs(
-        batch, heads, kv_heads, slots, head_dim, dtype, share, shared
+        batch, heads, kv_heads, slots, head_dim, dtype, share, shared, score
     )
     options = dict(scale=head_dim**-0.5, score=score, shared=shared)
     out, importance, kind, cache = jax.jit(functools.partial(reference, **options))(
@@ -129,17 +152,18 @@ def check(batch, heads, kv_heads, slots, head_dim, dtype, score, shared, share, 
         choose_tiles(batch, heads, kv_heads, slots, head_dim, dtype), **tiles
     )
     step = functools.partial(longflow_attention_triton, **options, tiles=tiles)
-    step = jax.jit(step, donate_argnums=(3, 4, 5))
+    step = jax.jit(step, donate_argnums=(3, 4, 5, 6))
     runs = []
     for _ in range(2):
-        mine = [jnp.copy(x) for x in args[3:6]]
+        mine = [jnp.copy(x) for x in args[3:7]]
         before = [x.unsafe_buffer_pointer() for x in mine]
-        got = step(*args[:3], *mine, *args[6:])
-        in_place = before == [x.unsafe_buffer_pointer() for x in got[1:4]]
+        got = step(*args[:3], *mine, *args[7:])
+        in_place = before == [x.unsafe_buffer_pointer() for x in got[1:5]]
         runs.append(jax.tree.map(np.asarray, got))
     raw = [[x.tobytes() for x in run] for run in runs]
-    same = raw[0][1:4] == [np.asarray(x).tobytes() for x in cache]
-    unfinished = np.asarray(args[7]) >= 0
+    same = raw[0][1:4] == [np.asarray(x).tobytes() for x in cache[:3]]
+    same &= np.allclose(runs[0].norms, cache[3], rtol=1e-5, equal_nan=True)
+    unfinished = np.asarray(args[8]) >= 0
     mine, right = (np.asarray(x).astype(np.float32) for x in (runs[0].out, out))
     error = (np.abs(mine - right) / np.maximum(1, np.abs(right)))[unfinished].max()
     target = runs[0].target
@@ -154,7 +178,7 @@ def check(batch, heads, kv_heads, slots, head_dim, dtype, score, shared, share, 
     good = np.where(
         first == 0, is_first, got <= least * (1 + VICTIM_TOLERANCE[dtype])
     ) & (kinds == first)
-    kept = (target[~unfinished] == np.asarray(args[6])[~unfinished]).all()
+    kept = (target[~unfinished] == np.asarray(args[7])[~unfinished]).all()
     record = dict(shape=args[3].shape, heads=heads, dtype=dtype, score=score)
     record |= dict(shared=shared, tiles=str(tiles), error=float(error))
     record |= dict(close=bool(error <= OUT_TOLERANCE[dtype]), same=same)
@@ -174,7 +198,7 @@ def check_sequence(shared: bool, tiles: dict, steps: int = 200) -> dict:
 
     def by_reference(*args):
         out, importance, kind, cache = reference(*args, **options)
-        return out, *cache, victims(importance, kind, args[6], args[7])
+        return out, *cache, victims(importance, kind, args[7], args[8])
 
     by_triton = functools.partial(longflow_attention_triton, **options, tiles=tiles)
 
@@ -189,8 +213,10 @@ def check_sequence(shared: bool, tiles: dict, steps: int = 200) -> dict:
 
         keys = jnp.full((batch, kv_heads, slots, head_dim), jnp.nan)
         positions = jnp.full((batch, kv_heads, slots), -1, jnp.int32)
+        norms = jnp.full(positions.shape, jnp.nan)
         target = jnp.zeros((batch, kv_heads), jnp.int32)
-        return jax.lax.scan(body, (keys, keys, positions, target), jnp.arange(steps))[1]
+        cache = keys, keys, positions, norms, target
+        return jax.lax.scan(body, cache, jnp.arange(steps))[1]
 
     sides = by_reference, by_triton
     want, got = (np.asarray(jax.jit(functools.partial(run, x))()) for x in sides)

@@ -24,6 +24,7 @@ from decode_attention_device import make_inputs, time_loop
 from longflow_checks import run_checks
 
 from jaxkv.kernels.decode_triton import decode_attention_triton
+from jaxkv.kernels.longflow import value_norms
 from jaxkv.kernels.longflow_triton import (
     Tiles,
     choose_tiles,
@@ -124,24 +125,28 @@ class Shape:
         ]
         self.q, self.k, self.v, *_, target, self.position = inputs[0]
         target = jnp.broadcast_to(target[:, :1], target.shape)
-        self.caches = tuple((*x[3:6], jnp.copy(target)) for x in inputs)
+        self.caches = tuple(
+            (*x[3:6], value_norms(x[4], "l1"), jnp.copy(target)) for x in inputs
+        )
         self.iterations = max(
             2, math.ceil(0.03 / (self.layers * max(self.floor, 2e-5)))
         )
 
     def attend(self, version, q, cache):
         """Do one layer's step: by cuDNN, without a score, or with these tiles."""
-        keys, values, positions, target = cache
+        keys, values, positions, norms, target = cache
         if version == "cudnn":
             q, *_ = cudnn(q, self.k, self.v, keys, values)
             return q, cache
-        token = q, self.k, self.v, keys, values, positions, target, self.position
+        token = q, self.k, self.v, keys, values, positions
         if version == "attention":
-            q, *cache = decode_attention_triton(*token, scale=0.088)
-            return q, (*cache, target)
-        bounds = jnp.zeros_like(self.position), self.position
+            q, *cache = decode_attention_triton(
+                *token, target, self.position, scale=0.088
+            )
+            return q, (*cache, norms, target)
+        bounds = self.position, jnp.zeros_like(self.position), self.position
         q, *cache = longflow_attention_triton(
-            *token, *bounds, scale=0.088, tiles=version
+            *token, norms, target, *bounds, scale=0.088, tiles=version
         )
         return q, tuple(cache)
 

@@ -108,6 +108,7 @@ def kernels(
         cache = [array("B K S H"), array("B K S H"), array("B K S", dtype=int32)]
         step = [array("B N H"), array("B K H"), array("B K H"), *cache]
         step += [array("B K", dtype=int32), array("B", dtype=int32)]
+        norms = array("B K S", dtype=jnp.float32)
         bounds = [array("B", dtype=int32)] * 2
         prompt = dict(sizes, T=length, B=1)
         rows = [abstract(mesh, f"B T {heads} H", prompt) for heads in ("N", "K", "K")]
@@ -125,8 +126,8 @@ def kernels(
             (
                 "longflow_attention",
                 run(longflow_attention_tpu, scale=SCALE),
-                step + bounds,
-                in_place,
+                [*step[:6], norms, *step[6:], *bounds],
+                dict(donate_argnums=(3, 4, 5, 6)),
             ),
             (
                 "window_scores",

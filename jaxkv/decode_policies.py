@@ -12,7 +12,7 @@ Axis letters: `B` batch, `K` key/value heads, `G` query heads per key/value head
 
 import dataclasses
 import functools
-from typing import get_args
+from typing import NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,19 @@ from jaxkv.kernels import decode, longflow, longflow_tree
 from jaxkv.policies import PlainAttention, attend_and_write
 from jaxkv.state import KVState
 from jaxkv.trees import Pending
+
+
+class LongFlowMemory(NamedTuple):
+    """What LongFlow keeps beside the cache; it remembers nothing of earlier steps.
+
+    Attributes:
+      norms: float32 `[B, K, S]`, `longflow.value_norms` of the values; None where
+        several slots are freed at once, and computed then.
+      prompt: int32 `[B]`, lengths of the prompts if they are protected, else None.
+    """
+
+    norms: jax.Array | None
+    prompt: jax.Array | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -101,10 +114,14 @@ class LongFlow:
         return longflow.choose(platform, self.score)
 
     def begin(self, state: KVState, lengths: jax.Array) -> KVState:
-        """Remember how long the prompts are, if they are to be protected."""
-        # A copy, since one buffer in the states of several layers cannot be donated.
-        memory = jnp.array(lengths, copy=True) if self.protect_prompt else ()
-        return dataclasses.replace(state, memory=memory)
+        """Take the norms of the prompt's values, and its length if it is protected."""
+        norms = prompt = None
+        if self.interval == 1:
+            norms = longflow.value_norms(state.values, self.score)
+        if self.protect_prompt:
+            # A copy, since one buffer cannot be donated in the states of all layers.
+            prompt = jnp.array(lengths, copy=True)
+        return dataclasses.replace(state, memory=LongFlowMemory(norms, prompt))
 
     def attend(
         self, query, key, value, state, position, *, implementation=None
@@ -114,13 +131,14 @@ class LongFlow:
         newest = position - self.n_recent
         scale = query.shape[-1] ** -0.5
         if self.interval == 1:
-            out, keys, values, positions, target = longflow.longflow_attention(
+            out, keys, values, positions, norms, target = longflow.longflow_attention(
                 query,
                 key,
                 value,
                 state.keys,
                 state.values,
                 state.positions,
+                state.memory.norms,
                 state.target,
                 position,
                 oldest,
@@ -130,8 +148,12 @@ class LongFlow:
                 shared=self.shared,
                 implementation=implementation,
             )
-            return out, dataclasses.replace(
-                state, keys=keys, values=values, positions=positions, target=target
+            return out, KVState(
+                keys=keys,
+                values=values,
+                positions=positions,
+                target=target,
+                memory=state.memory._replace(norms=norms),
             )
         out, state = attend_and_write(
             query, key, value, state, position, implementation=implementation
@@ -181,6 +203,7 @@ class LongFlow:
             state.keys,
             state.values,
             state.positions,
+            state.memory.norms,
             state.target,
             position,
             self._oldest(state, position),
@@ -193,12 +216,14 @@ class LongFlow:
             shared=self.shared,
             implementation=implementation,
         )
-        return out, Pending(key, value, slots, targets)
+        norms = longflow.value_norms(value, self.score).swapaxes(1, 2)
+        return out, Pending(key, value, slots, targets, LongFlowMemory(norms, None))
 
     def _oldest(self, state, position):
         """Return the least position that may be evicted, int32 `[B]`."""
         oldest = jnp.full_like(position, self.n_sink)
-        return jnp.maximum(oldest, state.memory) if self.protect_prompt else oldest
+        prompt = state.memory.prompt
+        return oldest if prompt is None else jnp.maximum(oldest, prompt)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -220,6 +245,10 @@ class TOVADecode(PlainAttention):
     def choose(self, platform: str) -> decode.Implementation:
         """Return the implementation that `None` stands for."""
         return longflow.choose(platform, "attention")
+
+    def begin(self, state: KVState, lengths: jax.Array) -> KVState:
+        """Begin as LongFlow does, with ones for norms."""
+        return LongFlow(score="attention").begin(state, lengths)
 
     def attend(
         self, query, key, value, state, position, *, implementation=None

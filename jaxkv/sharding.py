@@ -90,15 +90,22 @@ def parameter_specs(params: Any) -> Any:
 def state_specs(state: KVState) -> KVState:
     """Return the partition of every array of a layer's state.
 
-    What a policy remembers is cut along its first axis, the rows.
+    What a policy remembers is cut along its first axis, the rows, and where it has an
+    entry for every slot also along the heads.
     """
+
+    def remembered(x):
+        return (
+            partition_spec("B K S") if x.shape == state.positions.shape else P("data")
+        )
+
     return dataclasses.replace(
         state,
         keys=partition_spec("B K S H"),
         values=partition_spec("B K S H"),
         positions=partition_spec("B K S"),
         target=partition_spec("B K"),
-        memory=jax.tree.map(lambda _: P("data"), state.memory),
+        memory=jax.tree.map(remembered, state.memory),
     )
 
 

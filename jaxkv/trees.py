@@ -10,7 +10,7 @@ Axis letters: `B` batch, `T` nodes, `D` depth of the deepest node, `K` key/value
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -51,12 +51,15 @@ class Pending(NamedTuple):
       values: `[B, T, K, H]`.
       slots: int32 `[B, K, T]`, the slot that each node goes to if it is accepted.
       targets: int32 `[B, K, T]`, the slot that the token after each node goes to.
+      memory: what goes into the state's memory with each node: a tree like that, with
+        `[B, K, T]` for every leaf `[B, K, S]` and None for what stays as it is.
     """
 
     keys: jax.Array
     values: jax.Array
     slots: jax.Array
     targets: jax.Array
+    memory: Any = ()
 
 
 def root_only(token: jax.Array, *, nodes: int) -> DraftTree:
@@ -153,6 +156,12 @@ def commit(
         chosen = jnp.take_along_axis(x, path[:, :, None, None], axis=1)
         return chosen.swapaxes(1, 2)  # [B, K, D + 1, H]
 
+    def remember(new, held):
+        if new is None:
+            return held
+        new = jnp.take_along_axis(new, path[:, None], axis=2)
+        return held.at[place].set(new, **flags)
+
     positions = jnp.broadcast_to(position[:, None, None] + steps, slot.shape)
     last = jnp.take_along_axis(path, jnp.maximum(count - 1, 0)[:, None], axis=1)
     target = jnp.take_along_axis(pending.targets, last[:, None], axis=2)[..., 0]
@@ -166,5 +175,10 @@ def commit(
             along(pending.values).astype(state.values.dtype), **flags
         ),
         positions=state.positions.at[place].set(positions, **flags),
+        memory=jax.tree.map(
+            remember, pending.memory, state.memory, is_leaf=lambda x: x is None
+        )
+        if pending.memory
+        else state.memory,
         target=jnp.where(count[:, None] > 0, target, state.target),
     )

@@ -33,6 +33,7 @@ def longflow_attention(
     keys: jax.Array,
     values: jax.Array,
     positions: jax.Array,
+    norms: jax.Array,
     target: jax.Array,
     position: jax.Array,
     oldest: jax.Array,
@@ -67,6 +68,8 @@ def longflow_attention(
       keys: `[B, K, S, H]`.
       values: `[B, K, S, H]`; free slots of both may hold anything, NaN included.
       positions: int32 `[B, K, S]`, negative where a slot is free.
+      norms: float32 `[B, K, S]`, `value_norms` of the values: kept from step to step,
+        so that scoring reads no value twice. Free slots may hold anything.
       target: int32 `[B, K]`, the slot that the new token overwrites.
       position: int32 `[B]` of the new token; -1 for a finished row, which changes
         nothing, `target` included, and whose output is finite but means nothing.
@@ -96,6 +99,7 @@ def longflow_attention(
         keys=(keys, "B K S H"),
         values=(values, "B K S H"),
         positions=(positions, "B K S"),
+        norms=(norms, "B K S"),
         target=(target, "B K"),
         position=(position, "B"),
         oldest=(oldest, "B"),
@@ -120,7 +124,8 @@ def longflow_attention(
             f"{', '.join(get_args(Implementation))} or None."
         )
     return run(
-        *(query, key, value, keys, values, positions, target, position, oldest, newest),
+        *(query, key, value, keys, values, positions, norms, target, position),
+        *(oldest, newest),
         scale=scale,
         score=score,
         shared=shared,
@@ -137,6 +142,43 @@ def choose(platform: str, score: Score = "l1", query=None, keys=None) -> Impleme
       keys: `[B, K, S, H]`, likewise; without the two, those that every kernel takes.
     """
     return "xla" if score == "deletion" else decode.choose(platform, query, keys)
+
+
+def value_norms(values: jax.Array, score: Score) -> jax.Array:
+    """Return what turns the weight of a slot into its score, where that is a product.
+
+    Args:
+      values: `[..., H]`.
+      score: see `longflow_attention`.
+
+    Returns:
+      Float32 `[...]`: the norm of the values for "l1" and "l2", 1 for the others.
+    """
+    v = values.astype(jnp.float32)
+    match score:
+        case "l1":
+            return jnp.abs(v).sum(-1)
+        case "l2":
+            return jnp.sqrt(jnp.square(v).sum(-1))
+    return jnp.ones(v.shape[:-1], jnp.float32)
+
+
+def write_norm(
+    value: jax.Array,
+    norms: jax.Array,
+    target: jax.Array,
+    position: jax.Array,
+    score: Score,
+) -> jax.Array:
+    """Put the norms of new values `[B, K, H]` where the values go.
+
+    Other arguments are those of `longflow_attention`; returns the new `norms`.
+    """
+    # Only the row of the target changes, which a scatter does in place.
+    slot = jnp.where(position[:, None] < 0, norms.shape[2], target)
+    b, k = jnp.arange(norms.shape[0])[:, None], jnp.arange(norms.shape[1])
+    new = value_norms(value, score)
+    return norms.at[b, k, slot].set(new, mode="drop", unique_indices=True)
 
 
 def token_importance(
@@ -175,6 +217,7 @@ def _reference(
     keys,
     values,
     positions,
+    norms,
     target,
     position,
     oldest,
@@ -184,7 +227,11 @@ def _reference(
     score,
     shared,
 ):
-    """Float32, one query head after another: the definition of the operation."""
+    """Float32, one query head after another: the definition of the operation.
+
+    It keeps the norms, but computes its own from the values.
+    """
+    norms = write_norm(value, norms, target, position, score)
     keys, values, positions = decode.write(
         key, value, keys, values, positions, target, position
     )
@@ -218,7 +265,8 @@ def _reference(
     rank = jnp.where(free, 0, jnp.where(allowed, 1, 2))
     first = jnp.lexsort((importance, rank), axis=-1)[..., 0].astype(jnp.int32)
     target = jnp.where(position[:, None] < 0, target, first)
-    return LongFlowOutput(out.astype(query.dtype), keys, values, positions, target)
+    out = out.astype(query.dtype)
+    return LongFlowOutput(out, keys, values, positions, norms, target)
 
 
 def _xla(
@@ -228,6 +276,7 @@ def _xla(
     keys,
     values,
     positions,
+    norms,
     target,
     position,
     oldest,
@@ -238,16 +287,20 @@ def _xla(
     shared,
 ):
     """Two contractions per key/value head, and a norm per slot: `a |v|` is `|a v|`."""
+    norms = write_norm(value, norms, target, position, score)
     keys, values, positions = decode.write(
         key, value, keys, values, positions, target, position
     )
     weights = decode.decode_weights(query, keys, positions, scale=scale)
     out = decode.weigh(weights, values, positions)
-    importance = _importance(weights, values, out, positions, score)
+    if score == "deletion":
+        importance = _importance(weights, values, out, positions, score)
+    else:
+        importance = weights.mean(axis=2) * jnp.where(positions >= 0, norms, 0)
     victim = choose_victim(importance, positions, oldest, newest, shared=shared)
     target = jnp.where(position[:, None] < 0, target, victim)
     out = out.reshape(query.shape).astype(query.dtype)
-    return LongFlowOutput(out, keys, values, positions, target)
+    return LongFlowOutput(out, keys, values, positions, norms, target)
 
 
 def _triton(*arguments, score, **options):
@@ -288,13 +341,10 @@ def _importance(weights, values, out, positions, score):
 
     `out` is `[B, K, G, H]`, read for "deletion" only.
     """
-    if score == "attention":
-        return weights.mean(axis=2)
-    v = jnp.where((positions >= 0)[..., None], values, 0).astype(jnp.float32)
-    if score == "l1":
-        return weights.mean(axis=2) * jnp.abs(v).sum(-1)
-    if score == "l2":
-        return weights.mean(axis=2) * jnp.sqrt(jnp.square(v).sum(-1))
+    v = jnp.where((positions >= 0)[..., None], values, 0)
+    if score != "deletion":
+        return weights.mean(axis=2) * value_norms(v, score)
+    v = v.astype(jnp.float32)
     moved = v[:, :, None] - out[..., None, :]
     moved = jnp.sqrt(jnp.square(moved).sum(-1))
     return (weights / jnp.maximum(1 - weights, LEAST_REST) * moved).mean(axis=2)

@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 import jax
 
-from jaxkv.kernels import attend_tpu
+from jaxkv.kernels import attend_tpu, longflow
 from jaxkv.kernels.outputs import LongFlowOutput
 from jaxkv.kernels.per_shard import devices_per_row, per_shard
 
@@ -21,6 +21,7 @@ def longflow_attention_tpu(
     keys: jax.Array,
     values: jax.Array,
     positions: jax.Array,
+    norms: jax.Array,
     target: jax.Array,
     position: jax.Array,
     oldest: jax.Array,
@@ -48,6 +49,7 @@ def longflow_attention_tpu(
       keys: `[B, K, S, H]`.
       values: `[B, K, S, H]`; free slots of both may hold anything, NaN included.
       positions: int32 `[B, K, S]`, negative where a slot is free.
+      norms: float32 `[B, K, S]`, kept for others: the kernel has the values at hand.
       target: int32 `[B, K]`, the slot that the new token overwrites.
       position: int32 `[B]` of the new token; -1 for a finished row, of which nothing
         changes and whose output is finite but means nothing.
@@ -84,7 +86,7 @@ def longflow_attention_tpu(
             'shared=False, a mesh whose axis "model" is 1, or "xla".'
         )
 
-    def run(*arguments):
+    def run(norms, *arguments):
         plan = attend_tpu.make_plan(
             arguments[0],
             arguments[3],
@@ -96,16 +98,19 @@ def longflow_attention_tpu(
         out, *cache, chosen = attend_tpu.call(
             plan, arguments[6:], arguments[:6], interpret=interpret
         )
-        return out, *cache, chosen[:, :, 0]
+        value, target, position = arguments[2], *arguments[6:8]
+        norms = longflow.write_norm(value, norms, target, position, score)
+        return out, *cache, norms, chosen[:, :, 0]
 
     cache = ("B K S H", "B K S H", "B K S")
     run = per_shard(
         run,
-        ("B N H", "B K H", "B K H", *cache, "B K", "B", "B", "B"),
-        ("B N H", *cache, "B K"),
+        ("B K S", "B N H", "B K H", "B K H", *cache, "B K", "B", "B", "B"),
+        ("B N H", *cache, "B K S", "B K"),
     )
     return LongFlowOutput(
         *run(
+            norms,
             query,
             key,
             value,

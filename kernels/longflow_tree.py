@@ -42,6 +42,7 @@ def longflow_tree(
     keys: jax.Array,
     values: jax.Array,
     positions: jax.Array,
+    norms: jax.Array,
     target: jax.Array,
     position: jax.Array,
     oldest: jax.Array,
@@ -64,6 +65,7 @@ def longflow_tree(
       keys: `[B, K, S, H]`.
       values: `[B, K, S, H]`; free slots of both may hold anything, NaN included.
       positions: int32 `[B, K, S]`, negative where a slot is free.
+      norms: float32 `[B, K, S]`, of the values; see `longflow_attention`.
       target: int32 `[B, K]`, the slot that the root overwrites.
       position: int32 `[B]` of the root; rows of -1 give what means nothing.
       oldest: int32 `[B]`, least position that may be evicted.
@@ -94,6 +96,7 @@ def longflow_tree(
         keys=(keys, "B K S H"),
         values=(values, "B K S H"),
         positions=(positions, "B K S"),
+        norms=(norms, "B K S"),
         target=(target, "B K"),
         position=(position, "B"),
         oldest=(oldest, "B"),
@@ -107,8 +110,8 @@ def longflow_tree(
             "score, or decode without drafts."
         )
     arguments = (
-        *(query, key, value, keys, values, positions, target, position, oldest),
-        *(parents, depths),
+        *(query, key, value, keys, values, positions, norms, target, position),
+        *(oldest, parents, depths),
     )
     options = dict(
         n_recent=n_recent, depth=depth, scale=scale, score=score, shared=shared
@@ -131,6 +134,7 @@ def _reference(
     keys,
     values,
     positions,
+    norms,
     target,
     position,
     oldest,
@@ -148,11 +152,11 @@ def _reference(
     rows = jnp.arange(query.shape[0])
     left, outs, slots = [], [], []
     for node in range(query.shape[1]):
-        cache = (keys, values, positions, target)
+        cache = (keys, values, positions, norms, target)
         if node:
             stacked = (jnp.stack(x, axis=1) for x in zip(*left, strict=True))
             cache = tuple(x[rows, parents[:, node]] for x in stacked)
-        slots.append(cache[3])
+        slots.append(cache[4])
         here = position + depths[:, node]
         out, *after = longflow.longflow_attention(
             *(query[:, node], key[:, node], value[:, node], *cache),
@@ -164,7 +168,7 @@ def _reference(
         )
         outs.append(out)
         left.append(tuple(after))
-    targets = jnp.stack([cache[3] for cache in left], axis=2)
+    targets = jnp.stack([cache[4] for cache in left], axis=2)
     return LongFlowTreeOutput(jnp.stack(outs, 1), jnp.stack(slots, 2), targets)
 
 
@@ -192,6 +196,7 @@ def _xla(
     keys,
     values,
     positions,
+    norms,
     target,
     position,
     oldest,
@@ -214,8 +219,8 @@ def _xla(
         on_path=on_path,
         old=old,
         new=jnp.take_along_axis(new, along, axis=4),
-        old_size=_size(jnp.where(occupied[..., None], values, 0), score),
-        new_size=_size(value, score).swapaxes(1, 2),
+        old_size=jnp.where(occupied, norms, 0),
+        new_size=longflow.value_norms(value, score).swapaxes(1, 2),
     )
     at = jnp.broadcast_to(parents[:, None], (*target.shape, parents.shape[1]))
 
@@ -266,16 +271,6 @@ def _along(x, path):
     flat = path.reshape(path.shape[0], 1, -1)
     flat = jnp.broadcast_to(flat, (*x.shape[:2], flat.shape[-1]))
     return jnp.take_along_axis(x, flat, axis=2).reshape(*x.shape, path.shape[-1])
-
-
-def _size(values, score):
-    """Return what a weight is multiplied with to be a score, float32."""
-    v = values.astype(jnp.float32)
-    if score == "l1":
-        return jnp.abs(v).sum(-1)
-    if score == "l2":
-        return jnp.sqrt(jnp.square(v).sum(-1))
-    return jnp.ones(v.shape[:-1], jnp.float32)
 
 
 def _weights(walk, slots, occupied):

@@ -32,6 +32,7 @@ class LongFlowOutput(NamedTuple):
       keys: `[B, K, S, H]`, with the new key in its slot.
       values: `[B, K, S, H]`, with the new value in its slot.
       positions: int32 `[B, K, S]`, with the new position in its slot.
+      norms: float32 `[B, K, S]`, with the norm of the new value in its slot.
       target: int32 `[B, K]`, the slot that the next token overwrites.
     """
 
@@ -39,4 +40,5 @@ class LongFlowOutput(NamedTuple):
     keys: jax.Array
     values: jax.Array
     positions: jax.Array
+    norms: jax.Array
     target: jax.Array

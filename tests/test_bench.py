@@ -89,7 +89,7 @@ def test_shapes_have_the_published_number_of_parameters(name):
         (Options(), 12, 0),
         (Options(budget=5), 5 + 4, 0),
         (Options(budget=6, decode=StreamingLLM()), 6, 0),
-        (Options(budget=6, decode=LongFlow(protect_prompt=True)), 6, 1),  # a length
+        (Options(budget=6, decode=LongFlow(protect_prompt=True)), 6, 7),  # norms, length
         (Options(budget=6, decode=H2ODecode()), 6, 6),  # a sum per slot
     ],
 )

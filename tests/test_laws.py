@@ -213,6 +213,12 @@ def cache_after_prefill(params, name, seed=0):
     return options, lengths, cache
 
 
+def by_slot(state, change):
+    """Return the memory with what it holds for each slot changed."""
+    shape = state.positions.shape
+    return jax.tree.map(lambda x: change(x) if x.shape == shape else x, state.memory)
+
+
 def next_victim(state):
     """Return the position of the token that is overwritten next, -1 if it is none."""
     return np.take_along_axis(
@@ -234,6 +240,7 @@ def test_order_of_slots_has_no_meaning(params, name, seed):
             values=s.values[:, :, order],
             positions=s.positions[:, :, order],
             target=place[s.target],
+            memory=by_slot(s, lambda x: x[:, :, order]),
         )
         for s in cache
     )
@@ -258,6 +265,7 @@ def test_free_slots_are_never_read(params, name, implementation):
             s,
             keys=jnp.where(kv.occupied(s)[..., None], s.keys, jnp.nan),
             values=jnp.where(kv.occupied(s)[..., None], s.values, jnp.nan),
+            memory=by_slot(s, lambda x, s=s: jnp.where(kv.occupied(s), x, jnp.nan)),
         )
         for s in cache
     )

@@ -11,7 +11,11 @@ import numpy as np
 import pytest
 
 from jaxkv.kernels import longflow
-from jaxkv.kernels.longflow import longflow_attention, token_importance
+from jaxkv.kernels.longflow import (
+    longflow_attention,
+    token_importance,
+    value_norms,
+)
 from jaxkv.kernels.victims import choose_victim, free_least, next_free
 
 IMPLEMENTATIONS = {
@@ -31,7 +35,7 @@ def compiled(implementation, score, shared):
     function = functools.partial(
         IMPLEMENTATIONS[implementation], scale=SCALE, score=score, shared=shared
     )
-    return jax.jit(lambda c: function(**c))
+    return jax.jit(lambda c: function(**c, norms=value_norms(c["values"], score)))
 
 
 def draw(seed, *shape, dtype="float32"):
@@ -162,6 +166,9 @@ def test_against_the_oracle(implementation, heads, score, shared, dtype):
     np.testing.assert_array_equal(np.asarray(got.values, np.float64), values)
     np.testing.assert_array_equal(got.positions, positions)
     np.testing.assert_array_equal(got.target, target)
+    held = positions >= 0
+    wanted = value_norms(got.values, score)
+    np.testing.assert_allclose(got.norms[held], wanted[held], rtol=1e-6)
     if implementation == "xla" and dtype == "float32":  # what interval > 1 is made of
         alone = jax.jit(functools.partial(token_importance, scale=SCALE, score=score))
         alone = alone(c["query"], got.keys, got.values, got.positions)
@@ -257,6 +264,7 @@ def victims_of(attend, *, score, shared, steps, slots=64):
         jnp.full((*shape, 16), jnp.nan),
         jnp.full((*shape, 16), jnp.nan),
         jnp.full(shape, -1, jnp.int32),
+        jnp.full(shape, jnp.nan),
         jnp.zeros((2, 2), jnp.int32),
     )
     _, targets = jax.jit(functools.partial(jax.lax.scan, step))(empty, inputs)
@@ -291,6 +299,7 @@ def test_the_reference_and_all_others_give_up_the_same(
 
 def test_refusals():
     c = case("GQA")
+    c["norms"] = value_norms(c["values"], "l1")
     with pytest.raises(ValueError, match="axis B of newest is 3"):
         longflow_attention(**c | {"newest": c["newest"][:3]}, scale=1.0)
     with pytest.raises(ValueError, match="5 query heads must be a multiple of 2"):

@@ -14,16 +14,23 @@ from jax.experimental.pallas import tpu as pltpu
 
 from jaxkv.kernels.attend_tpu import choose_block, make_plan
 from jaxkv.kernels.decode_tpu import decode_attention_tpu
+from jaxkv.kernels.longflow import value_norms
 from jaxkv.kernels.longflow_tpu import longflow_attention_tpu
 
 SCALE = 0.09
 TOLERANCE = {"float32": 2e-6, "bfloat16": 2e-2}
 HEADS = {"MHA": (2, 2), "GQA": (6, 2), "MQA": (5, 1)}
 
-longflow = jax.jit(
-    functools.partial(longflow_attention_tpu, scale=SCALE),
-    static_argnames=("score", "shared", "block", "interpret"),
-)
+
+@functools.partial(jax.jit, static_argnames=("score", "shared", "block", "interpret"))
+def longflow(*args, values, score="l1", **kwargs):
+    """Run the op on norms as they are before the step."""
+    norms = value_norms(values, score)
+    return longflow_attention_tpu(
+        *args, values=values, norms=norms, score=score, scale=SCALE, **kwargs
+    )
+
+
 attend = jax.jit(
     functools.partial(decode_attention_tpu, scale=SCALE),
     static_argnames=("block", "interpret"),

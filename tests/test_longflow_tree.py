@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxkv.kernels.longflow import value_norms
 from jaxkv.kernels.longflow_tree import longflow_tree
 
 # Two paths of three and a short one, so that evictions differ from branch to branch.
@@ -34,12 +35,13 @@ def make_inputs(*, slots, free=0, seed=0):
     held[:, :, slots - free :] = -1
     nan = jnp.where(jnp.asarray(held) < 0, jnp.nan, 0)[..., None]
     target = np.zeros((BATCH, KV_HEADS)) if not free else np.full((2, 2), slots - free)
+    values = draw(KV_HEADS, slots, HEAD_DIM) + nan
     return dict(
         query=draw(NODES, HEADS, HEAD_DIM),
         key=draw(NODES, KV_HEADS, HEAD_DIM),
         value=draw(NODES, KV_HEADS, HEAD_DIM),
         keys=draw(KV_HEADS, slots, HEAD_DIM) + nan,
-        values=draw(KV_HEADS, slots, HEAD_DIM) + nan,
+        values=values,
         positions=jnp.asarray(held, jnp.int32),
         target=jnp.asarray(target, jnp.int32),
         position=jnp.full(BATCH, slots, jnp.int32),
@@ -68,6 +70,7 @@ def test_walk_equals_step_by_step(options, sizes):
     run = functools.partial(op, depth=DEPTH, scale=0.4, **options)
     for seed in range(5):
         inputs = make_inputs(seed=seed, **sizes)
+        inputs["norms"] = value_norms(inputs["values"], options["score"])
         want = run(**inputs, implementation="reference")
         got = run(**inputs, implementation="xla")
         np.testing.assert_array_equal(got.slots, want.slots)
@@ -75,11 +78,12 @@ def test_walk_equals_step_by_step(options, sizes):
         np.testing.assert_allclose(got.out, want.out, atol=3e-6, rtol=3e-6)
 
 
-@pytest.mark.parametrize("broken", ["values", "parents", "oldest", "target"])
+@pytest.mark.parametrize("broken", ["norms", "parents", "oldest", "target"])
 def test_a_wrong_input_is_noticed(broken):
     inputs = make_inputs(slots=7)
+    inputs["norms"] = value_norms(inputs["values"], "l1")
     wrong = {
-        "values": jnp.roll(inputs["values"], 1, axis=2),
+        "norms": jnp.roll(inputs["norms"], 1, axis=2),
         "parents": jnp.asarray([[0, 0, 3, 0, 2, 1]] * BATCH, jnp.int32),
         "oldest": inputs["oldest"] + 4,
         "target": inputs["target"] + 1,
@@ -94,6 +98,7 @@ def test_a_wrong_input_is_noticed(broken):
 
 def test_bad_arguments():
     inputs = make_inputs(slots=4)
+    inputs["norms"] = value_norms(inputs["values"], "l1")
     options = dict(n_recent=0, depth=DEPTH, scale=1.0)
     with pytest.raises(NotImplementedError, match='"deletion" cannot be verified'):
         longflow_tree(**inputs, **options, score="deletion")

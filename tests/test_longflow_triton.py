@@ -13,12 +13,8 @@ import pytest
 import triton_on_cpu
 
 from jaxkv.kernels import longflow_triton
-from jaxkv.kernels.longflow_triton import (
-    Tiles,
-    choose_constants,
-    choose_tiles,
-    score_constants,
-)
+from jaxkv.kernels.longflow import value_norms
+from jaxkv.kernels.longflow_triton import Tiles, choose_tiles, step_constants
 
 # heads, KV heads, slots, head size, dtype, score, shared, (splits, block, programs)
 FAST = [
@@ -87,31 +83,20 @@ def test_shipped_tiles_compile_without_spills(shape, capability, record_property
     batch, heads, kv_heads, slots, head_dim, dtype = shape
     sizes = heads, kv_heads, slots, head_dim
     tiles = choose_tiles(batch, *sizes, dtype)
-    first = score_constants(*sizes, dtype, 0.1, "l1", True, tiles, batch)
-    second = choose_constants(*sizes, True, tiles)
-    small = Tiles(splits=1, block=16, warps=4, stages=1)
-    launches = {
-        True: [("score_rows", first, tiles), ("choose_victims", second, small)],
-        False: [("score_split", first, tiles), ("finish_splits", second, small)],
-    }[tiles.programs > 0]
-    for name, constants, launch in launches:
-        kernel = getattr(body, name)
-        dtypes = dict.fromkeys(kernel.arg_names, "int32")
-        dtypes |= dict.fromkeys(
-            ["query_ptr", "key_ptr", "value_ptr", "keys_ptr", "values_ptr"], dtype
-        )
-        dtypes |= dict(_keys_out_ptr=dtype, _values_out_ptr=dtype)
-        dtypes |= dict.fromkeys(
-            ["statistic_ptr", "scores_ptr", "importance_ptr", "parts_ptr"], "float32"
-        )
-        dtypes["out_ptr"] = "float32" if name == "score_split" else dtype
-        usage = triton_on_cpu.usage(kernel, dtypes, constants, launch, capability)
-        for key, number in usage.items():
-            record_property(f"{name} {key}", number)
-        print(f"sm_{capability} {shape} {name} {launch} {usage}")
-        assert usage["stack"] == 0 and usage["local"] == 0
-        # Room for two programs per processor on A100, for three on H100 with 4 warps.
-        assert usage["shared"] <= 83 * 1024
+    constants = step_constants(batch, *sizes, dtype, 0.1, "l1", True, tiles)
+    kernel = body.longflow_step
+    dtypes = dict.fromkeys(kernel.arg_names, "int32")
+    arrays = ["query_ptr", "key_ptr", "value_ptr", "keys_ptr", "values_ptr", "out_ptr"]
+    dtypes |= dict.fromkeys([*arrays, "_keys_out_ptr", "_values_out_ptr"], dtype)
+    arrays = ["part_ptr", "statistic_ptr", "logits_ptr", "importance_ptr", "norms_ptr"]
+    dtypes |= dict.fromkeys([*arrays, "_norms_out_ptr"], "float32")
+    usage = triton_on_cpu.usage(kernel, dtypes, constants, tiles, capability)
+    for name, number in usage.items():
+        record_property(name, number)
+    print(f"sm_{capability} {shape} {tiles} {usage}")
+    assert usage["stack"] == 0 and usage["local"] == 0
+    # Room for two programs per processor on A100, for three on H100 with 4 warps.
+    assert usage["shared"] <= 83 * 1024
 
 
 def test_chosen_tiles_are_possible_everywhere():
@@ -152,9 +137,11 @@ def make_case(case, seed):
     # Row 0 protects some, row 1 all of its slots, the others none.
     oldest = np.array([slots // 4, slots + 2, 0, 0, 0])
     newest = np.array([slots - slots // 4, *[2**31 - 1] * 4])
-    floats = (jnp.asarray(x, dtype) for x in (q, k_new, v_new, keys, values))
+    floats = [jnp.asarray(x, dtype) for x in (q, k_new, v_new, keys, values)]
+    norms = value_norms(floats[4], case[5])
     integers = (positions, target, position, oldest, newest)
-    return (*floats, *(jnp.asarray(x, jnp.int32) for x in integers))
+    positions, *integers = (jnp.asarray(x, jnp.int32) for x in integers)
+    return (*floats, positions, norms, *integers)
 
 
 def oracle(q, k_new, v_new, keys, values, positions, target, position, scale, score):
@@ -219,7 +206,7 @@ def check_interpreted(case, seed, mutate=lambda args: args, score=None) -> list[
         return np.asarray(array.astype(jnp.float32)).astype(np.float64)
 
     args = make_case(case, seed)
-    positions, target, position, oldest, newest = map(np.asarray, args[5:])
+    positions, _, target, position, oldest, newest = map(np.asarray, args[5:])
     scale = case[3] ** -0.5
     want_out, magnitude, want_cache, weighted = oracle(
         *(*map(exact, args[:5]), positions, target, position, scale, score or case[5])
@@ -237,6 +224,10 @@ def check_interpreted(case, seed, mutate=lambda args: args, score=None) -> list[
         if not np.array_equal(exact(getattr(got, name)), want, equal_nan=True):
             failures.append(f"{case}: {name} differ")
     batch, kv_heads = target.shape
+    held = want_cache[2] >= 0
+    want_norms = np.where(held, value_norms(jnp.asarray(want_cache[1]), case[5]), 0)
+    if not np.allclose(np.where(held, got.norms, 0), want_norms, rtol=1e-5):
+        failures.append(f"{case}: norms differ")
     group = case[0] // kv_heads
     new_target = np.asarray(got.target)
     tolerance = 2e-6 if dtype == "float32" else 2e-3
@@ -263,7 +254,12 @@ MUTATIONS = {  # name: change of the arguments, score of the oracle, what must b
     ),
     "mask shifted": (lambda x: (*x[:5], jnp.roll(x[5], 1, -1), *x[6:]), None, "victim"),
     "norm dropped": (lambda x: x, "attention", "victim"),
-    "protection shifted": (lambda x: (*x[:8], x[8] - 18, x[9] - 18), None, "protected"),
+    "norms shifted": (lambda x: (*x[:6], jnp.roll(x[6], 1, -1), *x[7:]), None, "norms"),
+    "protection shifted": (
+        lambda x: (*x[:9], x[9] - 18, x[10] - 18),
+        None,
+        "protected",
+    ),
 }
 
 

@@ -122,6 +122,7 @@ def test_a_shared_victim_needs_all_heads_on_one_device():
     def trace(heads, **options):
         arrays = dict(query=(2, 4, 128), key=(2, heads, 128), value=(2, heads, 128))
         arrays |= dict.fromkeys(("keys", "values"), (2, heads, 8, 128))
+        arrays |= dict(norms=(2, heads, 8))
         arrays = {n: jax.ShapeDtypeStruct(s, jnp.float32) for n, s in arrays.items()}
         int32 = dict(positions=(2, heads, 8), target=(2, heads))
         int32 |= dict.fromkeys(("position", "oldest", "newest"), (2,))
