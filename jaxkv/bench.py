@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxkv import cli_flags as flags
-from jaxkv import measure, methods
+from jaxkv import compiling, measure, methods
 from jaxkv.generation import Options
 from jaxkv.inference import bucket
 from jaxkv.kernels import decode as decode_kernels
@@ -145,7 +145,7 @@ def compile_(
     options = options_of(budget, decode, decode_implementation)
     name, config, dtype_ = _shape(model, shape, dtype)
     with console.status("compiling"):
-        halves = measure.compile_generate(
+        halves = compiling.compile_generate(
             Decoder(config),
             dtype=dtype_,
             batch=batch,
