@@ -299,7 +299,12 @@ def convert(
 def bench(context: typer.Context) -> Any:
     """Measure decoding and compiling on this device."""
     # They measure, and are needed by nobody else. Each of them adds its command.
-    from jaxkv import bench, bench_attention, bench_speculate  # noqa: F401
+    from jaxkv import (  # noqa: F401
+        bench,
+        bench_attention,
+        bench_speculate,
+        bench_throughput,
+    )
 
     parent = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     parent.add_typer(bench.app, name="bench")
