@@ -298,14 +298,9 @@ def convert(
 )
 def bench(context: typer.Context) -> Any:
     """Measure decoding and compiling on this device."""
-    # They measure, and are needed by nobody else. Each of them adds its command.
-    from jaxkv import (  # noqa: F401
-        bench,
-        bench_attention,
-        bench_speculate,
-        bench_throughput,
-    )
+    # They measure, and are needed by nobody else.
+    from jaxkv.bench_commands import app as bench_app
 
     parent = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    parent.add_typer(bench.app, name="bench")
+    parent.add_typer(bench_app, name="bench")
     return parent(["bench", *context.args], prog_name="jaxkv", standalone_mode=False)
