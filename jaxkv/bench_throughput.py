@@ -1,5 +1,6 @@
 """`jaxkv bench throughput`: tokens per second of whole generations, by batch size."""
 
+import collections
 import dataclasses
 import gc
 import itertools
@@ -88,15 +89,16 @@ def command(
     result = _header(name, params, work, budget, options, bandwidth)
     if theirs is not None:
         report.add_transformers(result, theirs)
-    plan = plan_cells(network.config, params, work, options, wanted)
-    timer = Timer(network, params, work, bandwidth)
-    for method, batch, why in plan:
-        if seconds is not None and time.perf_counter() - begin > seconds:
-            result["not_started"].append({"method": method, "batch": batch})
-            continue
-        with console.status(f"{method}, batch {batch}"):
-            row = timer.time(method, options[method], batch, why)
-        _add(result, row, out)
+    with console.status("timing"):
+        run_cells(
+            Timer(network, params, work, bandwidth),
+            plan_cells(network.config, params, work, options, wanted),
+            options,
+            result,
+            out=out,
+            until=None if seconds is None else begin + seconds,
+            retry=wanted is None,
+        )
     if picture is not None:
         throughput_picture.draw(picture, result)
     if not json_:
@@ -237,12 +239,40 @@ class Timer:
         return self._prefill[method, rows] * batch / rows
 
 
-def _add(result: dict[str, Any], row: dict[str, Any], out: Path | None) -> None:
-    """Add a record and what follows from it, and save both."""
-    result["rows"].append(row)
-    result["ratios"] = report.ratios(result["rows"])
-    if out is not None:  # a crash must not lose what was timed before it
-        write_json(out, result)
+def run_cells(
+    timer: Timer,
+    cells: Sequence[tuple[str, int, str | None]],
+    options: Mapping[str, Options],
+    result: dict[str, Any],
+    *,
+    out: Path | None,
+    until: float | None,
+    retry: bool,
+) -> None:
+    """Time one cell after another, and save what there is after each.
+
+    Args:
+      timer: that times them.
+      cells: of `plan_cells`.
+      options: of each method.
+      result: gets records and what follows from them.
+      out: file of it.
+      until: `time.perf_counter()` from which on nothing is started.
+      retry: try 15/16 of a batch for which memory did not suffice.
+    """
+    left = collections.deque(cells)
+    while left:
+        method, batch, why = left.popleft()
+        if until is not None and time.perf_counter() > until:
+            result["not_started"].append({"method": method, "batch": batch})
+            continue
+        row = timer.time(method, options[method], batch, why)
+        if retry and why is None and not row["fits"] and batch > 8:
+            left.appendleft((method, batch * 15 // 16, None))
+        result["rows"].append(row)
+        result["ratios"] = report.ratios(result["rows"])
+        if out is not None:  # a crash must not lose what was timed before it
+            write_json(out, result)
 
 
 def _header(

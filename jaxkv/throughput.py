@@ -167,11 +167,12 @@ def bytes_needed(
 ) -> int:
     """Estimate from shapes alone what a generation needs beside the weights.
 
-    That is the cache, a second copy of its positions, and the larger of what prefill of
-    all rows at once and the logits of one step take.
+    That is the cache, two more copies of its positions, which are made anew for each
+    range, and the larger of what prefill of all rows at once and the logits of one step
+    take.
     """
     state = _state_shapes(config, work, options, dtype, batch=batch)
-    positions = sum(layer.positions.size * 4 for layer in state.cache)
+    positions = sum(2 * layer.positions.size * 4 for layer in state.cache)
     width = jnp.dtype(dtype).itemsize
     heads = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
     token = 3 * config.intermediate_size + 2 * config.hidden_size + heads

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from jaxkv import bench, cli, evaluation_pictures, measure, throughput
 from jaxkv import state as kv
 from jaxkv import throughput_report as report
-from jaxkv.bench_throughput import Timer, plan_cells
+from jaxkv.bench_throughput import Timer, plan_cells, run_cells
 from jaxkv.decode_policies import LongFlow
 from jaxkv.generation import Options
 from jaxkv.models.decoder import Config, random_parameters
@@ -142,7 +142,7 @@ def test_the_largest_batch_is_the_largest_that_fits(options):
 
     slots = options.num_slots(6, 40)
     tokens = 2 * 1 * slots * 2 * 4  # keys and values
-    positions = 2 * slots * 4 + 4  # twice, and the target
+    positions = 3 * slots * 4 + 4  # three times, and the target
     prefill = 64 * (3 * 6 + 2 * 4 + 4 * 2) * 4
     assert needed(1) == tokens + positions + prefill
     for room in (needed(1), needed(9) - 1, needed(9)):
@@ -194,6 +194,27 @@ def test_memory_that_does_not_suffice_is_a_result(monkeypatch):
         "fits": False,
         "why": "RESOURCE_EXHAUSTED: 9 bytes",
     }
+
+
+def test_less_is_tried_where_the_estimate_was_too_bold(monkeypatch):
+    tried = []
+
+    class Bold:
+        def time(self, method, options, batch, why):
+            tried.append((method, batch))
+            fits = why is None and batch <= 60
+            return {"method": method, "batch": batch, "fits": fits} | (
+                {"tokens_per_second": 1.0} if fits else {}
+            )
+
+    result = {"rows": [], "not_started": []}
+    cells = [("full", 68, None), ("full", 64, None), ("full", 900, "no room")]
+    options = {"full": Options()}
+    run_cells(Bold(), cells, options, result, out=None, until=None, retry=True)
+    assert [batch for _, batch in tried] == [68, 63, 59, 64, 60, 900]
+    tried.clear()
+    run_cells(Bold(), cells, options, result, out=None, until=None, retry=False)
+    assert [batch for _, batch in tried] == [68, 64, 900]
 
 
 def test_other_errors_are_none(monkeypatch):
