@@ -16,12 +16,12 @@ from rich.table import Table
 
 from jaxkv import cli_flags as flags
 from jaxkv import compiling, measure, methods
-from jaxkv.generation import Options
 from jaxkv.inference import bucket
 from jaxkv.kernels import decode as decode_kernels
 from jaxkv.language_model import NEEDLE, load
 from jaxkv.models.decoder import Config, Decoder, random_parameters
 from jaxkv.models.public_shapes import SHAPES
+from jaxkv.options import Options
 from jaxkv.provenance import provenance, write_json
 
 app = typer.Typer(

@@ -15,9 +15,10 @@ from jaxkv import bench, compiling, generation, measure, speculation
 from jaxkv import cli_flags as flags
 from jaxkv.arguments import row_keys
 from jaxkv.drafts import Aligned, Drafter, PromptLookup, Tree
-from jaxkv.generation import Network, Options
+from jaxkv.generation import Network
 from jaxkv.inference import bucket
 from jaxkv.matching import Context
+from jaxkv.options import Options
 from jaxkv.trees import DraftTree
 
 app = bench.app  # with one command more

@@ -15,8 +15,8 @@ from jaxkv import state as kv
 from jaxkv import throughput_report as report
 from jaxkv.bench_throughput import Timer, plan_cells, run_cells
 from jaxkv.decode_policies import LongFlow
-from jaxkv.generation import Options
 from jaxkv.models.decoder import Config, random_parameters
+from jaxkv.options import Options
 from jaxkv.policies import Full, StreamingLLM
 from jaxkv.throughput import Work, split, whole_seconds
 
