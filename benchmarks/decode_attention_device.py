@@ -1,18 +1,16 @@
 """Check and time the Triton decode attention on a GPU.
 
-    python benchmarks/decode_attention_device.py --out decode_attention.json
+    python benchmarks/decode_attention_device.py decode_attention.json
 
-Every number is the median over runs of one compiled loop that goes through as many
-layers' caches as it takes to leave the L2 cache behind, with the output of one layer as
-the query of the next; the loop's time is divided by the number of layer steps.
+Every number is the median over calls of the loop that `jaxkv.attention_timing` has.
 """
 
 import dataclasses
 import functools
 import itertools
 import json
-import math
 import pathlib
+import statistics
 import time
 
 import jax
@@ -20,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import typer
 
+from jaxkv import attention_timing as timing
 from jaxkv.kernels.decode import decode_attention
 from jaxkv.kernels.decode_triton import Tiles, choose_tiles, decode_attention_triton
 from jaxkv.measure import copy_bandwidth
@@ -44,32 +43,18 @@ SHAPES += [(32, 3200, 1.0), (128, 512, 1.0), (128, 3200, 0.5)]
 SPLITS = {1: (8, 25, 50), 8: (3, 5, 6), 32: (1, 3, 4), 64: (1, 4), 128: (1, 3)}
 
 
-def make_inputs(batch, heads, kv_heads, slots, head_dim, dtype, share, seed=0):
-    """Return random arguments of `decode_attention`, free slots full of NaN."""
-    rng = np.random.default_rng(seed)
-    keys = jax.random.split(jax.random.key(seed), 5)
-    shapes = [(heads,), (kv_heads,), (kv_heads,), (kv_heads, slots), (kv_heads, slots)]
-    q, k, v, cache_k, cache_v = (
-        jax.random.normal(key, (batch, *shape, head_dim), jnp.dtype(dtype))
-        for key, shape in zip(keys, shapes, strict=True)
-    )
-    # Prefixes of ragged length around `share`, as in a cache that is filling up.
-    spread = min(share, 1 - share)
-    filled = slots * (share + spread * rng.uniform(-1, 1, (batch, kv_heads, 1)))
-    slot = np.arange(slots, dtype=np.int32)
-    occupied = np.broadcast_to(slot, (batch, kv_heads, slots)) < filled
-    positions = jnp.asarray(np.where(occupied, slot, -1).astype(np.int32))
-    free = positions[..., None] < 0
-    cache_k, cache_v = (jnp.where(free, jnp.nan, x) for x in (cache_k, cache_v))
-    target = jnp.asarray(rng.integers(0, slots, (batch, kv_heads)), jnp.int32)
-    position = jnp.full((batch,), slots, jnp.int32)
-    return q, k, v, cache_k, cache_v, positions, target, position
-
-
 def check(batch, heads, kv_heads, slots, head_dim, dtype, splits) -> dict:
     """Compare with the reference, and check aliasing and that two runs are equal."""
     share = 1.0 if splits is None else 0.6
-    args = make_inputs(batch, heads, kv_heads, slots, head_dim, dtype, share)
+    shape = timing.Shape(
+        batch=batch,
+        slots=slots,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        dtype=dtype,
+    )
+    args = timing.make_inputs(shape, share)
     args = (*args[:-1], args[-1].at[-1].set(-1))  # the last row is finished
     scale = head_dim**-0.5
     tiles = choose_tiles(batch, kv_heads, slots, head_dim, dtype)
@@ -95,23 +80,6 @@ def check(batch, heads, kv_heads, slots, head_dim, dtype, splits) -> dict:
     return record | dict(same=same_cache, in_place=in_place, repeats=raw[0] == raw[1])
 
 
-def time_loop(function, state, iterations, runs=5):
-    """Return seconds per iteration, the last state, and MB of temporaries."""
-
-    def loop(state):
-        return jax.lax.fori_loop(0, iterations, lambda _, s: function(s), state)
-
-    compiled = jax.jit(loop, donate_argnums=0).lower(state).compile()
-    state = jax.block_until_ready(compiled(state))
-    seconds = []
-    for _ in range(runs):
-        start = time.perf_counter()
-        state = jax.block_until_ready(compiled(state))
-        seconds.append((time.perf_counter() - start) / iterations)
-    temporaries = compiled.memory_analysis().temp_size_in_bytes / 1e6
-    return float(np.median(seconds)), state, temporaries
-
-
 def versions(batch, slots, sweep) -> list[Tiles | None]:
     """Return the shipped tiles and None for XLA, or other tiles worth a try."""
     shipped = choose_tiles(batch, 8, slots, 128, "bfloat16")
@@ -129,39 +97,28 @@ def versions(batch, slots, sweep) -> list[Tiles | None]:
 
 def time_shape(batch, slots, share, sweep, bandwidth):
     """Yield one record per version of one shape."""
-    kv_heads, head_dim = 8, 128
-    nbytes = 2 * batch * kv_heads * slots * head_dim * 2
-    layers = max(1, min(36, math.ceil(2e8 / nbytes)))
-    inputs = [
-        make_inputs(batch, 32, kv_heads, slots, head_dim, "bfloat16", share, seed)
-        for seed in range(layers)
-    ]
-    occupied = float(np.mean([np.mean(np.asarray(x[5]) >= 0) for x in inputs]))
-    floor = occupied * nbytes / bandwidth
-    iterations = max(2, math.ceil(0.03 / (layers * max(floor, 1.5e-5))))
-    q, k, v, _, _, _, target, position = inputs[0]
-    state = (q, tuple(x[3:6] for x in inputs))
-    del inputs
+    shape = timing.Shape(batch=batch, slots=slots)
+    layers = timing.Layers(shape, bandwidth, share=share)
     for tiles in versions(batch, slots, sweep):
         if tiles:
             attend = functools.partial(decode_attention_triton, tiles=tiles)
         else:
             attend = functools.partial(decode_attention, implementation="xla")
 
-        def step(state, attend=attend):
-            q, caches = state
-            new = []
-            for cache in caches:
-                q, *cache = attend(q, k, v, *cache, target, position, scale=0.088)
-                new.append(tuple(cache))
-            return q, tuple(new)
+        def step(query, token, slots, attend=attend):
+            out, *cache = attend(
+                *(query, token.key, token.value, *slots.plain, token.position),
+                scale=shape.scale,
+            )
+            return out, slots.after(*cache)
 
-        seconds, state, temporaries = time_loop(step, state, iterations)
-        seconds /= layers
+        found = layers.time(step)
+        seconds = statistics.median(found.seconds)
         name = str(tiles) if tiles else "xla"
-        record = dict(batch=batch, slots=slots, occupied=occupied, tiles=name)
-        record |= dict(ms=1e3 * seconds, floor_ms=1e3 * floor, ratio=seconds / floor)
-        yield record | dict(temporaries_mb=temporaries)
+        record = dict(batch=batch, slots=slots, occupied=layers.occupied, tiles=name)
+        record |= dict(ms=1e3 * seconds, floor_ms=1e3 * layers.floor)
+        record |= dict(ratio=seconds / layers.floor)
+        yield record | dict(temporaries_mb=found.temporaries / 1e6)
 
 
 def main(out: pathlib.Path, seconds: float = 55.0) -> None:

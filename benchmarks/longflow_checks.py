@@ -10,8 +10,8 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from decode_attention_device import make_inputs
 
+from jaxkv.attention_timing import Shape, make_inputs
 from jaxkv.kernels.longflow_triton import choose_tiles, longflow_attention_triton
 from jaxkv.kernels.window_scores_triton import window_scores_triton
 
@@ -119,9 +119,15 @@ def longflow_inputs(
     batch, heads, kv_heads, slots, head_dim, dtype, share, shared, score
 ):
     """Return random arguments of the op, the last row of several finished."""
-    args = list(
-        make_inputs(batch, heads, kv_heads, slots, head_dim, dtype, share, seed=1)
+    shape = Shape(
+        batch=batch,
+        slots=slots,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        dtype=dtype,
     )
+    args = list(make_inputs(shape, share, seed=1))
     if shared:
         args[5] = jnp.broadcast_to(args[5][:, :1], args[5].shape)
         args[6] = jnp.broadcast_to(args[6][:, :1], args[6].shape)

@@ -1,30 +1,28 @@
 """Check and time the LongFlow step and the window scores in Triton on a GPU.
 
-    python benchmarks/longflow_device.py --out longflow.json --seconds 240
+    python benchmarks/longflow_device.py longflow.json --seconds 240
 
-Timing is that of `decode_attention_device`: compiled loops over many layers' caches,
-one layer's output the next one's query. `kernels_us` is what the profiler saw of one
-run, per kernel, without the gaps between launches: where the loop takes much longer
-than their sum, it is the host that is timed.
+Timing is that of `jaxkv bench decode-attention` (`jaxkv.attention_timing`).
+`kernels_us` is what the profiler saw of one pass over the layers, per kernel, without
+the gaps between launches: where the loop takes much longer than their sum, it is the
+host that is timed.
 """
 
-import collections
 import dataclasses
 import functools
 import itertools
 import math
 import pathlib
-import tempfile
+import statistics
 import time
 
 import jax
 import jax.numpy as jnp
 import typer
-from decode_attention_device import make_inputs, time_loop
 from longflow_checks import run_checks
 
+from jaxkv import attention_timing as timing
 from jaxkv.kernels.decode_triton import decode_attention_triton
-from jaxkv.kernels.longflow import value_norms
 from jaxkv.kernels.longflow_triton import (
     Tiles,
     choose_tiles,
@@ -37,6 +35,7 @@ from jaxkv.provenance import provenance, write_json
 
 # batch, slots; 32 heads, 8 KV heads, head size 128, bfloat16
 SHAPES = [(128, 3200), (64, 16384), (8, 3200), (1, 3200)]
+SCALE = 128**-0.5
 ROWS = [dict(splits=1, programs=p) for p in (342, 128)]
 SWEEP = {
     128: [
@@ -87,101 +86,38 @@ WINDOW_SWEEP = [
 ]
 
 
-def kernel_times(step, state, per_step: int):
-    """Return microseconds per step of each kernel, as the profiler sees one run."""
-    compiled = jax.jit(step, donate_argnums=0).lower(state).compile()
-    state = jax.block_until_ready(compiled(state))
-    with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder):
-            state = jax.block_until_ready(compiled(state))
-        (file,) = pathlib.Path(folder).rglob("*.xplane.pb")
-        planes = jax.profiler.ProfileData.from_file(str(file)).planes
-        total = collections.Counter()
-        for plane in planes:
-            for line in plane.lines if plane.name.startswith("/device:GPU") else ():
-                if line.name.startswith("Stream"):
-                    for event in line.events:
-                        total[event.name] += event.duration_ns / 1e3 / per_step
-    return {name: round(us, 2) for name, us in total.most_common(4)}, state
+def with_tiles(query, token, slots, *, tiles):
+    """Do one layer's step with these tiles; see `attention_timing.Step`."""
+    out, *cache = longflow_attention_triton(
+        *(query, token.key, token.value, *slots, *token.bounds),
+        scale=SCALE,
+        tiles=tiles,
+    )
+    return out, timing.Slots(*cache)
 
 
-def cudnn(q, k, v, keys, values):
-    """Attend from one token to caches `[B, S, K, H]` of the same bytes."""
-    attend = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
-    return attend(q[:, None], keys, values, scale=0.088)[:, 0], keys, values
+def without_score(query, token, slots):
+    """Do one layer's step with attention alone."""
+    out, *cache = decode_attention_triton(
+        *(query, token.key, token.value, *slots.plain, token.position), scale=SCALE
+    )
+    return out, slots.after(*cache)
 
 
-class Shape:
-    """The caches of one shape, as many layers as it takes to leave the L2 cache."""
-
-    def __init__(self, batch: int, slots: int, bandwidth: float):
-        self.batch, self.slots = batch, slots
-        nbytes = 2 * batch * 8 * slots * 128 * 2
-        self.floor = nbytes / bandwidth
-        self.layers = max(1, min(36, math.ceil(2e8 / nbytes)))
-        inputs = [
-            make_inputs(batch, 32, 8, slots, 128, "bfloat16", 1.0, seed)
-            for seed in range(self.layers)
-        ]
-        self.q, self.k, self.v, *_, target, self.position = inputs[0]
-        target = jnp.broadcast_to(target[:, :1], target.shape)
-        self.caches = tuple(
-            (*x[3:6], value_norms(x[4], "l1"), jnp.copy(target)) for x in inputs
-        )
-        self.iterations = max(
-            2, math.ceil(0.03 / (self.layers * max(self.floor, 2e-5)))
-        )
-
-    def attend(self, version, q, cache):
-        """Do one layer's step: by cuDNN, without a score, or with these tiles."""
-        keys, values, positions, norms, target = cache
-        if version == "cudnn":
-            q, *_ = cudnn(q, self.k, self.v, keys, values)
-            return q, cache
-        token = q, self.k, self.v, keys, values, positions
-        if version == "attention":
-            q, *cache = decode_attention_triton(
-                *token, target, self.position, scale=0.088
-            )
-            return q, (*cache, norms, target)
-        bounds = self.position, jnp.zeros_like(self.position), self.position
-        q, *cache = longflow_attention_triton(
-            *token, norms, target, *bounds, scale=0.088, tiles=version
-        )
-        return q, tuple(cache)
-
-    def time(self, version) -> dict:
-        """Time one version, and put the caches back."""
-
-        def step(state):
-            q, caches = state
-            new = []
-            for cache in caches:
-                q, cache = self.attend(version, q, cache)
-                new.append(cache)
-            return q, tuple(new)
-
-        shape = (self.batch, self.slots, 8, 128)
-        if version == "cudnn":  # same bytes, other order of axes
-            self.caches = tuple(
-                (k.reshape(shape), v.reshape(shape), *rest)
-                for k, v, *rest in self.caches
-            )
-        state = self.q, self.caches
-        del self.caches
-        seconds, state, temporaries = time_loop(step, state, self.iterations)
-        kernels, state = kernel_times(step, state, self.layers)
-        self.q, self.caches = state
-        if version == "cudnn":
-            shape = (self.batch, 8, self.slots, 128)
-            self.caches = tuple(
-                (k.reshape(shape), v.reshape(shape), *rest)
-                for k, v, *rest in self.caches
-            )
-        ms = 1e3 * seconds / self.layers
-        record = dict(batch=self.batch, slots=self.slots, version=str(version), ms=ms)
-        record |= dict(floor_ms=1e3 * self.floor, ratio=ms / 1e3 / self.floor)
-        return record | dict(temporaries_mb=temporaries, kernels_us=kernels)
+def time_version(layers: timing.Layers, version: str | Tiles) -> dict:
+    """Time cuDNN, attention without a score, or LongFlow with these tiles."""
+    step = {
+        "cudnn": functools.partial(timing.cudnn, scale=SCALE),
+        "attention": without_score,
+    }.get(version, functools.partial(with_tiles, tiles=version))
+    found = layers.time(step, slots_first=version == "cudnn", profile=True)
+    ms = 1e3 * statistics.median(found.seconds)
+    shape = layers.shape
+    record = dict(batch=shape.batch, slots=shape.slots, version=str(version), ms=ms)
+    record |= dict(floor_ms=1e3 * layers.floor, ratio=ms / 1e3 / layers.floor)
+    return record | dict(
+        temporaries_mb=found.temporaries / 1e6, kernels_us=found.kernels_us
+    )
 
 
 def time_window(keys: int, changes: dict) -> dict:
@@ -206,13 +142,13 @@ def time_window(keys: int, changes: dict) -> dict:
         return start, k
 
     iterations = max(2, math.ceil(0.03 / (layers * 4e-5)))
-    seconds, state, _ = time_loop(step, (start, k), iterations)
-    us = 1e6 * seconds / layers
+    seconds, state, _ = timing.time_loop(step, (start, k), iterations)
+    us = 1e6 * statistics.median(seconds) / layers
     record = dict(keys=keys, version=str(tiles), us=us)
     # One layer of Llama-3.1-8B: 218 M weights and causal attention, at 500 TFLOP/s.
     flops = 2 * 218e6 * keys + 2 * keys**2 * 4096
     record |= dict(percent_of_prefill=100 * us / 1e6 / (flops / 500e12))
-    return record | dict(kernels_us=kernel_times(step, state, layers)[0])
+    return record | dict(kernels_us=timing.kernel_times(step, state, layers)[0])
 
 
 def versions(batch: int, slots: int) -> list:
@@ -273,20 +209,22 @@ def main(out: pathlib.Path, seconds: float = 240.0) -> None:
 
     bandwidth = 1e12 * report["copy_tb_per_s"]
     for batch, slots in SHAPES:
-        shape = Shape(batch, slots, bandwidth)
+        layers = timing.Layers(timing.Shape(batch=batch, slots=slots), bandwidth)
         for version in versions(batch, slots):
-            save("timings", shape.time(version))
-        del shape
+            save("timings", time_version(layers, version))
+        del layers
     for keys in WINDOW_KEYS:
         save("windows", time_window(keys, {}))
     # What is left of the time is shared equally by the shapes, the windows one of them.
     for i, (batch, slots) in enumerate(SHAPES):
         until = left() * (1 - 1 / (len(SHAPES) + 1 - i))
-        shape = Shape(batch, slots, bandwidth) if left() > 0 else None
+        if left() <= 0:
+            break
+        layers = timing.Layers(timing.Shape(batch=batch, slots=slots), bandwidth)
         for version in sweep_versions(batch, slots):
             if left() > until:
-                save("timings", shape.time(version))
-        del shape
+                save("timings", time_version(layers, version))
+        del layers
     for keys, changes in itertools.product(WINDOW_KEYS, WINDOW_SWEEP):
         if left() > 0:
             save("windows", time_window(keys, changes))

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxkv.generation import Options
 from jaxkv.language_model import LanguageModel
+from jaxkv.options import Options
 from jaxkv.policies import Full
 
 Prompts = Sequence[str] | Sequence[Sequence[int]] | str

@@ -15,13 +15,13 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxkv import cli_flags as flags
-from jaxkv import measure, methods
-from jaxkv.generation import Options
+from jaxkv import compiling, measure, methods
 from jaxkv.inference import bucket
 from jaxkv.kernels import decode as decode_kernels
 from jaxkv.language_model import NEEDLE, load
 from jaxkv.models.decoder import Config, Decoder, random_parameters
 from jaxkv.models.public_shapes import SHAPES
+from jaxkv.options import Options
 from jaxkv.provenance import provenance, write_json
 
 app = typer.Typer(
@@ -51,6 +51,10 @@ Kernel = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 Out = Annotated[Path | None, typer.Option(help="Write the same JSON to this file.")]
+CopyGib = Annotated[
+    float | None,
+    typer.Option(help="Size of the copied array; default 4, on CPU 0.25."),
+]
 
 
 @app.command()
@@ -67,10 +71,7 @@ def decode(
     decode: flags.Decode = "full",
     dtype: Dtype = None,
     decode_implementation: Kernel = None,
-    copy_gib: Annotated[
-        float | None,
-        typer.Option(help="Size of the copied array; default 4, on CPU 0.25."),
-    ] = None,
+    copy_gib: CopyGib = None,
     json_: Json = False,
     out: Out = None,
 ) -> None:
@@ -81,7 +82,7 @@ def decode(
         raise ValueError(f"--context {context} must exceed --steps {steps}.")
     options = options_of(budget, decode, decode_implementation)
     # Before the weights, which may leave no room for it.
-    bandwidth = measure.copy_bandwidth(_copy_bytes(copy_gib))
+    bandwidth = measure.copy_bandwidth(copy_bytes(copy_gib))
     with console.status("weights"):
         name, network, params = network_of(model, shape, dtype)
     rows = []
@@ -144,7 +145,7 @@ def compile_(
     options = options_of(budget, decode, decode_implementation)
     name, config, dtype_ = _shape(model, shape, dtype)
     with console.status("compiling"):
-        halves = measure.compile_generate(
+        halves = compiling.compile_generate(
             Decoder(config),
             dtype=dtype_,
             batch=batch,
@@ -180,16 +181,16 @@ def console_of(json_: bool) -> Console:
     return Console(stderr=json_)
 
 
-def batches_of(text: str) -> list[int]:
+def batches_of(text: str, flag: str = "--batch") -> list[int]:
     """Return the batch sizes of a flag, or raise ValueError."""
     try:
         batches = [int(part) for part in text.split(",")]
     except ValueError as error:
         raise ValueError(
-            f"--batch takes numbers such as 1,8,32; got {text!r}."
+            f"{flag} takes numbers such as 1,8,32; got {text!r}."
         ) from error
     if min(batches) < 1:
-        raise ValueError(f"--batch must be at least 1, got {text!r}.")
+        raise ValueError(f"{flag} must be at least 1, got {text!r}.")
     return batches
 
 
@@ -206,7 +207,8 @@ def options_of(
     return options
 
 
-def _copy_bytes(gib: float | None) -> int:
+def copy_bytes(gib: float | None) -> int:
+    """Return the bytes of the array that is copied for the floor."""
     if gib is None:
         gib = 0.25 if jax.default_backend() == "cpu" else 4
     if gib <= 0:
@@ -214,7 +216,8 @@ def _copy_bytes(gib: float | None) -> int:
     return int(gib * 2**30)
 
 
-def _random_dtype(dtype: str | None) -> jnp.dtype:
+def random_dtype(dtype: str | None) -> jnp.dtype:
+    """Return the dtype of random numbers: the flag's, or what suits the device."""
     on_cpu = jax.default_backend() == "cpu"
     return jnp.dtype(dtype or ("float32" if on_cpu else "bfloat16"))
 
@@ -240,7 +243,7 @@ def _shape(
         return lm.name, lm.config, lm.dtype
     if model is not None:
         raise ValueError("--model and --shape exclude each other; pass one of them.")
-    return shape, SHAPES[shape], _random_dtype(dtype)
+    return shape, SHAPES[shape], random_dtype(dtype)
 
 
 def header_of(

@@ -3,7 +3,6 @@
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable
 from typing import Annotated, Any
 
 import jax
@@ -12,13 +11,14 @@ import numpy as np
 import typer
 from rich.table import Table
 
-from jaxkv import bench, generation, measure, speculation
+from jaxkv import bench, compiling, generation, measure, speculation
 from jaxkv import cli_flags as flags
 from jaxkv.arguments import row_keys
 from jaxkv.drafts import Aligned, Drafter, PromptLookup, Tree
-from jaxkv.generation import Network, Options
+from jaxkv.generation import Network
 from jaxkv.inference import bucket
 from jaxkv.matching import Context
+from jaxkv.options import Options
 from jaxkv.trees import DraftTree
 
 app = bench.app  # with one command more
@@ -229,7 +229,7 @@ def time_steps(
         return dataclasses.replace(state, speculation=begun)
 
     state = rewound(cache)
-    program, _ = measure.compile_stage(
+    program, _ = compiling.compile_stage(
         lambda: generation.advance_jit.lower(
             network, params, state, until, stop_ids, options=options
         )
@@ -279,7 +279,8 @@ def time_matcher(
 
         return jax.lax.fori_loop(0, rounds, body, jnp.int32(0))
 
-    return _median_ms(lambda: loop(text, likeliest), repeats) / rounds
+    seconds = measure.median_seconds(lambda: loop(text, likeliest), repeats)
+    return 1e3 * seconds / rounds
 
 
 def time_prefill(
@@ -315,18 +316,8 @@ def time_prefill(
                 max_out=64,
             ).last
 
-        found[name] = _median_ms(run, repeats)
+        found[name] = 1e3 * measure.median_seconds(run, repeats)
     return found | {"ratio": found["likeliest_ms"] / found["plain_ms"]}
-
-
-def _median_ms(call: Callable[[], Any], repeats: int) -> float:
-    jax.block_until_ready(call())  # compiles
-    seconds = []
-    for _ in range(repeats):
-        begin = time.perf_counter()
-        jax.block_until_ready(call())
-        seconds.append(time.perf_counter() - begin)
-    return 1e3 * statistics.median(seconds)
 
 
 def _tree(size: int) -> FullTree:

@@ -298,8 +298,8 @@ def convert(
 )
 def bench(context: typer.Context) -> Any:
     """Measure decoding and compiling on this device."""
-    # It measures, and is needed by nobody else.
-    from jaxkv.bench_speculate import app as bench_app
+    # They measure, and are needed by nobody else.
+    from jaxkv.bench_commands import app as bench_app
 
     parent = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     parent.add_typer(bench_app, name="bench")

@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from jaxkv import methods
-from jaxkv.generation import Options
+from jaxkv.options import Options
 from jaxkv.policies import DecodePolicy, Full, PrefillPolicy
 
 FULL = "full"  # method and budget of the control that keeps everything

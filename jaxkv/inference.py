@@ -21,11 +21,11 @@ from jaxkv import state as kv
 from jaxkv.acceptance import Exact, Rule
 from jaxkv.draft_stats import DraftStats, draft_stats
 from jaxkv.drafts import Drafter
-from jaxkv.generation import Options
 from jaxkv.kernels import decode as decode_kernels
 from jaxkv.kernels import prefill as prefill_kernels
 from jaxkv.kernels import window_scores
 from jaxkv.language_model import LanguageModel
+from jaxkv.options import Options
 from jaxkv.policies import DecodePolicy, Full, PrefillPolicy
 from jaxkv.sampling import Greedy, Sampler
 

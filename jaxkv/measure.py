@@ -13,7 +13,8 @@ import dataclasses
 import functools
 import statistics
 import time
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,26 +22,11 @@ import jax.numpy as jnp
 from jaxkv import generation
 from jaxkv import state as kv
 from jaxkv.arguments import row_keys
-from jaxkv.generation import Cache, Generation, Network, Options
-from jaxkv.models.decoder import Config, parameter_shapes
+from jaxkv.compiling import Seconds, compile_stage, program_memory
+from jaxkv.generation import Cache, Generation, Network
+from jaxkv.models.decoder import Config
+from jaxkv.options import Options
 from jaxkv.policies import DecodePolicy
-
-
-class Seconds(NamedTuple):
-    """How long a program took to become runnable.
-
-    Attributes:
-      trace: Python to jaxpr to StableHLO.
-      compile: StableHLO to machine code, or out of the compilation cache.
-    """
-
-    trace: float
-    compile: float
-
-    @property
-    def total(self) -> float:
-        """Both together."""
-        return self.trace + self.compile
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,8 +45,8 @@ class DecodeTiming:
       kv_bytes: of all keys and values, which a step must read.
       floor_ms: weights, keys and values over the copy bandwidth.
       ratio_to_floor: `step_ms / floor_ms`.
-      trace_seconds: see `Seconds`.
-      compile_seconds: see `Seconds`.
+      trace_seconds: see `compiling.Seconds`.
+      compile_seconds: see `compiling.Seconds`.
       program_bytes: arguments, results that share no memory with them, and
         temporaries of the compiled loop; exact, from the compiler.
       temp_bytes: the temporaries alone. A copied cache would show here.
@@ -141,16 +127,21 @@ def floor_ms(num_bytes: int, bandwidth: float) -> float:
 def full_cache(
     config: Config, *, batch: int, slots: int, dtype: jax.typing.DTypeLike, key: Any
 ) -> Cache:
-    """Return states whose slots are all occupied, slot `s` by position `s`."""
+    """Return states whose slots are all occupied, slot `s` by position `s`.
+
+    All rows hold the same random numbers, so that making them needs little memory
+    beside the cache itself, which may fill the device.
+    """
 
     @jax.jit
     def layer(key):
         shape = (batch, config.num_kv_heads, slots, config.head_dim)
+        row = (1, *shape[1:])
         keys, values = jax.random.split(key)
         order = jnp.arange(slots, dtype=jnp.int32)
         return kv.KVState(
-            keys=jax.random.normal(keys, shape, dtype),
-            values=jax.random.normal(values, shape, dtype),
+            keys=jnp.broadcast_to(jax.random.normal(keys, row, dtype), shape),
+            values=jnp.broadcast_to(jax.random.normal(values, row, dtype), shape),
             positions=jnp.broadcast_to(order, shape[:3]),
             target=jnp.zeros(shape[:2], jnp.int32),
         )
@@ -159,22 +150,33 @@ def full_cache(
 
 
 def rewind(
-    cache: Cache, *, steps: int, context: int, policy: DecodePolicy
+    cache: Cache,
+    *,
+    steps: int,
+    context: int,
+    policy: DecodePolicy,
+    filled: int | None = None,
 ) -> Generation:
     """Return a generation that is about to produce `steps` tokens from `context` on.
 
-    Without eviction the new tokens go to the last `steps` slots. Random tokens lie
-    there already, so that the first step reads as many slots as the last.
-
     Args:
-      cache: its buffers move into the result, all slots occupied again.
+      cache: its buffers move into the result.
       steps: size of the output buffer.
       context: position of the next token.
       policy: what decodes; it begins anew, its memory included.
+      filled: how many slots are occupied, the first ones; new tokens go behind them.
+        None occupies all. Without eviction the new tokens then go to the last `steps`
+        slots, where random tokens lie already, so that the first step reads as many
+        slots as the last.
     """
     batch, kv_heads, slots, _ = cache[0].keys.shape
-    first = 0 if policy.evicts else slots - steps
     order = jnp.arange(slots, dtype=jnp.int32)
+    if filled is None:
+        filled = slots
+        first = 0 if policy.evicts else slots - steps
+    else:
+        first = filled % slots
+        order = jnp.where(order < filled, order, kv.FREE)
     cache = tuple(
         policy.begin(
             dataclasses.replace(
@@ -197,20 +199,6 @@ def rewind(
         keys=row_keys(0, batch),
         seen=None,
     )
-
-
-def compile_stage(stage: Any) -> tuple[Any, Seconds]:
-    """Compile what `jit(f).lower` of a thunk returns, and time both halves.
-
-    Args:
-      stage: a function of no arguments that lowers.
-    """
-    begin = time.perf_counter()
-    lowered = stage()
-    traced = time.perf_counter()
-    compiled = lowered.compile()
-    end = time.perf_counter()
-    return compiled, Seconds(traced - begin, end - traced)
 
 
 def time_decode(
@@ -240,7 +228,7 @@ def time_decode(
       Times and bytes.
 
     Raises:
-      RuntimeError: the loop did not produce `steps` valid tokens per row.
+      RuntimeError: see `time_calls`.
     """
     config = network.config
     cache = full_cache(
@@ -252,22 +240,8 @@ def time_decode(
     )
     where = dict(steps=steps, context=context, policy=options.decode)
     state = rewind(cache, **where)
-    until, stop_ids = jnp.int32(steps), jnp.array([-1], jnp.int32)
-    program, seconds = compile_stage(
-        lambda: generation.advance_jit.lower(
-            network, params, state, until, stop_ids, options=options
-        )
-    )
-    calls = []
-    for _ in range(repeats + 1):
-        state = jax.block_until_ready(rewind(cache, **where))
-        begin = time.perf_counter()
-        state = jax.block_until_ready(program(params, state, until, stop_ids))
-        calls.append(1e3 * (time.perf_counter() - begin) / steps)
-        cache = state.cache
-    if not ((state.tokens >= 0) & (state.tokens < config.vocab_size)).all():
-        raise RuntimeError("time_decode: the loop produced invalid tokens.")
-    calls = tuple(calls[1:])
+    program, seconds = compile_steps(network, params, state, options=options)
+    calls, cache = time_calls(program, params, state.cache, repeats=repeats, **where)
     median = statistics.median(calls)
     weights, kv_bytes = weight_bytes(params, config), key_value_bytes(cache)
     floor = floor_ms(weights + kv_bytes, bandwidth)
@@ -285,72 +259,77 @@ def time_decode(
         ratio_to_floor=median / floor,
         trace_seconds=seconds.trace,
         compile_seconds=seconds.compile,
-        **_memory(program),
-        peak_bytes=(jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use"),
+        **program_memory(program),
+        peak_bytes=device_memory("peak_bytes_in_use"),
     )
 
 
-def compile_generate(
-    network: Network,
-    *,
-    dtype: jax.typing.DTypeLike,
-    batch: int,
-    prompt: int,
-    max_out: int,
-    options: Options,
-) -> dict[str, Seconds]:
-    """Compile both halves of `jaxkv.generate` without making a single weight.
+def compile_steps(
+    network: Network, params: Any, state: Generation, *, options: Options
+) -> tuple[Any, Seconds]:
+    """Compile `generation.advance_jit`.
 
     Args:
       network: static.
-      dtype: of parameters and cache.
-      batch: rows.
-      prompt: padded tokens.
-      max_out: size of the output buffer.
+      params: its parameters, or their shapes.
+      state: what it goes on from, or its shapes.
       options: static.
-
-    Returns:
-      Seconds of "start" (prefill and the first token) and "advance" (the loop).
     """
-    params = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, dtype),
-        parameter_shapes(network.config),
-    )
-    tokens, lengths, stop_ids, until = (
-        jax.ShapeDtypeStruct(shape, jnp.int32)
-        for shape in ((batch, prompt), (batch,), (1,), ())
-    )
-    keys = jax.eval_shape(lambda: row_keys(0, batch))
-    start = functools.partial(
-        generation.start_jit,
-        network,
-        options=options,
-        slots=options.num_slots(prompt, max_out),
-        max_out=max_out,
-    )
-    arguments = (params, tokens, lengths, keys, stop_ids)
-    _, first = compile_stage(
-        lambda: generation.start_jit.lower(network, *arguments, **start.keywords)
-    )
-    state = jax.eval_shape(start, *arguments)
-    _, loop = compile_stage(
+    return compile_stage(
         lambda: generation.advance_jit.lower(
-            network, params, state, until, stop_ids, options=options
+            network, params, state, *_ends(state), options=options
         )
     )
-    return {"start": first, "advance": loop}
 
 
-def _memory(program: Any) -> dict[str, int | None]:
-    """Return what the compiler says about a program's memory; None if nothing."""
-    analysis = program.memory_analysis()
-    if analysis is None:
-        return {"program_bytes": None, "temp_bytes": None}
-    temp = analysis.temp_size_in_bytes
-    return {
-        "program_bytes": analysis.argument_size_in_bytes
-        + analysis.output_size_in_bytes
-        - analysis.alias_size_in_bytes
-        + temp,
-        "temp_bytes": temp,
-    }
+def time_calls(
+    program: Any, params: Any, cache: Cache, *, repeats: int, steps: int, **where: Any
+) -> tuple[tuple[float, ...], Cache]:
+    """Time calls of a program of `compile_steps`, each from the same state on.
+
+    Args:
+      program: compiled.
+      params: its parameters.
+      cache: its buffers are taken.
+      repeats: timed calls, after one that warms up.
+      steps: of one call.
+      **where: the other arguments of `rewind`.
+
+    Returns:
+      Milliseconds per step of each call, and the cache.
+
+    Raises:
+      RuntimeError: the loop did not produce `steps` tokens per row.
+    """
+    calls = []
+    for _ in range(repeats + 1):
+        state = jax.block_until_ready(rewind(cache, steps=steps, **where))
+        ends = _ends(state)
+        begin = time.perf_counter()
+        state = jax.block_until_ready(program(params, state, *ends))
+        calls.append(1e3 * (time.perf_counter() - begin) / steps)
+        cache = state.cache
+    if not ((state.tokens >= 0).all() and (state.lengths == steps).all()):
+        raise RuntimeError("time_calls: the loop did not produce its tokens.")
+    return tuple(calls[1:]), cache
+
+
+def _ends(state: Generation) -> tuple[jax.Array, jax.Array]:
+    """Return `until`, the whole output buffer, and the id of no stop."""
+    return jnp.int32(state.tokens.shape[1]), jnp.array([-1], jnp.int32)
+
+
+def median_seconds(call: Callable[[], Any], repeats: int) -> float:
+    """Return the median seconds of a call, after one that compiles or warms up."""
+    jax.block_until_ready(call())
+    seconds = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        jax.block_until_ready(call())
+        seconds.append(time.perf_counter() - begin)
+    return statistics.median(seconds)
+
+
+def device_memory(key: str) -> int | None:
+    """Return an entry of the device's memory statistics; None if it has no such."""
+    return (jax.devices()[0].memory_stats() or {}).get(key)

@@ -77,7 +77,7 @@ class Speculation:
 
 
 def check(options: Any) -> None:
-    """Raise ValueError where `generation.Options` cannot be speculated with."""
+    """Raise ValueError where `options.Options` cannot be speculated with."""
     drafter, rule, decode = options.speculate, options.accept, options.decode
     rule.check()
     if drafter is None:
@@ -182,7 +182,7 @@ def advance(
       generation: a `generation.Generation` with a `speculation`.
       until: int32 scalar, tokens that no output exceeds.
       stop_ids: int32 `[E]`.
-      options: a `generation.Options` with `speculate` and `accept`.
+      options: a `options.Options` with `speculate` and `accept`.
       active: says which rows of a generation go on, bool `[B]`.
       plain_step: one decode step for the active rows.
 

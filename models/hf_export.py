@@ -57,7 +57,7 @@ def write_qwen3(
         "eos_token_id": list(stop_ids),
         "pad_token_id": pad_id,
     }
-    _write_json(beside / "config.json", _qwen3_config(config, dtype) | ids)
+    _write_json(beside / "config.json", qwen3_config(config, dtype) | ids)
     _write_json(beside / "generation_config.json", ids | {"do_sample": False})
     _write_shards(dict(_tensors(params, config)), beside, shard_bytes)
     for file in extra_files:
@@ -66,7 +66,8 @@ def write_qwen3(
     beside.rename(folder)
 
 
-def _qwen3_config(config: Config, dtype: str) -> dict[str, Any]:
+def qwen3_config(config: Config, dtype: str) -> dict[str, Any]:
+    """Return `config.json` of a network of Qwen3's shape, without its token ids."""
     return {
         "architectures": ["Qwen3ForCausalLM"],
         "model_type": "qwen3",

@@ -10,9 +10,9 @@ import pytest
 
 from jaxkv import H2ODecode, LongFlow, bench, cli, measure
 from jaxkv import state as kv
-from jaxkv.generation import Options
 from jaxkv.models import public_shapes
 from jaxkv.models.decoder import Config, Decoder, parameter_shapes, random_parameters
+from jaxkv.options import Options
 from jaxkv.policies import Full, StreamingLLM
 
 TINY = Config(
@@ -89,7 +89,11 @@ def test_shapes_have_the_published_number_of_parameters(name):
         (Options(), 12, 0),
         (Options(budget=5), 5 + 4, 0),
         (Options(budget=6, decode=StreamingLLM()), 6, 0),
-        (Options(budget=6, decode=LongFlow(protect_prompt=True)), 6, 7),  # norms, length
+        (
+            Options(budget=6, decode=LongFlow(protect_prompt=True)),
+            6,
+            7,
+        ),  # norms, length
         (Options(budget=6, decode=H2ODecode()), 6, 6),  # a sum per slot
     ],
 )

@@ -131,9 +131,9 @@ def stub_bench(monkeypatch):
         if batch == "2":
             raise typer.Exit(2)
 
-    stub = types.ModuleType("jaxkv.bench_speculate")
+    stub = types.ModuleType("jaxkv.bench_commands")
     stub.app = app
-    monkeypatch.setitem(sys.modules, "jaxkv.bench_speculate", stub)
+    monkeypatch.setitem(sys.modules, "jaxkv.bench_commands", stub)
     return seen
 
 

@@ -25,6 +25,7 @@ CORE = {
     "generation",
     "likeliest",
     "matching",
+    "options",
     "policies",
     "prompt_policies",
     "rkv",

@@ -1,0 +1,134 @@
+"""What `jaxkv bench throughput` makes of its records: ratios, a table, sentences."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import rich.box
+from rich.table import Table
+
+TRANSFORMERS = "transformers"
+BENCHMARK = "throughput-transformers"
+
+
+def ratios(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Compare methods at equal batches, and each at its best batch.
+
+    Args:
+      rows: with `method`, `batch`, `fits`, and `tokens_per_second` if so.
+
+    Returns:
+      For every method and every full cache (`full`, `transformers`) a record of
+      `method`, `against`, `equal_batch` (batch and ratio) and `best_batch` (both
+      batches and the ratio).
+    """
+    speeds: dict[str, dict[int, float]] = {}
+    for row in rows:
+        if row["fits"]:
+            of_method = speeds.setdefault(row["method"], {})
+            of_method[row["batch"]] = row["tokens_per_second"]
+    found = []
+    for against in ("full", TRANSFORMERS):
+        for method in speeds:
+            if against not in speeds or method in (against, TRANSFORMERS):
+                continue
+            mine, other = speeds[method], speeds[against]
+            best, best_other = max(mine, key=mine.get), max(other, key=other.get)
+            found.append(
+                {
+                    "method": method,
+                    "against": against,
+                    "equal_batch": [
+                        {"batch": batch, "ratio": mine[batch] / other[batch]}
+                        for batch in sorted(mine.keys() & other.keys())
+                    ],
+                    "best_batch": {
+                        "batch": best,
+                        "batch_against": best_other,
+                        "ratio": mine[best] / other[best_other],
+                    },
+                }
+            )
+    return found
+
+
+def read_transformers(path: Path) -> dict[str, Any]:
+    """Return a result of the benchmark script, or raise ValueError."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"--transformers {path} is not JSON: {error}") from error
+    if not isinstance(content, dict) or content.get("benchmark") != BENCHMARK:
+        raise ValueError(
+            f"--transformers {path} is no result of "
+            "benchmarks/throughput_transformers.py."
+        )
+    return content
+
+
+def add_transformers(result: dict[str, Any], theirs: Mapping[str, Any]) -> None:
+    """Put its rows and its provenance into a result; ValueError if of other work."""
+    for key in ("model", "dtype", "prompt", "new", "device"):
+        if theirs.get(key) != result[key]:
+            raise ValueError(
+                f"--transformers: the file is of {key}={theirs.get(key)}, but this run "
+                f"is of {key}={result[key]}; run the script for the same."
+            )
+    rest = {key: value for key, value in theirs.items() if key != "rows"}
+    result[TRANSFORMERS] = rest
+    result["rows"] += theirs["rows"]
+
+
+def table(result: dict[str, Any]) -> Table:
+    """Return one line per method and batch."""
+    found = Table(
+        title=f"{result['model']}, {result['dtype']}, {result['prompt']} + "
+        f"{result['new']} tokens, budget {result['budget']}, on {result['device']}",
+        caption=result["sampling"],
+        box=rich.box.SIMPLE,
+    )
+    columns = (
+        "method",
+        "batch",
+        "tokens/s",
+        "seconds",
+        "x floor",
+        "cache GB",
+        "peak GB",
+    )
+    for column in columns:
+        found.add_column(column, justify="right", no_wrap=True)
+    for row in sorted(result["rows"], key=lambda row: (row["method"], row["batch"])):
+        begin = row["method"], str(row["batch"])
+        if not row["fits"]:
+            found.add_row(*begin, "does not fit")
+            continue
+        peak = row.get("peak_bytes") or row.get("program_bytes")
+        ratio = row.get("ratio_to_floor")
+        found.add_row(
+            *begin,
+            f"{row['tokens_per_second']:.1f}",
+            f"{row['seconds']:.1f}",
+            "-" if ratio is None else f"{ratio:.2f}",
+            f"{row['state_bytes'] / 1e9:.2f}",
+            "-" if peak is None else f"{peak / 1e9:.2f}",
+        )
+    return found
+
+
+def sentences(result: dict[str, Any]) -> list[str]:
+    """Return one line per ratio, and one on what was not started."""
+    lines = []
+    for pair in result["ratios"]:
+        best = pair["best_batch"]
+        equal = [f"{x['ratio']:.2f} at {x['batch']}" for x in pair["equal_batch"]]
+        lines.append(
+            f"{pair['method']} against {pair['against']}: {best['ratio']:.2f} times at "
+            f"their best batches ({best['batch']} and {best['batch_against']}); at "
+            f"equal ones {', '.join(equal) or 'not measured'}"
+        )
+    if result["not_started"]:
+        cells = (f"{x['method']} {x['batch']}" for x in result["not_started"])
+        lines.append(f"time was up before {', '.join(cells)}")
+    return lines
