@@ -271,6 +271,23 @@ def report(
     print(evaluation_experiment.markdown(folder, baseline=baseline))
 
 
+@app.command()
+def merge(
+    out: Annotated[Path, typer.Argument(help="New folder.")],
+    folders: Annotated[list[Path], typer.Argument(help="Folders of results.")],
+    pictures: Annotated[
+        bool, typer.Option(help="Draw the pictures too; needs matplotlib.")
+    ] = False,
+) -> None:
+    """Put runs that differ in methods or lengths into one folder, and report it.
+
+    So that a comparison can be shared by several processes or machines.
+    """
+    evaluation_folder.merge(out, folders)
+    evaluation_experiment.write_report(out, pictures=pictures)
+    cli_sweep.print_markdown(evaluation_experiment.markdown(out))
+
+
 def _seed(development: bool) -> int:
     return evaluation.DEVELOPMENT_SEED if development else evaluation.REPORT_SEED
 

@@ -5,7 +5,6 @@ in the folder is skipped, and all files that are made of predictions are made an
 """
 
 import dataclasses
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -190,7 +189,7 @@ def run(
         announce(lm, stats)
     metrics = write_report(folder, pictures=pictures)
     clock.lap("report")
-    _note_run(folder, origin | _meta(experiment, clock, complete))
+    evaluation_folder.add_run(folder, origin | _meta(experiment, clock, complete))
     if not complete:
         _say(f"--seconds is over; the same command goes on in {folder}")
     return metrics
@@ -266,16 +265,6 @@ def markdown(folder: Path, *, baseline: str | None = None) -> str:
     rows = evaluation_metrics.typed(evaluation_folder.read(folder))
     config = evaluation_folder.read_config(folder)
     return evaluation_tables.report(rows, config, baseline=baseline)
-
-
-def _note_run(folder: Path, meta: dict[str, Any]) -> None:
-    """Add a run to `run_meta.json`; predictions may come from several."""
-    path = folder / "run_meta.json"
-    try:
-        runs = json.loads(path.read_text("utf-8"))["runs"]
-    except FileNotFoundError:
-        runs = []
-    write_json(path, {"runs": [*runs, meta]})
 
 
 def _meta(experiment: Experiment, clock: _Clock, complete: bool) -> dict[str, Any]:

@@ -18,6 +18,8 @@ from typing import Any
 
 import yaml
 
+from jaxkv.provenance import write_json
+
 COLUMNS = (
     "method",
     "budget",
@@ -164,6 +166,50 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ValueError(f"{path} holds no configuration.")
     return config
+
+
+def merge(folder: Path, parts: Sequence[Path]) -> None:
+    """Put the results of runs that differ in methods and cells only into a new folder.
+
+    Args:
+      folder: where they go; holds no results yet.
+      parts: folders of results. A row that several of them have is taken once.
+
+    Raises:
+      ValueError: they are of different experiments, or `folder` is in use.
+      OSError: nothing can be written there.
+    """
+    configs = [read_config(part) for part in parts]
+    together = dict(configs[0])
+    for part, config in zip(parts, configs, strict=True):
+        for name in sorted({*together, *config} - {"methods", "cells"}):
+            if together.get(name) != config.get(name):
+                raise ValueError(
+                    f"{part} has {name}={_short(config.get(name))}, {parts[0]} has "
+                    f"{name}={_short(together.get(name))}; only runs of one experiment "
+                    "can be merged, which differ in methods and cells alone."
+                )
+    for name in ("methods", "cells"):
+        entries = [entry for config in configs for entry in config[name]]
+        together[name] = [x for i, x in enumerate(entries) if x not in entries[:i]]
+    rows = {key(row): row for part in parts for row in read(part)}
+    runs = [run for part in parts for run in _runs(part)]
+    if any((folder / name).exists() for name in ("predictions.csv", "config.yaml")):
+        raise ValueError(f"{folder} holds results already; choose another folder.")
+    Predictions(folder, together).append(list(rows.values()))
+    write_json(folder / "run_meta.json", {"runs": runs})
+
+
+def add_run(folder: Path, meta: dict[str, Any]) -> None:
+    """Add a run to `run_meta.json`; predictions may come from several."""
+    write_json(folder / "run_meta.json", {"runs": [*_runs(folder), meta]})
+
+
+def _runs(folder: Path) -> list[dict[str, Any]]:
+    try:
+        return json.loads((folder / "run_meta.json").read_text("utf-8"))["runs"]
+    except FileNotFoundError:
+        return []
 
 
 def _refuse_other(path: Path, config: dict[str, Any]) -> None:

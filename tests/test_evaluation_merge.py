@@ -1,0 +1,64 @@
+"""`jaxkv eval merge`: one table from runs of several processes."""
+
+import json
+
+import pytest
+
+from jaxkv import evaluation_folder
+from jaxkv.evaluation_folder import COLUMNS, Predictions
+
+
+def make(folder, methods, indices, **changes):
+    config = {
+        "kind": "ruler",
+        "model": "tiny",
+        "seed": 1,
+        "methods": [{"name": name} for name in methods],
+        "cells": [{"task": "vt", "length": 64, "depth": None}],
+    } | changes
+    rows = [
+        dict.fromkeys(COLUMNS, "0")
+        | dict(method=name, budget="8", task="vt", length=64, depth="", index=i)
+        | dict(score=0.5)
+        for name in methods
+        for i in indices
+    ]
+    Predictions(folder, config).append(rows)
+    evaluation_folder.add_run(folder, {"command": methods[0]})
+    return folder
+
+
+def test_rows_methods_cells_and_runs_come_together(jaxkv_, tmp_path):
+    one = make(tmp_path / "one", ["full", "snapkv"], [0, 1])
+    two = make(tmp_path / "two", ["dapq"], [0, 1, 2])
+    longer = [{"task": "vt", "length": 128, "depth": None}]
+    three = make(tmp_path / "three", ["dapq"], [2, 3], cells=longer)
+    code, out, _ = jaxkv_("eval", "merge", tmp_path / "all", one, two, three)
+    assert code == 0 and "| dapq | 8 |" in out
+    rows = evaluation_folder.read(tmp_path / "all")
+    assert [(row["method"], row["index"]) for row in rows] == [
+        *[("full", "0"), ("full", "1"), ("snapkv", "0"), ("snapkv", "1")],
+        *[("dapq", str(i)) for i in range(4)],
+    ]
+    config = evaluation_folder.read_config(tmp_path / "all")
+    assert [m["name"] for m in config["methods"]] == ["full", "snapkv", "dapq"]
+    assert [c["length"] for c in config["cells"]] == [64, 128]
+    meta = json.loads((tmp_path / "all" / "run_meta.json").read_text())
+    assert [run["command"] for run in meta["runs"]] == ["full", "dapq", "dapq"]
+    assert (tmp_path / "all" / "metrics.json").is_file()
+    # An experiment that may go on.
+    assert Predictions(tmp_path / "all", config).done
+
+
+def test_refusals(jaxkv_, tmp_path):
+    one = make(tmp_path / "one", ["full"], [0])
+    other = make(tmp_path / "two", ["dapq"], [0], seed=2)
+    error = jaxkv_.error("eval", "merge", tmp_path / "all", one, other)
+    assert "seed=2" in error and "only runs of one experiment can be merged" in error
+    assert not (tmp_path / "all").exists()
+    error = jaxkv_.error("eval", "merge", one, one)
+    assert "holds results already; choose another folder" in error
+    error = jaxkv_.error("eval", "merge", tmp_path / "all", tmp_path)
+    assert "holds no config.yaml" in error
+    with pytest.raises(ValueError, match="holds results already"):
+        evaluation_folder.merge(one, [other])
