@@ -191,9 +191,9 @@ class LongFlow:
             scale=query.shape[-1] ** -0.5,
             score=self.score,
             shared=self.shared,
-            implementation=implementation,
+            implementation=longflow_tree.counterpart(implementation),
         )
-        return out, Pending(key, value, slots, targets)
+        return out, Pending(key, value, slots[..., :1], targets)
 
     def _oldest(self, state, position):
         """Return the least position that may be evicted, int32 `[B]`."""

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxkv.kernels import tree, tree_write
 from jaxkv.state import KVState
 
 # What is known of a drafted token; `DraftTree.kinds` holds indices into this.
@@ -49,14 +50,27 @@ class Pending(NamedTuple):
     Attributes:
       keys: `[B, T, K, H]`, rotated.
       values: `[B, T, K, H]`.
-      slots: int32 `[B, K, T]`, the slot that each node goes to if it is accepted.
-      targets: int32 `[B, K, T]`, the slot that the token after each node goes to.
+      slots: int32 `[B, K, D + 2]`, the slots of the next tokens, if they depend on
+        nothing but how many tokens came before; else `[B, K, 1]`, the slot of the root.
+      targets: in that case int32 `[B, K, T]`, the slot that the token after each node
+        goes to; else None.
     """
 
     keys: jax.Array
     values: jax.Array
     slots: jax.Array
-    targets: jax.Array
+    targets: jax.Array | None = None
+
+    def along(self, path: jax.Array) -> jax.Array:
+        """Return the slots of a path and of the token behind it, int32 `[B, K, D + 2]`.
+
+        Args:
+          path: int32 `[B, D + 1]`, nodes from the root on.
+        """
+        if self.targets is None:
+            return self.slots
+        after = jnp.take_along_axis(self.targets, path[:, None], axis=2)
+        return jnp.concatenate([self.slots, after], axis=2)
 
 
 def root_only(token: jax.Array, *, nodes: int) -> DraftTree:
@@ -121,6 +135,8 @@ def commit(
     path: jax.Array,
     count: jax.Array,
     position: jax.Array,
+    *,
+    implementation: tree.Implementation | None = None,
 ) -> KVState:
     """Write accepted tokens as plain decoding would have written them one by one.
 
@@ -130,41 +146,22 @@ def commit(
       path: int32 `[B, D + 1]`, nodes from the root on.
       count: int32 `[B]`, how many of them to write; 0 leaves a row as it is.
       position: int32 `[B]`, of the root.
+      implementation: of `tree_write.write_path`.
 
     Returns:
       The state after `count` tokens, `target` included.
     """
-    batch, kv_heads, slots, _ = state.keys.shape
-    steps = jnp.arange(path.shape[1], dtype=jnp.int32)
-    slot = jnp.take_along_axis(pending.slots, path[:, None], axis=2)  # [B, K, D + 1]
-    written = (steps < count[:, None])[:, None]
-    # A path may come back to a slot of its own; then only the last write counts,
-    # because a scatter that hits a place twice has no order.
-    same = slot[..., :, None] == slot[..., None, :]
-    later = steps[None, :] > steps[:, None]
-    again = (same & later & written[..., None, :]).any(-1)
-    # A slot beyond the end is dropped; no two of them are equal.
-    where = jnp.where(written & ~again, slot, slots + steps)
-    b = jnp.arange(batch)[:, None, None]
-    k = jnp.arange(kv_heads)[None, :, None]
-    flags = dict(mode="drop", unique_indices=True)
-
-    def along(x):
-        chosen = jnp.take_along_axis(x, path[:, :, None, None], axis=1)
-        return chosen.swapaxes(1, 2)  # [B, K, D + 1, H]
-
-    positions = jnp.broadcast_to(position[:, None, None] + steps, slot.shape)
-    last = jnp.take_along_axis(path, jnp.maximum(count - 1, 0)[:, None], axis=1)
-    target = jnp.take_along_axis(pending.targets, last[:, None], axis=2)[..., 0]
-    place = (b, k, where)
-    return dataclasses.replace(
-        state,
-        keys=state.keys.at[place].set(
-            along(pending.keys).astype(state.keys.dtype), **flags
-        ),
-        values=state.values.at[place].set(
-            along(pending.values).astype(state.values.dtype), **flags
-        ),
-        positions=state.positions.at[place].set(positions, **flags),
-        target=jnp.where(count[:, None] > 0, target, state.target),
+    written = tree_write.write_path(
+        pending.keys,
+        pending.values,
+        state.keys,
+        state.values,
+        state.positions,
+        state.target,
+        pending.along(path),
+        path,
+        count,
+        position,
+        implementation=implementation,
     )
+    return dataclasses.replace(state, **written._asdict())
