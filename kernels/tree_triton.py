@@ -54,18 +54,20 @@ def choose_tiles(
 
     The rows of a tree make a real matrix product of what is a sum of vectors in plain
     decoding, so one program fills a processor, and there are as many splits as give
-    every processor one program and every program two tiles to overlap.
+    every processor one program and every program two tiles to overlap. Tiles are small,
+    because registers are what runs out: rows x (block + head size) of them in float32.
     """
-    head_pad = next_power_of_2(head_dim)
     wide = jnp.dtype(dtype).itemsize == 4  # no tensor cores: products from registers
-    most = 16 if wide else 128 if head_pad <= 128 else 64
-    rows = min(most, max(16, next_power_of_2(nodes * heads // kv_heads)))
-    block = 16 if wide else 64 if head_pad <= 128 else 32
-    block = max(16, min(block, next_power_of_2(slots)))
-    programs = batch * kv_heads * -(-nodes * heads // kv_heads // rows)
+    large = wide or head_dim > 128
+    group_rows = nodes * heads // kv_heads
+    most = 16 if wide else 64 if large else 128
+    rows = min(most, max(16, next_power_of_2(group_rows)))
+    block = max(16, min(16 if wide else 32, next_power_of_2(slots)))
+    programs = batch * kv_heads * -(-group_rows // rows)
     splits = max(1, min(num_sms // programs, -(-slots // block) // 2))
-    warps = 8 if rows == 128 else 4
-    return Tiles(rows=rows, splits=splits, block=block, warps=warps, stages=3)
+    warps = 8 if rows == 128 or large else 4
+    stages = 2 if large else 3
+    return Tiles(rows=rows, splits=splits, block=block, warps=warps, stages=stages)
 
 
 def tree_attention_triton(

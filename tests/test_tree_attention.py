@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from jaxkv import trees
+from jaxkv.kernels import longflow_tree, tree
 from jaxkv.kernels.tree import tree_attention
+from jaxkv.kernels.tree_write import write_path
 from jaxkv.trees import DraftTree
 
 DEPTH, NODES = 2, 5
@@ -36,7 +38,7 @@ def make_inputs(heads, kv_heads, *, slots=9, head_dim=8, dtype="float32", seed=0
     def draw(*shape):
         return jnp.asarray(rng.standard_normal((batch, *shape)), dtype)
 
-    tree = random_tree(rng, batch)
+    drafts = random_tree(rng, batch)
     free = rng.random((batch, kv_heads, slots)) < 0.3
     free[:, :, 0] = False
     positions = np.where(free, -1, np.arange(slots)).astype(np.int32)
@@ -51,8 +53,8 @@ def make_inputs(heads, kv_heads, *, slots=9, head_dim=8, dtype="float32", seed=0
         values=draw(kv_heads, slots, head_dim) + nan,
         positions=jnp.asarray(positions),
         upcoming=jnp.asarray(upcoming),
-        depths=tree.depths,
-        ancestors=trees.ancestors(tree, depth=DEPTH),
+        depths=drafts.depths,
+        ancestors=trees.ancestors(drafts, depth=DEPTH),
     )
 
 
@@ -119,10 +121,70 @@ def test_bad_arguments():
     inputs = make_inputs(4, 2)
     with pytest.raises(ValueError, match="unknown implementation='magic'"):
         tree_attention(**inputs, scale=1.0, implementation="magic")
+    with pytest.raises(NotImplementedError, match=r'tree_attention: imp.*"triton"'):
+        tree_attention(**inputs, scale=1.0, implementation="triton")
     with pytest.raises(ValueError, match="axis T of"):
         tree_attention(**inputs | {"depths": inputs["depths"][:, 1:]}, scale=1.0)
     with pytest.raises(ValueError, match="multiple of"):
         tree_attention(**inputs | {"query": inputs["query"][:, :, :3]}, scale=1.0)
+
+
+def test_what_none_stands_for(monkeypatch):
+    assert tree.choose("cpu") == tree.choose("gpu") == "xla"  # there is no GPU here
+    monkeypatch.setattr(tree.decode, "triton_unavailable", lambda: "")
+    assert (tree.choose("cpu"), tree.choose("gpu")) == ("xla", "triton")
+    decodes = ("reference", "xla", "triton", "pallas_tpu", None)
+    found = [tree.counterpart(name) for name in decodes]
+    assert found == ["reference", "xla", "triton", None, None]
+    found = [longflow_tree.counterpart(name) for name in decodes]
+    assert found == ["reference", "xla", None, None, None]
+
+
+def make_writes(seed=0):
+    """Three rows: one writes nothing, one comes back to a slot, one goes too far."""
+    rng = np.random.default_rng(seed)
+    batch, nodes, kv_heads, slots, head_dim, steps = 3, 6, 2, 5, 4, 4
+
+    def draw(*shape):
+        return jnp.asarray(rng.standard_normal((batch, *shape, head_dim)), "float32")
+
+    positions = rng.integers(-1, 9, (batch, kv_heads, slots)).astype(np.int32)
+    upcoming = jnp.int32([[1, 2, 3, 4, 0], [1, 2, 1, 3, 2], [3, 4, 5, 6, 7]])
+    return dict(
+        key=draw(nodes, kv_heads),
+        value=draw(nodes, kv_heads),
+        keys=draw(kv_heads, slots),
+        values=draw(kv_heads, slots),
+        positions=jnp.asarray(positions),
+        target=jnp.zeros((batch, kv_heads), jnp.int32),
+        upcoming=jnp.repeat(upcoming[:, None], kv_heads, axis=1),
+        path=jnp.int32([[0, 1, 2, 3], [0, 2, 3, 5], [0, 1, 4, 5]]),
+        count=jnp.int32([0, 3, steps]),
+        position=jnp.int32([-1, 20, 30]),
+    )
+
+
+def test_a_path_is_written_as_token_after_token():
+    inputs = make_writes()
+    want = jax.jit(functools.partial(write_path, implementation="reference"))(**inputs)
+    got = jax.jit(functools.partial(write_path, implementation="xla"))(**inputs)
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+    for field in ("keys", "values", "positions", "target"):
+        np.testing.assert_array_equal(getattr(got, field)[0], inputs[field][0])
+    assert got.target.tolist()[1:] == [[3, 3], [7, 7]]
+    np.testing.assert_array_equal(got.positions[1, 0, 1:3], [22, 21])
+    np.testing.assert_array_equal(got.keys[1, 1, 1:3], inputs["key"][1, [3, 2], 1])
+    np.testing.assert_array_equal(got.positions[2, 0, 3:], [30, 31])
+
+
+def test_bad_arguments_of_writing():
+    inputs = make_writes()
+    with pytest.raises(ValueError, match="unknown implementation='magic'"):
+        write_path(**inputs, implementation="magic")
+    with pytest.raises(NotImplementedError, match=r'write_path: imp.*"triton"'):
+        write_path(**inputs, implementation="triton")
+    with pytest.raises(ValueError, match="path of 4 nodes needs one more than"):
+        write_path(**inputs | {"upcoming": inputs["upcoming"][..., 1:]})
 
 
 def test_ancestors_and_paths_of_a_tree():
@@ -130,18 +192,18 @@ def test_ancestors_and_paths_of_a_tree():
     #   1   2
     #   3   4
     #   5
-    tree = DraftTree(
+    drafts = DraftTree(
         tokens=jnp.asarray([[9, 1, 2, 3, 4, 5]]),
         parents=jnp.asarray([[0, 0, 0, 1, 2, 3]]),
         depths=jnp.asarray([[0, 1, 1, 2, 2, 3]]),
         valid=jnp.ones((1, 6), bool),
         kinds=jnp.zeros((1, 6), jnp.int32),
     )
-    above = trees.ancestors(tree, depth=3)
+    above = trees.ancestors(drafts, depth=3)
     want = [[0], [0, 1], [0, 2], [0, 1, 3], [0, 2, 4], [0, 1, 3, 5]]
     assert [np.flatnonzero(row).tolist() for row in above[0]] == want
     paths = [
-        trees.path_to(jnp.asarray([node]), tree, above, depth=3)[0].tolist()
+        trees.path_to(jnp.asarray([node]), drafts, above, depth=3)[0].tolist()
         for node in range(6)
     ]
     assert [path[: len(w)] for path, w in zip(paths, want, strict=True)] == want
