@@ -73,14 +73,14 @@ def tree_attention(
     )
     check_groups(where, sizes["N"], sizes["K"])
     if implementation is None:
-        implementation = choose(jax.default_backend())
+        implementation = choose(jax.default_backend(), query, keys)
     match implementation:
         case "reference":
             run = _reference
         case "xla":
             run = _xla
         case "triton":
-            check_triton(where)
+            check_triton(where, query, keys)
             from jaxkv.kernels.tree_triton import tree_attention_triton as run
         case _:
             raise ValueError(
@@ -98,15 +98,36 @@ def tree_attention(
     return run(query, key, value, keys, values, positions, upcoming, depths, ancestors)
 
 
-def choose(platform: str) -> Implementation:
+def choose(platform: str, query=None, keys=None) -> Implementation:
     """Return the implementation that `None` stands for.
 
     Args:
       platform: of the device, as `jax.default_backend()` names it.
+      query: `[B, T, N, H]`, or a `jax.ShapeDtypeStruct`.
+      keys: `[B, K, S, H]`, likewise; without the two, those that every kernel takes.
     """
-    if platform == "gpu" and not decode.triton_unavailable():
+    if platform == "gpu" and not triton_unavailable(query, keys):
         return "triton"
     return "xla"
+
+
+def triton_unavailable(query=None, keys=None) -> str:
+    """Return why the Triton version cannot run here, or an empty string.
+
+    Arguments are those of `choose`.
+    """
+    reason = decode.triton_unavailable()
+    if reason or query is None:
+        return reason
+    if query.shape[-1] > 256:
+        return f"takes heads of at most 256, got {query.shape[-1]}; use 'xla'."
+    known = query.dtype in (jnp.float32, jnp.bfloat16, jnp.float16)
+    if not known or query.dtype != keys.dtype:
+        return (
+            "takes queries and keys of one dtype, float32, bfloat16 or float16, got "
+            f"{query.dtype} and {keys.dtype}; use 'xla'."
+        )
+    return ""
 
 
 def counterpart(implementation: decode.Implementation | None) -> Implementation | None:
@@ -118,9 +139,12 @@ def counterpart(implementation: decode.Implementation | None) -> Implementation 
     return implementation if implementation in get_args(Implementation) else None
 
 
-def check_triton(where: str) -> None:
-    """Raise NotImplementedError if the Triton version of `where` cannot run here."""
-    reason = decode.triton_unavailable()
+def check_triton(where: str, query=None, keys=None) -> None:
+    """Raise NotImplementedError if the Triton version of `where` cannot run.
+
+    Other arguments are those of `choose`.
+    """
+    reason = triton_unavailable(query, keys)
     if reason:
         raise NotImplementedError(f'{where}: implementation="triton" {reason}')
 

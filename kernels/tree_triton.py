@@ -221,7 +221,7 @@ def attend_constants(
         BLOCK=tiles.block,
         ROWS=tiles.rows,
         DEPTHS_PAD=next_power_of_2(upcoming_shape[2]),
-        HEAD_PAD=next_power_of_2(head_dim),
+        HEAD_PAD=max(16, next_power_of_2(head_dim)),  # what tensor cores take
         PRECISION="ieee" if jnp.dtype(keys.dtype) == jnp.float32 else "tf32",
     )
 

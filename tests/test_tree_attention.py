@@ -66,8 +66,12 @@ attention = jax.jit(
 )
 reference = functools.partial(attention, scale=0.3, implementation="reference")
 xla = functools.partial(attention, scale=0.3, implementation="xla")
+others = pytest.mark.parametrize(
+    "implementation", ["xla", pytest.param("triton", marks=pytest.mark.gpu)]
+)
 
 
+@others
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "dtype", "tolerance"),
     [
@@ -77,14 +81,17 @@ xla = functools.partial(attention, scale=0.3, implementation="xla")
         (2, 2, "float32", 2e-6),
     ],
 )
-def test_xla_equals_reference(heads, kv_heads, dtype, tolerance):
+def test_each_implementation_equals_the_reference(
+    heads, kv_heads, dtype, tolerance, implementation
+):
     inputs = make_inputs(heads, kv_heads, dtype=dtype)
-    want, got = reference(**inputs), xla(**inputs)
+    run = functools.partial(attention, scale=0.3, implementation=implementation)
+    want, got = reference(**inputs), run(**inputs)
     assert got.dtype == inputs["query"].dtype
     np.testing.assert_allclose(
         got.astype("float32"), want.astype("float32"), atol=tolerance, rtol=tolerance
     )
-    np.testing.assert_array_equal(got, xla(**inputs))
+    np.testing.assert_array_equal(got, run(**inputs))
 
 
 @pytest.mark.parametrize("broken", ["values", "upcoming", "ancestors", "depths"])
@@ -121,8 +128,6 @@ def test_bad_arguments():
     inputs = make_inputs(4, 2)
     with pytest.raises(ValueError, match="unknown implementation='magic'"):
         tree_attention(**inputs, scale=1.0, implementation="magic")
-    with pytest.raises(NotImplementedError, match=r'tree_attention: imp.*"triton"'):
-        tree_attention(**inputs, scale=1.0, implementation="triton")
     with pytest.raises(ValueError, match="axis T of"):
         tree_attention(**inputs | {"depths": inputs["depths"][:, 1:]}, scale=1.0)
     with pytest.raises(ValueError, match="multiple of"):
@@ -130,9 +135,39 @@ def test_bad_arguments():
 
 
 def test_what_none_stands_for(monkeypatch):
-    assert tree.choose("cpu") == tree.choose("gpu") == "xla"  # there is no GPU here
+    monkeypatch.setattr(tree.decode, "triton_unavailable", lambda: "needs a GPU.")
+    assert tree.choose("cpu") == tree.choose("gpu") == "xla"
     monkeypatch.setattr(tree.decode, "triton_unavailable", lambda: "")
     assert (tree.choose("cpu"), tree.choose("gpu")) == ("xla", "triton")
+
+    def chosen(head_dim, *dtypes):
+        shape = (1, 1, 1, head_dim)
+        return tree.choose("gpu", *(jax.ShapeDtypeStruct(shape, t) for t in dtypes))
+
+    assert chosen(256, "float16", "float16") == "triton"
+    assert chosen(288, "float16", "float16") == "xla"
+    assert chosen(64, "float32", "bfloat16") == "xla"
+    assert chosen(64, "float8_e4m3fn", "float8_e4m3fn") == "xla"
+
+
+def test_triton_that_cannot_run_says_why(monkeypatch):
+    inputs = make_inputs(4, 2)
+    triton = dict(implementation="triton")
+    monkeypatch.setattr(tree.decode, "triton_unavailable", lambda: "needs a GPU.")
+    with pytest.raises(NotImplementedError, match=r"tree_attention: .* needs a GPU"):
+        tree_attention(**inputs, scale=1.0, **triton)
+    with pytest.raises(NotImplementedError, match=r"write_path: .* needs a GPU"):
+        write_path(**make_writes(), **triton)
+    monkeypatch.setattr(tree.decode, "triton_unavailable", lambda: "")
+    inputs["keys"] = inputs["keys"].astype("bfloat16")
+    with pytest.raises(NotImplementedError, match="got float32 and bfloat16; use 'xla"):
+        tree_attention(**inputs, scale=1.0, **triton)
+    inputs = make_inputs(2, 1, head_dim=288)
+    with pytest.raises(NotImplementedError, match="heads of at most 256, got 288"):
+        tree_attention(**inputs, scale=1.0, **triton)
+
+
+def test_what_goes_with_a_kernel_of_plain_decoding():
     decodes = ("reference", "xla", "triton", "pallas_tpu", None)
     found = [tree.counterpart(name) for name in decodes]
     assert found == ["reference", "xla", "triton", None, None]
@@ -164,10 +199,12 @@ def make_writes(seed=0):
     )
 
 
-def test_a_path_is_written_as_token_after_token():
+@others
+def test_a_path_is_written_as_token_after_token(implementation):
     inputs = make_writes()
     want = jax.jit(functools.partial(write_path, implementation="reference"))(**inputs)
-    got = jax.jit(functools.partial(write_path, implementation="xla"))(**inputs)
+    run = functools.partial(write_path, implementation=implementation)
+    got = jax.jit(run)(**inputs)
     jax.tree.map(np.testing.assert_array_equal, got, want)
     for field in ("keys", "values", "positions", "target"):
         np.testing.assert_array_equal(getattr(got, field)[0], inputs[field][0])
@@ -181,8 +218,6 @@ def test_bad_arguments_of_writing():
     inputs = make_writes()
     with pytest.raises(ValueError, match="unknown implementation='magic'"):
         write_path(**inputs, implementation="magic")
-    with pytest.raises(NotImplementedError, match=r'write_path: imp.*"triton"'):
-        write_path(**inputs, implementation="triton")
     with pytest.raises(ValueError, match="path of 4 nodes needs one more than"):
         write_path(**inputs | {"upcoming": inputs["upcoming"][..., 1:]})
 
