@@ -55,6 +55,7 @@ DEPTH = 10
 SHAPES = [(1, 16), (1, 64), (4, 16), (4, 64), (16, 16), (16, 64)]
 SWEEP = {  # by nodes, changes of the shipped tiles; splits for one row are divided
     16: [
+        dict(apart=False),
         dict(block=64),
         dict(block=64, warps=8),
         dict(splits=25),
@@ -65,9 +66,10 @@ SWEEP = {  # by nodes, changes of the shipped tiles; splits for one row are divi
         dict(stages=2),
     ],
     64: [
-        dict(rows=64, warps=4, splits=4),
+        dict(apart=True),
+        dict(rows=64, warps=4, splits=4, apart=False),
         dict(rows=64, warps=4, splits=8),
-        dict(rows=64, warps=4, splits=4, block=64),
+        dict(rows=64, warps=4, splits=4, block=64, apart=False),
         dict(rows=128, warps=8, splits=8, block=64),
         dict(rows=128, warps=8, splits=16),
         dict(rows=128, warps=8, splits=4),
@@ -230,7 +232,9 @@ def others(batch: int, nodes: int) -> list[Tiles]:
     found = [tiles]
     for changes in SWEEP[nodes]:
         splits = changes.get("splits", tiles.splits * batch)
-        changes = changes | dict(splits=max(1, round(splits / batch)))
+        splits = max(1, round(splits / batch))
+        apart = changes.get("apart", tiles.apart) and splits > 1
+        changes = changes | dict(splits=splits, apart=apart)
         found.append(dataclasses.replace(tiles, **changes))
     return list(dict.fromkeys(found))[1:]
 

@@ -31,6 +31,7 @@ class Tiles:
       block: slots per tile, a power of two.
       warps: warps per program.
       stages: depth of the software pipeline.
+      apart: whether the last split has the nodes, and no slots; needs two splits.
     """
 
     rows: int
@@ -38,6 +39,7 @@ class Tiles:
     block: int
     warps: int
     stages: int
+    apart: bool = False
 
 
 def choose_tiles(
@@ -66,8 +68,15 @@ def choose_tiles(
     programs = batch * kv_heads * -(-group_rows // rows)
     splits = max(1, min(num_sms // programs, -(-slots // block) // 2))
     warps = 8 if rows == 128 or large else 4
-    stages = 2 if large else 3
-    return Tiles(rows=rows, splits=splits, block=block, warps=warps, stages=stages)
+    return Tiles(
+        rows=rows,
+        splits=splits,
+        block=block,
+        warps=warps,
+        stages=2 if large else 3,
+        # Nodes wait for a chain of small loads, which takes as long as some tiles.
+        apart=splits >= 16,
+    )
 
 
 def tree_attention_triton(
@@ -220,6 +229,7 @@ def attend_constants(
         SPLITS=tiles.splits,
         BLOCK=tiles.block,
         ROWS=tiles.rows,
+        APART=tiles.apart,
         DEPTHS_PAD=next_power_of_2(upcoming_shape[2]),
         HEAD_PAD=max(16, next_power_of_2(head_dim)),  # what tensor cores take
         PRECISION="ieee" if jnp.dtype(keys.dtype) == jnp.float32 else "tf32",

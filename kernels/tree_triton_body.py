@@ -2,7 +2,7 @@
 
 ```
                 slots ->    tile 0   tile 1   tile 2   tile 3 ...   nodes of the tree
-                split ->       0        1        0        1         1 (the last one)
+                split ->       0        1        0        1         1, or one of its own
 rows: node 0, head 0
       node 0, head 1         every row of the block against every tile of the split,
       node 1, head 0         masked by the depth of the row's node
@@ -94,11 +94,12 @@ def attend_tree_split(
     SPLITS: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,  # rows of a block
+    APART: tl.constexpr,  # whether the last split has all nodes and no slots
     DEPTHS_PAD: tl.constexpr,  # powers of two
     HEAD_PAD: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Attend from a block of rows to every `SPLITS`-th tile."""
+    """Attend from a block of rows to one split's share of the tiles."""
     ROW_BLOCKS: tl.constexpr = (NODES * GROUP + ROWS - 1) // ROWS
     WORDS: tl.constexpr = (NODES + 31) // 32
     split = tl.program_id(1)
@@ -127,14 +128,23 @@ def attend_tree_split(
     maximum = tl.full([ROWS], _LOWEST, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, HEAD_PAD], tl.float32)
+    # Slots are dealt to the splits from the first, nodes from the last: those have the
+    # fewest slots.
+    SLOT_STEP: tl.constexpr = (SPLITS - 1 if APART else SPLITS) * BLOCK
+    NODE_STEP: tl.constexpr = 32 if APART else SPLITS * 32
+    end_slots = SLOTS
+    first_node = (SPLITS - 1 - split) * 32
+    if APART:
+        end_slots = tl.where(split == SPLITS - 1, 0, SLOTS)
+        first_node = tl.where(split == SPLITS - 1, 0, NODES)
     # Positions are read one step ahead, as in `attend_split`.
     first = split * BLOCK + tl.arange(0, BLOCK)
     next_positions = tl.load(positions_ptr + first, first < SLOTS, other=-1)
-    for start in range(0, SLOTS, SPLITS * BLOCK):
+    for start in range(0, end_slots, SLOT_STEP):
         slots = start + first  # [S]
         until = until_written(slots, upcoming, order, DEPTHS)
         until = tl.where(next_positions >= 0, until, 0)
-        next_slots = slots + SPLITS * BLOCK
+        next_slots = slots + SLOT_STEP
         next_positions = tl.load(
             positions_ptr + next_slots, next_slots < SLOTS, other=-1
         )
@@ -146,9 +156,8 @@ def attend_tree_split(
             *(maximum, total, acc, SCALE, PRECISION),
         )
 
-    # The last splits have the fewest slots.
     own = tl.arange(0, 32)
-    for start in range((SPLITS - 1 - split) * 32, NODES, SPLITS * 32):
+    for start in range(first_node, NODES, NODE_STEP):
         nodes = start + own  # [C]
         node_real = nodes < NODES
         node_depth = tl.load(depths_ptr + nodes, node_real, other=0)

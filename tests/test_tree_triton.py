@@ -16,14 +16,15 @@ import triton_on_cpu
 from jaxkv.kernels import decode_triton, tree, tree_triton, tree_write
 from jaxkv.kernels.tree_triton import Tiles, attend_constants, choose_tiles
 
-# nodes, heads, KV heads, slots, head size, dtype, kind of tree, rows, splits, block
+# nodes, heads, KV heads, slots, head size, dtype, kind of tree, rows, splits, block;
+# a fourth number of tiles: whether nodes have a split of their own
 FAST = [
     (7, 4, 2, 37, 64, "float32", "random", 16, 2, 16),
     (5, 8, 2, 50, 64, "float32", "chain", 32, 1, 16),
     (1, 4, 2, 20, 64, "float32", "chain", 16, 1, 16),
     (16, 8, 2, 70, 128, "bfloat16", "random", 64, 3, 32),
-    (9, 3, 1, 33, 96, "float16", "random", 16, 2, 32),
-    (35, 2, 2, 48, 64, "float32", "random", 16, 3, 16),  # two words of ancestors
+    (9, 3, 1, 33, 96, "float16", "random", 16, 2, 32, True),
+    (35, 2, 2, 48, 64, "float32", "random", 16, 3, 16, True),  # two words of ancestors
     (4, 16, 1, 40, 256, "bfloat16", "random", 64, 2, 16),
 ]
 SLOW = [
@@ -221,8 +222,10 @@ def oracle(
 def check_attention(case, seed, mutate=lambda args: args) -> list[str]:
     """Run one case under the interpreter and return what is wrong with it."""
     (args, _), dtype, head_dim = make_case(case, seed), case[5], case[4]
-    rows, splits, block = case[7:]
-    tiles = Tiles(rows=rows, splits=splits, block=block, warps=4, stages=3)
+    rows, splits, block, *apart = case[7:]
+    tiles = Tiles(
+        rows=rows, splits=splits, block=block, warps=4, stages=3, apart=any(apart)
+    )
     scale = head_dim**-0.5
     want, magnitude = oracle(*args, scale=scale)
     got = tree_triton.tree_attention_triton(*mutate(args), scale=scale, tiles=tiles)
