@@ -305,6 +305,6 @@ if __name__ == "__main__":
             def mutate(args, index=index, change=change):
                 return (*args[:index], change(args[index]), *args[index + 1 :])
 
-            if not check_attention(FAST[0], 0, mutate):
+            if not check_attention(FAST[1], 1, mutate):
                 failures.append(f"{name}: a change went unnoticed")
     print(json.dumps(failures))
