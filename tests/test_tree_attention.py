@@ -7,10 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxkv import trees
-from jaxkv.kernels import longflow_tree, tree
+from jaxkv import Options, generation, trees
+from jaxkv.drafts import PromptLookup
+from jaxkv.kernels import longflow_tree, tree, tree_write
 from jaxkv.kernels.tree import tree_attention
 from jaxkv.kernels.tree_write import write_path
+from jaxkv.models.decoder import Config, Decoder, random_parameters
 from jaxkv.trees import DraftTree
 
 DEPTH, NODES = 2, 5
@@ -173,6 +175,50 @@ def test_what_goes_with_a_kernel_of_plain_decoding():
     assert found == ["reference", "xla", "triton", None, None]
     found = [longflow_tree.counterpart(name) for name in decodes]
     assert found == ["reference", "xla", None, None, None]
+
+
+@pytest.mark.parametrize("implementation", [None, "xla", "reference"])
+def test_speculation_runs_what_goes_with_plain_decoding(implementation, monkeypatch):
+    named = []
+
+    def spy(module, function):
+        original = getattr(module, function)
+
+        def spied(*args, implementation, **kwargs):
+            named.append((function, implementation))
+            return original(*args, implementation="xla", **kwargs)
+
+        monkeypatch.setattr(module, function, spied)
+
+    spy(tree, "tree_attention")
+    spy(tree_write, "write_path")
+    network = Decoder(
+        Config(
+            vocab_size=9,
+            hidden_size=8,
+            intermediate_size=8,
+            num_layers=1,
+            num_heads=2,
+            num_kv_heads=1,
+            head_dim=4,
+        )
+    )
+    drafter = PromptLookup(num_draft_tokens=2)
+    options = Options(speculate=drafter, decode_implementation=implementation)
+
+    def run(key):
+        params = random_parameters(network.config, key)
+        tokens = jnp.ones((1, 8), jnp.int32)
+        return generation.generate_tokens(
+            *(network, params, tokens, jnp.full(1, 8), key[None]),
+            *(jnp.full(1, -1), jnp.int32(4)),
+            options=options,
+            slots=12,
+            max_out=4,
+        ).tokens
+
+    assert jax.eval_shape(run, jax.random.key(0)).shape == (1, 4)
+    assert set(named) == {(f, implementation) for f in ("tree_attention", "write_path")}
 
 
 def make_writes(seed=0):
