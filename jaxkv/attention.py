@@ -189,6 +189,7 @@ def attend_tree(
     drafts: DraftTree,
     ancestors: jax.Array,
     depth: int,
+    implementation: decode.Implementation | None = None,
 ) -> Attend:
     """Attend from a tree of drafted tokens over the cache, which stays as it is.
 
@@ -198,6 +199,7 @@ def attend_tree(
       drafts: the trees.
       ancestors: bool `[B, T, T]`.
       depth: of the deepest node that a tree may have, static.
+      implementation: of plain decoding; the tree's own goes with it.
 
     Returns:
       An `attend` that takes queries, keys and values of all nodes, and gives a
@@ -210,7 +212,7 @@ def attend_tree(
         return policy.verify(
             *(q, k, v, state, position, drafts, ancestors),
             depth=depth,
-            implementation=None,
+            implementation=implementation,
         )
 
     return attend

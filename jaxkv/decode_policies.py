@@ -214,10 +214,11 @@ class LongFlow:
             scale=query.shape[-1] ** -0.5,
             score=self.score,
             shared=self.shared,
-            implementation=implementation,
+            implementation=longflow_tree.counterpart(implementation),
         )
         norms = longflow.value_norms(value, self.score).swapaxes(1, 2)
-        return out, Pending(key, value, slots, targets, LongFlowMemory(norms, None))
+        memory = LongFlowMemory(norms, None)
+        return out, Pending(key, value, slots[..., :1], targets, memory)
 
     def _oldest(self, state, position):
         """Return the least position that may be evicted, int32 `[B]`."""

@@ -26,7 +26,8 @@ class Options:
       speculate: how tokens are drafted; None decodes one at a time.
       accept: which drafted tokens pass.
       prefill_implementation: of `kernels.prefill.causal_attention`; None is the best.
-      decode_implementation: of `kernels.decode.decode_attention`; None is the best.
+      decode_implementation: of `kernels.decode.decode_attention`, and of what goes with
+        it in `kernels.tree`; None is the best.
       scores_implementation: of `kernels.window_scores.window_scores`; None is the best.
     """
 

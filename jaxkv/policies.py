@@ -215,7 +215,7 @@ class Speculable(DecodePolicy, Protocol):
         ancestors: jax.Array,
         *,
         depth: int,
-        implementation: tree.Implementation | None,
+        implementation: decode.Implementation | None,
     ) -> tuple[jax.Array, Pending]:
         """Attend from each node as if its path had been decoded token by token.
 
@@ -229,7 +229,7 @@ class Speculable(DecodePolicy, Protocol):
           drafts: the trees.
           ancestors: bool `[B, T, T]`, from `trees.ancestors`.
           depth: of the deepest node that a tree may have, static.
-          implementation: of the attention.
+          implementation: of `attend`; `tree.counterpart` is the one used.
 
         Returns:
           The output `[B, T, N, H]`, and what `trees.commit` needs.
@@ -245,7 +245,7 @@ def verify_by_depth(
     drafts: DraftTree,
     ancestors: jax.Array,
     *,
-    implementation: tree.Implementation | None,
+    implementation: decode.Implementation | None,
 ) -> tuple[jax.Array, Pending]:
     """Do `Speculable.verify` where the slots of the next tokens are known beforehand.
 
@@ -257,7 +257,7 @@ def verify_by_depth(
       upcoming: int32 `[B, K, D + 2]`, the slots of the next `D + 2` tokens.
       drafts: no deeper than `D`.
       ancestors: bool `[B, T, T]`.
-      implementation: of the attention.
+      implementation: of `DecodePolicy.attend`; `tree.counterpart` is the one used.
 
     Returns:
       The output and what is pending.
@@ -269,16 +269,13 @@ def verify_by_depth(
         state.keys,
         state.values,
         state.positions,
-        upcoming[..., :-1],
+        upcoming,
         drafts.depths,
         ancestors,
         scale=query.shape[-1] ** -0.5,
-        implementation=implementation,
+        implementation=tree.counterpart(implementation),
     )
-    shape = (*upcoming.shape[:2], drafts.depths.shape[1])
-    depths = jnp.broadcast_to(drafts.depths[:, None], shape)
-    slots, targets = (jnp.take_along_axis(upcoming, depths + i, axis=2) for i in (0, 1))
-    return out, Pending(key, value, slots, targets)
+    return out, Pending(key, value, upcoming)
 
 
 def attend_and_write(

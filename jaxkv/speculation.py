@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jaxkv import acceptance, trees
 from jaxkv.attention import attend_tree
 from jaxkv.drafts import Drafter
+from jaxkv.kernels import tree as tree_kernels
 from jaxkv.matching import Context
 from jaxkv.sampling import Greedy, pick_next
 from jaxkv.trees import KINDS, DraftTree
@@ -282,6 +283,7 @@ def _tree_step(network, params, g, until, stop_ids, *, options, running, brings)
         drafts=tree,
         ancestors=above,
         depth=drafter.depth,
+        implementation=options.decode_implementation,
     )
     hidden, pending = network.apply(
         {"params": params},
@@ -304,8 +306,9 @@ def _tree_step(network, params, g, until, stop_ids, *, options, running, brings)
     first_stop = jnp.where(stops, order, new.shape[1]).min(-1)
     count = jnp.minimum(jnp.minimum(accepted, first_stop) + 1, until - g.lengths)
     count = jnp.where(running, count, 0)
+    how = tree_kernels.counterpart(options.decode_implementation)
     cache = tuple(
-        trees.commit(state, layer, path, count, position)
+        trees.commit(state, layer, path, count, position, implementation=how)
         for state, layer in zip(g.cache, pending, strict=True)
     )
     g = _emit(dataclasses.replace(g, cache=cache), new, stops, count)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxkv.kernels import tree, tree_write
 from jaxkv.state import KVState
 
 # What is known of a drafted token; `DraftTree.kinds` holds indices into this.
@@ -49,8 +50,10 @@ class Pending(NamedTuple):
     Attributes:
       keys: `[B, T, K, H]`, rotated.
       values: `[B, T, K, H]`.
-      slots: int32 `[B, K, T]`, the slot that each node goes to if it is accepted.
-      targets: int32 `[B, K, T]`, the slot that the token after each node goes to.
+      slots: int32 `[B, K, D + 2]`, the slots of the next tokens, if they depend on
+        nothing but how many tokens came before; else `[B, K, 1]`, the slot of the root.
+      targets: in that case int32 `[B, K, T]`, the slot that the token after each node
+        goes to; else None.
       memory: what goes into the state's memory with each node: a tree like that, with
         `[B, K, T]` for every leaf `[B, K, S]` and None for what stays as it is.
     """
@@ -58,8 +61,19 @@ class Pending(NamedTuple):
     keys: jax.Array
     values: jax.Array
     slots: jax.Array
-    targets: jax.Array
+    targets: jax.Array | None = None
     memory: Any = ()
+
+    def along(self, path: jax.Array) -> jax.Array:
+        """Return the slots of a path and of the token behind it, int32 `[B, K, D + 2]`.
+
+        Args:
+          path: int32 `[B, D + 1]`, nodes from the root on.
+        """
+        if self.targets is None:
+            return self.slots
+        after = jnp.take_along_axis(self.targets, path[:, None], axis=2)
+        return jnp.concatenate([self.slots, after], axis=2)
 
 
 def root_only(token: jax.Array, *, nodes: int) -> DraftTree:
@@ -124,6 +138,8 @@ def commit(
     path: jax.Array,
     count: jax.Array,
     position: jax.Array,
+    *,
+    implementation: tree.Implementation | None = None,
 ) -> KVState:
     """Write accepted tokens as plain decoding would have written them one by one.
 
@@ -133,52 +149,49 @@ def commit(
       path: int32 `[B, D + 1]`, nodes from the root on.
       count: int32 `[B]`, how many of them to write; 0 leaves a row as it is.
       position: int32 `[B]`, of the root.
+      implementation: of `tree_write.write_path`.
 
     Returns:
       The state after `count` tokens, `target` included.
     """
-    batch, kv_heads, slots, _ = state.keys.shape
+    slots = pending.along(path)
+    written = tree_write.write_path(
+        pending.keys,
+        pending.values,
+        state.keys,
+        state.values,
+        state.positions,
+        state.target,
+        slots,
+        path,
+        count,
+        position,
+        implementation=implementation,
+    )
+    memory = state.memory
+    if pending.memory:
+        memory = _remember(pending.memory, memory, slots[..., :-1], path, count)
+    return dataclasses.replace(state, **written._asdict(), memory=memory)
+
+
+def _remember(new, memory, slots, path, count):
+    """Put what the nodes of a path bring into the slots `[B, K, D + 1]` they go to."""
     steps = jnp.arange(path.shape[1], dtype=jnp.int32)
-    slot = jnp.take_along_axis(pending.slots, path[:, None], axis=2)  # [B, K, D + 1]
     written = (steps < count[:, None])[:, None]
     # A path may come back to a slot of its own; then only the last write counts,
     # because a scatter that hits a place twice has no order.
-    same = slot[..., :, None] == slot[..., None, :]
     later = steps[None, :] > steps[:, None]
+    same = slots[..., :, None] == slots[..., None, :]
     again = (same & later & written[..., None, :]).any(-1)
-    # A slot beyond the end is dropped; no two of them are equal.
-    where = jnp.where(written & ~again, slot, slots + steps)
-    b = jnp.arange(batch)[:, None, None]
-    k = jnp.arange(kv_heads)[None, :, None]
-    flags = dict(mode="drop", unique_indices=True)
 
-    def along(x):
-        chosen = jnp.take_along_axis(x, path[:, :, None, None], axis=1)
-        return chosen.swapaxes(1, 2)  # [B, K, D + 1, H]
-
-    def remember(new, held):
-        if new is None:
+    def put(x, held):
+        if x is None:
             return held
-        new = jnp.take_along_axis(new, path[:, None], axis=2)
-        return held.at[place].set(new, **flags)
+        batch, kv_heads, size = held.shape
+        # A slot beyond the end is dropped; no two of them are equal.
+        where = jnp.where(written & ~again, slots, size + steps)
+        b, k = jnp.arange(batch)[:, None, None], jnp.arange(kv_heads)[:, None]
+        x = jnp.take_along_axis(x, path[:, None], axis=2)
+        return held.at[b, k, where].set(x, mode="drop", unique_indices=True)
 
-    positions = jnp.broadcast_to(position[:, None, None] + steps, slot.shape)
-    last = jnp.take_along_axis(path, jnp.maximum(count - 1, 0)[:, None], axis=1)
-    target = jnp.take_along_axis(pending.targets, last[:, None], axis=2)[..., 0]
-    place = (b, k, where)
-    return dataclasses.replace(
-        state,
-        keys=state.keys.at[place].set(
-            along(pending.keys).astype(state.keys.dtype), **flags
-        ),
-        values=state.values.at[place].set(
-            along(pending.values).astype(state.values.dtype), **flags
-        ),
-        positions=state.positions.at[place].set(positions, **flags),
-        memory=jax.tree.map(
-            remember, pending.memory, state.memory, is_leaf=lambda x: x is None
-        )
-        if pending.memory
-        else state.memory,
-        target=jnp.where(count[:, None] > 0, target, state.target),
-    )
+    return jax.tree.map(put, new, memory, is_leaf=lambda x: x is None)

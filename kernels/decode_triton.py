@@ -109,7 +109,7 @@ def decode_attention_triton(
         batch, kv_heads, slots, head_dim, keys.dtype, num_processors()
     )
     part_dtype = query.dtype if tiles.splits == 1 else jnp.float32
-    aliased = body.attend_split if _has_out_type() else body.attend_split_aliased
+    aliased = body.attend_split if has_out_type() else body.attend_split_aliased
     out, statistic, keys, values, positions = call(
         aliased,
         (query, key, value, keys, values, positions, target, position),
@@ -181,7 +181,7 @@ def call(kernel, arrays, out_types, *, aliases, grid, **options):
     """Launch through jax-triton, whichever side of its version 0.4."""
     import jax_triton
 
-    out = {"out_type" if _has_out_type() else "out_shape": out_types}
+    out = {"out_type" if has_out_type() else "out_shape": out_types}
     with warnings.catch_warnings():
         # 0.4 would rather be given mutable references; 0.3 does not know them.
         warnings.filterwarnings(
@@ -198,7 +198,7 @@ def call(kernel, arrays, out_types, *, aliases, grid, **options):
         )
 
 
-def _has_out_type() -> bool:
+def has_out_type() -> bool:
     """Return whether this is jax-triton 0.4 or later.
 
     From 0.4 on, a kernel is passed an aliased buffer once, as an input; before, it is

@@ -10,15 +10,16 @@ Axis letters: `B` batch, `T` nodes, `N` query heads, `K` key/value heads, `G` qu
 heads per key/value head, `S` slots, `H` head size, `D` depth of the deepest node.
 """
 
-from typing import NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 
 from jaxkv.kernels import longflow, tree
 from jaxkv.kernels.shapes import check_groups, check_shape
-from jaxkv.kernels.tree import Implementation
 from jaxkv.kernels.victims import choose_victim
+
+Implementation = Literal["reference", "xla"]
 
 
 class LongFlowTreeOutput(NamedTuple):
@@ -125,6 +126,17 @@ def longflow_tree(
         f"{where}: unknown {implementation=}; choose one of "
         f"{', '.join(get_args(Implementation))} or None."
     )
+
+
+def counterpart(
+    implementation: longflow.Implementation | None,
+) -> Implementation | None:
+    """Return what goes with a kernel of plain decoding: its namesake, or the best one.
+
+    Args:
+      implementation: of `longflow.longflow_attention`.
+    """
+    return implementation if implementation in get_args(Implementation) else None
 
 
 def _reference(

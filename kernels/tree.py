@@ -7,15 +7,17 @@ Axis letters: `B` batch, `T` nodes, `N` query heads, `K` key/value heads, `S` sl
 `H` head size, `D` depth of the deepest node.
 """
 
+import functools
 from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 
 from jaxkv.kernels import decode
+from jaxkv.kernels.per_shard import per_shard
 from jaxkv.kernels.shapes import check_groups, check_shape
 
-Implementation = Literal["reference", "xla"]
+Implementation = Literal["reference", "xla", "triton"]
 
 
 def tree_attention(
@@ -41,18 +43,20 @@ def tree_attention(
       keys: `[B, K, S, H]`.
       values: `[B, K, S, H]`; free slots of both may hold anything, NaN included.
       positions: int32 `[B, K, S]`, negative where a slot is free.
-      upcoming: int32 `[B, K, D + 1]`, the slot that a node of each depth overwrites.
+      upcoming: int32 `[B, K, D + 1]`, the slot that a node of each depth overwrites;
+        more of them, for deeper nodes than there are, change nothing.
       depths: int32 `[B, T]`.
       ancestors: bool `[B, T, T]`: at `[b, t, u]`, whether `u` is `t` or above it.
       scale: factor on the logits.
-      implementation: "reference" (float32, writes node by node), "xla", or None for
-        the best one that can run.
+      implementation: "reference" (float32, writes node by node), "xla" (anywhere),
+        "triton" (NVIDIA, through jax-triton), or None for the best one that can run.
 
     Returns:
       `[B, T, N, H]`, in the dtype of the query.
 
     Raises:
       ValueError: shapes disagree, or the implementation is unknown.
+      NotImplementedError: a named implementation cannot run here.
     """
     where = "tree_attention"
     sizes = check_shape(
@@ -68,23 +72,85 @@ def tree_attention(
         ancestors=(ancestors, "B T T"),
     )
     check_groups(where, sizes["N"], sizes["K"])
-    arguments = (
-        *(query, key, value, keys, values),
-        *(positions, upcoming, depths, ancestors, scale),
-    )
+    if implementation is None:
+        implementation = choose(jax.default_backend(), query, keys)
     match implementation:
         case "reference":
-            return _reference(*arguments)
-        case "xla" | None:
-            return _xla(*arguments)
-    raise ValueError(
-        f"{where}: unknown {implementation=}; choose one of "
-        f"{', '.join(get_args(Implementation))} or None."
+            run = _reference
+        case "xla":
+            run = _xla
+        case "triton":
+            check_triton(where, query, keys)
+            from jaxkv.kernels.tree_triton import tree_attention_triton as run
+        case _:
+            raise ValueError(
+                f"{where}: unknown {implementation=}; choose one of "
+                f"{', '.join(get_args(Implementation))} or None."
+            )
+    run = per_shard(
+        functools.partial(run, scale=scale),
+        (
+            *("B T N H", "B T K H", "B T K H", "B K S H", "B K S H", "B K S"),
+            *("B K D+1", "B T", "B T T"),
+        ),
+        "B T N H",
     )
+    return run(query, key, value, keys, values, positions, upcoming, depths, ancestors)
+
+
+def choose(platform: str, query=None, keys=None) -> Implementation:
+    """Return the implementation that `None` stands for.
+
+    Args:
+      platform: of the device, as `jax.default_backend()` names it.
+      query: `[B, T, N, H]`, or a `jax.ShapeDtypeStruct`.
+      keys: `[B, K, S, H]`, likewise; without the two, those that every kernel takes.
+    """
+    if platform == "gpu" and not triton_unavailable(query, keys):
+        return "triton"
+    return "xla"
+
+
+def triton_unavailable(query=None, keys=None) -> str:
+    """Return why the Triton version cannot run here, or an empty string.
+
+    Arguments are those of `choose`.
+    """
+    reason = decode.triton_unavailable()
+    if reason or query is None:
+        return reason
+    if query.shape[-1] > 256:
+        return f"takes heads of at most 256, got {query.shape[-1]}; use 'xla'."
+    known = query.dtype in (jnp.float32, jnp.bfloat16, jnp.float16)
+    if not known or query.dtype != keys.dtype:
+        return (
+            "takes queries and keys of one dtype, float32, bfloat16 or float16, got "
+            f"{query.dtype} and {keys.dtype}; use 'xla'."
+        )
+    return ""
+
+
+def counterpart(implementation: decode.Implementation | None) -> Implementation | None:
+    """Return what goes with a kernel of plain decoding: its namesake, or the best one.
+
+    Args:
+      implementation: of `decode.decode_attention`.
+    """
+    return implementation if implementation in get_args(Implementation) else None
+
+
+def check_triton(where: str, query=None, keys=None) -> None:
+    """Raise NotImplementedError if the Triton version of `where` cannot run.
+
+    Other arguments are those of `choose`.
+    """
+    reason = triton_unavailable(query, keys)
+    if reason:
+        raise NotImplementedError(f'{where}: implementation="triton" {reason}')
 
 
 def _reference(
-    query, key, value, keys, values, positions, upcoming, depths, ancestors, scale
+    query, key, value, keys, values, positions, upcoming, depths, ancestors, *, scale
 ):
     """Write each node's path into a copy of the cache; attend in float32."""
     outs = []
@@ -176,7 +242,7 @@ def combine(old, new, value, values, occupied):
 
 
 def _xla(
-    query, key, value, keys, values, positions, upcoming, depths, ancestors, scale
+    query, key, value, keys, values, positions, upcoming, depths, ancestors, *, scale
 ):
     """Mask instead of writing: a slot holds what it holds until it is overwritten."""
     order = jnp.arange(upcoming.shape[2], dtype=jnp.int32)

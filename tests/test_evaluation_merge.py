@@ -12,6 +12,7 @@ def make(folder, methods, indices, **changes):
     config = {
         "kind": "ruler",
         "model": "tiny",
+        "dtype": "float32",
         "seed": 1,
         "methods": [{"name": name} for name in methods],
         "cells": [{"task": "vt", "length": 64, "depth": None}],

@@ -7,8 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxkv import trees
+from jaxkv import Options, generation, trees
+from jaxkv.drafts import PromptLookup
+from jaxkv.kernels import longflow_tree, tree, tree_write
 from jaxkv.kernels.tree import tree_attention
+from jaxkv.kernels.tree_write import write_path
+from jaxkv.models.decoder import Config, Decoder, random_parameters
 from jaxkv.trees import DraftTree
 
 DEPTH, NODES = 2, 5
@@ -36,7 +40,7 @@ def make_inputs(heads, kv_heads, *, slots=9, head_dim=8, dtype="float32", seed=0
     def draw(*shape):
         return jnp.asarray(rng.standard_normal((batch, *shape)), dtype)
 
-    tree = random_tree(rng, batch)
+    drafts = random_tree(rng, batch)
     free = rng.random((batch, kv_heads, slots)) < 0.3
     free[:, :, 0] = False
     positions = np.where(free, -1, np.arange(slots)).astype(np.int32)
@@ -51,8 +55,8 @@ def make_inputs(heads, kv_heads, *, slots=9, head_dim=8, dtype="float32", seed=0
         values=draw(kv_heads, slots, head_dim) + nan,
         positions=jnp.asarray(positions),
         upcoming=jnp.asarray(upcoming),
-        depths=tree.depths,
-        ancestors=trees.ancestors(tree, depth=DEPTH),
+        depths=drafts.depths,
+        ancestors=trees.ancestors(drafts, depth=DEPTH),
     )
 
 
@@ -64,8 +68,12 @@ attention = jax.jit(
 )
 reference = functools.partial(attention, scale=0.3, implementation="reference")
 xla = functools.partial(attention, scale=0.3, implementation="xla")
+others = pytest.mark.parametrize(
+    "implementation", ["xla", pytest.param("triton", marks=pytest.mark.gpu)]
+)
 
 
+@others
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "dtype", "tolerance"),
     [
@@ -75,14 +83,17 @@ xla = functools.partial(attention, scale=0.3, implementation="xla")
         (2, 2, "float32", 2e-6),
     ],
 )
-def test_xla_equals_reference(heads, kv_heads, dtype, tolerance):
+def test_each_implementation_equals_the_reference(
+    heads, kv_heads, dtype, tolerance, implementation
+):
     inputs = make_inputs(heads, kv_heads, dtype=dtype)
-    want, got = reference(**inputs), xla(**inputs)
+    run = functools.partial(attention, scale=0.3, implementation=implementation)
+    want, got = reference(**inputs), run(**inputs)
     assert got.dtype == inputs["query"].dtype
     np.testing.assert_allclose(
         got.astype("float32"), want.astype("float32"), atol=tolerance, rtol=tolerance
     )
-    np.testing.assert_array_equal(got, xla(**inputs))
+    np.testing.assert_array_equal(got, run(**inputs))
 
 
 @pytest.mark.parametrize("broken", ["values", "upcoming", "ancestors", "depths"])
@@ -125,23 +136,155 @@ def test_bad_arguments():
         tree_attention(**inputs | {"query": inputs["query"][:, :, :3]}, scale=1.0)
 
 
+def test_what_none_stands_for(monkeypatch):
+    monkeypatch.setattr(tree.decode, "triton_unavailable", lambda: "needs a GPU.")
+    assert tree.choose("cpu") == tree.choose("gpu") == "xla"
+    monkeypatch.setattr(tree.decode, "triton_unavailable", lambda: "")
+    assert (tree.choose("cpu"), tree.choose("gpu")) == ("xla", "triton")
+
+    def chosen(head_dim, *dtypes):
+        shape = (1, 1, 1, head_dim)
+        return tree.choose("gpu", *(jax.ShapeDtypeStruct(shape, t) for t in dtypes))
+
+    assert chosen(256, "float16", "float16") == "triton"
+    assert chosen(288, "float16", "float16") == "xla"
+    assert chosen(64, "float32", "bfloat16") == "xla"
+    assert chosen(64, "float8_e4m3fn", "float8_e4m3fn") == "xla"
+
+
+def test_triton_that_cannot_run_says_why(monkeypatch):
+    inputs = make_inputs(4, 2)
+    triton = dict(implementation="triton")
+    monkeypatch.setattr(tree.decode, "triton_unavailable", lambda: "needs a GPU.")
+    with pytest.raises(NotImplementedError, match=r"tree_attention: .* needs a GPU"):
+        tree_attention(**inputs, scale=1.0, **triton)
+    with pytest.raises(NotImplementedError, match=r"write_path: .* needs a GPU"):
+        write_path(**make_writes(), **triton)
+    monkeypatch.setattr(tree.decode, "triton_unavailable", lambda: "")
+    inputs["keys"] = inputs["keys"].astype("bfloat16")
+    with pytest.raises(NotImplementedError, match="got float32 and bfloat16; use 'xla"):
+        tree_attention(**inputs, scale=1.0, **triton)
+    inputs = make_inputs(2, 1, head_dim=288)
+    with pytest.raises(NotImplementedError, match="heads of at most 256, got 288"):
+        tree_attention(**inputs, scale=1.0, **triton)
+
+
+def test_what_goes_with_a_kernel_of_plain_decoding():
+    decodes = ("reference", "xla", "triton", "pallas_tpu", None)
+    found = [tree.counterpart(name) for name in decodes]
+    assert found == ["reference", "xla", "triton", None, None]
+    found = [longflow_tree.counterpart(name) for name in decodes]
+    assert found == ["reference", "xla", None, None, None]
+
+
+@pytest.mark.parametrize("implementation", [None, "xla", "reference"])
+def test_speculation_runs_what_goes_with_plain_decoding(implementation, monkeypatch):
+    named = []
+
+    def spy(module, function):
+        original = getattr(module, function)
+
+        def spied(*args, implementation, **kwargs):
+            named.append((function, implementation))
+            return original(*args, implementation="xla", **kwargs)
+
+        monkeypatch.setattr(module, function, spied)
+
+    spy(tree, "tree_attention")
+    spy(tree_write, "write_path")
+    network = Decoder(
+        Config(
+            vocab_size=9,
+            hidden_size=8,
+            intermediate_size=8,
+            num_layers=1,
+            num_heads=2,
+            num_kv_heads=1,
+            head_dim=4,
+        )
+    )
+    drafter = PromptLookup(num_draft_tokens=2)
+    options = Options(speculate=drafter, decode_implementation=implementation)
+
+    def run(key):
+        params = random_parameters(network.config, key)
+        tokens = jnp.ones((1, 8), jnp.int32)
+        return generation.generate_tokens(
+            *(network, params, tokens, jnp.full(1, 8), key[None]),
+            *(jnp.full(1, -1), jnp.int32(4)),
+            options=options,
+            slots=12,
+            max_out=4,
+        ).tokens
+
+    assert jax.eval_shape(run, jax.random.key(0)).shape == (1, 4)
+    assert set(named) == {(f, implementation) for f in ("tree_attention", "write_path")}
+
+
+def make_writes(seed=0):
+    """Three rows: one writes nothing, one comes back to a slot, one goes too far."""
+    rng = np.random.default_rng(seed)
+    batch, nodes, kv_heads, slots, head_dim, steps = 3, 6, 2, 5, 4, 4
+
+    def draw(*shape):
+        return jnp.asarray(rng.standard_normal((batch, *shape, head_dim)), "float32")
+
+    positions = rng.integers(-1, 9, (batch, kv_heads, slots)).astype(np.int32)
+    upcoming = jnp.int32([[1, 2, 3, 4, 0], [1, 2, 1, 3, 2], [3, 4, 5, 6, 7]])
+    return dict(
+        key=draw(nodes, kv_heads),
+        value=draw(nodes, kv_heads),
+        keys=draw(kv_heads, slots),
+        values=draw(kv_heads, slots),
+        positions=jnp.asarray(positions),
+        target=jnp.zeros((batch, kv_heads), jnp.int32),
+        upcoming=jnp.repeat(upcoming[:, None], kv_heads, axis=1),
+        path=jnp.int32([[0, 1, 2, 3], [0, 2, 3, 5], [0, 1, 4, 5]]),
+        count=jnp.int32([0, 3, steps]),
+        position=jnp.int32([-1, 20, 30]),
+    )
+
+
+@others
+def test_a_path_is_written_as_token_after_token(implementation):
+    inputs = make_writes()
+    want = jax.jit(functools.partial(write_path, implementation="reference"))(**inputs)
+    run = functools.partial(write_path, implementation=implementation)
+    got = jax.jit(run)(**inputs)
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+    for field in ("keys", "values", "positions", "target"):
+        np.testing.assert_array_equal(getattr(got, field)[0], inputs[field][0])
+    assert got.target.tolist()[1:] == [[3, 3], [7, 7]]
+    np.testing.assert_array_equal(got.positions[1, 0, 1:3], [22, 21])
+    np.testing.assert_array_equal(got.keys[1, 1, 1:3], inputs["key"][1, [3, 2], 1])
+    np.testing.assert_array_equal(got.positions[2, 0, 3:], [30, 31])
+
+
+def test_bad_arguments_of_writing():
+    inputs = make_writes()
+    with pytest.raises(ValueError, match="unknown implementation='magic'"):
+        write_path(**inputs, implementation="magic")
+    with pytest.raises(ValueError, match="path of 4 nodes needs one more than"):
+        write_path(**inputs | {"upcoming": inputs["upcoming"][..., 1:]})
+
+
 def test_ancestors_and_paths_of_a_tree():
     #     0
     #   1   2
     #   3   4
     #   5
-    tree = DraftTree(
+    drafts = DraftTree(
         tokens=jnp.asarray([[9, 1, 2, 3, 4, 5]]),
         parents=jnp.asarray([[0, 0, 0, 1, 2, 3]]),
         depths=jnp.asarray([[0, 1, 1, 2, 2, 3]]),
         valid=jnp.ones((1, 6), bool),
         kinds=jnp.zeros((1, 6), jnp.int32),
     )
-    above = trees.ancestors(tree, depth=3)
+    above = trees.ancestors(drafts, depth=3)
     want = [[0], [0, 1], [0, 2], [0, 1, 3], [0, 2, 4], [0, 1, 3, 5]]
     assert [np.flatnonzero(row).tolist() for row in above[0]] == want
     paths = [
-        trees.path_to(jnp.asarray([node]), tree, above, depth=3)[0].tolist()
+        trees.path_to(jnp.asarray([node]), drafts, above, depth=3)[0].tolist()
         for node in range(6)
     ]
     assert [path[: len(w)] for path, w in zip(paths, want, strict=True)] == want
