@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import math
 import pathlib
+import statistics
 import time
 from typing import Annotated
 
@@ -22,9 +23,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import typer
-from decode_attention_device import time_loop
-from longflow_device import kernel_times
 
+from jaxkv.attention_timing import kernel_times, time_loop
 from jaxkv.kernels.decode_triton import decode_attention_triton
 from jaxkv.kernels.tree import tree_attention
 from jaxkv.kernels.tree_triton import (
@@ -214,10 +214,11 @@ class Layers:
         # A failure must not take the caches with it, so a copy is donated.
         state = jax.tree.map(jnp.copy, (self.q, self.caches))
         iterations = max(4, math.ceil(0.02 / (self.num * 2e-5 * self.batch**0.5)))
-        seconds, state, temporaries = time_loop(step, state, iterations)
+        calls, state, temporaries = time_loop(step, state, iterations)
+        seconds = statistics.median(calls)
         kernels, _ = kernel_times(step, state, self.num)
         record = dict(batch=self.batch, nodes=self.nodes, version=str(version))
-        record |= dict(us=1e6 * seconds / self.num, temporaries_mb=temporaries)
+        record |= dict(us=1e6 * seconds / self.num, temporaries_mb=temporaries / 1e6)
         return record | dict(kernels_us=kernels)
 
 

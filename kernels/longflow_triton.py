@@ -1,8 +1,9 @@
 """One LongFlow decode step on NVIDIA GPUs, in Triton, through jax-triton.
 
-One launch writes the token, attends, scores every slot and chooses the victims. Keys
-and values are read once for all query heads of the group. `longflow_triton_body` has
-the picture and the numerics.
+Two launches: the first writes the token, attends, and leaves the logits of every slot,
+so that keys and values are read once for all query heads of the group; the second joins
+the splits and chooses the victims. `longflow_triton_body` has the
+picture and the numerics.
 
 No vmap and no derivatives: the batch is an explicit axis, and decoding has no backward.
 
@@ -147,38 +148,79 @@ def longflow_attention_triton(
     tiles = tiles or choose_tiles(
         batch, *sizes, keys.dtype, decode_triton.num_processors()
     )
-    rows, group = batch * kv_heads, heads // kv_heads
-    constants = step_constants(batch, *sizes, keys.dtype, scale, score, shared, tiles)
-    stride = constants["STRIDE"]
-    programs = tiles.programs or rows * tiles.splits
-    split = tiles.splits > 1
-    cache = keys, values, positions, norms, target
-    out, _, _, _, _, *cache = call(
-        body.longflow_step,
-        (query, key, value, *cache, position, oldest, newest),
-        [
-            jax.ShapeDtypeStruct(query.shape, query.dtype),
-            jax.ShapeDtypeStruct(
-                (tiles.splits, *query.shape) if split else (1,), jnp.float32
-            ),
-            jax.ShapeDtypeStruct((tiles.splits, batch, heads), jnp.float32),
-            jax.ShapeDtypeStruct(
-                (rows if split else programs, group, stride), jnp.float32
-            ),
-            jax.ShapeDtypeStruct((rows, stride) if shared else (1,), jnp.float32),
-            *[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in cache],
-        ],
-        aliases={3 + i: 5 + i for i in range(5)},
-        grid=(programs,),
+    row_heads = score_heads(heads, kv_heads, shared)
+    rows = batch * heads // row_heads
+    stride, kept = score_stride(slots), tiles.programs or batch * kv_heads
+    part_dtype = query.dtype if tiles.programs else jnp.float32
+    importance = (batch, kv_heads, stride)
+    cache = [
+        jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (keys, values, positions, norms)
+    ]
+    outputs = [
+        jax.ShapeDtypeStruct((tiles.splits, batch, heads, head_dim), part_dtype),
+        jax.ShapeDtypeStruct((tiles.splits, batch, heads), jnp.float32),
+        jax.ShapeDtypeStruct((kept, heads // kv_heads, stride), jnp.float32),
+        *[jax.ShapeDtypeStruct(importance, jnp.float32)] * bool(tiles.programs),
+        jax.ShapeDtypeStruct((rows,), jnp.int32),
+    ]
+    first = len(outputs)
+    token = query, key, value, keys, values, positions, norms, target, position
+    parts, statistic, logits, *rest = call(
+        body.score_rows if tiles.programs else body.score_split,
+        (*token, oldest, newest) if tiles.programs else token,
+        (*outputs, *cache),
+        aliases={3: first, 4: first + 1, 5: first + 2, 6: first + 3},
+        grid=(tiles.programs,) if tiles.programs else (kept, tiles.splits),
         num_warps=tiles.warps,
         num_stages=tiles.stages,
+        **score_constants(*sizes, keys.dtype, scale, score, shared, tiles, batch),
+    )
+    *rest, arrivals, keys, values, positions, norms = rest
+    cache = keys, values, positions, norms
+    constants = choose_constants(*sizes, shared, tiles)
+    blocks = constants["BLOCKS"]
+    outputs = [
+        jax.ShapeDtypeStruct(target.shape, jnp.int32),
+        jax.ShapeDtypeStruct((rows, blocks, 2), jnp.int32),
+        jax.ShapeDtypeStruct((rows,), jnp.int32),
+    ]
+    if tiles.programs:
+        target, _, _ = call(
+            body.choose_victims,
+            (*rest, target, position, arrivals),
+            outputs,
+            aliases={1: 0, 3: 2},
+            grid=(rows, blocks),
+            num_warps=4,
+            num_stages=1,
+            **constants,
+        )
+        return LongFlowOutput(parts.reshape(query.shape), *cache, target)
+    bounds = target, position, oldest, newest
+    out, target, _, _ = call(
+        body.finish_splits,
+        (logits, parts, statistic, norms, positions, *bounds, arrivals),
+        (jax.ShapeDtypeStruct(query.shape, query.dtype), *outputs),
+        aliases={5: 1, 9: 3},
+        grid=(rows, blocks + row_heads),
+        num_warps=4,
+        num_stages=1,
         **constants,
     )
-    return LongFlowOutput(out, *cache)
+    return LongFlowOutput(out, *cache, target)
 
 
-def step_constants(
-    batch: int,
+def score_heads(heads: int, kv_heads: int, shared: bool) -> int:
+    """Return how many query heads share a victim."""
+    return heads if shared else heads // kv_heads
+
+
+def score_stride(slots: int) -> int:
+    """Return the length of a row of scores, rounded up so that all rows are aligned."""
+    return -(-slots // 64) * 64
+
+
+def score_constants(
     heads: int,
     kv_heads: int,
     slots: int,
@@ -188,40 +230,44 @@ def step_constants(
     score: Score,
     shared: bool,
     tiles: Tiles,
+    batch: int,
 ) -> dict[str, Any]:
-    """Return the compile-time arguments of `longflow_step`.
-
-    Raises:
-      NotImplementedError: slots, splits and heads are too many to be counted in the 31
-        bits of a target.
-    """
+    """Return the compile-time arguments of `score_split`, or of `score_rows`."""
     constants = attend_constants(heads, kv_heads, slots, head_dim, dtype, scale, tiles)
-    step = tiles.splits * tiles.block
-    split_unit = next_power_of_2(slots)
-    head_unit = split_unit * (2 * next_power_of_2(tiles.splits))
-    if head_unit * next_power_of_2(kv_heads) > 2**31:
-        raise NotImplementedError(
-            f"longflow_attention_triton: {slots} slots in {tiles.splits} splits and "
-            f'{kv_heads} heads exceed the 31 bits of a target; use fewer, or "xla".'
-        )
-    pad = next_power_of_2(heads // kv_heads)
-    head_pad = constants["HEAD_PAD"]
-    return constants | dict(
-        SCORE=score,
-        SHARED=shared,
-        STRIDE=-(-slots // step) * step,
-        ROWS=batch * kv_heads,
-        HEADS_PAD=pad,
-        KV_PAD=next_power_of_2(kv_heads),
-        SPLITS_PAD=next_power_of_2(tiles.splits),
-        SPLITS_AT_ONCE=max(
-            1, min(next_power_of_2(tiles.splits), 4096 // (pad * head_pad))
-        ),
-        CHUNK=_slots_at_once(pad, slots, tiles),
-        SHARED_CHUNK=_slots_at_once(next_power_of_2(kv_heads), slots, tiles),
-        SPLIT_UNIT=split_unit,
-        HEAD_UNIT=head_unit,
+    constants |= dict(
+        SCORE=score, STRIDE=score_stride(slots), TARGETS=kv_heads if shared else 1
     )
+    if tiles.programs:
+        del constants["SPLITS"]
+        pad = next_power_of_2(heads // kv_heads)
+        chunk = _slots_at_once(pad, slots, tiles)
+        constants |= dict(ROWS=batch * kv_heads, HEADS_PAD=pad, CHUNK=chunk)
+    return constants
+
+
+def choose_constants(
+    heads: int, kv_heads: int, slots: int, head_dim: int, shared: bool, tiles: Tiles
+) -> dict[str, Any]:
+    """Return the compile-time arguments of `finish_splits`, or of `choose_victims`."""
+    targets = kv_heads if shared else 1
+    row_heads = score_heads(heads, kv_heads, shared)
+    pad = next_power_of_2(targets if tiles.programs else row_heads)
+    chunk = _slots_at_once(pad, slots, tiles)
+    blocks = -(-slots // chunk)
+    constants = dict(
+        TARGETS=targets,
+        TARGETS_PAD=next_power_of_2(targets),
+        KV_HEADS=kv_heads,
+        SLOTS=slots,
+        STRIDE=score_stride(slots),
+        CHUNK=chunk,
+        BLOCKS=blocks,
+        BLOCKS_PAD=next_power_of_2(blocks),
+    )
+    if not tiles.programs:
+        constants |= dict(HEADS=row_heads, HEADS_PAD=pad)
+        constants |= decode_triton.combine_constants(head_dim, tiles)
+    return constants
 
 
 def _slots_at_once(heads_pad: int, slots: int, tiles: Tiles) -> int:

@@ -1,30 +1,29 @@
-"""The Triton kernel of `longflow_triton`; imported at the call, since it needs Triton.
+"""Triton kernels of `longflow_triton`; imported at the call, since it needs Triton.
 
-One launch. A *row* is one key/value head of one sequence; its slots may be shared by
-several programs (splits), or one program may do several rows, one after the other:
+Two ways to cut the work, each in two launches:
 
 ```
-each program    attend to its tiles; leave the logits of each slot, head by head
-last of a row   join the splits; knowing the softmax, read the logits back: importance
-                of each slot, summed over the query heads of the row
-last of those   add up the importance of the rows that share a victim, and choose it
+in splits   1  per (row, split): attend; leave the scores of its slots, head by head
+            2  per (row, block of slots): importance and its minimum, of which the last
+               to arrive takes the least; per query head: join the splits
+in rows     1  per program, row after row: attend; leave the scores in a scratch of the
+               program's own; knowing the softmax, read them back: importance, summed
+               over the query heads of the row
+            2  the same as above from that importance
 ```
 
-What a tile leaves is the bare logit, in base 2. All else waits until the softmax is
-known: importance is the sum over heads of `2^(logit - statistic)`, with the statistic
-that joins the splits anyway, times the norm that was stored when the value was. So a
-tile costs no more than plain attention does, and a store; what is read back is still in
-the second-level cache.
-
-Who comes last is counted in the upper bits of `target`, which holds the slot in its
-lower ones: so the counters need no memory of their own that would have to be cleared,
-and they vanish when the next target is stored. Integers are all that is ever added
-atomically, and the last one computes the same whoever it is: the result does not
-depend on the order of programs.
+What the first launch leaves of a slot is the bare logit of each query head, in base 2.
+All else waits until the softmax is known: importance is the sum over heads of
+`2^(logit - statistic) * norm`, with the statistic that joins the splits anyway, and the
+norm of the value that was stored when the token was. So a tile costs no more than
+plain attention does, and a store.
 
 Importance that leaves the chip is not negative, so its sign says that a slot is
-protected; `-inf` says that it is free. The choice is a minimum over int32
-(`slot_order`), ties to the lowest slot.
+protected; `-inf` says that it is free.
+
+The choice is a minimum over int32 (`slot_order`), ties to the lowest slot. The last
+program to arrive takes the minimum over all blocks, and computes the same whichever it
+is; the counter of arrivals is the only atomic, and an integer.
 """
 
 import triton
@@ -32,6 +31,7 @@ import triton.language as tl
 
 from jaxkv.kernels.decode_triton_body import (
     attend_tile,
+    combine_head,
     head_offsets,
     start_softmax,
     store_part,
@@ -56,7 +56,7 @@ def value_norm(v, SCORE: tl.constexpr):
 
 
 @triton.jit
-def attend_row(
+def score_row(
     query_ptr,
     key_ptr,
     value_ptr,
@@ -64,14 +64,16 @@ def attend_row(
     values_ptr,
     positions_ptr,
     norms_ptr,
-    target,  # -1 in a finished row
-    position,
-    part_ptr,  # [SPLITS, ROWS, G, H]
-    statistic_ptr,  # [SPLITS, ROWS, G]
+    target_ptr,
+    position_ptr,
+    out_ptr,
+    statistic_ptr,
     logits_ptr,  # [G, STRIDE] of this row
     row,
     split,
+    num_rows,
     SCALE: tl.constexpr,
+    KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     SLOTS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -82,7 +84,6 @@ def attend_row(
     PRECISION: tl.constexpr,
     SCORE: tl.constexpr,
     STRIDE: tl.constexpr,
-    ROWS: tl.constexpr,
 ):
     """Do as `attend_split` for one row and split, and leave the logits of its slots."""
     keys_ptr += row * (SLOTS * HEAD_DIM)
@@ -97,7 +98,9 @@ def attend_row(
     )
     k_new = tl.load(key_ptr + row * HEAD_DIM + columns, columns < HEAD_DIM, other=0.0)
     v_new = tl.load(value_ptr + row * HEAD_DIM + columns, columns < HEAD_DIM, other=0.0)
+    position = tl.load(position_ptr + row // KV_HEADS)
     unfinished = position >= 0
+    target = tl.where(unfinished, tl.load(target_ptr + row), -1)
     takes_new = unfinished & (split == 0)
     store_token(
         *(keys_ptr, values_ptr, positions_ptr, k_new, v_new, position, target),
@@ -115,10 +118,11 @@ def attend_row(
 
     first = split * BLOCK + tl.arange(0, BLOCK)
     next_positions = tl.load(positions_ptr + first, first < SLOTS, other=-1)
-    # A finished row reads no slot: nobody asks for its output or victim.
-    for start in range(0, tl.where(unfinished, SLOTS, 0), SPLITS * BLOCK):
+    for start in range(0, SLOTS, SPLITS * BLOCK):
         slots = start + first  # [S]
-        occupied = (next_positions >= 0) & (slots != target)
+        # A finished row reads no slot: nobody asks for its output or victim.
+        positions = tl.where(unfinished, next_positions, -1)
+        occupied = (positions >= 0) & (slots != target)
         next_slots = slots + SPLITS * BLOCK
         next_positions = tl.load(
             positions_ptr + next_slots, next_slots < SLOTS, other=-1
@@ -130,77 +134,49 @@ def attend_row(
         tl.store(
             logits_ptr + heads[:, None] * STRIDE + slots[None, :],
             logits,
-            (heads < GROUP)[:, None] & (slots != target)[None, :],
+            (heads < GROUP)[:, None] & ((slots < STRIDE) & (slots != target))[None, :],
             eviction_policy="evict_last",
         )
 
     store_part(
-        *(part_ptr, statistic_ptr, split * ROWS + row, maximum, total, acc),
+        *(out_ptr, statistic_ptr, split * num_rows + row, maximum, total, acc),
         *(GROUP, HEAD_DIM, GROUP_PAD, HEAD_PAD),
     )
 
 
 @triton.jit
-def last_to_arrive(target_ptr, counts, UNIT: tl.constexpr, OF: tl.constexpr):
-    """Return whether all others have arrived; what they stored may then be read.
-
-    The counter is what `target` holds in units of `UNIT`, up to `OF`.
-    """
-    tl.debug_barrier()  # before the one thread that counts, all have stored
-    before = tl.atomic_add(target_ptr, tl.where(counts, UNIT, 0), sem="acq_rel")
-    tl.debug_barrier()
-    return counts & ((before // UNIT) % (2 * OF) == OF - 1)
-
-
-@triton.jit
-def join_splits(
-    part_ptr,  # [SPLITS, ROWS, G, H]
-    statistic_ptr,  # [SPLITS, ROWS, G]
-    out_ptr,  # [ROWS, G, H]
-    row,
-    ROWS: tl.constexpr,
-    GROUP: tl.constexpr,
+def weigh_slots(
+    logits_ptr,  # [HEADS, STRIDE]
+    statistic,  # [HEADS]
+    norms_ptr,  # [HEADS / GROUP, SLOTS]
+    positions_ptr,  # [HEADS / GROUP, SLOTS]
+    oldest,
+    newest,
+    slots,
+    HEADS: tl.constexpr,
     HEADS_PAD: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    HEAD_PAD: tl.constexpr,
-    SPLITS: tl.constexpr,
-    SPLITS_PAD: tl.constexpr,
-    AT_ONCE: tl.constexpr,
+    GROUP: tl.constexpr,
+    SLOTS: tl.constexpr,
+    STRIDE: tl.constexpr,
 ):
-    """Weigh the splits of a row and add them; return log2 of its sums `[G]`."""
+    """Return importance `[S]`, summed over heads, what is free, what is protected."""
     heads = tl.arange(0, HEADS_PAD)
-    columns = tl.arange(0, HEAD_PAD)
-    splits = tl.arange(0, SPLITS_PAD)
-    statistic = tl.load(
-        statistic_ptr + (splits * ROWS + row)[:, None] * GROUP + heads[None, :],
-        (splits < SPLITS)[:, None] & (heads < GROUP)[None, :],
-        other=_LOWEST,
+    real = (heads < HEADS)[:, None] & (slots < SLOTS)[None, :]
+    # Read for the last time: what streams past may have the room.
+    logits = tl.load(
+        logits_ptr + heads[:, None] * STRIDE + slots[None, :],
+        real,
+        other=float("-inf"),
+        eviction_policy="evict_first",
     )
-    maximum = tl.max(statistic, 0)
-    total = maximum + tl.log2(tl.sum(tl.exp2(statistic - maximum[None, :]), 0))
-    real = (heads < GROUP)[:, None] & (columns < HEAD_DIM)[None, :]
-    offsets = heads[:, None] * HEAD_DIM + columns[None, :]
-    acc = tl.zeros([HEADS_PAD, HEAD_PAD], tl.float32)
-    for start in range(0, SPLITS, AT_ONCE):
-        some = start + tl.arange(0, AT_ONCE)
-        inside = some < SPLITS
-        weights = tl.load(
-            statistic_ptr + (some * ROWS + row)[:, None] * GROUP + heads[None, :],
-            inside[:, None] & (heads < GROUP)[None, :],
-            other=_LOWEST,
-        )
-        parts = tl.load(
-            part_ptr
-            + (some * ROWS + row)[:, None, None] * (GROUP * HEAD_DIM)
-            + offsets[None],
-            inside[:, None, None] & real[None],
-            other=0.0,
-        )
-        weights = tl.exp2(weights - total[None, :])
-        acc += tl.sum(parts * weights[:, :, None], 0)
-    out = acc.to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + row * (GROUP * HEAD_DIM) + offsets, out, real)
-    return total
+    offsets = (heads // GROUP)[:, None] * SLOTS + slots[None, :]
+    norms = tl.load(norms_ptr + offsets, real, other=0.0)
+    positions = tl.load(positions_ptr + offsets, real, other=-1)
+    is_held = positions >= 0
+    weights = tl.where(is_held, tl.exp2(logits - statistic[:, None]) * norms, 0.0)
+    barred = is_held & ((positions < oldest) | (positions > newest))
+    free = tl.max(is_held.to(tl.int32), 0) == 0
+    return tl.sum(weights, 0), free, tl.max(barred.to(tl.int32), 0) > 0
 
 
 @triton.jit
@@ -213,91 +189,49 @@ def slot_order(importance, free, protected, real):
 
 
 @triton.jit
-def weigh_row(
-    logits_ptr,  # [G, STRIDE]
-    statistic,  # [G]
-    norms_ptr,  # [SLOTS]
-    positions_ptr,  # [SLOTS]
-    importance_ptr,  # [STRIDE], written if the victim is shared
-    oldest,
-    newest,
-    GROUP: tl.constexpr,
-    HEADS_PAD: tl.constexpr,
-    SLOTS: tl.constexpr,
-    STRIDE: tl.constexpr,
-    CHUNK: tl.constexpr,
-    SHARED: tl.constexpr,
-):
-    """Store the importance of a row's slots, or else return the slot of the least."""
-    heads = tl.arange(0, HEADS_PAD)
-    best = tl.full([CHUNK], _MAX_INT, tl.int32)
-    best_slot = tl.zeros([CHUNK], tl.int32)
-    for start in range(0, SLOTS, CHUNK):
-        slots = start + tl.arange(0, CHUNK)
-        real = slots < SLOTS
-        # Read for the last time: what streams past may have the room.
-        logits = tl.load(
-            logits_ptr + heads[:, None] * STRIDE + slots[None, :],
-            (heads < GROUP)[:, None] & real[None, :],
-            other=float("-inf"),
-            eviction_policy="evict_first",
-        )
-        norms = tl.load(norms_ptr + slots, real, other=0.0)
-        positions = tl.load(positions_ptr + slots, real, other=-1)
-        free = positions < 0
-        protected = (positions < oldest) | (positions > newest)
-        weights = tl.sum(tl.exp2(logits - statistic[:, None]), 0)
-        importance = tl.where(free, 0.0, weights * norms)
-        if SHARED:
-            importance = tl.where(protected, -importance, importance)
-            importance = tl.where(free, float("-inf"), importance)
-            tl.store(importance_ptr + slots, importance, real)
-        else:
-            order = slot_order(importance, free, protected, real)
-            # Strict, so that of equals the lower slot stays.
-            best_slot = tl.where(order < best, slots, best_slot)
-            best = tl.minimum(best, order)
-    least = tl.min(best, 0)
-    return tl.min(tl.where(best == least, best_slot, _MAX_INT), 0)
-
-
-@triton.jit
-def choose_shared(
-    importance_ptr,  # [K, STRIDE]
+def choose_victim(
+    order,  # [S] of this block
+    slots,  # [S]
+    target_ptr,  # [B, K]
+    position_ptr,  # [B]
+    arrivals_ptr,  # [ROWS], zeros
+    new_target_ptr,  # [B, K]
+    minima_ptr,  # [ROWS, BLOCKS, 2]
+    row,
+    block,
+    TARGETS: tl.constexpr,  # KV heads that share the victim: K or 1
+    TARGETS_PAD: tl.constexpr,
     KV_HEADS: tl.constexpr,
-    KV_PAD: tl.constexpr,
-    SLOTS: tl.constexpr,
-    STRIDE: tl.constexpr,
-    CHUNK: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    BLOCKS_PAD: tl.constexpr,
 ):
-    """Return the slot that is least important to all heads of a layer together."""
-    heads = tl.arange(0, KV_PAD)
-    best = tl.full([CHUNK], _MAX_INT, tl.int32)
-    best_slot = tl.zeros([CHUNK], tl.int32)
-    for start in range(0, SLOTS, CHUNK):
-        slots = start + tl.arange(0, CHUNK)
-        real = slots < SLOTS
-        importance = tl.load(
-            importance_ptr + heads[:, None] * STRIDE + slots[None, :],
-            (heads < KV_HEADS)[:, None] & real[None, :],
-            other=0.0,
-            volatile=True,
-        )
-        signs = importance.to(tl.int32, bitcast=True) < 0  # of -0 too
-        protected = tl.max(signs.to(tl.int32), 0) > 0
-        importance = tl.sum(tl.abs(importance), 0)
-        free = importance == float("inf")
-        order = slot_order(importance, free, protected, real)
-        best_slot = tl.where(order < best, slots, best_slot)
-        best = tl.minimum(best, order)
-    least = tl.min(best, 0)
-    return tl.min(tl.where(best == least, best_slot, _MAX_INT), 0)
+    """Store the block's minimum; if it is the row's last, store the row's victim."""
+    least = tl.min(order, 0)
+    slot = tl.min(tl.where(order == least, slots, _MAX_INT), 0)
+    minima_ptr += row * (BLOCKS * 2)
+    tl.store(minima_ptr + block * 2, least)
+    tl.store(minima_ptr + block * 2 + 1, slot)
+    tl.debug_barrier()
+    arrived = tl.atomic_add(arrivals_ptr + row, 1, sem="acq_rel")
+    if arrived == BLOCKS - 1:
+        tl.debug_barrier()
+        blocks = tl.arange(0, BLOCKS_PAD)
+        real = blocks < BLOCKS
+        orders = tl.load(minima_ptr + blocks * 2, real, other=_MAX_INT, volatile=True)
+        found = tl.load(minima_ptr + blocks * 2 + 1, real, other=0, volatile=True)
+        least = tl.min(orders, 0)
+        # Among padding, too, the minimum is real: each row has a slot.
+        slot = tl.min(tl.where(orders == least, found, _MAX_INT), 0)
+        targets = tl.arange(0, TARGETS_PAD)
+        position = tl.load(position_ptr + row * TARGETS // KV_HEADS)
+        old = tl.load(target_ptr + row * TARGETS + targets, targets < TARGETS, other=0)
+        new = tl.where(position >= 0, slot, old)
+        tl.store(new_target_ptr + row * TARGETS + targets, new, targets < TARGETS)
 
 
 @triton.jit
-def longflow_step(
-    # Inputs; the cache (keys, values, positions, norms) and the target are also
-    # written, in place.
+def score_split(
+    # Inputs; the cache (keys, values, positions, norms) is also written, in place.
     query_ptr,  # [B, K, G, H]
     key_ptr,  # [B, K, H]
     value_ptr,  # [B, K, H]
@@ -307,20 +241,16 @@ def longflow_step(
     norms_ptr,  # [B, K, S]
     target_ptr,  # [B, K]
     position_ptr,  # [B]
-    oldest_ptr,  # [B]
-    newest_ptr,  # [B]
     # Outputs.
-    out_ptr,  # [B, K, G, H]
-    part_ptr,  # [SPLITS, B, K, G, H]; `out` itself where nothing is split
+    out_ptr,  # [SPLITS, B, K, G, H]
     statistic_ptr,  # [SPLITS, B, K, G]
-    logits_ptr,  # [PROGRAMS, G, STRIDE], or [B, K, G, STRIDE] where rows are split
-    importance_ptr,  # [B, K, STRIDE]
+    logits_ptr,  # [B, K, G, STRIDE]
+    arrivals_ptr,  # [B, K / TARGETS]
     # jax-triton before 0.4 passes aliased buffers a second time, as outputs.
     _keys_out_ptr,
     _values_out_ptr,
     _positions_out_ptr,
     _norms_out_ptr,
-    _target_out_ptr,
     SCALE: tl.constexpr,  # times log2(e)
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -328,86 +258,214 @@ def longflow_step(
     HEAD_DIM: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK: tl.constexpr,
-    GROUP_PAD: tl.constexpr,  # G rounded up to what the tensor cores take
+    GROUP_PAD: tl.constexpr,
     HEAD_PAD: tl.constexpr,
     PRECISION: tl.constexpr,
     SCORE: tl.constexpr,
-    SHARED: tl.constexpr,
     STRIDE: tl.constexpr,
-    ROWS: tl.constexpr,
-    HEADS_PAD: tl.constexpr,  # G rounded up to a power of two
-    KV_PAD: tl.constexpr,
-    SPLITS_PAD: tl.constexpr,
-    SPLITS_AT_ONCE: tl.constexpr,
-    CHUNK: tl.constexpr,  # slots of one row that are read back at once
-    SHARED_CHUNK: tl.constexpr,  # slots of all rows of a layer
-    SPLIT_UNIT: tl.constexpr,  # of the counter of splits in `target`; above all slots
-    HEAD_UNIT: tl.constexpr,  # of the counter of heads, above that
+    TARGETS: tl.constexpr,
 ):
-    """Write the new token, attend, score, and choose what the next token overwrites."""
+    """Write the new token, and attend to every `SPLITS`-th tile of a row."""
+    row = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(1)
+    score_row(
+        *(query_ptr, key_ptr, value_ptr, keys_ptr, values_ptr, positions_ptr),
+        *(norms_ptr, target_ptr, position_ptr, out_ptr, statistic_ptr),
+        *(logits_ptr + row * (GROUP * STRIDE), row, split, tl.num_programs(0)),
+        *(SCALE, KV_HEADS, GROUP, SLOTS, HEAD_DIM, SPLITS, BLOCK, GROUP_PAD),
+        *(HEAD_PAD, PRECISION, SCORE, STRIDE),
+    )
+    is_first = (split == 0) & (row % TARGETS == 0)
+    tl.store(arrivals_ptr + row // TARGETS, 0, is_first)
+
+
+@triton.jit
+def finish_splits(
+    logits_ptr,  # [ROWS, HEADS, STRIDE]
+    parts_ptr,  # [SPLITS, ROWS, HEADS, H]
+    statistic_ptr,  # [SPLITS, ROWS, HEADS]
+    norms_ptr,  # [ROWS, TARGETS, SLOTS]
+    positions_ptr,  # [ROWS, TARGETS, SLOTS]
+    target_ptr,  # [B, K]
+    position_ptr,  # [B]
+    oldest_ptr,  # [B]
+    newest_ptr,  # [B]
+    arrivals_ptr,  # [ROWS]
+    # Outputs.
+    out_ptr,  # [ROWS, HEADS, H]
+    new_target_ptr,  # [B, K]
+    minima_ptr,  # [ROWS, BLOCKS, 2]
+    _arrivals_out_ptr,
+    HEADS: tl.constexpr,  # query heads that share the victim: N or G
+    HEADS_PAD: tl.constexpr,
+    TARGETS: tl.constexpr,
+    TARGETS_PAD: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    STRIDE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEAD_PAD: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SPLITS_PAD: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    BLOCKS_PAD: tl.constexpr,
+):
+    """Choose the victim, `BLOCKS` programs a row, and join the splits, one per head."""
+    row = tl.program_id(0).to(tl.int64)
+    block = tl.program_id(1)
+    num_heads = tl.num_programs(0) * HEADS
+    if block < BLOCKS:
+        splits = tl.arange(0, SPLITS_PAD)
+        heads = tl.arange(0, HEADS_PAD)
+        parts = tl.load(
+            statistic_ptr
+            + splits[:, None].to(tl.int64) * num_heads
+            + (row * HEADS + heads)[None, :],
+            (splits < SPLITS)[:, None] & (heads < HEADS)[None, :],
+            other=_LOWEST,
+        )
+        maximum = tl.max(parts, 0)
+        statistic = maximum + tl.log2(tl.sum(tl.exp2(parts - maximum[None, :]), 0))
+        slots = block * CHUNK + tl.arange(0, CHUNK)
+        batch = row * TARGETS // KV_HEADS
+        held = row * (TARGETS * SLOTS)
+        importance, is_free, protected = weigh_slots(
+            *(logits_ptr + row * (HEADS * STRIDE), statistic, norms_ptr + held),
+            *(positions_ptr + held, tl.load(oldest_ptr + batch)),
+            *(tl.load(newest_ptr + batch), slots),
+            *(HEADS, HEADS_PAD, HEADS // TARGETS, SLOTS, STRIDE),
+        )
+        order = slot_order(importance, is_free, protected, slots < SLOTS)
+        choose_victim(
+            *(order, slots, target_ptr, position_ptr, arrivals_ptr),
+            *(new_target_ptr, minima_ptr, row, block),
+            *(TARGETS, TARGETS_PAD, KV_HEADS, BLOCKS, BLOCKS_PAD),
+        )
+    else:
+        combine_head(
+            *(parts_ptr, statistic_ptr, out_ptr),
+            *(row * HEADS + block - BLOCKS, num_heads),
+            *(HEAD_DIM, SPLITS, SPLITS_PAD, HEAD_PAD),
+        )
+
+
+@triton.jit
+def score_rows(
+    # As in `score_split`.
+    query_ptr,
+    key_ptr,
+    value_ptr,
+    keys_ptr,
+    values_ptr,
+    positions_ptr,
+    norms_ptr,
+    target_ptr,
+    position_ptr,
+    oldest_ptr,  # [B]
+    newest_ptr,  # [B]
+    # Outputs.
+    out_ptr,  # [B, K, G, H]
+    statistic_ptr,  # [B, K, G]
+    logits_ptr,  # [PROGRAMS, G, STRIDE]
+    importance_ptr,  # [B, K, STRIDE]
+    arrivals_ptr,  # [B, K / TARGETS]
+    _keys_out_ptr,
+    _values_out_ptr,
+    _positions_out_ptr,
+    _norms_out_ptr,
+    SCALE: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    SLOTS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    GROUP_PAD: tl.constexpr,
+    HEAD_PAD: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SCORE: tl.constexpr,
+    STRIDE: tl.constexpr,
+    TARGETS: tl.constexpr,
+    ROWS: tl.constexpr,
+    HEADS_PAD: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """Do whole rows, one after the other, and their importance per key/value head."""
     program = tl.program_id(0)
-    item = program.to(tl.int64)
-    for _ in range(program, ROWS * SPLITS, tl.num_programs(0)):
-        row = item // SPLITS
-        split = (item % SPLITS).to(tl.int32)
-        batch = row // KV_HEADS
-        position = tl.load(position_ptr + batch)
-        unfinished = position >= 0
-        # Others may have arrived already.
-        target = tl.load(target_ptr + row, volatile=True) % SPLIT_UNIT
-        target = tl.where(unfinished, target, -1)
-        if SPLITS == 1:
-            mine = logits_ptr + program.to(tl.int64) * (GROUP * STRIDE)
-            attend_row(
-                *(query_ptr, key_ptr, value_ptr, keys_ptr, values_ptr, positions_ptr),
-                *(norms_ptr, target, position, out_ptr, statistic_ptr, mine, row, 0),
-                *(SCALE, GROUP, SLOTS, HEAD_DIM, SPLITS, BLOCK, GROUP_PAD, HEAD_PAD),
-                *(PRECISION, SCORE, STRIDE, ROWS),
+    logits_ptr += program.to(tl.int64) * (GROUP * STRIDE)
+    heads = tl.arange(0, HEADS_PAD)
+    row = program.to(tl.int64)
+    for _ in range(program, ROWS, tl.num_programs(0)):
+        score_row(
+            *(query_ptr, key_ptr, value_ptr, keys_ptr, values_ptr, positions_ptr),
+            *(norms_ptr, target_ptr, position_ptr, out_ptr),
+            *(statistic_ptr, logits_ptr, row, 0, ROWS),
+            *(SCALE, KV_HEADS, GROUP, SLOTS, HEAD_DIM, 1, BLOCK, GROUP_PAD),
+            *(HEAD_PAD, PRECISION, SCORE, STRIDE),
+        )
+        tl.store(arrivals_ptr + row // TARGETS, 0, row % TARGETS == 0)
+        # What the program's other threads have stored is read from here on.
+        tl.debug_barrier()
+        statistic = tl.load(statistic_ptr + row * GROUP + heads, heads < GROUP, other=0)
+        oldest = tl.load(oldest_ptr + row // KV_HEADS)
+        newest = tl.load(newest_ptr + row // KV_HEADS)
+        for start in range(0, SLOTS, CHUNK):
+            slots = start + tl.arange(0, CHUNK)
+            real = slots < SLOTS
+            # Read for the last time: what streams past may have the room.
+            logits = tl.load(
+                logits_ptr + heads[:, None] * STRIDE + slots[None, :],
+                (heads < GROUP)[:, None] & real[None, :],
+                other=float("-inf"),
+                eviction_policy="evict_first",
             )
-            tl.debug_barrier()
-            ends_row = unfinished
-        else:
-            mine = logits_ptr + row * (GROUP * STRIDE)
-            attend_row(
-                *(query_ptr, key_ptr, value_ptr, keys_ptr, values_ptr, positions_ptr),
-                *(norms_ptr, target, position, part_ptr, statistic_ptr, mine, row),
-                *(split, SCALE, GROUP, SLOTS, HEAD_DIM, SPLITS, BLOCK, GROUP_PAD),
-                *(HEAD_PAD, PRECISION, SCORE, STRIDE, ROWS),
-            )
-            if not unfinished:  # finite is all that its output has to be
-                offsets, real = head_offsets(GROUP, HEAD_DIM, GROUP_PAD, HEAD_PAD)
-                zeros = tl.zeros([GROUP_PAD, HEAD_PAD], out_ptr.dtype.element_ty)
-                tl.store(out_ptr + row * (GROUP * HEAD_DIM) + offsets, zeros, real)
-            ends_row = last_to_arrive(target_ptr + row, unfinished, SPLIT_UNIT, SPLITS)
-        if ends_row:
-            if SPLITS == 1:
-                heads = tl.arange(0, HEADS_PAD)
-                statistic = tl.load(
-                    statistic_ptr + row * GROUP + heads, heads < GROUP, other=0.0
-                )
-            else:
-                statistic = join_splits(
-                    *(part_ptr, statistic_ptr, out_ptr, row, ROWS, GROUP, HEADS_PAD),
-                    *(HEAD_DIM, HEAD_PAD, SPLITS, SPLITS_PAD, SPLITS_AT_ONCE),
-                )
-            slot = weigh_row(
-                *(mine, statistic, norms_ptr + row * SLOTS),
-                *(positions_ptr + row * SLOTS, importance_ptr + row * STRIDE),
-                *(tl.load(oldest_ptr + batch), tl.load(newest_ptr + batch)),
-                *(GROUP, HEADS_PAD, SLOTS, STRIDE, CHUNK, SHARED),
-            )
-            if not SHARED:
-                tl.store(target_ptr + row, slot)
-            else:
-                first = batch * KV_HEADS
-                if last_to_arrive(target_ptr + first, True, HEAD_UNIT, KV_HEADS):
-                    slot = choose_shared(
-                        *(importance_ptr + first * STRIDE, KV_HEADS, KV_PAD),
-                        *(SLOTS, STRIDE, SHARED_CHUNK),
-                    )
-                    layer = tl.arange(0, KV_PAD)
-                    chosen = tl.zeros([KV_PAD], tl.int32) + slot
-                    tl.store(target_ptr + first + layer, chosen, layer < KV_HEADS)
-        if SPLITS == 1:
-            tl.debug_barrier()  # the scratch is written anew
-        item += tl.num_programs(0)
+            norms = tl.load(norms_ptr + row * SLOTS + slots, real, other=0.0)
+            positions = tl.load(positions_ptr + row * SLOTS + slots, real, other=-1)
+            weights = tl.sum(tl.exp2(logits - statistic[:, None]), 0)
+            importance = weights * norms
+            barred = (positions < oldest) | (positions > newest)
+            importance = tl.where(barred, -importance, importance)
+            importance = tl.where(positions < 0, float("-inf"), importance)
+            tl.store(importance_ptr + row * STRIDE + slots, importance, real)
+        tl.debug_barrier()
+        row += tl.num_programs(0)
+
+
+@triton.jit
+def choose_victims(
+    importance_ptr,  # [ROWS, TARGETS, STRIDE]
+    target_ptr,  # [B, K]
+    position_ptr,  # [B]
+    arrivals_ptr,  # [ROWS]
+    # Outputs.
+    new_target_ptr,  # [B, K]
+    minima_ptr,  # [ROWS, BLOCKS, 2]
+    _arrivals_out_ptr,
+    TARGETS: tl.constexpr,
+    TARGETS_PAD: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    STRIDE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    BLOCKS_PAD: tl.constexpr,
+):
+    """Choose the victim from importance per key/value head, `BLOCKS` programs a row."""
+    row = tl.program_id(0).to(tl.int64)
+    block = tl.program_id(1)
+    slots = block * CHUNK + tl.arange(0, CHUNK)
+    kv_heads = tl.arange(0, TARGETS_PAD)
+    importance = tl.load(
+        importance_ptr + (row * TARGETS + kv_heads)[:, None] * STRIDE + slots[None, :],
+        (kv_heads < TARGETS)[:, None] & (slots < SLOTS)[None, :],
+        other=0.0,
+    )
+    protected = tl.max((importance.to(tl.int32, bitcast=True) < 0).to(tl.int32), 0) > 0
+    importance = tl.sum(tl.abs(importance), 0)
+    is_free = importance == float("inf")
+    order = slot_order(importance, is_free, protected, slots < SLOTS)
+    choose_victim(
+        *(order, slots, target_ptr, position_ptr, arrivals_ptr),
+        *(new_target_ptr, minima_ptr, row, block),
+        *(TARGETS, TARGETS_PAD, KV_HEADS, BLOCKS, BLOCKS_PAD),
+    )

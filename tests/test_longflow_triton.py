@@ -14,7 +14,12 @@ import triton_on_cpu
 
 from jaxkv.kernels import longflow_triton
 from jaxkv.kernels.longflow import value_norms
-from jaxkv.kernels.longflow_triton import Tiles, choose_tiles, step_constants
+from jaxkv.kernels.longflow_triton import (
+    Tiles,
+    choose_constants,
+    choose_tiles,
+    score_constants,
+)
 
 # heads, KV heads, slots, head size, dtype, score, shared, (splits, block, programs)
 FAST = [
@@ -83,20 +88,32 @@ def test_shipped_tiles_compile_without_spills(shape, capability, record_property
     batch, heads, kv_heads, slots, head_dim, dtype = shape
     sizes = heads, kv_heads, slots, head_dim
     tiles = choose_tiles(batch, *sizes, dtype)
-    constants = step_constants(batch, *sizes, dtype, 0.1, "l1", True, tiles)
-    kernel = body.longflow_step
-    dtypes = dict.fromkeys(kernel.arg_names, "int32")
-    arrays = ["query_ptr", "key_ptr", "value_ptr", "keys_ptr", "values_ptr", "out_ptr"]
-    dtypes |= dict.fromkeys([*arrays, "_keys_out_ptr", "_values_out_ptr"], dtype)
-    arrays = ["part_ptr", "statistic_ptr", "logits_ptr", "importance_ptr", "norms_ptr"]
-    dtypes |= dict.fromkeys([*arrays, "_norms_out_ptr"], "float32")
-    usage = triton_on_cpu.usage(kernel, dtypes, constants, tiles, capability)
-    for name, number in usage.items():
-        record_property(name, number)
-    print(f"sm_{capability} {shape} {tiles} {usage}")
-    assert usage["stack"] == 0 and usage["local"] == 0
-    # Room for two programs per processor on A100, for three on H100 with 4 warps.
-    assert usage["shared"] <= 83 * 1024
+    first = score_constants(*sizes, dtype, 0.1, "l1", True, tiles, batch)
+    second = choose_constants(*sizes, True, tiles)
+    small = Tiles(splits=1, block=16, warps=4, stages=1)
+    launches = {
+        True: [("score_rows", first, tiles), ("choose_victims", second, small)],
+        False: [("score_split", first, tiles), ("finish_splits", second, small)],
+    }[tiles.programs > 0]
+    for name, constants, launch in launches:
+        kernel = getattr(body, name)
+        dtypes = dict.fromkeys(kernel.arg_names, "int32")
+        dtypes |= dict.fromkeys(
+            ["query_ptr", "key_ptr", "value_ptr", "keys_ptr", "values_ptr"], dtype
+        )
+        dtypes |= dict(_keys_out_ptr=dtype, _values_out_ptr=dtype)
+        dtypes |= dict.fromkeys(
+            ["statistic_ptr", "logits_ptr", "importance_ptr", "parts_ptr"], "float32"
+        )
+        dtypes |= dict(norms_ptr="float32", _norms_out_ptr="float32")
+        dtypes["out_ptr"] = "float32" if name == "score_split" else dtype
+        usage = triton_on_cpu.usage(kernel, dtypes, constants, launch, capability)
+        for key, number in usage.items():
+            record_property(f"{name} {key}", number)
+        print(f"sm_{capability} {shape} {name} {launch} {usage}")
+        assert usage["stack"] == 0 and usage["local"] == 0
+        # Room for two programs per processor on A100, for three on H100 with 4 warps.
+        assert usage["shared"] <= 83 * 1024
 
 
 def test_chosen_tiles_are_possible_everywhere():
