@@ -27,10 +27,11 @@ from jaxkv.scoring import (
 from jaxkv.state import KVState
 
 
-def attention_of_last(prompt: Prompt, window: int) -> jax.Array:
+def attention_of_last(prompt: Prompt, window: int, *, offset: int = 0) -> jax.Array:
     """Return what the last `window` tokens of each prompt pay to all: `[B, K, T]`.
 
-    A prompt that is shorter than the window is a window as a whole.
+    A prompt that is shorter than the window is a window as a whole. With an offset,
+    they pay it from positions that lie so much further on.
     """
     return attention_of_window(
         prompt,
@@ -38,6 +39,7 @@ def attention_of_last(prompt: Prompt, window: int) -> jax.Array:
         window=window,
         length=prompt.keys.shape[1],
         count=jnp.minimum(prompt.lengths, window),
+        offset=offset,
     )
 
 
@@ -55,11 +57,15 @@ class SnapKV(WholePrompt):
       window_size: last tokens of the prompt that score, and that are always kept.
       kernel_size: of the pooling, odd.
       pooling: "max", "avg" or "none".
+      offset: positions that the window's queries are turned ahead by before they
+        score; 0 is the paper. With `window_size` they stand where the output will:
+        DapQ's idea without pseudo tokens, with the prompt's end as the content.
     """
 
     window_size: int = 32
     kernel_size: int = 7
     pooling: Pooling = "max"
+    offset: int = 0
 
     @classmethod
     def longbench(cls, **options) -> "SnapKV":
@@ -76,11 +82,16 @@ class SnapKV(WholePrompt):
         name = type(self).__name__
         check_window(name, self.window_size)
         check_pooling(name, self.pooling, self.kernel_size)
+        if self.offset < 0:
+            raise ValueError(
+                f"{name}: offset must be >= 0, got {self.offset}; queries are turned "
+                "ahead, to positions of the output."
+            )
         check_kept_anyway(name, budget, window_size=self.window_size)
 
     def compress(self, prompt: Prompt, state: KVState, *, budget: int) -> KVState:
         """Keep the window, and the best of what lies before it."""
-        scores = attention_of_last(prompt, self.window_size)
+        scores = attention_of_last(prompt, self.window_size, offset=self.offset)
         index = jnp.arange(scores.shape[-1])
         before = index < (prompt.lengths - self.window_size)[:, None]
         scores = pool(
@@ -109,6 +120,7 @@ class PyramidKV(SnapKV):
       window_size: see `SnapKV`.
       kernel_size: see `SnapKV`.
       pooling: see `SnapKV`.
+      offset: see `SnapKV`.
       beta: how steep the pyramid is; 1 is flat.
     """
 

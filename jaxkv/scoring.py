@@ -10,6 +10,7 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 
+from jaxkv.kernels.rotary import rotate
 from jaxkv.kernels.window_scores import window_scores
 from jaxkv.policies import Prompt
 
@@ -25,6 +26,7 @@ def attention_of_window(
     length: int,
     count: jax.Array | None = None,
     granularity: Granularity = "kv_head",
+    offset: int = 0,
 ) -> jax.Array:
     """Return `S(j) = sum over the window's queries q of softmax(q K^T / sqrt(H))_j`.
 
@@ -35,6 +37,7 @@ def attention_of_window(
       length: tokens `L` to score, the first ones.
       count: int32 `[B]`, queries that each row has; None is all `W`.
       granularity: "kv_head" averages over the query heads of a key/value head.
+      offset: positions that the queries are turned ahead by; what they see stays.
 
     Returns:
       Float32 `[B, K, L]`, or `[B, N, L]` by query head.
@@ -42,6 +45,11 @@ def attention_of_window(
     place = start[:, None] + jnp.arange(window)
     place = jnp.minimum(place, prompt.queries.shape[1] - 1)
     queries = jnp.take_along_axis(prompt.queries, place[..., None, None], axis=1)
+    if offset:
+        # Rotations add up: turned by the difference, a query is what its token would
+        # ask at the later position.
+        ahead = jnp.full_like(place, offset)
+        queries = rotate(queries, ahead, prompt.frequencies)
 
     def scores(queries):
         return window_scores(

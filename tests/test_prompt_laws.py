@@ -54,6 +54,7 @@ POLICIES = {
         window_size=6, prefix=2, pooling="none", granularity="query_head"
     ),
     "snapkv": SnapKV(window_size=4, kernel_size=3),
+    "snapkv, turned ahead": SnapKV(window_size=4, kernel_size=3, offset=4),
     "pyramidkv": PyramidKV(window_size=2, kernel_size=3, pooling="avg", beta=4),
     "h2o, windowed": H2O(window_size=4),
     "h2o": H2O(window_size=None),

@@ -23,7 +23,7 @@ from jaxkv import state as kv
 from jaxkv.expected_attention import expected_attention
 from jaxkv.kernels.rotary import rotate
 from jaxkv.policies import Prompt, keep_top
-from jaxkv.prompt_policies import attention_of_all
+from jaxkv.prompt_policies import attention_of_all, attention_of_last
 from jaxkv.scoring import keep_anyway, pool
 
 LOG = float(np.log(2.0))
@@ -96,6 +96,39 @@ def test_snapkv_pools_what_lies_before_the_window_only():
     assert kept(dataclasses.replace(max3, pooling="avg"), prompt) == [[0, 1, 5]]
     prompt = prompt._replace(keep=jnp.asarray([2]))
     assert kept(dataclasses.replace(max3, pooling="avg"), prompt) == [[1, 5]]
+
+
+def test_snapkv_s_window_can_be_turned_ahead():
+    """One head, frequency 1: turned by one radian a position, until the key is met."""
+    angles = jnp.asarray([1.0, 2.0, 3.0, 0.0, 0.0])
+    arrows = jnp.stack([jnp.cos(angles), jnp.sin(angles)], axis=-1)[None, :, None]
+    prompt = prompt_of(np.ones((5, 1)), np.ones((5, 1)), keep=2)
+    prompt = prompt._replace(queries=arrows, keys=arrows)
+    policy = SnapKV(window_size=1, pooling="none")
+    for offset, best in ((0, 3), (1, 0), (2, 1), (3, 2)):
+        turned = dataclasses.replace(policy, offset=offset)
+        assert kept(turned, prompt) == [[best, 4]]
+    # Not only the first query of a window, and pyramids too.
+    for two in (SnapKV(window_size=2, offset=2), PyramidKV(window_size=2, offset=2)):
+        two = dataclasses.replace(two, pooling="none")
+        three = prompt._replace(keep=jnp.asarray([3]))
+        assert kept(two, three) == [[1, 3, 4]]
+
+
+def test_a_turned_query_is_the_query_of_the_later_position():
+    rng = np.random.default_rng(0)
+    frequencies = jnp.asarray([1.0, 0.1])
+    plain = jnp.asarray(rng.normal(size=(1, 6, 2, 4)), jnp.float32)
+    index = jnp.arange(6)[None]
+    prompt = prompt_of(np.ones((6, 1)), np.ones((6, 1)))._replace(
+        queries=rotate(plain, index, frequencies),
+        keys=rotate(plain[:, :, :1], index, frequencies),
+        frequencies=frequencies,
+    )
+    later = prompt._replace(queries=rotate(plain, index + 7, frequencies))
+    turned = attention_of_last(prompt, 3, offset=7)
+    np.testing.assert_allclose(turned, attention_of_last(later, 3), rtol=1e-5)
+    assert not np.allclose(turned, attention_of_last(prompt, 3), rtol=1e-2)
 
 
 def test_h2o_windowed_is_snapkv_without_pooling():
@@ -275,6 +308,7 @@ def test_kept_anyway_counts_from_each_row_s_end():
         (SnapKV(window_size=8), 8, "budget=8 leaves no slot .* window_size=8"),
         (SnapKV(kernel_size=4), 64, "kernel_size must be odd"),
         (SnapKV(pooling="mean"), 64, "unknown pooling='mean'"),
+        (SnapKV(offset=-1), 64, "SnapKV: offset must be >= 0, got -1"),
         (PyramidKV(window_size=8), 8, "PyramidKV: budget=8 leaves no slot"),
         (PyramidKV(beta=0), 64, "beta must be at least 1"),
         (H2O(window_size=0), 8, "H2O: window_size must be at least 1"),
