@@ -141,6 +141,15 @@ def check_pooling(name: str, pooling: str, kernel_size: int) -> None:
         )
 
 
+def check_room_for_window(name: str, budget: int) -> None:
+    """Raise ValueError unless there is room for one query's token and one other."""
+    if budget < 2:
+        raise ValueError(
+            f"{name}: budget={budget} leaves no slot beside its window of at least one "
+            "token; use a budget of at least 2."
+        )
+
+
 def check_kept_anyway(name: str, budget: int, **kept: int) -> None:
     """Raise ValueError unless a slot is left beside the tokens that are kept anyway.
 

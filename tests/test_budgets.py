@@ -135,7 +135,7 @@ EVICTS = dict(decode=jaxkv.StreamingLLM())
         (dict(budget=50, prefill=jaxkv.DapQ(window_size=200)), "200 pseudo tokens"),
         (dict(budget=50, prefill=jaxkv.SnapKV(offset=200)), "at offset 200 need 300"),
         (dict(budget=50, prefill=jaxkv.DapQ(window_size=0)), "window_size must be"),
-        (dict(compression_ratio=0.5, prefill=jaxkv.SnapKV()), "budget=30 leaves no"),
+        (dict(budget=[9, 1], prefill=jaxkv.SnapKV()), "budget=1 leaves no slot"),
         (dict(budget=50, prefill=PYRAMID, **EVICTS), "different budgets"),
     ],
 )

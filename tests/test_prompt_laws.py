@@ -55,6 +55,7 @@ POLICIES = {
     ),
     "snapkv": SnapKV(window_size=4, kernel_size=3),
     "snapkv, turned ahead": SnapKV(window_size=4, kernel_size=3, offset=4),
+    "snapkv, all but one": SnapKV(window_size=10, kernel_size=3),
     "pyramidkv": PyramidKV(window_size=2, kernel_size=3, pooling="avg", beta=4),
     "h2o, windowed": H2O(window_size=4),
     "h2o": H2O(window_size=None),

@@ -131,6 +131,19 @@ def test_a_turned_query_is_the_query_of_the_later_position():
     assert not np.allclose(turned, attention_of_last(prompt, 3), rtol=1e-2)
 
 
+@pytest.mark.parametrize("policy", [SnapKV, H2O, PyramidKV])
+def test_a_budget_within_the_window_shortens_it(policy):
+    """The same as if the window had been asked for that is left."""
+    options = {} if policy is H2O else dict(pooling="none")
+    for keep in (2, 3, 4):
+        # Room for more in the batch, and a window beyond the prompt, change nothing.
+        prompt = prompt_of(ONES, KEYS, keep=keep)
+        want = kept(policy(window_size=keep - 1, **options), prompt)
+        assert all(len(row) == keep for row in want)
+        for size in (keep, 5, 32):
+            assert kept(policy(window_size=size, **options), prompt) == want
+
+
 def test_h2o_windowed_is_snapkv_without_pooling():
     prompt = prompt_of(ONES, KEYS, keep=3)
     plain = kept(SnapKV(window_size=2, pooling="none"), prompt)
@@ -191,6 +204,10 @@ def test_budgets_of_a_pyramid():
     # No layer gets more than there is: 460 - 32 = 428 < 437; then the lowest is 20.
     (short,) = np.array(policy.layer_keeps(keep[:1], np.array([460]), 32)).T
     assert (short[0], short[31]) == (460, 460 - 31 * (408 // 31))
+    # The window takes it all, so there is nothing to share out.
+    assert (
+        np.array(policy.layer_keeps(np.array([32, 5]), lengths[:2], 4)) == [32, 5]
+    ).all()
     np.testing.assert_array_equal(
         np.array(policy.layer_keeps(jnp.asarray(keep), jnp.asarray(lengths), 32)),
         budgets,
@@ -202,7 +219,7 @@ def test_slots_of_a_pyramid_are_enough(layers):
     policy = PyramidKV(window_size=2, beta=3)
     slots = np.array(policy.layer_budgets(20, layers))[:, None]
     lengths = np.arange(1, 60)
-    for budget in range(3, 21):
+    for budget in range(2, 21):
         keep = np.full_like(lengths, budget)
         keeps = np.array(policy.layer_keeps(keep, lengths, layers))
         assert (np.minimum(keeps, lengths) <= slots).all()
@@ -305,14 +322,14 @@ def test_kept_anyway_counts_from_each_row_s_end():
     ("policy", "budget", "message"),
     [
         (SnapKV(window_size=0), 8, "SnapKV: window_size must be at least 1"),
-        (SnapKV(window_size=8), 8, "budget=8 leaves no slot .* window_size=8"),
+        (SnapKV(window_size=8), 1, "SnapKV: budget=1 leaves no slot beside its win"),
         (SnapKV(kernel_size=4), 64, "kernel_size must be odd"),
         (SnapKV(pooling="mean"), 64, "unknown pooling='mean'"),
         (SnapKV(offset=-1), 64, "SnapKV: offset must be >= 0, got -1"),
-        (PyramidKV(window_size=8), 8, "PyramidKV: budget=8 leaves no slot"),
+        (PyramidKV(window_size=8), 1, "PyramidKV: budget=1 leaves no slot"),
         (PyramidKV(beta=0), 64, "beta must be at least 1"),
         (H2O(window_size=0), 8, "H2O: window_size must be at least 1"),
-        (H2O(window_size=8), 8, "H2O: budget=8 leaves no slot"),
+        (H2O(window_size=8), 1, "H2O: budget=1 leaves no slot"),
         (H2O(window_size=None), 1, "H2O: budget=1 leaves no slot"),
         (ExpectedAttention(n_future_positions=0), 8, "n_future_positions must be"),
         (ExpectedAttention(epsilon=-1.0), 8, "epsilon must be >= 0"),
@@ -326,7 +343,7 @@ def test_kept_anyway_counts_from_each_row_s_end():
         (DapQ(n_sink=-1), 8, "n_sink must be >= 0"),
         (DapQ(n_sink=4, n_recent=4), 8, "n_sink=4 and n_recent=4 keeps anyway"),
         (LAQ(window_size=0), 64, "LAQ: window_size must be at least 1"),
-        (LAQ(), 32, "SnapKV: budget=32 leaves no slot"),
+        (LAQ(), 1, "SnapKV: budget=1 leaves no slot"),
         (LAQ(n_recent=64), 64, "LAQ: budget=64 leaves no slot"),
     ],
 )
