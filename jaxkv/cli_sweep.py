@@ -49,9 +49,10 @@ class Sweep:
     mixed: Annotated[
         bool,
         typer.Option(
-            help="Put rows of different budgets into one batch: one program for all."
+            help="Put rows of different budgets into one batch: one program for all "
+            "of them, and the same answers; not if --decode evicts."
         ),
-    ] = False
+    ] = True
     side_by_side: Annotated[
         int,
         typer.Option(min=1, help="Programs at a time: one compiles, another computes."),

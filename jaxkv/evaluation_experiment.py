@@ -68,7 +68,7 @@ class Experiment:
     max_new_tokens: int | None = None
     match: Match = "all"
     batch_size: int = 8
-    mixed: bool = False
+    mixed: bool = True
     side_by_side: int = 1
     seconds: float | None = None
     characters: int = 0
