@@ -51,7 +51,11 @@ POLICIES = {
         window_size=6, prefix=2, content="vocabulary", offset=3, n_sink=1, n_recent=2
     ),
     "dapq, by query head": DapQ(
-        window_size=6, prefix=2, pooling="none", granularity="query_head"
+        window_size=6,
+        prefix=2,
+        reduction="sum",
+        pooling="none",
+        granularity="query_head",
     ),
     "snapkv": SnapKV(window_size=4, kernel_size=3),
     "snapkv, turned ahead": SnapKV(window_size=4, kernel_size=3, offset=4),

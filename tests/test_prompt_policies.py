@@ -335,7 +335,8 @@ def test_kept_anyway_counts_from_each_row_s_end():
         (ExpectedAttention(epsilon=-1.0), 8, "epsilon must be >= 0"),
         (ExpectedAttention(n_sink=8), 8, "leaves no slot .* n_sink=8"),
         (DapQ(window_size=0), 8, "DapQ: window_size must be at least 1"),
-        (DapQ(prefix=33), 8, "prefix=33 must lie between 0 and window_size=32"),
+        (DapQ(prefix=9), 8, "prefix=9 must lie between 0 and window_size=8"),
+        (DapQ(reduction="mean"), 8, "unknown reduction='mean'"),
         (DapQ(content="poem"), 8, "unknown content='poem'"),
         (DapQ(granularity="layer"), 8, "unknown granularity='layer'"),
         (DapQ(content="fixed"), 8, 'content="fixed" needs fixed_ids'),
@@ -366,5 +367,6 @@ def test_named_profiles():
     assert PyramidKV.kvpress() == PyramidKV(
         window_size=64, kernel_size=5, pooling="avg"
     )
-    assert DapQ.literal() == DapQ(pooling="none")
-    assert DapQ.tables(offset=2) == DapQ(pooling="max", kernel_size=7, offset=2)
+    paper = DapQ(window_size=32, prefix=4, reduction="sum", kernel_size=7)
+    assert DapQ.literal() == dataclasses.replace(paper, pooling="none")
+    assert DapQ.tables(offset=2) == dataclasses.replace(paper, offset=2)
