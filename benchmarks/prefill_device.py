@@ -29,7 +29,12 @@ from jaxkv.models.decoder import Decoder, random_parameters
 from jaxkv.models.public_shapes import SHAPES
 from jaxkv.provenance import provenance, write_json
 
-METHODS = {"full": Full(), "dapq": DapQ(), "snapkv": SnapKV()}
+METHODS = {
+    "full": Full(),
+    "dapq": DapQ(),
+    "dapq:tables": DapQ.tables(),
+    "snapkv": SnapKV(),
+}
 
 
 def options_of(method, budget, scores):

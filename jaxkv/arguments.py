@@ -274,7 +274,7 @@ def check(
                     f"evicts, such as StreamingLLM(), or a budget of at least {least}."
                 )
     last = longest + prefill.offset + prefill.num_pseudo
-    if prefill.num_pseudo and last > lm.config.max_positions:
+    if last > max(longest, lm.config.max_positions):
         raise ValueError(
             f"generate: a prompt of {longest} tokens and {prefill.num_pseudo} pseudo "
             f"tokens of {type(prefill).__name__} at offset {prefill.offset} need "

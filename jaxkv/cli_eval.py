@@ -22,7 +22,9 @@ from jaxkv.evaluation import Cell
 from jaxkv.evaluation_experiment import Experiment
 from jaxkv.evaluation_questions import Match
 from jaxkv.language_model import NEEDLE
+from jaxkv.methods import PREFILL
 
+ALL = ",".join(PREFILL)
 NIAH = ("niah_single_1", "niah_single_words", "niah_single_uuid")
 
 
@@ -110,7 +112,7 @@ def niah(
 @with_sweep
 def ruler(
     model: flags.Model = NEEDLE,
-    methods: Methods = "full,streaming-llm",
+    methods: Methods = ALL,
     budgets: Budgets = "1.5%,3%,6%,12.5%,25%,50%",
     lengths: Lengths = "4096,8192",
     tasks: Tasks = None,

@@ -46,6 +46,10 @@ def positions(
         str, typer.Option(help="For the recall: tokens or percentages, with commas.")
     ] = "3%,6%,12.5%",
     seed: flags.Seed = 0,
+    development: Annotated[
+        bool,
+        typer.Option("--development", help="Take other samples than reports do."),
+    ] = False,
     batch_size: flags.BatchSize = 8,
     dtype: Annotated[
         str, typer.Option(help="16 bits would blur what is compared.")
@@ -69,7 +73,7 @@ def positions(
             lm,
             [Cell(task=task, length=length)],
             samples=samples,
-            seed=evaluation.REPORT_SEED,
+            seed=evaluation.DEVELOPMENT_SEED if development else evaluation.REPORT_SEED,
         )
         shown = bar.add_task("prompts", total=samples)
         found = position_study.run(
@@ -89,6 +93,7 @@ def positions(
         "sizes": list(study.sizes),
         "budgets": [budget.name for budget in study.budgets],
         "seed": seed,
+        "development": development,
     }
     record = {"config": config, **found, "run_meta": provenance()}
     if out is not None:

@@ -35,7 +35,6 @@ class Sweep:
       batch_size: most prompts generated from together.
       mixed: whether a batch may hold rows of different budgets.
       side_by_side: programs that run at the same time.
-      workers: processes that draw samples.
       seconds: after which no further batch begins.
       characters: of each output that are kept; 0 keeps all.
       out: folder of results.
@@ -50,15 +49,13 @@ class Sweep:
     mixed: Annotated[
         bool,
         typer.Option(
-            help="Put rows of different budgets into one batch: one program for all."
+            help="Put rows of different budgets into one batch: one program for all "
+            "of them, and the same answers; not if --decode evicts."
         ),
-    ] = False
+    ] = True
     side_by_side: Annotated[
         int,
         typer.Option(min=1, help="Programs at a time: one compiles, another computes."),
-    ] = 1
-    workers: Annotated[
-        int, typer.Option(min=1, help="Processes that draw and tokenise samples.")
     ] = 1
     seconds: Annotated[
         float | None,
@@ -77,8 +74,7 @@ class Sweep:
     @property
     def options(self) -> dict[str, Any]:
         """The fields that `Experiment` takes."""
-        names = ("batch_size", "mixed", "side_by_side", "workers", "seconds")
-        names += ("characters",)
+        names = ("batch_size", "mixed", "side_by_side", "seconds", "characters")
         return {name: getattr(self, name) for name in names} | {
             "arguments": {
                 "prefill_implementation": self.prefill_implementation,

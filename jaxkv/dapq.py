@@ -16,6 +16,7 @@ from jaxkv.prompt_policies import SnapKV
 from jaxkv.scoring import (
     Granularity,
     Pooling,
+    Reduction,
     attention_of_window,
     check_kept_anyway,
     check_pooling,
@@ -42,14 +43,20 @@ class DapQ(WholePrompt):
     token comes from the prompt's last token, and decoding goes on at position `L`.
 
     The equations have no pooling (`literal`); the paper's tables were probably made
-    with SnapKV's (`tables`), which is the default. Deviations: selection is per
-    key/value head, see `granularity`; contents of prompts shorter than `N` wrap around.
+    with SnapKV's (`tables`). Both are of little use to the checkpoint `needle`, so the
+    default is a setting that is, in three things: no `prefix`, fewer pseudo tokens with
+    the largest score of any in place of the sum, and wider pooling. Deviations of all:
+    selection is per key/value head, see `granularity`; contents of prompts shorter than
+    `N` wrap around.
 
     Attributes:
       window_size: pseudo tokens `N`.
       prefix: `m` of the content `Fm_L(N-m)`: the first `m` and the last `N - m` tokens
         of the prompt. Where the prompt is shorter than either part, the part goes
-        round it; where it is shorter than both together, they overlap.
+        round it; where it is shorter than both together, they overlap. The first token
+        is most often the begin of the sequence: a model that was trained on rows of
+        several documents takes it for the next one's, and its pseudo tokens then look
+        at themselves instead of the prompt.
       content: "prefix_suffix"; "random_tokens" of the prompt, drawn with replacement;
         "random_span", consecutive tokens of the prompt; "fixed", `fixed_ids`, repeated;
         "vocabulary", any tokens. A draw depends on the seed and the prompt's length.
@@ -57,6 +64,8 @@ class DapQ(WholePrompt):
       seed: of the random contents.
       offset: moves the pseudo tokens' positions from `L` to `L + offset`; where that
         lies before the prompt, it starts at 0. They see the whole prompt all the same.
+      reduction: "max" takes `S(j) = max_i softmax(...)_j`: what a single token of the
+        output needs is not thinned out by the others, which look elsewhere.
       pooling: of `S` along the prompt: "none", "max" or "avg".
       kernel_size: of the pooling, odd.
       n_recent: last tokens of the prompt that stay whatever they score.
@@ -66,27 +75,29 @@ class DapQ(WholePrompt):
         does: an analysis, which stores `num_heads / num_kv_heads` times as much.
     """
 
-    window_size: int = 32
-    prefix: int = 4
+    window_size: int = 8
+    prefix: int = 0
     content: Content = "prefix_suffix"
     fixed_ids: tuple[int, ...] = ()
     seed: int = 0
     offset: int = 0
+    reduction: Reduction = "max"
     pooling: Pooling = "max"
-    kernel_size: int = 7
+    kernel_size: int = 31
     n_recent: int = 0
     n_sink: int = 0
     granularity: Granularity = "kv_head"
 
     @classmethod
     def literal(cls, **options) -> "DapQ":
-        """Return the paper's equations to the letter: no pooling."""
-        return cls(**dict(pooling="none") | options)
+        """Return the paper's equations to the letter: F4_L28, the sum, no pooling."""
+        return cls.tables(**dict(pooling="none") | options)
 
     @classmethod
     def tables(cls, **options) -> "DapQ":
-        """Return what the paper's tables probably used: max-pooling by 7."""
-        return cls(**dict(pooling="max", kernel_size=7) | options)
+        """Return what the paper's tables probably used: F4_L28, max-pooling by 7."""
+        paper = dict(window_size=32, prefix=4, reduction="sum", kernel_size=7)
+        return cls(**paper | options)
 
     @property
     def num_pseudo(self) -> int:
@@ -102,7 +113,11 @@ class DapQ(WholePrompt):
                 f"DapQ: prefix={self.prefix} must lie between 0 and window_size="
                 f"{self.window_size}, of which it is a part."
             )
-        for name, kind in (("content", Content), ("granularity", Granularity)):
+        for name, kind in (
+            ("content", Content),
+            ("reduction", Reduction),
+            ("granularity", Granularity),
+        ):
             value = getattr(self, name)
             if value not in get_args(kind):
                 raise ValueError(
@@ -161,6 +176,7 @@ class DapQ(WholePrompt):
             pooling=self.pooling,
             kernel_size=self.kernel_size,
             granularity=self.granularity,
+            reduction=self.reduction,
         )
         scores = keep_anyway(
             scores, prompt.lengths, n_sink=self.n_sink, n_recent=self.n_recent
@@ -175,6 +191,7 @@ def attention_of_pseudo(
     pooling: Pooling,
     kernel_size: int,
     granularity: Granularity = "kv_head",
+    reduction: Reduction = "sum",
 ) -> jax.Array:
     """Return what the pseudo tokens pay to each token of the prompt, pooled.
 
@@ -184,6 +201,7 @@ def attention_of_pseudo(
       pooling: see `scoring.pool`.
       kernel_size: of the pooling.
       granularity: see `DapQ`.
+      reduction: see `DapQ`.
 
     Returns:
       Float32 `[B, heads, T - N]`, -inf beyond the prompt.
@@ -195,6 +213,7 @@ def attention_of_pseudo(
         window=window,
         length=length,
         granularity=granularity,
+        reduction=reduction,
     )
     real = jnp.arange(length) < prompt.lengths[:, None]
     return pool(scores, real, pooling=pooling, kernel_size=kernel_size)

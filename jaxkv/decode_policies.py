@@ -81,9 +81,9 @@ class LongFlow:
     evicts = True
 
     @classmethod
-    def paper(cls) -> "LongFlow":
+    def paper(cls, **options) -> "LongFlow":
         """Return the paper's method: the defaults."""
-        return cls()
+        return cls(**options)
 
     @property
     def spare(self) -> int:

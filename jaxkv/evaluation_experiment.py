@@ -52,7 +52,6 @@ class Experiment:
       batch_size: most prompts generated from together.
       mixed: whether a batch may hold rows of different budgets.
       side_by_side: programs that run at the same time.
-      workers: processes that draw samples.
       seconds: after which no further batch begins; None for no limit.
       characters: of each output that are kept; 0 keeps all.
       arguments: of `jaxkv.generate` besides method and budget.
@@ -68,9 +67,8 @@ class Experiment:
     max_new_tokens: int | None = None
     match: Match = "all"
     batch_size: int = 8
-    mixed: bool = False
+    mixed: bool = True
     side_by_side: int = 1
-    workers: int = 1
     seconds: float | None = None
     characters: int = 0
     arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -206,7 +204,6 @@ def _questions(lm: LanguageModel, experiment: Experiment, bar: Any) -> list[Ques
         experiment.cells,
         samples=experiment.samples,
         seed=experiment.seed,
-        workers=experiment.workers,
         advance=lambda count: bar.advance(task, count),
     )
     bar.remove_task(task)

@@ -5,10 +5,11 @@ of its dataclass, so there is nothing else to declare.
 """
 
 import dataclasses
+import inspect
 import json
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from jaxkv.acceptance import Conditional, Exact, FixedThreshold, TopK, Typical
@@ -68,7 +69,8 @@ def parse(text: str, table: Mapping[str, type], *, flag: str) -> Any:
 
     Args:
       text: values are written as in JSON, strings without quotes, and lists with
-        spaces instead of commas.
+        spaces instead of commas. A named setting of the method, such as the `tables`
+        of `DapQ.tables()`, may stand before the options: `dapq:tables,offset=2`.
       table: names and their dataclasses.
       flag: what the text was given for, for the messages.
 
@@ -76,26 +78,41 @@ def parse(text: str, table: Mapping[str, type], *, flag: str) -> Any:
       An instance of the dataclass.
 
     Raises:
-      ValueError: unknown name or option, or a value of the wrong type.
+      ValueError: unknown name, setting or option, or a value of the wrong type.
     """
     name, _, rest = text.partition(":")
     if name not in table:
         raise ValueError(f"{flag}: unknown {name!r}; choose one of {', '.join(table)}.")
     hints = typing.get_type_hints(table[name])
     fields = {f.name: hints[f.name] for f in dataclasses.fields(table[name])}
-    values = {}
-    for part in filter(None, (part.strip() for part in rest.split(","))):
+    settings = _settings(table[name])
+    make, values = table[name], {}
+    parts = [part.strip() for part in rest.split(",") if part.strip()]
+    if parts and parts[0] in settings:
+        make = settings[parts.pop(0)]
+    for part in parts:
         option, equals, value = (piece.strip() for piece in part.partition("="))
         if not equals or option not in fields:
             known = ", ".join(fields) or "none"
+            first = f", or first one of {', '.join(settings)}" if settings else ""
             raise ValueError(
                 f"{flag}: {part!r} is no option of {name}; write option=value with "
-                f"one of its options: {known}."
+                f"one of its options: {known}{first}."
             )
         if option in values:
             raise ValueError(f"{flag}: {option} is given twice in {text!r}.")
         values[option] = _read(value, fields[option], f"{flag}: {name}'s {option}")
-    return table[name](**values)
+    return make(**values)
+
+
+def _settings(method: type) -> dict[str, Callable[..., Any]]:
+    """Return the named settings of a method: its class methods."""
+    return {
+        name: getattr(method, name)
+        for name in dir(method)
+        if not name.startswith("_")
+        and isinstance(inspect.getattr_static(method, name), classmethod)
+    }
 
 
 def _read(text: str, hint: Any, what: str) -> Any:

@@ -62,7 +62,8 @@ class PrefillPolicy(Protocol):
     Attributes:
       num_pseudo: pseudo tokens that stand after each prompt while it is scored. They
         never enter the cache, and no token of the prompt sees them.
-      offset: how far behind the prompt's end the first of them stands, in positions.
+      offset: how far behind the prompt's end the first of them stands, in positions;
+        of a policy without pseudo tokens, how far ahead its queries are turned.
       same_budgets: whether all layers keep equally many tokens.
     """
 

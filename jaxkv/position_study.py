@@ -30,7 +30,7 @@ SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 BEYOND = (32, 64, 128, 256, 512)  # offsets behind the right position
 N_SINK = 4
 
-CONTENTS = ("same", "prompt", "nonsense", "random")
+CONTENTS = ("same", "prompt", "suffix", "nonsense", "random")
 PLACES = ("same", "start", "anywhere")
 
 
@@ -150,9 +150,9 @@ class _One:
         self._places = jnp.arange(self._length, self._length + study.tokens)
 
     def content(self, kind: str, size: int) -> np.ndarray:
-        """Return `size` tokens; `prompt` is its first eighth and last seven eighths."""
-        if kind == "prompt":
-            first = size // 8  # F4_L28 where the size is 32
+        """Return `size` tokens: of 32, `prompt` is F4_L28 and `suffix` is F0_L32."""
+        if kind in ("prompt", "suffix"):
+            first = size // 8 if kind == "prompt" else 0
             return np.concatenate([self._ids[:first], self._ids[first - size :]])
         return self._contents[kind][:size]
 
@@ -267,12 +267,13 @@ class _One:
         for kind in ("random", "nonsense"):
             recording = self._record(self._contents[kind], self._length)
             yield f"dapq, {kind}", self._scores(self._behind(recording, reach), first)
-        parts = []
-        for size in sizes:
-            recording = self._record(self.content("prompt", size), self._length)
-            member = (order < size)[None]
-            parts.append(self._scores(self._behind(recording, reach), member))
-        yield "dapq, prompt", jnp.concatenate(parts, axis=1)
+        for kind in ("prompt", "suffix"):
+            parts = []
+            for size in sizes:
+                recording = self._record(self.content(kind, size), self._length)
+                member = (order < size)[None]
+                parts.append(self._scores(self._behind(recording, reach), member))
+            yield f"dapq, {kind}", jnp.concatenate(parts, axis=1)
         # The last `size` of the recorded prompt queries; they see up to themselves.
         last = np.stack([order >= reach - size for size in sizes])
         queries = self._truth.queries[:, :reach]

@@ -20,6 +20,7 @@ from jaxkv.scoring import (
     attention_of_window,
     check_kept_anyway,
     check_pooling,
+    check_room_for_window,
     check_window,
     keep_anyway,
     pool,
@@ -27,18 +28,38 @@ from jaxkv.scoring import (
 from jaxkv.state import KVState
 
 
-def attention_of_last(prompt: Prompt, window: int) -> jax.Array:
-    """Return what the last `window` tokens of each prompt pay to all: `[B, K, T]`.
+def attention_of_last(
+    prompt: Prompt,
+    window: int,
+    *,
+    count: jax.Array | None = None,
+    offset: int = 0,
+) -> jax.Array:
+    """Return what the last tokens of each prompt pay to all: float32 `[B, K, T]`.
 
-    A prompt that is shorter than the window is a window as a whole.
+    Args:
+      prompt: of one layer. One that is shorter than the window is a window as a whole.
+      window: how many last tokens, at most.
+      count: int32 `[B]`, how many of each row; None is `window`.
+      offset: positions that their queries are turned ahead by.
     """
+    own = jnp.minimum(prompt.lengths, window if count is None else count)
     return attention_of_window(
         prompt,
-        start=jnp.maximum(prompt.lengths - window, 0),
+        start=prompt.lengths - own,
         window=window,
         length=prompt.keys.shape[1],
-        count=jnp.minimum(prompt.lengths, window),
+        count=own,
+        offset=offset,
     )
+
+
+def window_of(prompt: Prompt, window_size: int) -> jax.Array:
+    """Return the tokens of each row's window, int32 `[B]`: one slot is left beside it.
+
+    With a budget of at least 2, none of them is 0.
+    """
+    return jnp.minimum(window_size, prompt.keep - 1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,17 +70,22 @@ class SnapKV(WholePrompt):
     (arXiv 2404.14469, section 4): with the window's queries `q_i`, `S(j) = sum_i
     softmax(q_i K^T / sqrt(H))_j` for `j` before the window, pooled along `j`; keep the
     window and the `budget - window_size` best. The defaults are those of the paper's
-    LongBench runs. As in its code, a budget within the window is an error.
+    LongBench runs. Deviation: where its code refuses a budget within the window, here
+    the window is the last `budget - 1` tokens.
 
     Attributes:
       window_size: last tokens of the prompt that score, and that are always kept.
       kernel_size: of the pooling, odd.
       pooling: "max", "avg" or "none".
+      offset: positions that the window's queries are turned ahead by before they
+        score; 0 is the paper. With `window_size` they stand where the output will:
+        DapQ's idea without pseudo tokens, with the prompt's end as the content.
     """
 
     window_size: int = 32
     kernel_size: int = 7
     pooling: Pooling = "max"
+    offset: int = 0
 
     @classmethod
     def longbench(cls, **options) -> "SnapKV":
@@ -76,17 +102,25 @@ class SnapKV(WholePrompt):
         name = type(self).__name__
         check_window(name, self.window_size)
         check_pooling(name, self.pooling, self.kernel_size)
-        check_kept_anyway(name, budget, window_size=self.window_size)
+        if self.offset < 0:
+            raise ValueError(
+                f"{name}: offset must be >= 0, got {self.offset}; queries are turned "
+                "ahead, to positions of the output."
+            )
+        check_room_for_window(name, budget)
 
     def compress(self, prompt: Prompt, state: KVState, *, budget: int) -> KVState:
         """Keep the window, and the best of what lies before it."""
-        scores = attention_of_last(prompt, self.window_size)
+        window = window_of(prompt, self.window_size)
+        scores = attention_of_last(
+            prompt, self.window_size, count=window, offset=self.offset
+        )
         index = jnp.arange(scores.shape[-1])
-        before = index < (prompt.lengths - self.window_size)[:, None]
+        before = index < (prompt.lengths - window)[:, None]
         scores = pool(
             scores, before, pooling=self.pooling, kernel_size=self.kernel_size
         )
-        scores = keep_anyway(scores, prompt.lengths, n_recent=self.window_size)
+        scores = keep_anyway(scores, prompt.lengths, n_recent=window)
         return keep_top(prompt, scores, state, budget=budget)
 
 
@@ -100,7 +134,8 @@ class PyramidKV(SnapKV):
     the window, the highest about `c // beta`, those between fall in equal steps. Steps
     are rounded down, so that all layers together keep somewhat more than
     `budget x layers`. As in its code, a prompt of fewer than `2 c` tokens is cut to
-    `budget` in each layer, and no layer is given more than the prompt has.
+    `budget` in each layer, and no layer is given more than the prompt has. A budget
+    within the window leaves nothing to share out, so it is `budget` in each layer too.
 
     `budget` is hence the mean over the layers. Layers differ in slots, so a decode
     policy that evicts is refused.
@@ -109,6 +144,7 @@ class PyramidKV(SnapKV):
       window_size: see `SnapKV`.
       kernel_size: see `SnapKV`.
       pooling: see `SnapKV`.
+      offset: see `SnapKV`.
       beta: how steep the pyramid is; 1 is flat.
     """
 
@@ -143,7 +179,7 @@ class PyramidKV(SnapKV):
         free = xp.maximum(keep - self.window_size, 0)
         highest = xp.minimum(2 * free - free // self.beta, lengths - self.window_size)
         step = (2 * highest - 2 * free) // max(num_layers - 1, 1)
-        flat = lengths < xp.maximum(2 * free, keep + 1)
+        flat = (lengths < xp.maximum(2 * free, keep + 1)) | (free == 0)
         return tuple(
             xp.where(flat, keep, highest - layer * step + self.window_size)
             for layer in range(num_layers)
@@ -158,7 +194,7 @@ class H2O(WholePrompt):
     Language Models" (arXiv 2306.14048, section 4): `S(j)` is the attention that token
     `j` received from all queries so far. With a window it is what papers on prompt
     eviction often call H2O: SnapKV without pooling; as there, a budget within the
-    window is an error. Deviation of the true one: evicted once, not at every token, so
+    window shortens it. Deviation of the true one: evicted once, not at every token, so
     queries of the prompt still saw tokens that the paper would have evicted by then.
 
     Attributes:
@@ -175,15 +211,15 @@ class H2O(WholePrompt):
             check_kept_anyway("H2O", budget, n_recent=1)
             return
         check_window("H2O", self.window_size)
-        check_kept_anyway("H2O", budget, window_size=self.window_size)
+        check_room_for_window("H2O", budget)
 
     def compress(self, prompt: Prompt, state: KVState, *, budget: int) -> KVState:
         """Keep the recent tokens, and the best of what lies before them."""
         if self.window_size is None:
             scores, recent = attention_of_all(prompt), prompt.keep // 2
         else:
-            recent = self.window_size
-            scores = attention_of_last(prompt, recent)
+            recent = window_of(prompt, self.window_size)
+            scores = attention_of_last(prompt, self.window_size, count=recent)
         scores = keep_anyway(scores, prompt.lengths, n_recent=recent)
         return keep_top(prompt, scores, state, budget=budget)
 

@@ -10,11 +10,13 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 
+from jaxkv.kernels.rotary import rotate
 from jaxkv.kernels.window_scores import window_scores
 from jaxkv.policies import Prompt
 
 Pooling = Literal["none", "max", "avg"]
 Granularity = Literal["kv_head", "query_head"]
+Reduction = Literal["sum", "max"]
 
 
 def attention_of_window(
@@ -25,6 +27,8 @@ def attention_of_window(
     length: int,
     count: jax.Array | None = None,
     granularity: Granularity = "kv_head",
+    offset: int = 0,
+    reduction: Reduction = "sum",
 ) -> jax.Array:
     """Return `S(j) = sum over the window's queries q of softmax(q K^T / sqrt(H))_j`.
 
@@ -35,6 +39,9 @@ def attention_of_window(
       length: tokens `L` to score, the first ones.
       count: int32 `[B]`, queries that each row has; None is all `W`.
       granularity: "kv_head" averages over the query heads of a key/value head.
+      offset: positions that the queries are turned ahead by; what they see stays.
+      reduction: "max" takes the largest over the queries in place of the sum; it looks
+        at them one by one, so all keys are read `W` times.
 
     Returns:
       Float32 `[B, K, L]`, or `[B, N, L]` by query head.
@@ -42,8 +49,16 @@ def attention_of_window(
     place = start[:, None] + jnp.arange(window)
     place = jnp.minimum(place, prompt.queries.shape[1] - 1)
     queries = jnp.take_along_axis(prompt.queries, place[..., None, None], axis=1)
+    if offset:
+        # Rotations add up: turned by the difference, a query is what its token would
+        # ask at the later position.
+        ahead = jnp.full_like(place, offset)
+        queries = rotate(queries, ahead, prompt.frequencies)
 
-    def scores(queries):
+    if count is None:
+        count = jnp.full_like(start, window)
+
+    def summed(queries, start, count):
         return window_scores(
             queries,
             prompt.keys,
@@ -53,6 +68,19 @@ def attention_of_window(
             count=count,
             implementation=prompt.implementation,
         )
+
+    def largest(queries):
+        def look(i, best):
+            query = jax.lax.dynamic_slice_in_dim(queries, i, 1, axis=1)
+            # Probabilities are not negative, so queries that do not count lose.
+            one = (i < count).astype(jnp.int32)
+            return jnp.maximum(best, summed(query, start + i, one))
+
+        nothing = jnp.zeros((*prompt.keys.shape[:3:2], length), jnp.float32)
+        return jax.lax.fori_loop(0, window, look, nothing)
+
+    def scores(queries):
+        return largest(queries) if reduction == "max" else summed(queries, start, count)
 
     if granularity == "kv_head":
         return scores(queries)
@@ -130,6 +158,15 @@ def check_pooling(name: str, pooling: str, kernel_size: int) -> None:
         raise ValueError(
             f"{name}: kernel_size must be odd and at least 1, got {kernel_size}; "
             "an even one has no middle."
+        )
+
+
+def check_room_for_window(name: str, budget: int) -> None:
+    """Raise ValueError unless there is room for one query's token and one other."""
+    if budget < 2:
+        raise ValueError(
+            f"{name}: budget={budget} leaves no slot beside its window of at least one "
+            "token; use a budget of at least 2."
         )
 
 

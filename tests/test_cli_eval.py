@@ -16,8 +16,10 @@ from jaxkv import (
     evaluation_sweep,
 )
 from jaxkv.inference import Stats
+from jaxkv.methods import PREFILL
 
 RULER = ["eval", "ruler", "--tasks=vt,niah_single_1", "--lengths=300", "--samples=3"]
+TWO = "--methods=full,streaming-llm"
 FILES = {"config.yaml", "metrics.json", "predictions.csv", "run_meta.json"}
 
 
@@ -40,12 +42,17 @@ def reader(monkeypatch, tiny_lm):
 
     def generate(lm, prompts, **arguments):
         calls.append(arguments)
-        kept = arguments["budget"] or 10**6
-        texts = tuple(tiny_lm.tokenizer.decode(ids[-kept:]) for ids in prompts)
+        budgets = arguments["budget"] or 10**6
+        if type(budgets) is int:
+            budgets = [budgets] * len(prompts)
+        texts = tuple(
+            tiny_lm.tokenizer.decode(ids[-kept:])
+            for ids, kept in zip(prompts, budgets, strict=True)
+        )
         stats = Stats(
             prompt_tokens=tuple(map(len, prompts)),
             cache_bytes=100 * len(prompts),
-            slots=kept,
+            slots=max(budgets),
             compile_seconds=1.0,
             prefill_seconds=2.0,
             decode_seconds=3.0,
@@ -93,7 +100,7 @@ def test_ruler_with_the_real_model(jaxkv_, tiny, tiny_lm, tmp_path):
 
 def test_ruler_table_and_report(jaxkv_, tiny, tmp_path, reader):
     out = tmp_path / "out"
-    flags = ["--budgets=25%,200", "--batch-size=4", "--no-pictures"]
+    flags = [TWO, "--budgets=25%,200", "--batch-size=4", "--no-pictures"]
     code, text, _ = jaxkv_(*RULER, tiny, *flags, "--out", out)
     assert code == 0 and {path.name for path in out.iterdir()} == FILES
     rows = read(out)
@@ -112,8 +119,17 @@ def test_ruler_table_and_report(jaxkv_, tiny, tmp_path, reader):
     assert "no results of a method 'magic'" in error
 
 
+def test_ruler_compares_all_methods_by_default(jaxkv_, tiny, tmp_path, reader):
+    flags = ["--budgets=10%,30%", "--samples=1", "--no-pictures", "--out", tmp_path]
+    assert jaxkv_(*RULER, tiny, *flags)[0] == 0
+    assert {row["method"] for row in read(tmp_path)} == set(PREFILL)
+    # All budgets of a method share its program.
+    for call in reader:
+        assert call["budget"] == (None if call["prefill"] == jaxkv.Full() else [30, 90])
+
+
 def test_a_run_is_gone_on_with_where_it_ended(jaxkv_, tiny, tmp_path, reader):
-    flags = [*RULER, tiny, "--budgets=10%,20%,40%", "--batch-size=2"]
+    flags = [*RULER, tiny, TWO, "--budgets=10%,20%,40%", "--batch-size=2"]
     flags += ["--no-pictures", "--out", tmp_path]
     code, _, err = jaxkv_(*flags, "--seconds=0")
     assert code == 0 and "--seconds is over" in err and not reader
@@ -168,7 +184,8 @@ def test_pictures_are_drawn_where_matplotlib_is(jaxkv_, tiny, tmp_path, reader):
     flags = ["--lengths=300", "--depths=0,100", "--samples=1", "--budgets=20%"]
     assert jaxkv_("eval", "niah", tiny, *flags, "--out", tmp_path / "a")[0] == 0
     assert len(list((tmp_path / "a" / "pictures").iterdir())) == 2 * 3
-    assert jaxkv_(*RULER, tiny, "--budgets=20%", "--out", tmp_path / "b")[0] == 0
+    flags = [*RULER, tiny, TWO, "--budgets=20%", "--out", tmp_path / "b"]
+    assert jaxkv_(*flags)[0] == 0
     names = {path.name for path in (tmp_path / "b" / "pictures").iterdir()}
     assert names == {"budgets.png", "budgets.svg"}
 
@@ -179,7 +196,7 @@ def test_without_matplotlib_one_line_says_so(
     monkeypatch.setattr(
         evaluation_experiment.evaluation_pictures, "available", lambda: False
     )
-    flags = [*RULER, tiny, "--budgets=20%", "--out", tmp_path]
+    flags = [*RULER, tiny, TWO, "--budgets=20%", "--out", tmp_path]
     code, _, err = jaxkv_(*flags)
     assert code == 0 and "no pictures without matplotlib; pip install" in err
     assert "need matplotlib" in jaxkv_.error(*flags, "--pictures")

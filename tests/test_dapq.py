@@ -28,7 +28,7 @@ CONFIG = Config(
 NETWORK = Decoder(CONFIG)
 PROMPT, NEW, BUDGET = 24, 4, 8
 LENGTHS = [PROMPT, 3, 13]
-SMALL = DapQ(window_size=6, prefix=2, kernel_size=3)
+SMALL = DapQ(window_size=6, prefix=2, reduction="sum", kernel_size=3)
 FAST = {"xla_backend_optimization_level": 0}  # to compile; nothing here runs long
 
 
@@ -137,11 +137,11 @@ def plain_network(params, tokens, positions):
 
 
 def scores_by_hand(params, row, pseudo, positions):
-    """Return `S` of each layer `[N, L]`, from a row without any padding."""
+    """Return each layer's weights `[N, W, L]`, from a row without any padding."""
     tokens = jnp.concatenate([row, pseudo])[None]
     length = row.shape[0]
     _, weights = plain_network(params, tokens, positions[None])
-    return [np.asarray(w)[0, :, length:, :length].sum(1) for w in weights]
+    return [np.asarray(w)[0, :, length:, :length] for w in weights]
 
 
 def smooth(scores, kernel):
@@ -156,8 +156,9 @@ def smooth(scores, kernel):
         SMALL,
         dataclasses.replace(SMALL, pooling="none", offset=4),
         dataclasses.replace(SMALL, pooling="none", granularity="query_head"),
+        dataclasses.replace(SMALL, pooling="none", reduction="max"),
     ],
-    ids=["pooled", "literal, offset", "query heads"],
+    ids=["pooled", "literal, offset", "query heads", "largest"],
 )
 def test_one_pass_equals_two(params, policy):
     """What is kept is what a plain softmax over each row alone says should be."""
@@ -172,7 +173,8 @@ def test_one_pass_equals_two(params, policy):
         )
         for scores, state in zip(layers, cache, strict=True):
             if policy.granularity == "kv_head":
-                scores = scores.reshape(2, 2, length).mean(1)
+                scores = scores.reshape(2, 2, -1, length).mean(1)
+            scores = scores.max(1) if policy.reduction == "max" else scores.sum(1)
             if policy.pooling == "max":
                 scores = smooth(scores, policy.kernel_size)
             for head, held in enumerate(np.asarray(state.positions)[row]):
@@ -233,6 +235,7 @@ def test_implementations_of_the_scores_agree(params):
         dict(window_size=3),
         dict(pooling="none"),
         dict(pooling="avg"),
+        dict(reduction="max"),
         dict(kernel_size=5),
         dict(n_recent=3),
         dict(n_sink=3),
@@ -289,7 +292,13 @@ def test_laq_drafts_what_greedy_decoding_gives(params):
     )
     _, cache = program(policy)(params, tokens, lengths)
     fixed = tuple(np.asarray(out.tokens)[0].tolist())
-    same = DapQ(window_size=4, content="fixed", fixed_ids=fixed, kernel_size=3)
+    same = DapQ(
+        window_size=4,
+        content="fixed",
+        fixed_ids=fixed,
+        reduction="sum",
+        kernel_size=3,
+    )
     _, want = program(same)(params, tokens, lengths)
     for a, b in zip(cache, want, strict=True):
         np.testing.assert_array_equal(a.positions[0], b.positions[0])

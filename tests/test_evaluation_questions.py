@@ -34,21 +34,6 @@ def test_a_question_is_the_sample_of_its_number(tiny_lm):
     assert not judge(questions[2], answer + "\nmore", "all")[0]
 
 
-@pytest.mark.slow
-def test_processes_draw_what_one_draws(tiny_lm):
-    """Slow, because every process imports JAX and transformers."""
-    cells = [Cell(task=task, length=300) for task in ("vt", "machine")]
-    made = []
-    one, three = (
-        draw(tiny_lm, cells, samples=30, seed=7, workers=n, advance=made.append)
-        for n in (1, 3)
-    )
-    assert made == [30, 30, 25, 5, 25, 5]
-    for a, b in zip(one, three, strict=True):
-        assert (a.cell, a.index, a.sample) == (b.cell, b.index, b.sample)
-        np.testing.assert_array_equal(a.ids, b.ids)
-
-
 def test_the_fast_count_is_the_slow_one(tiny_lm):
     class Slow:
         def __call__(self, text, add_special_tokens):

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from jaxkv import methods
+from jaxkv import DapQ, LongFlow, PyramidKV, methods
 
 TABLES = {
     "prefill": methods.PREFILL,
@@ -45,6 +45,19 @@ def test_lists_and_the_word_none():
         methods.parse("dapq:fixed_ids=[5 x]", methods.PREFILL, flag="--x")
     with pytest.raises(ValueError, match="pooling takes none or max or avg, got"):
         methods.parse("dapq:pooling=mean", methods.PREFILL, flag="--x")
+
+
+def test_named_settings_stand_before_the_options():
+    def parse(text, table=methods.PREFILL):
+        return methods.parse(text, table, flag="--x")
+
+    assert parse("dapq:tables") == DapQ.tables() != DapQ()
+    assert parse("dapq:literal, offset=2") == DapQ.literal(offset=2)
+    assert parse("pyramidkv:kvpress,beta=2") == PyramidKV.kvpress(beta=2)
+    paper = parse("longflow:paper,n_sink=1", methods.DECODE)
+    assert paper == LongFlow.paper(n_sink=1)
+    with pytest.raises(ValueError, match="or first one of literal, tables"):
+        parse("dapq:offset=2,tables")
 
 
 @pytest.mark.parametrize(

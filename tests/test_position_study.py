@@ -67,6 +67,7 @@ def test_windows(found, questions):
         "dapq, random",
         "dapq, nonsense",
         "dapq, prompt",
+        "dapq, suffix",
         "snapkv",
         "snapkv, moved",
     ]
@@ -98,6 +99,7 @@ def test_moved_queries_are_those_of_the_same_tokens_behind_the_prompt(
     again, moved = scores["dapq, prompt"][0], scores["snapkv, moved"][0]
     np.testing.assert_allclose(again[:2], moved[:2], atol=1e-5)
     assert np.abs(again[2] - moved[2]).max() > 1e-4
+    np.testing.assert_allclose(scores["dapq, suffix"][0], moved, atol=1e-5)
     # A window of one is the last token, which sees the whole prompt where it stands.
     assert np.abs(scores["snapkv"][0] - moved).max() > 1e-4
     assert scores["snapkv"].sum(-1) == pytest.approx(
@@ -180,7 +182,13 @@ def test_bad_prompts_are_refused(tiny_lm, questions):
 
 
 def test_the_command(jaxkv_, tiny, tmp_path, monkeypatch, found):
-    monkeypatch.setattr(position_study, "run", lambda *_, **__: found)
+    asked = []
+
+    def run(lm, questions, *_, **__):
+        asked.append(questions[0].ids.tolist())
+        return found
+
+    monkeypatch.setattr(position_study, "run", run)
     flags = ["--length=300", "--samples=2", "--sizes=8,1,4", "--budgets=6%,100"]
     out = tmp_path / "study.json"
     code, text, _ = jaxkv_("study", "positions", tiny, *flags, "--out", out)
@@ -191,5 +199,7 @@ def test_the_command(jaxkv_, tiny, tmp_path, monkeypatch, found):
     assert record["config"]["sizes"] == [1, 4, 8] and record["run_meta"]["device"]
     code, text, _ = jaxkv_("study", "positions", tiny, *flags, "--json")
     assert json.loads(text)["table"] == record["table"]
+    jaxkv_("study", "positions", tiny, *flags, "--development")
+    assert asked[0] == asked[1] != asked[2]
     error = jaxkv_.error("study", "positions", tiny, "--task=ledger")
     assert "unknown task 'ledger'" in error

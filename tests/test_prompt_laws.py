@@ -51,9 +51,15 @@ POLICIES = {
         window_size=6, prefix=2, content="vocabulary", offset=3, n_sink=1, n_recent=2
     ),
     "dapq, by query head": DapQ(
-        window_size=6, prefix=2, pooling="none", granularity="query_head"
+        window_size=6,
+        prefix=2,
+        reduction="sum",
+        pooling="none",
+        granularity="query_head",
     ),
     "snapkv": SnapKV(window_size=4, kernel_size=3),
+    "snapkv, turned ahead": SnapKV(window_size=4, kernel_size=3, offset=4),
+    "snapkv, all but one": SnapKV(window_size=10, kernel_size=3),
     "pyramidkv": PyramidKV(window_size=2, kernel_size=3, pooling="avg", beta=4),
     "h2o, windowed": H2O(window_size=4),
     "h2o": H2O(window_size=None),

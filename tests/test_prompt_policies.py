@@ -23,7 +23,7 @@ from jaxkv import state as kv
 from jaxkv.expected_attention import expected_attention
 from jaxkv.kernels.rotary import rotate
 from jaxkv.policies import Prompt, keep_top
-from jaxkv.prompt_policies import attention_of_all
+from jaxkv.prompt_policies import attention_of_all, attention_of_last
 from jaxkv.scoring import keep_anyway, pool
 
 LOG = float(np.log(2.0))
@@ -98,6 +98,52 @@ def test_snapkv_pools_what_lies_before_the_window_only():
     assert kept(dataclasses.replace(max3, pooling="avg"), prompt) == [[1, 5]]
 
 
+def test_snapkv_s_window_can_be_turned_ahead():
+    """One head, frequency 1: turned by one radian a position, until the key is met."""
+    angles = jnp.asarray([1.0, 2.0, 3.0, 0.0, 0.0])
+    arrows = jnp.stack([jnp.cos(angles), jnp.sin(angles)], axis=-1)[None, :, None]
+    prompt = prompt_of(np.ones((5, 1)), np.ones((5, 1)), keep=2)
+    prompt = prompt._replace(queries=arrows, keys=arrows)
+    policy = SnapKV(window_size=1, pooling="none")
+    for offset, best in ((0, 3), (1, 0), (2, 1), (3, 2)):
+        turned = dataclasses.replace(policy, offset=offset)
+        assert kept(turned, prompt) == [[best, 4]]
+    # Not only the first query of a window, and pyramids too.
+    for two in (SnapKV(window_size=2, offset=2), PyramidKV(window_size=2, offset=2)):
+        two = dataclasses.replace(two, pooling="none")
+        three = prompt._replace(keep=jnp.asarray([3]))
+        assert kept(two, three) == [[1, 3, 4]]
+
+
+def test_a_turned_query_is_the_query_of_the_later_position():
+    rng = np.random.default_rng(0)
+    frequencies = jnp.asarray([1.0, 0.1])
+    plain = jnp.asarray(rng.normal(size=(1, 6, 2, 4)), jnp.float32)
+    index = jnp.arange(6)[None]
+    prompt = prompt_of(np.ones((6, 1)), np.ones((6, 1)))._replace(
+        queries=rotate(plain, index, frequencies),
+        keys=rotate(plain[:, :, :1], index, frequencies),
+        frequencies=frequencies,
+    )
+    later = prompt._replace(queries=rotate(plain, index + 7, frequencies))
+    turned = attention_of_last(prompt, 3, offset=7)
+    np.testing.assert_allclose(turned, attention_of_last(later, 3), rtol=1e-5)
+    assert not np.allclose(turned, attention_of_last(prompt, 3), rtol=1e-2)
+
+
+@pytest.mark.parametrize("policy", [SnapKV, H2O, PyramidKV])
+def test_a_budget_within_the_window_shortens_it(policy):
+    """The same as if the window had been asked for that is left."""
+    options = {} if policy is H2O else dict(pooling="none")
+    for keep in (2, 3, 4):
+        # Room for more in the batch, and a window beyond the prompt, change nothing.
+        prompt = prompt_of(ONES, KEYS, keep=keep)
+        want = kept(policy(window_size=keep - 1, **options), prompt)
+        assert all(len(row) == keep for row in want)
+        for size in (keep, 5, 32):
+            assert kept(policy(window_size=size, **options), prompt) == want
+
+
 def test_h2o_windowed_is_snapkv_without_pooling():
     prompt = prompt_of(ONES, KEYS, keep=3)
     plain = kept(SnapKV(window_size=2, pooling="none"), prompt)
@@ -158,6 +204,10 @@ def test_budgets_of_a_pyramid():
     # No layer gets more than there is: 460 - 32 = 428 < 437; then the lowest is 20.
     (short,) = np.array(policy.layer_keeps(keep[:1], np.array([460]), 32)).T
     assert (short[0], short[31]) == (460, 460 - 31 * (408 // 31))
+    # The window takes it all, so there is nothing to share out.
+    assert (
+        np.array(policy.layer_keeps(np.array([32, 5]), lengths[:2], 4)) == [32, 5]
+    ).all()
     np.testing.assert_array_equal(
         np.array(policy.layer_keeps(jnp.asarray(keep), jnp.asarray(lengths), 32)),
         budgets,
@@ -169,7 +219,7 @@ def test_slots_of_a_pyramid_are_enough(layers):
     policy = PyramidKV(window_size=2, beta=3)
     slots = np.array(policy.layer_budgets(20, layers))[:, None]
     lengths = np.arange(1, 60)
-    for budget in range(3, 21):
+    for budget in range(2, 21):
         keep = np.full_like(lengths, budget)
         keeps = np.array(policy.layer_keeps(keep, lengths, layers))
         assert (np.minimum(keeps, lengths) <= slots).all()
@@ -272,19 +322,21 @@ def test_kept_anyway_counts_from_each_row_s_end():
     ("policy", "budget", "message"),
     [
         (SnapKV(window_size=0), 8, "SnapKV: window_size must be at least 1"),
-        (SnapKV(window_size=8), 8, "budget=8 leaves no slot .* window_size=8"),
+        (SnapKV(window_size=8), 1, "SnapKV: budget=1 leaves no slot beside its win"),
         (SnapKV(kernel_size=4), 64, "kernel_size must be odd"),
         (SnapKV(pooling="mean"), 64, "unknown pooling='mean'"),
-        (PyramidKV(window_size=8), 8, "PyramidKV: budget=8 leaves no slot"),
+        (SnapKV(offset=-1), 64, "SnapKV: offset must be >= 0, got -1"),
+        (PyramidKV(window_size=8), 1, "PyramidKV: budget=1 leaves no slot"),
         (PyramidKV(beta=0), 64, "beta must be at least 1"),
         (H2O(window_size=0), 8, "H2O: window_size must be at least 1"),
-        (H2O(window_size=8), 8, "H2O: budget=8 leaves no slot"),
+        (H2O(window_size=8), 1, "H2O: budget=1 leaves no slot"),
         (H2O(window_size=None), 1, "H2O: budget=1 leaves no slot"),
         (ExpectedAttention(n_future_positions=0), 8, "n_future_positions must be"),
         (ExpectedAttention(epsilon=-1.0), 8, "epsilon must be >= 0"),
         (ExpectedAttention(n_sink=8), 8, "leaves no slot .* n_sink=8"),
         (DapQ(window_size=0), 8, "DapQ: window_size must be at least 1"),
-        (DapQ(prefix=33), 8, "prefix=33 must lie between 0 and window_size=32"),
+        (DapQ(prefix=9), 8, "prefix=9 must lie between 0 and window_size=8"),
+        (DapQ(reduction="mean"), 8, "unknown reduction='mean'"),
         (DapQ(content="poem"), 8, "unknown content='poem'"),
         (DapQ(granularity="layer"), 8, "unknown granularity='layer'"),
         (DapQ(content="fixed"), 8, 'content="fixed" needs fixed_ids'),
@@ -292,7 +344,7 @@ def test_kept_anyway_counts_from_each_row_s_end():
         (DapQ(n_sink=-1), 8, "n_sink must be >= 0"),
         (DapQ(n_sink=4, n_recent=4), 8, "n_sink=4 and n_recent=4 keeps anyway"),
         (LAQ(window_size=0), 64, "LAQ: window_size must be at least 1"),
-        (LAQ(), 32, "SnapKV: budget=32 leaves no slot"),
+        (LAQ(), 1, "SnapKV: budget=1 leaves no slot"),
         (LAQ(n_recent=64), 64, "LAQ: budget=64 leaves no slot"),
     ],
 )
@@ -315,5 +367,6 @@ def test_named_profiles():
     assert PyramidKV.kvpress() == PyramidKV(
         window_size=64, kernel_size=5, pooling="avg"
     )
-    assert DapQ.literal() == DapQ(pooling="none")
-    assert DapQ.tables(offset=2) == DapQ(pooling="max", kernel_size=7, offset=2)
+    paper = DapQ(window_size=32, prefix=4, reduction="sum", kernel_size=7)
+    assert DapQ.literal() == dataclasses.replace(paper, pooling="none")
+    assert DapQ.tables(offset=2) == dataclasses.replace(paper, offset=2)
