@@ -247,6 +247,7 @@ class LAQ(WholePrompt):
     pooling: Pooling = "max"
     kernel_size: int = 7
     n_recent: int = 0
+    drafts = True
 
     @property
     def num_pseudo(self) -> int:

@@ -69,16 +69,33 @@ class Unit:
       rows: of one method and one padded prompt length.
       max_new_tokens: the longest output, the same for all of them.
       size: rows of each batch.
+      copies: rows that follow each other and ask the same at another budget.
     """
 
     rows: Sequence[Row]
     max_new_tokens: int
     size: int
+    copies: int = 1
 
-    def batches(self) -> Iterator[Sequence[Row]]:
-        """Yield the rows batch by batch; the last may be smaller."""
-        for first in range(0, len(self.rows), self.size):
-            yield self.rows[first : first + self.size]
+    def batches(self) -> Iterator[tuple[Sequence[Row], Sequence[bool]]]:
+        """Yield batches of `size` rows, and which of them count.
+
+        A batch has all its questions at the first budget, then at the second, and so
+        on, for `generate` to read each once. Others than the first fill up the last
+        batch, since a smaller one would be another program.
+        """
+        groups = [
+            self.rows[i : i + self.copies]
+            for i in range(0, len(self.rows), self.copies)
+        ]
+        count = self.size // self.copies
+        for first in range(0, len(groups), count):
+            some = groups[first : first + count]
+            filled = [*some, *[some[0]] * (count - len(some))]
+            yield (
+                [group[copy] for copy in range(self.copies) for group in filled],
+                [i < len(some) for i in range(count)] * self.copies,
+            )
 
 
 def wholes(questions: Sequence[Question], *, of_sequence: bool) -> dict[Cell, float]:
@@ -150,10 +167,26 @@ def plan(
     units = []
     for (_, _, limit, _), rows in sorted(groups.items(), key=lambda item: item[0]):
         # Batches of one size, as full as they can be.
-        count = -(-len(rows) // batch_size)
-        size = -(-len(rows) // count)
-        units.append(Unit(rows=rows, max_new_tokens=limit, size=size))
+        copies = _copies(rows)
+        groups = len(rows) // copies
+        count = -(-groups // max(1, batch_size // copies))
+        size = copies * -(-groups // count)
+        units.append(Unit(rows=rows, max_new_tokens=limit, size=size, copies=copies))
     return units
+
+
+def _copies(rows: Sequence[Row]) -> int:
+    """Return how many rows in turn have the same question, if all have as many."""
+    first = rows[0].question
+    copies = next(
+        (i for i, row in enumerate(rows) if row.question is not first), len(rows)
+    )
+    groups = [rows[i : i + copies] for i in range(0, len(rows), copies)]
+    same = all(
+        len(group) == copies and len({id(row.question) for row in group}) == 1
+        for group in groups
+    )
+    return copies if same else 1
 
 
 def _tokens(
@@ -234,10 +267,10 @@ def run(
 
     def work(unit: Unit) -> bool:
         try:
-            for rows in unit.batches():
+            for rows, counts in unit.batches():
                 if stop.is_set() or late():
                     return False
-                batch = _run_batch(lm, unit, rows, match, characters, arguments)
+                batch = _run_batch(lm, unit, rows, counts, match, characters, arguments)
                 with lock:
                     record(batch)
         except BaseException:
@@ -259,16 +292,15 @@ def _run_batch(
     lm: LanguageModel,
     unit: Unit,
     rows: Sequence[Row],
+    counts: Sequence[bool],
     match: Match,
     characters: int,
     arguments: Mapping[str, Any],
 ) -> Batch:
-    # A smaller batch would be another program; what fills it up is thrown away.
-    filled = [*rows, *[rows[0]] * (unit.size - len(rows))]
-    budgets = [row.tokens for row in filled]
+    budgets = [row.tokens for row in rows]
     out = generate(
         lm,
-        [row.question.ids for row in filled],
+        [row.question.ids for row in rows],
         max_new_tokens=unit.max_new_tokens,
         budget=budgets[0] if len(set(budgets)) == 1 else budgets,
         prefill=rows[0].method.prefill,
@@ -278,6 +310,8 @@ def _run_batch(
     begin = time.perf_counter()
     found = []
     for number, row in enumerate(rows):
+        if not counts[number]:
+            continue
         exact, score = judge(row.question, out.text[number], match)
         text = out.text[number]
         found.append(
@@ -288,7 +322,7 @@ def _run_batch(
                 "prompt_tokens": len(row.question.ids),
                 "output_tokens": out.lengths[number],
                 "truncated": int(out.finish_reason[number] == "length"),
-                "cache_bytes": out.stats.cache_bytes // len(filled),
+                "cache_bytes": out.stats.cache_bytes // len(rows),
                 "outputs": _cut(json.dumps(row.question.sample.outputs), characters),
                 "prediction": _cut(text, characters),
             }

@@ -284,6 +284,48 @@ def start(
     return dataclasses.replace(generation, speculation=begun)
 
 
+def start_copies(
+    network: Network,
+    params: Any,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    keys: jax.Array,
+    stop_ids: jax.Array,
+    *,
+    options: Options,
+    slots: int | tuple[int, ...],
+    max_out: int,
+    keep: jax.Array,
+) -> Generation:
+    """Prefill each prompt once, and begin as many outputs as it has budgets.
+
+    Arguments are those of `start`, but for these:
+
+    Args:
+      tokens: int32 `[U, P]`.
+      lengths: int32 `[U]`.
+      keys: PRNG keys `[C * U]`.
+      keep: int32 `[C, U]`.
+
+    Returns:
+      The state of `C * U` rows: all prompts with their first budget, then all of them
+      with the second, and so on.
+    """
+
+    def begin(keep, keys):
+        return start(
+            *(network, params, tokens, lengths, keys, stop_ids),
+            options=options,
+            slots=slots,
+            max_out=max_out,
+            keep=keep,
+        )
+
+    # What does not depend on the budget is not repeated: all but the evictions.
+    copies = jax.vmap(begin)(keep, keys.reshape(keep.shape))
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), copies)
+
+
 def advance(
     network: Network,
     params: Any,
@@ -400,6 +442,9 @@ def _emit(g, logits, running, stop_ids, sampler):
 
 
 start_jit = jax.jit(start, static_argnames=("network", "options", "slots", "max_out"))
+start_copies_jit = jax.jit(
+    start_copies, static_argnames=("network", "options", "slots", "max_out")
+)
 advance_jit = jax.jit(
     advance, static_argnames=("network", "options"), donate_argnames="generation"
 )

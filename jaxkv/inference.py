@@ -7,6 +7,7 @@ options that differ, compile anew.
 
 import contextlib
 import dataclasses
+import functools
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -119,7 +120,9 @@ def generate(
       budget: tokens that each layer and head may keep: of the prompt, and of prompt
         and output together if `decode` evicts. None keeps everything. One number for
         all prompts or, if `decode` does not evict, one for each. The cache is padded
-        to a bucket of the largest, so that similar budgets share a program.
+        to a bucket of the largest, so that similar budgets share a program. Where the
+        prompts are one list several times over, with other budgets each time, each is
+        read once.
       compression_ratio: another way to say it: the fraction of each prompt that is
         removed.
       prefill: eviction of the prompt; None is `Full()`.
@@ -182,8 +185,9 @@ def generate(
     options, slots, keep = _plan(
         options, budgets, lengths, padded, max_out, lm.config.num_layers
     )
-    tokens = np.zeros((len(ids), padded), np.int32)
-    for row, prompt in zip(tokens, ids, strict=True):
+    distinct = _distinct(ids, options, keep)
+    tokens = np.zeros((distinct, padded), np.int32)
+    for row, prompt in zip(tokens, ids, strict=False):
         row[: len(prompt)] = prompt
     stops = (
         lm.stop_ids if stop_ids is None else arguments.integers("stop_ids", stop_ids)
@@ -192,19 +196,24 @@ def generate(
 
     with _compile_seconds() as compiled:
         begin = time.perf_counter()
-        state = generation.start_jit(
+        start = functools.partial(
+            generation.start_jit
+            if distinct == len(ids)
+            else generation.start_copies_jit,
             lm.network,
             lm.params,
             jnp.asarray(tokens),
-            jnp.asarray(lengths),
+            jnp.asarray(lengths[:distinct]),
             arguments.row_keys(seed, len(ids)),
             stops,
             options=options,
             slots=slots,
             max_out=max_out,
-            keep=keep,
-            pool=spans,
         )
+        if distinct == len(ids):
+            state = start(keep=keep, pool=spans)
+        else:
+            state = start(keep=keep.reshape(-1, distinct))
         jax.block_until_ready(state.last)
         first = time.perf_counter()
         compile_prefill = sum(compiled)
@@ -284,6 +293,26 @@ def _plan(
     keeps = options.prefill.layer_keeps(keep, lengths, num_layers)
     slots = tuple(min(bucket(int(kept.max())), padded) + max_out for kept in keeps)
     return options, slots, jnp.asarray(keep)
+
+
+def _distinct(
+    ids: Sequence[Sequence[int]], options: Options, keep: jax.Array | None
+) -> int:
+    """Return after how many rows the prompts repeat, so that these need reading only.
+
+    It is all rows where they do not repeat as a whole, or where more than the eviction
+    depends on the budget.
+    """
+    rows = len(ids)
+    if keep is None or options.speculate is not None or options.prefill.drafts:
+        return rows
+    for count in range(1, rows // 2 + 1):
+        if rows % count == 0 and all(
+            ids[row] is ids[row % count] or ids[row] == ids[row % count]
+            for row in range(count, rows)
+        ):
+            return count
+    return rows
 
 
 _COMPILING = (

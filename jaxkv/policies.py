@@ -65,11 +65,14 @@ class PrefillPolicy(Protocol):
       offset: how far behind the prompt's end the first of them stands, in positions;
         of a policy without pseudo tokens, how far ahead its queries are turned.
       same_budgets: whether all layers keep equally many tokens.
+      drafts: whether the pseudo tokens are drafted from an evicted prompt, and hence
+        depend on the budget.
     """
 
     num_pseudo: int
     offset: int
     same_budgets: bool
+    drafts: bool
 
     def check(self, budget: int) -> None:
         """Raise ValueError if this policy cannot work with `budget` slots."""
@@ -123,6 +126,7 @@ class WholePrompt:
     num_pseudo = 0
     offset = 0
     same_budgets = True
+    drafts = False
 
     def pseudo_tokens(self, tokens, lengths, *, vocab_size, draft) -> jax.Array:
         """Return no tokens."""

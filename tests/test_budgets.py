@@ -149,3 +149,29 @@ def test_offsets_that_fit_are_taken(lm):
     policy = jaxkv.DapQ(window_size=4, offset=150, kernel_size=3)
     assert len(tokens(lm, prompts(60), prefill=policy, budget=20)[0]) == 8
     assert len(tokens(lm, prompts(60), prefill=jaxkv.DapQ(), budget=1)[0]) == 8
+
+
+@pytest.mark.parametrize("prefill", [DAPQ, PYRAMID])
+def test_repeated_prompts_are_read_once(lm, prefill, monkeypatch):
+    """And give, budget by budget, what they give alone, drawn tokens included."""
+    rows, budgets = prompts(60, 9), [5, 7, 20, 20, 6, 5]
+    sampler = jaxkv.Categorical(temperature=2.0)
+    options = dict(prefill=prefill, sampler=sampler)
+    read = []
+    begin = generation.start_copies_jit
+    monkeypatch.setattr(
+        generation, "start_copies_jit", lambda *a, **k: read.append(k) or begin(*a, **k)
+    )
+    got = tokens(lm, rows * 3, budget=budgets, seed=list(range(6)), **options)
+    assert [k["keep"].shape for k in read] == [(3, 2)]
+    for i, budget in enumerate(budgets):
+        alone = tokens(lm, [rows[i % 2]], budget=[budget], seed=[i], **options)
+        assert alone == got[i : i + 1]
+
+
+def test_prompts_that_do_not_repeat_are_read_in_turn(lm, monkeypatch):
+    monkeypatch.setattr(generation, "start_copies_jit", None)
+    one, two = prompts(20, 20)
+    laq = jaxkv.LAQ(window_size=3, draft_window_size=2, kernel_size=3)
+    tokens(lm, [one, two, one], budget=[5, 6, 7], max_new_tokens=2)
+    tokens(lm, [one, one], budget=[5, 7], prefill=laq, max_new_tokens=2)

@@ -132,7 +132,7 @@ def test_one_program_has_batches_of_one_size_and_one_output_length():
     full, six, fifty = plan(questions, [FULL, SMALL], budgets("6,50"))
     for unit in (full, six, fifty):
         assert (len(unit.rows), unit.size, unit.max_new_tokens) == (9, 3, 30)
-        assert [len(batch) for batch in unit.batches()] == [3, 3, 3]
+        assert [len(batch) for batch, _ in unit.batches()] == [3, 3, 3]
     assert {row.tokens for row in full.rows} == {None}
     assert [{r.tokens for r in unit.rows} for unit in (six, fifty)] == [{6}, {50}]
     assert (
@@ -143,8 +143,18 @@ def test_one_program_has_batches_of_one_size_and_one_output_length():
 def test_mixed_batches_hold_every_budget():
     questions = [question(i) for i in range(8)]
     (unit,) = plan(questions, [SMALL], budgets("10%,20%,50%"), mixed=True, batch_size=6)
-    for batch in unit.batches():
-        assert {row.tokens for row in batch} == {10, 20, 50}
+    batches = list(unit.batches())
+    for batch, _ in batches:
+        # Both questions at one budget, then at the next, for each to be read once.
+        assert [row.tokens for row in batch] == [10, 10, 20, 20, 50, 50]
+        assert [row.question for row in batch] == [r.question for r in batch[:2]] * 3
+    counted = [
+        row.key for batch in batches for row, real in zip(*batch, strict=True) if real
+    ]
+    assert len(counted) == len(set(counted)) == 24
+    (unit,) = plan(questions[:3], [SMALL], budgets("10%,50%"), mixed=True, batch_size=4)
+    (_, first), (_, last) = unit.batches()
+    assert all(first) and last == [True, False, True, False]
     # Their cache has as many slots as the budget, so they cannot share a program.
     assert len(plan(questions, [ROLLING], budgets("10,20"), mixed=True)) == 2
 
