@@ -153,7 +153,7 @@ def reasoning(
     ] = "1024,2048,4096",
     tasks: Tasks = None,
     samples: Samples = 200,
-    prefill: flags.Prefill = "streaming-llm",
+    prefill: flags.Prefill = "snapkv",
     development: Development = False,
     max_new_tokens: NewTokens = None,
     *,
