@@ -308,8 +308,7 @@ def _distinct(
         return rows
     for count in range(1, rows // 2 + 1):
         if rows % count == 0 and all(
-            ids[row] is ids[row % count] or ids[row] == ids[row % count]
-            for row in range(count, rows)
+            np.array_equal(ids[row], ids[row % count]) for row in range(count, rows)
         ):
             return count
     return rows

@@ -135,7 +135,7 @@ def decode_attention_triton(
         (jax.ShapeDtypeStruct(query.shape, query.dtype),),
         aliases={},
         grid=(batch * heads,),
-        num_warps=min(4, max(1, constants["SPLITS_PAD"] * head_dim // 512)),
+        num_warps=combine_warps(constants),
         num_stages=1,
         **constants,
     )
@@ -175,6 +175,12 @@ def combine_constants(head_dim: int, tiles: Tiles) -> dict[str, Any]:
         SPLITS_PAD=next_power_of_2(tiles.splits),
         HEAD_PAD=next_power_of_2(head_dim),
     )
+
+
+def combine_warps(constants: dict[str, Any]) -> int:
+    """Return the warps of one `combine_splits`: a thread has 16 numbers of a part."""
+    numbers = constants["SPLITS_PAD"] * constants["HEAD_PAD"]
+    return min(4, max(1, numbers // 512))
 
 
 def call(kernel, arrays, out_types, *, aliases, grid, **options):

@@ -50,13 +50,12 @@ def choose_tiles(
 ) -> Tiles:
     """Return tiles that keep the memory busy, for a device of `num_sms` processors.
 
-    Measured on an H200, 16-bit, groups of four. Scoring a tile takes its warps so long
-    that it is programs per processor that count, and they are few: the score takes
-    registers. With three rows or more for two processors, programs do whole rows: five
-    per processor on small tiles, or, where there are more rows than that, two and a
-    half on tiles twice as large. With fewer rows, three splits per processor share
-    them. In float32, and for groups whose outputs fill the registers of four warps,
-    4096 numbers or more, tiles are those of `decode_triton.choose_tiles`, cut to fit.
+    Measured on an H200, 16-bit, groups of four. The registers allow two programs per
+    processor. With three rows or more for two processors, each program does whole rows,
+    as many as any other; with fewer, the rows are split among them all, or down to one
+    tile a program where three per processor suffice for that. In float32, and for
+    groups whose outputs fill the registers of four warps, 4096 numbers or more, tiles
+    are those of `decode_triton.choose_tiles`, cut to fit.
     """
     attend = decode_triton.choose_tiles(
         batch, kv_heads, slots, head_dim, dtype, num_sms
@@ -66,27 +65,20 @@ def choose_tiles(
     rows = batch * kv_heads
     whole_rows = 2 * rows >= 3 * num_sms
     large = next_power_of_2(heads // kv_heads) * head_dim >= 4096
-    if large or jnp.dtype(dtype).itemsize == 4:
-        if large:
-            tiles = dataclasses.replace(tiles, block=16, warps=8)
-        if whole_rows:
-            turns = -(-rows // (2 * num_sms))
-            tiles = dataclasses.replace(tiles, splits=1, programs=-(-rows // turns))
-        return tiles
-    half = max(16, tiles.block // 2)
-    if whole_rows and (rows > 5 * num_sms or head_dim > 128):
-        turns = max(1, rows // (5 * num_sms // 2))
-        wide = dict(warps=4, stages=3, splits=1, programs=-(-rows // turns))
-        return dataclasses.replace(tiles, **wide)
+    if large:
+        tiles = dataclasses.replace(tiles, block=16, warps=8)
+    elif jnp.dtype(dtype).itemsize == 2:
+        tiles = dataclasses.replace(tiles, warps=4, stages=3)
     if whole_rows:
-        narrow = dict(block=half, warps=2, stages=3, splits=1, programs=rows)
-        narrow["chunk"] = 2048  # two warps hold no more of it
-        return dataclasses.replace(tiles, **narrow)
-    splits = -(-3 * num_sms // rows)
-    block = half if slots >= 4 * half * splits else tiles.block
-    splits = max(1, min(splits, -(-slots // block)))
-    shared = dict(block=block, warps=4, stages=3, splits=splits)
-    return dataclasses.replace(tiles, **shared)
+        turns = -(-rows // (2 * num_sms))
+        return dataclasses.replace(tiles, splits=1, programs=-(-rows // turns))
+    if large or jnp.dtype(dtype).itemsize == 4:
+        return tiles
+    num_tiles = -(-slots // tiles.block)
+    splits = max(1, min(2 * num_sms // rows, num_tiles))
+    if num_tiles * rows <= 3 * num_sms + rows:
+        splits = num_tiles
+    return dataclasses.replace(tiles, splits=splits)
 
 
 def longflow_attention_triton(

@@ -150,7 +150,7 @@ def tree_attention_triton(
         (jax.ShapeDtypeStruct(query.shape, query.dtype),),
         aliases={},
         grid=(batch * nodes * heads,),
-        num_warps=min(4, max(1, constants["SPLITS_PAD"] * head_dim // 512)),
+        num_warps=decode_triton.combine_warps(constants),
         num_stages=1,
         **constants,
     )

@@ -154,7 +154,7 @@ def test_offsets_that_fit_are_taken(lm):
 @pytest.mark.parametrize("prefill", [DAPQ, PYRAMID])
 def test_repeated_prompts_are_read_once(lm, prefill, monkeypatch):
     """And give, budget by budget, what they give alone, drawn tokens included."""
-    rows, budgets = prompts(60, 9), [5, 7, 20, 20, 6, 5]
+    rows, budgets = list(map(np.array, prompts(60, 9))), [5, 7, 20, 20, 6, 5]
     sampler = jaxkv.Categorical(temperature=2.0)
     options = dict(prefill=prefill, sampler=sampler)
     read = []

@@ -16,6 +16,7 @@ from jaxkv.kernels.decode_triton import (
     attend_constants,
     choose_tiles,
     combine_constants,
+    combine_warps,
 )
 
 # heads, KV heads, slots, head size, dtype, tiles (splits, block)
@@ -114,6 +115,13 @@ def test_shipped_tiles_compile_without_spills(shape, capability, record_property
 )
 def test_chosen_tiles_are_the_measured_ones(shape, expected):
     assert choose_tiles(*shape, "bfloat16") == expected
+
+
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+def test_splits_are_joined_by_a_power_of_two_of_warps(head_dim):
+    for splits in range(1, 65):
+        tiles = Tiles(splits=splits, block=16, warps=4, stages=2)
+        assert combine_warps(combine_constants(head_dim, tiles)) in (1, 2, 4)
 
 
 def test_chosen_tiles_are_possible_everywhere():
