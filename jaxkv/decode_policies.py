@@ -85,6 +85,16 @@ class LongFlow:
         """Return the paper's method: the defaults."""
         return cls(**options)
 
+    @classmethod
+    def recommended(cls, **options) -> "LongFlow":
+        """Return what loses least where the prompt holds what the answer needs.
+
+        The prompt and the newest 16 tokens stay. Attention to a rule or a fact of the
+        prompt is rare, so the paper's score gives it up long before it is needed again.
+        The README has the numbers. Not for prompts that fill most of the budget.
+        """
+        return cls(**dict(protect_prompt=True, n_recent=16) | options)
+
     @property
     def spare(self) -> int:
         """Slots that prefill leaves free: as many as are freed at once."""

@@ -56,6 +56,8 @@ def test_named_settings_stand_before_the_options():
     assert parse("pyramidkv:kvpress,beta=2") == PyramidKV.kvpress(beta=2)
     paper = parse("longflow:paper,n_sink=1", methods.DECODE)
     assert paper == LongFlow.paper(n_sink=1)
+    recommended = parse("longflow:recommended,n_recent=8", methods.DECODE)
+    assert recommended == LongFlow(protect_prompt=True, n_recent=8)
     with pytest.raises(ValueError, match="or first one of literal, tables"):
         parse("dapq:offset=2,tables")
 
