@@ -209,6 +209,12 @@ def main(
     lm = jaxkv.load(dtype=dtype)
     seed = DEVELOPMENT_SEED if dev else REPORT_SEED
     batches = [int(b) for b in (batch or ("1,4,16,64" if table else "1")).split(",")]
+    report = provenance() | {
+        "benchmark": "speculation on needle",
+        "seed": "development" if dev else "report",
+        "length": length,
+        "dtype": lm.dtype.name,
+    }
     rows = []
     for task in tasks.split(","):
         for size in batches:
@@ -235,6 +241,7 @@ def main(
                     "speedup_with_prefill": wall,
                 } | row
                 rows.append(row)
+                write_json(out, report | {"rows": rows})  # a crash loses one row
                 print(
                     f"{task:9} batch {size:2} {name:30} {speed:5.2f} x, "
                     f"{row['tokens_per_second']:8.1f} tokens/s, "
@@ -242,17 +249,6 @@ def main(
                     f"accuracy {row['accuracy']:.2f}",
                     flush=True,
                 )
-    write_json(
-        out,
-        {
-            "benchmark": "speculation on needle",
-            "seed": "development" if dev else "report",
-            "length": length,
-            "dtype": lm.dtype.name,
-            "rows": rows,
-        }
-        | provenance(),
-    )
     print(json.dumps({"written": str(out), "rows": len(rows)}))
 
 
