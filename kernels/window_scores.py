@@ -81,7 +81,16 @@ def window_scores(
                 raise NotImplementedError(f'{where}: implementation="triton" {reason}')
             from jaxkv.kernels.window_scores_triton import window_scores_triton
 
-            return window_scores_triton(query, key, start, **options)
+            count = options.pop("count")
+            if count is None:
+                count = jnp.full(start.shape, query.shape[1], jnp.int32)
+
+            # Triton kernels know no vmap: copies of a prompt are done one by one.
+            @jax.custom_batching.sequential_vmap
+            def run(query, key, start, count):
+                return window_scores_triton(query, key, start, count=count, **options)
+
+            return run(query, key, start, count)
         case "pallas_tpu":
             reason = tpu_unavailable()
             if reason:

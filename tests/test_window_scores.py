@@ -158,3 +158,33 @@ def test_choice():
     assert choose("cpu") == "xla"
     assert choose("tpu") == "pallas_tpu"
     assert choose("gpu") in ("xla", "triton")
+
+
+def test_triton_under_vmap_runs_copy_by_copy(monkeypatch):
+    """With a stand-in that knows no vmap, as Triton's calls do not."""
+    from jaxkv.kernels import window_scores as module
+    from jaxkv.kernels import window_scores_triton
+
+    def no_vmap(query, key, start, *, count, **options):
+        return jax.pure_callback(
+            lambda *x: np.asarray(
+                window_scores(*x[:3], count=x[3], implementation="reference", **options)
+            ),
+            jax.ShapeDtypeStruct((start.shape[0], 2, options["length"]), "float32"),
+            *(query, key, start, count),
+        )
+
+    monkeypatch.setattr(module, "triton_unavailable", lambda: "")
+    monkeypatch.setattr(window_scores_triton, "window_scores_triton", no_vmap)
+    query, key, start = inputs(SHAPES["gqa"])
+    options = dict(scale=0.3, length=40)
+
+    def run(start, implementation):
+        return window_scores(
+            query, key, start, implementation=implementation, **options
+        )
+
+    starts = jnp.stack([start, start - 3])
+    got = jax.vmap(lambda s: run(s, "triton"))(starts)
+    want = jnp.stack([run(s, "reference") for s in starts])
+    np.testing.assert_allclose(got, want, atol=1e-6)
