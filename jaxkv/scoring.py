@@ -11,12 +11,11 @@ import jax
 import jax.numpy as jnp
 
 from jaxkv.kernels.rotary import rotate
-from jaxkv.kernels.window_scores import window_scores
+from jaxkv.kernels.window_scores import Reduction, window_scores
 from jaxkv.policies import Prompt
 
 Pooling = Literal["none", "max", "avg"]
 Granularity = Literal["kv_head", "query_head"]
-Reduction = Literal["sum", "max"]
 
 
 def attention_of_window(
@@ -40,8 +39,7 @@ def attention_of_window(
       count: int32 `[B]`, queries that each row has; None is all `W`.
       granularity: "kv_head" averages over the query heads of a key/value head.
       offset: positions that the queries are turned ahead by; what they see stays.
-      reduction: "max" takes the largest over the queries in place of the sum; it looks
-        at them one by one, so all keys are read `W` times.
+      reduction: "max" takes the largest over the queries in place of the sum.
 
     Returns:
       Float32 `[B, K, L]`, or `[B, N, L]` by query head.
@@ -55,10 +53,7 @@ def attention_of_window(
         ahead = jnp.full_like(place, offset)
         queries = rotate(queries, ahead, prompt.frequencies)
 
-    if count is None:
-        count = jnp.full_like(start, window)
-
-    def summed(queries, start, count):
+    def scores(queries):
         return window_scores(
             queries,
             prompt.keys,
@@ -66,21 +61,9 @@ def attention_of_window(
             scale=prompt.scale,
             length=length,
             count=count,
+            reduction=reduction,
             implementation=prompt.implementation,
         )
-
-    def largest(queries):
-        def look(i, best):
-            query = jax.lax.dynamic_slice_in_dim(queries, i, 1, axis=1)
-            # Probabilities are not negative, so queries that do not count lose.
-            one = (i < count).astype(jnp.int32)
-            return jnp.maximum(best, summed(query, start + i, one))
-
-        nothing = jnp.zeros((*prompt.keys.shape[:3:2], length), jnp.float32)
-        return jax.lax.fori_loop(0, window, look, nothing)
-
-    def scores(queries):
-        return largest(queries) if reduction == "max" else summed(queries, start, count)
 
     if granularity == "kv_head":
         return scores(queries)

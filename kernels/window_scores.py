@@ -16,6 +16,7 @@ from jaxkv.kernels.decode import tpu_unavailable, triton_unavailable
 from jaxkv.kernels.shapes import check_groups, check_shape
 
 Implementation = Literal["reference", "xla", "triton", "pallas_tpu"]
+Reduction = Literal["sum", "max"]
 
 _TILE = 1024  # keys of a tile of the XLA version
 
@@ -28,9 +29,10 @@ def window_scores(
     scale: float,
     length: int,
     count: jax.Array | None = None,
+    reduction: Reduction = "sum",
     implementation: Implementation | None = None,
 ) -> jax.Array:
-    """Sum the attention that a window of queries pays to each key.
+    """Add up the attention that a window of queries pays to each key.
 
     Args:
       query: `[B, W, N, H]`; head `n` reads key head `n // (N / K)`. Query `w` of row
@@ -43,16 +45,17 @@ def window_scores(
         all visible keys all the same.
       count: int32 `[B]`: only the first `count[b]` queries of row `b` contribute, and
         `start[b] + w` must lie below `T` for these only; None is all `W`.
+      reduction: over the window: "sum", or "max" for the most that one query pays.
       implementation: "reference" (float32, `W x T` memory), "xla" (anywhere; memory of
         one tile), "triton" (NVIDIA, through jax-triton), "pallas_tpu" (TPU), or None
         for the best one that can run; `choose` says which.
 
     Returns:
-      Float32 `[B, K, length]`: softmax probabilities, summed over the window and
-      averaged over the query heads of each key head; 0 for keys that nobody sees.
+      Float32 `[B, K, length]`: softmax probabilities, averaged over the query heads of
+      each key head and then reduced over the window; 0 for keys that nobody sees.
 
     Raises:
-      ValueError: shapes disagree, or the implementation is unknown.
+      ValueError: shapes disagree, or the reduction or implementation is unknown.
       NotImplementedError: a named implementation cannot run here.
     """
     where = "window_scores"
@@ -69,7 +72,12 @@ def window_scores(
         check_shape(where, start=(start, "B"), count=(count, "B"))
     if implementation is None:
         implementation = choose(jax.default_backend(), query, key)
-    options = dict(scale=scale, length=length, count=count)
+    if reduction not in get_args(Reduction):
+        raise ValueError(
+            f"{where}: unknown {reduction=}; choose one of "
+            f"{', '.join(get_args(Reduction))}."
+        )
+    options = dict(scale=scale, length=length, count=count, reduction=reduction)
     match implementation:
         case "reference":
             return _reference(query, key, start, **options)
@@ -131,7 +139,7 @@ def _last_visible(start, window, count):
     return last if count is None else jnp.where(order < count[:, None], last, -1)
 
 
-def _reference(query, key, start, *, scale, length, count):
+def _reference(query, key, start, *, scale, length, count, reduction):
     """Everything at once in float32 and highest precision: the definition."""
     _, window, heads, _ = query.shape
     keys, kv_heads = key.shape[1:3]
@@ -142,12 +150,11 @@ def _reference(query, key, start, *, scale, length, count):
     logits = scale * jnp.einsum("bwnh,btnh->bnwt", q, k, precision="highest")
     weights = jax.nn.softmax(jnp.where(seen, logits, -jnp.inf), axis=-1)
     weights = jnp.where(seen, weights, 0.0)  # a query that counts not gives NaN
-    per_head = weights.sum(2)  # [B, N, T]
-    grouped = per_head.reshape(-1, kv_heads, heads // kv_heads, keys)
-    return grouped.mean(2)[..., :length]
+    grouped = weights.reshape(-1, kv_heads, heads // kv_heads, window, keys).mean(2)
+    return (grouped.sum(2) if reduction == "sum" else grouped.max(2))[..., :length]
 
 
-def _xla(query, key, start, *, scale, length, count):
+def _xla(query, key, start, *, scale, length, count, reduction):
     """Two passes over tiles of keys; nothing larger than `[B, N, W, tile]` exists."""
     batch, window, heads, head_dim = query.shape
     keys, kv_heads = key.shape[1:3]
@@ -193,9 +200,12 @@ def _xla(query, key, start, *, scale, length, count):
     def write(i, out):
         first = jnp.minimum(i * scored, length - scored)
         weights = jnp.exp(logits(first, scored) - normaliser[..., None])
-        return jax.lax.dynamic_update_slice_in_dim(
-            out, weights.sum(2) / groups, first, axis=2
-        )
+        if reduction == "max":  # over queries, of the sum over the heads of a group
+            weights = weights.reshape(batch, kv_heads, groups, window, scored)
+            weights = weights.sum(2).max(2)
+        else:
+            weights = weights.sum(2)
+        return jax.lax.dynamic_update_slice_in_dim(out, weights / groups, first, axis=2)
 
     out = jnp.zeros((batch, kv_heads, length), jnp.float32)
     return jax.lax.fori_loop(0, -(-length // scored), write, out)

@@ -39,6 +39,7 @@ def window_scores_tpu(
     scale: float,
     length: int,
     count: jax.Array | None = None,
+    reduction: str = "sum",
     interpret: Any = False,
 ) -> jax.Array:
     """Sum the attention that a window of queries pays to each key.
@@ -52,6 +53,7 @@ def window_scores_tpu(
       scale: factor on the logits.
       length: keys that are scored, at most `T`.
       count: int32 `[B]`, queries of each row that count; None is all `W`.
+      reduction: "sum", or "max" over the queries, which then pass one by one.
       interpret: run on the CPU; True, or `pltpu.InterpretParams()` for a simulation of
         the TPU's memories.
 
@@ -70,7 +72,16 @@ def window_scores_tpu(
         count = jnp.full(start.shape, query.shape[1], jnp.int32)
     run = functools.partial(_run, scale=scale, length=length, interpret=interpret)
     run = per_shard(run, ("B W N H", "B T K H", "B", "B"), "B K T")
-    return run(query, key, start, count)
+    if reduction == "sum":
+        return run(query, key, start, count)
+
+    def look(i, best):
+        one = jax.lax.dynamic_slice_in_dim(query, i, 1, axis=1)
+        # Probabilities are not negative, so queries that do not count lose.
+        return jnp.maximum(best, run(one, key, start + i, (i < count).astype(int)))
+
+    nothing = jnp.zeros((*key.shape[:3:2], length), jnp.float32)
+    return jax.lax.fori_loop(0, query.shape[1], look, nothing)
 
 
 def _run(query, key, start, count, *, scale, length, interpret):

@@ -7,6 +7,7 @@ heads, `G` query heads per key/value head, `T` keys, `H` head size.
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -69,6 +70,7 @@ def window_scores_triton(
     scale: float,
     length: int,
     count: jax.Array | None = None,
+    reduction: str = "sum",
     tiles: Tiles | None = None,
 ) -> jax.Array:
     """Return the probability that the window's queries give to each of the first keys.
@@ -85,6 +87,8 @@ def window_scores_triton(
       length: the number of keys that get a score, from the first on.
       count: int32 `[B]`, how many queries of each row contribute, from the first on;
         None for all.
+      reduction: "sum", or "max" over the queries, which are then taken in portions
+        that fill a chunk of rows.
       tiles: how to cut the work; None chooses by shape and device.
 
     Returns:
@@ -100,6 +104,24 @@ def window_scores_triton(
     )
     if count is None:
         count = jnp.full((batch,), window, jnp.int32)
+    group = heads // kv_heads
+    if reduction == "max":
+        tiles = dataclasses.replace(tiles, rows=max(tiles.rows, next_power_of_2(group)))
+        portion = tiles.rows // group
+        if window > portion:
+            parts = [
+                window_scores_triton(
+                    # Where no query is left, nothing beyond the last key is read.
+                    *(query[:, i : i + portion], key, start + jnp.minimum(i, count)),
+                    scale=scale,
+                    length=length,
+                    count=jnp.maximum(count - i, 0),
+                    reduction=reduction,
+                    tiles=tiles,
+                )
+                for i in range(0, window, portion)
+            ]
+            return functools.reduce(jnp.maximum, parts)
     sizes = window, heads, kv_heads, keys, head_dim
     constants = statistic_constants(*sizes, key.dtype, scale, tiles)
     chunks = constants["CHUNKS"]
@@ -119,7 +141,7 @@ def window_scores_triton(
         (jax.ShapeDtypeStruct((batch, kv_heads, length), jnp.float32),),
         grid=(batch * kv_heads, tiles.splits),
         **options,
-        **probability_constants(constants, length, tiles),
+        **probability_constants(constants, length, tiles, reduction),
     )
     return scores
 
@@ -153,7 +175,8 @@ def statistic_constants(
 
 
 def probability_constants(
-    constants: dict[str, Any], length: int, tiles: Tiles
+    constants: dict[str, Any], length: int, tiles: Tiles, reduction: str
 ) -> dict[str, Any]:
     """Return the compile-time arguments of `window_probabilities`."""
-    return constants | dict(LENGTH=length, SPLITS_PAD=next_power_of_2(tiles.splits))
+    splits = next_power_of_2(tiles.splits)
+    return constants | dict(LENGTH=length, SPLITS_PAD=splits, REDUCTION=reduction)

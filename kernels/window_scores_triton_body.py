@@ -127,6 +127,27 @@ def window_statistic(
 
 
 @triton.jit
+def largest_query(
+    weights,  # [R, S], 0 in rows that do not count
+    window,  # [R]
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    ROWS_PAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Return the largest sum over the heads of one query, `[S]`."""
+    if GROUP & (GROUP - 1) == 0:
+        by_query = tl.reshape(weights, [ROWS_PAD // GROUP, GROUP, BLOCK])
+        result = tl.max(tl.sum(by_query, 1), 0)
+    else:  # no shape of a tile
+        result = tl.zeros([BLOCK], tl.float32)
+        for query in range(ROWS // GROUP):
+            mine = tl.where((window == query)[:, None], weights, 0.0)
+            result = tl.maximum(result, tl.sum(mine, 0))
+    return result
+
+
+@triton.jit
 def window_probabilities(
     query_ptr,  # [B, W, N, H]
     key_ptr,  # [B, T, K, H]
@@ -149,8 +170,9 @@ def window_probabilities(
     SPLITS: tl.constexpr,
     SPLITS_PAD: tl.constexpr,
     PRECISION: tl.constexpr,
+    REDUCTION: tl.constexpr,  # "max" has one chunk
 ):
-    """Sum the probabilities of every `SPLITS`-th tile of keys over all query rows."""
+    """Reduce the probabilities of every `SPLITS`-th tile of keys over all queries."""
     pair = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
     batch = pair // KV_HEADS
@@ -185,7 +207,12 @@ def window_probabilities(
                 *(q, key_ptr, indices, last, visible),
                 *(SCALE, KV_HEADS, HEAD_DIM, HEAD_PAD, PRECISION),
             )
-            score = tl.sum(tl.exp2(logits - statistic[:, None]), 0) * (1.0 / GROUP)
+            weights = tl.exp2(logits - statistic[:, None])
+            if REDUCTION == "max":
+                score = largest_query(weights, window, GROUP, ROWS, ROWS_PAD, BLOCK)
+            else:
+                score = tl.sum(weights, 0)
+            score *= 1.0 / GROUP
             if CHUNKS > 1:
                 written = tl.where(chunk > 0, LENGTH, 0)
                 score += tl.load(scores_ptr + indices, indices < written, other=0.0)

@@ -36,7 +36,7 @@ def inputs(shape, dtype="float32", seed=0):
     return query, jnp.asarray(key, dtype), jnp.asarray(start, jnp.int32)
 
 
-def oracle(query, key, start, scale, length, count=None):
+def oracle(query, key, start, scale, length, count=None, reduction="sum"):
     """One query and one head at a time, in double precision."""
     query, key = (np.asarray(x.astype(jnp.float32), np.float64) for x in (query, key))
     batch, window, heads, _ = query.shape
@@ -45,35 +45,38 @@ def oracle(query, key, start, scale, length, count=None):
     for b in range(batch):
         for w in range(window if count is None else int(count[b])):
             seen = int(start[b]) + w + 1
+            mine = np.zeros_like(out[b])
             for n in range(heads):
                 k = n * kv_heads // heads
                 powers = np.exp(scale * key[b, :seen, k] @ query[b, w, n])
-                out[b, k, :seen] += powers / powers.sum() * kv_heads / heads
+                mine[k, :seen] += powers / powers.sum() * kv_heads / heads
+            out[b] = out[b] + mine if reduction == "sum" else np.maximum(out[b], mine)
     return out[..., :length]
 
 
+@pytest.mark.parametrize("reduction", ["sum", "max"])
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_agrees_with_the_oracle(shape, dtype, implementation):
+def test_agrees_with_the_oracle(shape, dtype, implementation, reduction):
     args = inputs(shape, dtype)
-    got = window_scores(
-        *args, scale=0.3, length=shape[-1], implementation=implementation
-    )
+    options = dict(scale=0.3, length=shape[-1], reduction=reduction)
+    got = window_scores(*args, **options, implementation=implementation)
     assert got.dtype == jnp.float32
-    want = oracle(*args, 0.3, shape[-1])
+    want = oracle(*args, 0.3, shape[-1], reduction=reduction)
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("reduction", ["sum", "max"])
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
-def test_queries_beyond_the_count_do_not_count(implementation):
+def test_queries_beyond_the_count_do_not_count(implementation, reduction):
     shape = SHAPES["gqa"]
     args = inputs(shape)
     count = jnp.asarray([0, 2, 5], jnp.int32)
-    got = window_scores(
-        *args, scale=0.3, length=40, count=count, implementation=implementation
-    )
-    np.testing.assert_allclose(got, oracle(*args, 0.3, 40, count), rtol=1e-5, atol=1e-6)
+    options = dict(scale=0.3, length=40, count=count, reduction=reduction)
+    got = window_scores(*args, **options, implementation=implementation)
+    want = oracle(*args, 0.3, 40, count, reduction)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
     assert not np.asarray(got[0]).any()
 
 
@@ -134,6 +137,7 @@ def test_memory_is_that_of_a_tile(monkeypatch):
         (dict(length=46), "length must be between 1 and the 45 keys, got 46"),
         (dict(length=0), "length must be between 1"),
         (dict(implementation="magic"), "unknown implementation='magic'"),
+        (dict(reduction="mean"), "unknown reduction='mean'; choose one of sum, max"),
         (dict(count=jnp.zeros(2, jnp.int32)), "axis B of count is 2"),
         (dict(query=jnp.zeros((3, 5, 3, 8))), "must be a multiple of 2"),
     ],

@@ -89,3 +89,14 @@ def test_refusals_name_their_reason():
         scores(query.astype("float16"), key, start, length=8)
     with pytest.raises(NotImplementedError, match="multiple of 32, got H=72"):
         scores(*draw("GQA", 8, 2, [3], head_dim=72), length=8)
+
+
+def test_the_largest_over_the_queries():
+    query, key, start = draw("GQA", 130, 3, [5, 60])
+    count = jnp.asarray([3, 2])
+    got = scores(query, key, start, length=100, count=count, reduction="max")
+    wanted = [
+        oracle(query[:, i : i + 1], key, start + i, 100, (i < count).astype(int))
+        for i in range(3)
+    ]
+    np.testing.assert_allclose(got, np.max(wanted, axis=0), atol=TOLERANCE["float32"])

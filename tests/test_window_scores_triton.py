@@ -20,29 +20,41 @@ from jaxkv.kernels.window_scores_triton import (
     statistic_constants,
 )
 
-# window, heads, KV heads, keys, length, head size, dtype, tiles (splits, rows, block)
+# window, heads, KV heads, keys, length, head size, dtype, reduction, tiles (splits,
+# rows, block)
 FAST = [
-    (5, 4, 2, 70, 60, 64, "float32", (2, 32, 16)),
-    (9, 4, 2, 70, 70, 64, "bfloat16", (3, 16, 16)),
-    (1, 3, 1, 33, 17, 96, "float16", (1, 16, 32)),
+    (5, 4, 2, 70, 60, 64, "float32", "sum", (2, 32, 16)),
+    (9, 4, 2, 70, 70, 64, "bfloat16", "sum", (3, 16, 16)),
+    (1, 3, 1, 33, 17, 96, "float16", "sum", (1, 16, 32)),
+    (9, 4, 2, 50, 40, 64, "bfloat16", "max", (2, 16, 16)),
+    (3, 6, 2, 33, 33, 64, "float32", "max", (1, 16, 16)),
+    (2, 24, 1, 20, 18, 64, "float32", "max", (1, 16, 16)),
 ]
 SLOW = [
-    (window, kv_heads * group, kv_heads, keys, keys - 3, head_dim, dtype, tiles)
-    for window, (kv_heads, group), keys, (head_dim, dtype), tiles in itertools.product(
+    (window, kv_heads * group, kv_heads, keys, keys - 3, head_dim, dtype, how, tiles)
+    for window, (kv_heads, group), keys, (
+        head_dim,
+        dtype,
+    ), how, tiles in itertools.product(
         [1, 8, 33],
         [(2, 1), (2, 4), (1, 24)],
         [40, 130],
         [(64, "float32"), (96, "float16"), (128, "bfloat16"), (256, "bfloat16")],
+        ["sum", "max"],
         [(1, 64, 16), (3, 16, 32)],
     )
 ]
 # Logits are exact in float32; the statistics and exponentials are float32.
 TOLERANCE = 1e-5
 
-# batch, window, heads, KV heads, keys, head size, dtype: with the shipped tiles
-SHIPPED = [(1, 32, 32, 8, 8192, 128, "bfloat16")]
+# batch, window, heads, KV heads, keys, head size, dtype, reduction: with the shipped
+# tiles
+SHIPPED = [
+    (1, 32, 32, 8, 8192, 128, "bfloat16", "sum"),
+    (1, 8, 32, 8, 8192, 128, "bfloat16", "max"),
+]
 SHIPPED_SLOW = [
-    (1, window, 32, 8, 8192, head_dim, dtype)
+    (1, window, 32, 8, 8192, head_dim, dtype, "sum")
     for window, head_dim, dtype in itertools.product(
         [1, 64], [64, 96, 128, 256], ["float16", "float32"]
     )
@@ -69,13 +81,13 @@ def test_shipped_tiles_compile_without_spills(shape, capability, record_property
     pytest.importorskip("triton")
     from jaxkv.kernels import window_scores_triton_body as body
 
-    batch, window, heads, kv_heads, keys, head_dim, dtype = shape
+    batch, window, heads, kv_heads, keys, head_dim, dtype, reduction = shape
     rows = window * heads // kv_heads
     tiles = choose_tiles(batch, kv_heads, rows, keys, head_dim, dtype)
     first = statistic_constants(
         window, heads, kv_heads, keys, head_dim, dtype, 0.1, tiles
     )
-    second = probability_constants(first, keys, tiles)
+    second = probability_constants(first, keys, tiles, reduction)
     dtypes = dict(query_ptr=dtype, key_ptr=dtype, start_ptr="int32", count_ptr="int32")
     dtypes |= dict(statistic_ptr="float32", scores_ptr="float32")
     launches = [(body.window_statistic, first), (body.window_probabilities, second)]
@@ -91,7 +103,8 @@ def test_shipped_tiles_compile_without_spills(shape, capability, record_property
 
 def check_interpreted(case, seed, mutate=lambda args: args) -> list[str]:
     """Run one case under the interpreter and return what is wrong with it."""
-    window, heads, kv_heads, keys, length, head_dim, dtype, (splits, rows, block) = case
+    window, heads, kv_heads, keys, length, head_dim, dtype, reduction, tiles = case
+    splits, rows, block = tiles
     tiles = Tiles(splits=splits, rows=rows, block=block, warps=4, stages=3)
     batch, group, scale = 3, heads // kv_heads, head_dim**-0.5
     rng = np.random.default_rng(seed)
@@ -104,15 +117,24 @@ def check_interpreted(case, seed, mutate=lambda args: args) -> list[str]:
     k = jnp.where(dead[..., None, None], jnp.nan, k)
     want = np.zeros((batch, kv_heads, keys))
     exact_q, exact_k = (np.asarray(x.astype(jnp.float32), np.float64) for x in (q, k))
-    for b, n in itertools.product(range(batch), range(heads)):
+    combine = {"sum": np.add, "max": np.maximum}[reduction]
+    for b in range(batch):
         for w in range(count[b]):
-            seen = exact_k[b, : start[b] + w + 1, n // group]
-            logits = scale * seen @ exact_q[b, w, n]
-            weights = np.exp(logits - logits.max())
-            want[b, n // group, : len(seen)] += weights / weights.sum() / group
+            mine = np.zeros((kv_heads, keys))
+            for n in range(heads):
+                seen = exact_k[b, : start[b] + w + 1, n // group]
+                logits = scale * seen @ exact_q[b, w, n]
+                weights = np.exp(logits - logits.max())
+                mine[n // group, : len(seen)] += weights / weights.sum() / group
+            want[b] = combine(want[b], mine)
     q, k, start, count = mutate((q, k, jnp.asarray(start), jnp.asarray(count)))
     scores = window_scores_triton.window_scores_triton(
-        q, k, start, scale=scale, length=length, count=count, tiles=tiles
+        *(q, k, start),
+        scale=scale,
+        length=length,
+        count=count,
+        reduction=reduction,
+        tiles=tiles,
     )
     error = np.abs(np.asarray(scores) - want[..., :length]).max()
     return [] if error <= TOLERANCE * window else [f"{case}: off by {error:.3g}"]
