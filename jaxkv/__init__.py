@@ -7,6 +7,7 @@ the pure functions underneath. Policies say what the cache keeps.
 import jaxkv._installed  # noqa: F401
 from jaxkv._version import __version__
 from jaxkv.acceptance import Conditional, Exact, FixedThreshold, TopK, Typical
+from jaxkv.basic_policies import Full, StreamingLLM
 from jaxkv.dapq import LAQ, DapQ
 from jaxkv.decode_policies import (
     VATP,
@@ -23,7 +24,7 @@ from jaxkv.inference import Completion, Stats, generate
 from jaxkv.language_model import LanguageModel, load, save
 from jaxkv.models.checkpoint import CheckpointError
 from jaxkv.options import Options
-from jaxkv.policies import DecodePolicy, Full, PrefillPolicy, StreamingLLM
+from jaxkv.policies import DecodePolicy, PrefillPolicy
 from jaxkv.prompt_policies import H2O, TOVA, KNorm, PyramidKV, Random, SnapKV
 from jaxkv.rkv import RKV
 from jaxkv.sampling import Categorical, Greedy

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxkv.basic_policies import Full
 from jaxkv.language_model import LanguageModel
 from jaxkv.options import Options
-from jaxkv.policies import Full
 
 Prompts = Sequence[str] | Sequence[Sequence[int]] | str
 

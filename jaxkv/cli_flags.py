@@ -8,11 +8,11 @@ import jax
 import typer
 
 from jaxkv import methods
+from jaxkv.basic_policies import Full
 from jaxkv.kernels import decode as decode_kernels
 from jaxkv.kernels import prefill as prefill_kernels
 from jaxkv.language_model import LanguageModel, load
 from jaxkv.options import Options
-from jaxkv.policies import Full
 from jaxkv.sampling import Categorical, Greedy, Sampler
 
 Model = Annotated[

@@ -11,10 +11,10 @@ import rich.table
 from rich.text import Text
 
 from jaxkv import evaluation
+from jaxkv.basic_policies import StreamingLLM
 from jaxkv.evaluation import Cell
 from jaxkv.inference import Stats, generate
 from jaxkv.language_model import LanguageModel
-from jaxkv.policies import StreamingLLM
 from jaxkv.samples import Sample
 from jaxkv.terminal import TextStream, announce, megabytes, progress
 

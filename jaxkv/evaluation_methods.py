@@ -5,8 +5,9 @@ import re
 from collections.abc import Mapping, Sequence
 
 from jaxkv import methods
+from jaxkv.basic_policies import Full
 from jaxkv.options import Options
-from jaxkv.policies import DecodePolicy, Full, PrefillPolicy
+from jaxkv.policies import DecodePolicy, PrefillPolicy
 
 FULL = "full"  # method and budget of the control that keeps everything
 

@@ -16,9 +16,9 @@ import jax.numpy as jnp
 
 from jaxkv import speculation
 from jaxkv.attention import append_tokens, attend_cache, attend_prompt, rooms
+from jaxkv.basic_policies import Full
 from jaxkv.likeliest import likeliest_tokens
 from jaxkv.options import Options
-from jaxkv.policies import Full
 from jaxkv.sampling import pick_next
 from jaxkv.speculation import Speculation
 from jaxkv.state import KVState

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from jaxkv.acceptance import Conditional, Exact, FixedThreshold, TopK, Typical
+from jaxkv.basic_policies import Full, StreamingLLM
 from jaxkv.dapq import LAQ, DapQ
 from jaxkv.decode_policies import (
     VATP,
@@ -23,7 +24,6 @@ from jaxkv.decode_policies import (
 )
 from jaxkv.drafts import Aligned, PromptLookup, Tree
 from jaxkv.expected_attention import ExpectedAttention
-from jaxkv.policies import Full, StreamingLLM
 from jaxkv.prompt_policies import H2O, TOVA, KNorm, PyramidKV, Random, SnapKV
 from jaxkv.rkv import RKV
 

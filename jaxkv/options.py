@@ -4,11 +4,12 @@ import dataclasses
 
 from jaxkv import speculation
 from jaxkv.acceptance import Exact, Rule
+from jaxkv.basic_policies import Full
 from jaxkv.drafts import Drafter
 from jaxkv.kernels import decode as decode_kernels
 from jaxkv.kernels import prefill as prefill_kernels
 from jaxkv.kernels import window_scores
-from jaxkv.policies import DecodePolicy, Full, PrefillPolicy
+from jaxkv.policies import DecodePolicy, PrefillPolicy
 from jaxkv.sampling import Greedy, Sampler
 
 

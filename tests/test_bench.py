@@ -10,10 +10,10 @@ import pytest
 
 from jaxkv import H2ODecode, LongFlow, bench, cli, measure
 from jaxkv import state as kv
+from jaxkv.basic_policies import Full, StreamingLLM
 from jaxkv.models import public_shapes
 from jaxkv.models.decoder import Config, Decoder, parameter_shapes, random_parameters
 from jaxkv.options import Options
-from jaxkv.policies import Full, StreamingLLM
 
 TINY = Config(
     vocab_size=10,

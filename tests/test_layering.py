@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CORE = {
     "acceptance",
     "attention",
+    "basic_policies",
     "dapq",
     "decode_policies",
     "drafts",

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from jaxkv import bench, cli, evaluation_pictures, measure, throughput
 from jaxkv import state as kv
 from jaxkv import throughput_report as report
+from jaxkv.basic_policies import Full, StreamingLLM
 from jaxkv.bench_throughput import Timer, plan_cells, run_cells
 from jaxkv.decode_policies import LongFlow
 from jaxkv.models.decoder import Config, random_parameters
 from jaxkv.options import Options
-from jaxkv.policies import Full, StreamingLLM
 from jaxkv.throughput import Work, split, whole_seconds
 
 TINY = Config(
