@@ -216,7 +216,7 @@ def test_reasoning(jaxkv_, tiny, tmp_path, reader):
     policies = {(call["prefill"], call["decode"]) for call in reader}
     assert policies == {
         (jaxkv.Full(), jaxkv.Full()),
-        (jaxkv.StreamingLLM(), jaxkv.StreamingLLM()),
+        (jaxkv.SnapKV(), jaxkv.StreamingLLM()),
     }
 
 
