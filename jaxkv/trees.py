@@ -176,22 +176,12 @@ def commit(
 
 def _remember(new, memory, slots, path, count):
     """Put what the nodes of a path bring into the slots `[B, K, D + 1]` they go to."""
-    steps = jnp.arange(path.shape[1], dtype=jnp.int32)
-    written = (steps < count[:, None])[:, None]
-    # A path may come back to a slot of its own; then only the last write counts,
-    # because a scatter that hits a place twice has no order.
-    later = steps[None, :] > steps[:, None]
-    same = slots[..., :, None] == slots[..., None, :]
-    again = (same & later & written[..., None, :]).any(-1)
 
     def put(x, held):
         if x is None:
             return held
-        batch, kv_heads, size = held.shape
-        # A slot beyond the end is dropped; no two of them are equal.
-        where = jnp.where(written & ~again, slots, size + steps)
-        b, k = jnp.arange(batch)[:, None, None], jnp.arange(kv_heads)[:, None]
+        place = tree_write.last_writes(slots, count, held.shape[2])
         x = jnp.take_along_axis(x, path[:, None], axis=2)
-        return held.at[b, k, where].set(x, mode="drop", unique_indices=True)
+        return held.at[place].set(x, mode="drop", unique_indices=True)
 
     return jax.tree.map(put, new, memory, is_leaf=lambda x: x is None)

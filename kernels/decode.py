@@ -165,12 +165,7 @@ def write(
     Returns:
       The new `keys`, `values` and `positions`.
     """
-    batch, kv_heads, slots, _ = keys.shape
-    # A slot beyond the end is dropped by the scatter, so a finished row writes nowhere.
-    slot = jnp.where(position[:, None] < 0, slots, target)
-    b = jnp.arange(batch)[:, None]
-    k = jnp.arange(kv_heads)[None, :]
-    where = (b, k, slot)
+    where = place_of_token(target, position, keys.shape[2])
     flags = dict(mode="drop", unique_indices=True)
     return (
         keys.at[where].set(key.astype(keys.dtype), **flags),
@@ -179,6 +174,22 @@ def write(
             jnp.broadcast_to(position[:, None], target.shape), **flags
         ),
     )
+
+
+def place_of_token(target: jax.Array, position: jax.Array, slots: int):
+    """Return where a scatter that drops puts a token: nowhere in a finished row.
+
+    Args:
+      target: int32 `[B, K]`.
+      position: int32 `[B]`, -1 for finished rows, whose slot lies beyond the end.
+      slots: `S`, static.
+
+    Returns:
+      Indices of the axes `B`, `K` and `S`, which broadcast to `target`.
+    """
+    batch, kv_heads = target.shape
+    slot = jnp.where(position[:, None] < 0, slots, target)
+    return jnp.arange(batch)[:, None], jnp.arange(kv_heads)[None, :], slot
 
 
 def decode_logits(

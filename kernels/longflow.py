@@ -174,11 +174,9 @@ def write_norm(
 
     Other arguments are those of `longflow_attention`; returns the new `norms`.
     """
-    # Only the row of the target changes, which a scatter does in place.
-    slot = jnp.where(position[:, None] < 0, norms.shape[2], target)
-    b, k = jnp.arange(norms.shape[0])[:, None], jnp.arange(norms.shape[1])
+    place = decode.place_of_token(target, position, norms.shape[2])
     new = value_norms(value, score)
-    return norms.at[b, k, slot].set(new, mode="drop", unique_indices=True)
+    return norms.at[place].set(new, mode="drop", unique_indices=True)
 
 
 def token_importance(
@@ -207,7 +205,8 @@ def token_importance(
     """
     weights = decode.decode_weights(query, keys, positions, scale=scale, exact=exact)
     out = decode.weigh(weights, values, positions) if score == "deletion" else None
-    return _importance(weights, values, out, positions, score)
+    norms = value_norms(values, score)
+    return _importance(weights, values, norms, out, positions, score)
 
 
 def _reference(
@@ -293,10 +292,7 @@ def _xla(
     )
     weights = decode.decode_weights(query, keys, positions, scale=scale)
     out = decode.weigh(weights, values, positions)
-    if score == "deletion":
-        importance = _importance(weights, values, out, positions, score)
-    else:
-        importance = weights.mean(axis=2) * jnp.where(positions >= 0, norms, 0)
+    importance = _importance(weights, values, norms, out, positions, score)
     victim = choose_victim(importance, positions, oldest, newest, shared=shared)
     target = jnp.where(position[:, None] < 0, target, victim)
     out = out.reshape(query.shape).astype(query.dtype)
@@ -336,15 +332,16 @@ def _refuse_deletion(implementation, score):
         )
 
 
-def _importance(weights, values, out, positions, score):
+def _importance(weights, values, norms, out, positions, score):
     """Average the scores `[B, K, G, S]` over the group: float32 `[B, K, S]`.
 
-    `out` is `[B, K, G, H]`, read for "deletion" only.
+    `values` and `out` `[B, K, G, H]` are read for "deletion" only, `norms` for the
+    others.
     """
-    v = jnp.where((positions >= 0)[..., None], values, 0)
+    held = positions >= 0
     if score != "deletion":
-        return weights.mean(axis=2) * value_norms(v, score)
-    v = v.astype(jnp.float32)
+        return weights.mean(axis=2) * jnp.where(held, norms, 0)
+    v = jnp.where(held[..., None], values, 0).astype(jnp.float32)
     moved = v[:, :, None] - out[..., None, :]
     moved = jnp.sqrt(jnp.square(moved).sum(-1))
     return (weights / jnp.maximum(1 - weights, LEAST_REST) * moved).mean(axis=2)

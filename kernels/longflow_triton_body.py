@@ -3,10 +3,10 @@
 Two ways to cut the work, each in two launches:
 
 ```
-in splits   1  per (row, split): attend; leave the scores of its slots, head by head
+in splits   1  per (row, split): attend; leave the logits of its slots, head by head
             2  per (row, block of slots): importance and its minimum, of which the last
                to arrive takes the least; per query head: join the splits
-in rows     1  per program, row after row: attend; leave the scores in a scratch of the
+in rows     1  per program, row after row: attend; leave the logits in a scratch of the
                program's own; knowing the softmax, read them back: importance, summed
                over the query heads of the row
             2  the same as above from that importance

@@ -131,18 +131,9 @@ def _reference(
 def _xla(key, value, keys, values, positions, target, upcoming, path, count, position):
     """Scatter what no later step of the path overwrites."""
     batch, kv_heads, slots, _ = keys.shape
-    steps = jnp.arange(path.shape[1], dtype=jnp.int32)
     slot = upcoming[..., :-1]
-    written = (steps < count[:, None])[:, None]
-    # A path may come back to a slot of its own; then only the last write counts,
-    # because a scatter that hits a place twice has no order.
-    same = slot[..., :, None] == slot[..., None, :]
-    later = steps[None, :] > steps[:, None]
-    again = (same & later & written[..., None, :]).any(-1)
-    # A slot beyond the end is dropped; no two of them are equal.
-    where = jnp.where(written & ~again, slot, slots + steps)
-    b = jnp.arange(batch)[:, None, None]
-    k = jnp.arange(kv_heads)[None, :, None]
+    steps = jnp.arange(path.shape[1], dtype=jnp.int32)
+    place = last_writes(slot, count, slots)
     flags = dict(mode="drop", unique_indices=True)
 
     def along(x):
@@ -152,10 +143,35 @@ def _xla(key, value, keys, values, positions, target, upcoming, path, count, pos
     new_positions = jnp.broadcast_to(position[:, None, None] + steps, slot.shape)
     last = jnp.broadcast_to(count[:, None, None], (batch, kv_heads, 1))
     new_target = jnp.take_along_axis(upcoming, last, axis=2)[..., 0]
-    place = (b, k, where)
     return Written(
         keys.at[place].set(along(key).astype(keys.dtype), **flags),
         values.at[place].set(along(value).astype(values.dtype), **flags),
         positions.at[place].set(new_positions, **flags),
         jnp.where(count[:, None] > 0, new_target, target),
     )
+
+
+def last_writes(slot: jax.Array, count: jax.Array, slots: int):
+    """Return where a scatter puts what a path brings, all places different.
+
+    A path may come back to a slot of its own; then only the last write counts, because
+    a scatter that hits a place twice has no order. The others get slots beyond the end,
+    for the scatter to drop.
+
+    Args:
+      slot: int32 `[B, K, D + 1]`, of each node of the path.
+      count: int32 `[B]`, how many of them are written.
+      slots: `S`, static.
+
+    Returns:
+      Indices of the axes `B`, `K` and `S`, which broadcast to `slot`.
+    """
+    batch, kv_heads, length = slot.shape
+    steps = jnp.arange(length, dtype=jnp.int32)
+    written = (steps < count[:, None])[:, None]
+    same = slot[..., :, None] == slot[..., None, :]
+    later = steps[None, :] > steps[:, None]
+    again = (same & later & written[..., None, :]).any(-1)
+    b = jnp.arange(batch)[:, None, None]
+    k = jnp.arange(kv_heads)[None, :, None]
+    return b, k, jnp.where(written & ~again, slot, slots + steps)
