@@ -61,22 +61,12 @@ SHIPPED_SLOW = [
 ]
 
 
-@pytest.mark.parametrize(
-    "cases", ["FAST", pytest.param("SLOW", marks=pytest.mark.slow)]
-)
+@triton_on_cpu.fast_and_slow
 def test_interpreted_kernels_agree_with_the_oracle(cases):
-    pytest.importorskip("triton")
-    pytest.importorskip("torch")
-    failures = triton_on_cpu.interpreted(__file__, cases)
-    assert not failures, "\n".join(failures)
+    triton_on_cpu.assert_interpreted(__file__, cases)
 
 
-@pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize(
-    "shape",
-    [*SHIPPED, *(pytest.param(s, marks=pytest.mark.slow) for s in SHIPPED_SLOW)],
-    ids=lambda s: "-".join(map(str, s)),
-)
+@triton_on_cpu.compiled_for(SHIPPED, SHIPPED_SLOW)
 def test_shipped_tiles_compile_without_spills(shape, capability, record_property):
     pytest.importorskip("triton")
     from jaxkv.kernels import window_scores_triton_body as body

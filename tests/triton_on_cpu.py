@@ -12,6 +12,8 @@ import subprocess
 import sys
 import tempfile
 
+import pytest
+
 SHORT = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16", "int32": "*i32"}
 
 
@@ -25,6 +27,30 @@ def interpreted(file: str, *arguments: str) -> list[str]:
     )
     assert worker.returncode == 0, worker.stderr
     return json.loads(worker.stdout.splitlines()[-1])
+
+
+def assert_interpreted(file: str, cases: str) -> None:
+    """Run the cases of a test file in its worker, where Triton and torch are there."""
+    pytest.importorskip("triton")
+    pytest.importorskip("torch")
+    failures = interpreted(file, cases)
+    assert not failures, "\n".join(failures)
+
+
+fast_and_slow = pytest.mark.parametrize(
+    "cases", ["FAST", pytest.param("SLOW", marks=pytest.mark.slow)]
+)
+
+
+def compiled_for(shapes, slow_shapes):
+    """Return the mark of a test that compiles for each shape and GPU generation."""
+    capability = pytest.mark.parametrize("capability", [80, 90])
+    shape = pytest.mark.parametrize(
+        "shape",
+        [*shapes, *(pytest.param(s, marks=pytest.mark.slow) for s in slow_shapes)],
+        ids=lambda s: "-".join(map(str, s)),
+    )
+    return lambda test: capability(shape(test))
 
 
 def usage(kernel, dtypes, constants, tiles, capability) -> dict[str, int]:
