@@ -11,12 +11,9 @@ import numpy as np
 
 from jaxkv.basic_policies import Full
 from jaxkv.language_model import LanguageModel
-from jaxkv.options import Options
+from jaxkv.options import MOST, MOST_SEED, Options
 
 Prompts = Sequence[str] | Sequence[Sequence[int]] | str
-
-MOST = 2**31 - 1  # what fits int32
-MOST_SEED = 2**63 - 1
 
 
 def integer(name: str, value: Any, *, most: int = MOST) -> int:
@@ -273,7 +270,8 @@ def check(
                     "prefill=Full() keeps all of them; choose a prefill policy that "
                     f"evicts, such as StreamingLLM(), or a budget of at least {least}."
                 )
-    last = longest + prefill.offset + prefill.num_pseudo
+    # An offset before the prompt starts the pseudo tokens at position 0.
+    last = max(longest + prefill.offset, 0) + prefill.num_pseudo
     if last > max(longest, lm.config.max_positions):
         raise ValueError(
             f"generate: a prompt of {longest} tokens and {prefill.num_pseudo} pseudo "
