@@ -58,8 +58,19 @@ def draw(
       samples: per cell.
       seed: of the samples.
       advance: called with the number of questions that have just been made.
+
+    Raises:
+      ValueError: the model has no tokenizer, or a cell is longer than its positions or
+        shorter than its task's smallest sample.
     """
     _need_tokenizer(lm)
+    longest = max((cell.length for cell in cells), default=0)
+    if longest > lm.config.max_positions:
+        # Before they are made: a length with a few noughts too many fills the memory.
+        raise ValueError(
+            f"samples of {longest} tokens exceed the {lm.config.max_positions} "
+            f"positions that {lm.name} was made for; ask for shorter ones."
+        )
     # In one process: 4 ms a sample of 4,096 tokens, while another process would take
     # longer to import JAX and transformers than it could save.
     questions = []

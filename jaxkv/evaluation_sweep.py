@@ -17,12 +17,14 @@ from typing import Any
 import numpy as np
 
 from jaxkv import evaluation_folder, evaluation_methods
+from jaxkv.arguments import check as check_arguments
 from jaxkv.evaluation import Cell
 from jaxkv.evaluation_folder import Key
 from jaxkv.evaluation_methods import FULL, Budget, Method
 from jaxkv.evaluation_questions import Match, Question, judge
 from jaxkv.inference import Stats, bucket, generate
 from jaxkv.language_model import LanguageModel
+from jaxkv.options import Options
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -207,15 +209,28 @@ def _tokens(
 
 
 def check_positions(lm: LanguageModel, units: Sequence[Unit]) -> None:
-    """Raise ValueError if a prompt and its output exceed the model's positions."""
+    """Raise ValueError for prompts, outputs or methods that do not fit the model.
+
+    `generate` would say so too, but only when it is that unit's turn.
+    """
     for unit in units:
-        longest = max(len(row.question.ids) for row in unit.rows)
+        row = max(unit.rows, key=lambda row: len(row.question.ids))
+        longest = len(row.question.ids)
         if longest + unit.max_new_tokens > lm.config.max_positions:
             raise ValueError(
                 f"a prompt of {longest} tokens and an output of {unit.max_new_tokens} "
                 f"exceed the {lm.config.max_positions} positions that {lm.name} was "
                 "made for; ask for shorter --lengths or --max-new-tokens."
             )
+        method = row.method
+        options = Options(prefill=method.prefill, decode=method.decode)
+        budgets = None if row.tokens is None else (row.tokens,)
+        try:
+            check_arguments(
+                lm, [row.question.ids], unit.max_new_tokens, options, budgets, block=1
+            )
+        except ValueError as error:
+            raise ValueError(f"{method.name} at {row.budget}: {error}") from error
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

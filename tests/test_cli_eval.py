@@ -264,6 +264,11 @@ BAD = {
         ["ruler", "--methods=full", "--max-new-tokens=1900", "--lengths=300"],
         "positions",
     ),
+    "offset": (
+        ["ruler", "--methods=full,dapq:offset=9999", "--lengths=300", "--tasks=vt"],
+        "dapq:offset=9999 at 1.5%: generate: a prompt of",
+    ),
+    "endless": (["ruler", "--lengths=300,99999999999"], "samples of 99999999999 tok"),
     "too small": (["ruler", "--lengths=300", "--budgets=2"], "at least 5"),
     "no file": (["file"], "--task-file"),
     "match": (["file", "--task-file=x", "--match=some"], "--match"),
