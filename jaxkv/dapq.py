@@ -20,6 +20,7 @@ from jaxkv.scoring import (
     attention_of_window,
     check_kept_anyway,
     check_pooling,
+    check_room_for_window,
     check_window,
     keep_anyway,
     pool,
@@ -266,7 +267,9 @@ class LAQ(WholePrompt):
     def check(self, budget: int) -> None:
         """Need something to draft, and a budget that the draft can do with."""
         check_window("LAQ", self.window_size)
-        self.draft_policy.check(budget)
+        check_window("LAQ", self.draft_window_size, option="draft_window_size")
+        check_pooling("LAQ", self.pooling, self.kernel_size)
+        check_room_for_window("LAQ", budget)  # of the draft
         check_kept_anyway("LAQ", budget, n_recent=self.n_recent)
 
     def pseudo_tokens(

@@ -14,6 +14,8 @@ from jaxkv.policies import Prompt, WholePrompt, keep_top
 from jaxkv.scoring import check_kept_anyway, keep_anyway
 from jaxkv.state import KVState
 
+MOST_FUTURE = 1 << 16  # the angles of all of them are held at once
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExpectedAttention(WholePrompt):
@@ -47,10 +49,10 @@ class ExpectedAttention(WholePrompt):
 
     def check(self, budget: int) -> None:
         """Need a future, and a slot beside the sinks."""
-        if self.n_future_positions < 1:
+        if not 1 <= self.n_future_positions <= MOST_FUTURE:
             raise ValueError(
-                "ExpectedAttention: n_future_positions must be at least 1, got "
-                f"{self.n_future_positions}."
+                "ExpectedAttention: n_future_positions must be between 1 and "
+                f"{MOST_FUTURE}, got {self.n_future_positions}."
             )
         if self.epsilon < 0:
             raise ValueError(

@@ -43,6 +43,7 @@ def attention_of_last(
       count: int32 `[B]`, how many of each row; None is `window`.
       offset: positions that their queries are turned ahead by.
     """
+    window = min(window, prompt.queries.shape[1])  # there are no more queries
     own = jnp.minimum(prompt.lengths, window if count is None else count)
     return attention_of_window(
         prompt,
@@ -176,10 +177,12 @@ class PyramidKV(SnapKV):
     def layer_keeps(self, keep, lengths, num_layers) -> tuple[jax.Array, ...]:
         """Return each layer's budgets, see the class; NumPy in, NumPy out."""
         xp = np if isinstance(keep, np.ndarray) else jnp
-        free = xp.maximum(keep - self.window_size, 0)
+        # Of a prompt that fits; twice a budget of any size would leave int32.
+        most = xp.minimum(keep, lengths)
+        free = xp.maximum(most - self.window_size, 0)
         highest = xp.minimum(2 * free - free // self.beta, lengths - self.window_size)
         step = (2 * highest - 2 * free) // max(num_layers - 1, 1)
-        flat = (lengths < xp.maximum(2 * free, keep + 1)) | (free == 0)
+        flat = (lengths <= keep) | (lengths < 2 * free) | (free == 0)
         return tuple(
             xp.where(flat, keep, highest - layer * step + self.window_size)
             for layer in range(num_layers)

@@ -84,13 +84,15 @@ def pool(
       real: bool `[B, L]`: the others neither give nor get anything.
       pooling: "max", "avg" (what lies beyond counts as 0, as PyTorch's default has it),
         or "none".
-      kernel_size: odd number of neighbours, the token itself included; stride 1.
+      kernel_size: odd number of neighbours, the token itself included; stride 1. A
+        kernel may reach beyond the prompt, however far.
 
     Returns:
       Float32 `[B, heads, L]`, -inf where not `real`.
     """
     real = real[:, None]
-    shape, strides = (1, 1, kernel_size), (1, 1, 1)
+    # A wider window would hold nothing but padding more.
+    shape, strides = (1, 1, min(kernel_size, 2 * scores.shape[-1] - 1)), (1, 1, 1)
     if pooling == "max":
         scores = jnp.where(real, scores, -jnp.inf)
         scores = jax.lax.reduce_window(
@@ -123,12 +125,10 @@ def keep_anyway(
     return jnp.where(((index < n_sink) | recent)[:, None], jnp.inf, scores)
 
 
-def check_window(name: str, window_size: int) -> None:
-    """Raise ValueError for a window without queries."""
-    if window_size < 1:
-        raise ValueError(
-            f"{name}: window_size must be at least 1 query, got {window_size}."
-        )
+def check_window(name: str, size: int, *, option: str = "window_size") -> None:
+    """Raise ValueError for a window without queries, called by its `option`."""
+    if size < 1:
+        raise ValueError(f"{name}: {option} must be at least 1 query, got {size}.")
 
 
 def check_pooling(name: str, pooling: str, kernel_size: int) -> None:

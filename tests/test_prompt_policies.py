@@ -140,7 +140,7 @@ def test_a_budget_within_the_window_shortens_it(policy):
         prompt = prompt_of(ONES, KEYS, keep=keep)
         want = kept(policy(window_size=keep - 1, **options), prompt)
         assert all(len(row) == keep for row in want)
-        for size in (keep, 5, 32):
+        for size in (keep, 5, 32, 2**31 - 1):
             assert kept(policy(window_size=size, **options), prompt) == want
 
 
@@ -204,6 +204,9 @@ def test_budgets_of_a_pyramid():
     # No layer gets more than there is: 460 - 32 = 428 < 437; then the lowest is 20.
     (short,) = np.array(policy.layer_keeps(keep[:1], np.array([460]), 32)).T
     assert (short[0], short[31]) == (460, 460 - 31 * (408 // 31))
+    # A budget of any size, whose double would leave int32.
+    huge = np.array([2**31 - 1], np.int32)
+    assert (np.array(policy.layer_keeps(huge, np.array([200]), 4)) == huge).all()
     # The window takes it all, so there is nothing to share out.
     assert (
         np.array(policy.layer_keeps(np.array([32, 5]), lengths[:2], 4)) == [32, 5]
@@ -310,6 +313,18 @@ def test_pooling_masks_padding_before_and_after():
         np.testing.assert_allclose(got[0, 0], want, rtol=1e-6)
 
 
+@pytest.mark.parametrize("pooling", ["max", "avg"])
+def test_a_kernel_wider_than_the_prompt_holds_all_of_it(pooling):
+    """Its memory and time are bounded by the prompt, not by what was asked for."""
+    scores = jnp.asarray([[[1.0, 3.0, 2.0, 9.0]]])
+    real = jnp.asarray([[True, True, True, False]])
+    size = 2**30 + 1
+    got = pool(scores, real, pooling=pooling, kernel_size=size)[0, 0]
+    want = 3.0 if pooling == "max" else 6.0 / size
+    np.testing.assert_allclose(got[:3], [want] * 3, rtol=1e-6)
+    assert got[3] == -np.inf
+
+
 def test_kept_anyway_counts_from_each_row_s_end():
     got = keep_anyway(jnp.zeros((2, 1, 5)), jnp.asarray([5, 3]), n_sink=1, n_recent=1)
     assert np.isinf(got[:, 0]).tolist() == [
@@ -332,6 +347,7 @@ def test_kept_anyway_counts_from_each_row_s_end():
         (H2O(window_size=8), 1, "H2O: budget=1 leaves no slot"),
         (H2O(window_size=None), 1, "H2O: budget=1 leaves no slot"),
         (ExpectedAttention(n_future_positions=0), 8, "n_future_positions must be"),
+        (ExpectedAttention(n_future_positions=1 << 17), 8, "between 1 and 65536"),
         (ExpectedAttention(epsilon=-1.0), 8, "epsilon must be >= 0"),
         (ExpectedAttention(n_sink=8), 8, "leaves no slot .* n_sink=8"),
         (DapQ(window_size=0), 8, "DapQ: window_size must be at least 1"),
@@ -344,13 +360,46 @@ def test_kept_anyway_counts_from_each_row_s_end():
         (DapQ(n_sink=-1), 8, "n_sink must be >= 0"),
         (DapQ(n_sink=4, n_recent=4), 8, "n_sink=4 and n_recent=4 keeps anyway"),
         (LAQ(window_size=0), 64, "LAQ: window_size must be at least 1"),
-        (LAQ(), 1, "SnapKV: budget=1 leaves no slot"),
+        (LAQ(draft_window_size=0), 64, "LAQ: draft_window_size must be at least 1"),
+        (LAQ(kernel_size=4), 64, "LAQ: kernel_size must be odd"),
+        (LAQ(), 1, "LAQ: budget=1 leaves no slot"),
         (LAQ(n_recent=64), 64, "LAQ: budget=64 leaves no slot"),
     ],
 )
 def test_bad_options_are_named(policy, budget, message):
     with pytest.raises(ValueError, match=message):
         policy.check(budget)
+
+
+@pytest.mark.parametrize(
+    ("policy", "message"),
+    [
+        (SnapKV(window_size=2**31), "SnapKV: window_size must be between -2147483647"),
+        (SnapKV(window_size="8"), "window_size must be a whole number, got '8'"),
+        (SnapKV(kernel_size=7.0), "kernel_size must be a whole number, got 7.0"),
+        (DapQ(n_sink=True), "DapQ: n_sink must be a whole number, got True"),
+        (DapQ(fixed_ids=[1, 2]), "fixed_ids must be a tuple, got .1, 2."),
+        (DapQ(fixed_ids=(1, 2**40)), "fixed_ids must be between"),
+        (Random(seed=2**63), "Random: seed must be between"),
+        (H2O(window_size=1.5), "H2O: window_size must be a whole number, got 1.5"),
+        (ExpectedAttention(epsilon="0"), "epsilon must be a number, got '0'"),
+        (ExpectedAttention(epsilon=float("nan")), "epsilon must be a number, got nan"),
+    ],
+)
+def test_options_that_are_no_numbers_are_named(policy, message):
+    with pytest.raises(ValueError, match=message):
+        Options(budget=64, prefill=policy).check()
+
+
+def test_numbers_of_other_libraries_are_taken():
+    for policy in (
+        SnapKV(window_size=np.int64(4)),
+        ExpectedAttention(epsilon=np.float32(0.1)),
+        ExpectedAttention(epsilon=1),
+        Random(seed=2**40),
+        H2O(window_size=None),
+    ):
+        Options(budget=64, prefill=policy).check()
 
 
 def test_layers_of_different_budgets_need_a_decode_that_appends():
