@@ -15,7 +15,7 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-from jaxkv import lexicon, quoting_tasks, tasks
+from jaxkv import lexicon, passages, tasks
 
 VOCAB_SIZE = 4096
 MAX_LENGTH = 8192
@@ -62,9 +62,9 @@ def training_texts(seed: int = 0) -> Iterator[str]:
                 split="train",
             )
             yield sample.prompt + sample.answer
-    for document in quoting_tasks.topic_documents("train"):
+    for document in passages.topic_documents("train"):
         yield "\n\n".join(document)
-    for document in quoting_tasks.stdlib_documents("train"):
+    for document in passages.stdlib_documents("train"):
         yield "\n\n".join(document[:60])
 
 

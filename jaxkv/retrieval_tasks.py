@@ -2,11 +2,9 @@
 
 The tasks and the wording of needles and questions follow RULER (Hsieh et al. 2024,
 "RULER: What's the Real Context Size of Your Long-Context Language Models?",
-arXiv:2404.06654), those of its tasks that need no corpus. The noise sentences are
-the ones of Mohtashami and Jaggi 2023 (arXiv:2305.16300). The introductions are ours.
+arXiv:2404.06654), those of its tasks that need no corpus. The introductions are ours.
 """
 
-import dataclasses
 import itertools
 import math
 from collections.abc import Sequence
@@ -14,19 +12,11 @@ from typing import Literal
 
 import numpy as np
 
-from jaxkv import lexicon
+from jaxkv import haystack, lexicon
 from jaxkv.lexicon import Split
-from jaxkv.samples import CountTokens, Exchange, Sample, assemble, too_short
+from jaxkv.samples import CountTokens, Exchange, Sample, assemble
 
 Kind = Literal["number", "word", "uuid"]
-
-NOISE = (
-    "The grass is green.",
-    "The sky is blue.",
-    "The sun is yellow.",
-    "Here we go.",
-    "There and back again.",
-)
 
 # The first wording of each list is the one evaluation uses.
 NIAH_HEADS = (
@@ -55,14 +45,6 @@ VT_QUESTIONS = (
 )
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Ask:
-    """An exchange with the needles its answer stands in."""
-
-    exchange: Exchange
-    needles: tuple[str, ...]
-
-
 def _wording(rng: np.random.Generator, choices: Sequence[str], split: Split) -> str:
     # Drawn for both splits, so that what follows does not depend on the split.
     index = int(rng.integers(len(choices)))
@@ -83,97 +65,6 @@ def _draw(
     if kind == "uuid":
         return lexicon.uuids(rng, count, split)
     return lexicon.word_keys(rng, count, split, invented=invented)
-
-
-def _noise(budget: int, count_tokens: CountTokens, first: int) -> list[str]:
-    """Returns as many noise sentences as `budget` tokens hold."""
-    sentences = [NOISE[(first + i) % len(NOISE)] for i in range(len(NOISE))]
-    # A sentence stands after a space or, behind a needle, after a line break.
-    costs = [max(count_tokens(" " + s), count_tokens(s)) for s in sentences]
-    rounds = max(budget, 0) // sum(costs)
-    noise = sentences * rounds
-    left = budget - rounds * sum(costs)
-    for sentence, cost in zip(sentences, costs, strict=True):
-        if cost > left:
-            break
-        noise.append(sentence)
-        left -= cost
-    return noise
-
-
-def _hide(
-    rng: np.random.Generator,
-    needles: Sequence[str],
-    noise: Sequence[str],
-    depth: float | None = None,
-) -> str:
-    """Puts needles, in their order, on lines of their own between noise sentences.
-
-    Each needle's depth is uniform over the gaps between sentences, unless it is given.
-    """
-    gaps = np.sort(rng.integers(0, len(noise) + 1, size=len(needles))).tolist()
-    if depth is not None:
-        gaps = [round(depth * len(noise))] * len(needles)
-    lines: list[str] = []
-    start = 0
-    for needle, gap in zip(needles, gaps, strict=True):
-        if gap > start:
-            lines.append(" ".join(noise[start:gap]))
-        lines.append(needle)
-        start = gap
-    if start < len(noise):
-        lines.append(" ".join(noise[start:]))
-    return "\n".join(lines)
-
-
-def _line_cost(line: str, count_tokens: CountTokens, *, in_noise: bool) -> int:
-    # The line break before the line; in noise also the one behind it.
-    return count_tokens("\n" + line) + in_noise
-
-
-def _fit_questions(
-    task: str,
-    asks: Sequence[_Ask],
-    *,
-    length: int,
-    head_cost: int,
-    in_noise: bool,
-    count_tokens: CountTokens,
-) -> tuple[list[_Ask], int]:
-    """Keeps the first asks that leave room for a haystack.
-
-    Returns:
-      The asks kept, at least one, and the tokens still free.
-    """
-    kept: list[_Ask] = []
-    left = length - head_cost
-    for ask in asks:
-        cost = count_tokens(ask.exchange.question) + count_tokens(ask.exchange.answer)
-        cost += sum(
-            _line_cost(needle, count_tokens, in_noise=in_noise)
-            for needle in ask.needles
-        )
-        if kept and left - cost < length // 3:
-            break
-        if cost > left:
-            raise too_short(task, length, head_cost + cost)
-        kept.append(ask)
-        left -= cost
-    return kept, left
-
-
-def _fill(
-    lines: Sequence[str], left: int, count_tokens: CountTokens, *, in_noise: bool
-) -> tuple[list[str], int]:
-    """Takes lines while they fit; returns them and the tokens still free."""
-    taken: list[str] = []
-    for line in lines:
-        cost = _line_cost(line, count_tokens, in_noise=in_noise)
-        if cost > left:
-            break
-        taken.append(line)
-        left -= cost
-    return taken, left
 
 
 def _niah(
@@ -232,7 +123,7 @@ def _niah(
         what = f"special magic {value}s" if plural else f"special magic {value}"
         flat = [content for row in held for content in row]
         asks.append(
-            _Ask(
+            haystack.Ask(
                 exchange=Exchange(
                     question="\n"
                     + form.format(
@@ -254,7 +145,7 @@ def _niah(
             )
         )
     head = _wording(rng, NIAH_HEADS, split).format(kind=value) + "\n"
-    asks, left = _fit_questions(
+    asks, left = haystack.fit_questions(
         task,
         asks,
         length=length,
@@ -262,7 +153,7 @@ def _niah(
         in_noise=not needles_only,
         count_tokens=count_tokens,
     )
-    extra, left = _fill(
+    extra, left = haystack.fill(
         [
             needle(name, content)
             for name, content in zip(
@@ -280,21 +171,15 @@ def _niah(
         for ask in asks
         for i in range(0, len(ask.needles), values)
     ]
-    needles = _interleave(rng, [*own, *((line,) for line in extra)])
-    first = int(rng.integers(len(NOISE)))
+    needles = haystack.interleave(rng, [*own, *((line,) for line in extra)])
+    first = int(rng.integers(len(haystack.NOISE)))
     if needles_only:
-        haystack = "\n".join(needles)
+        text = "\n".join(needles)
     else:
-        haystack = _hide(rng, needles, _noise(left, count_tokens, first), depth)
-    return assemble(task, head + haystack, [ask.exchange for ask in asks], count_tokens)
-
-
-def _interleave(rng: np.random.Generator, chains: Sequence[Sequence[str]]) -> list[str]:
-    """Mixes chains at random; the lines of one chain keep their order."""
-    order = np.repeat(np.arange(len(chains)), [len(chain) for chain in chains])
-    rng.shuffle(order)
-    ahead = [iter(chain) for chain in chains]
-    return [next(ahead[i]) for i in order.tolist()]
+        text = haystack.hide(
+            rng, needles, haystack.make_noise(left, count_tokens, first), depth
+        )
+    return assemble(task, head + text, [ask.exchange for ask in asks], count_tokens)
 
 
 # Each takes the keywords of `tasks.make` (length, count_tokens, split) and the number
@@ -380,7 +265,7 @@ def vt(
         lines = [f"VAR {chain[0]} = {value}"]
         lines += [f"VAR {new} = VAR {old}" for old, new in itertools.pairwise(chain)]
         asks.append(
-            _Ask(
+            haystack.Ask(
                 exchange=Exchange(
                     question="\n" + form.format(value=value),
                     answer=" " + ", ".join(chain),
@@ -390,7 +275,7 @@ def vt(
             )
         )
     head = _wording(rng, VT_HEADS, split) + "\n"
-    kept, left = _fit_questions(
+    kept, left = haystack.fit_questions(
         "vt",
         asks[:questions],
         length=length,
@@ -400,10 +285,14 @@ def vt(
     )
     shown = [ask.needles for ask in kept]
     for ask in asks[questions:]:
-        lines, after = _fill(ask.needles, left, count_tokens, in_noise=True)
+        lines, after = haystack.fill(ask.needles, left, count_tokens, in_noise=True)
         if len(lines) == size:
             shown.append(ask.needles)
             left = after
-    first = int(rng.integers(len(NOISE)))
-    haystack = _hide(rng, _interleave(rng, shown), _noise(left, count_tokens, first))
-    return assemble("vt", head + haystack, [ask.exchange for ask in kept], count_tokens)
+    first = int(rng.integers(len(haystack.NOISE)))
+    text = haystack.hide(
+        rng,
+        haystack.interleave(rng, shown),
+        haystack.make_noise(left, count_tokens, first),
+    )
+    return assemble("vt", head + text, [ask.exchange for ask in kept], count_tokens)

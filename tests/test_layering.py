@@ -38,7 +38,9 @@ CORE = {
 }
 BASE = {"_installed", "_version"}  # imports nothing of ours; anybody may import it
 WITHOUT_JAX = {
+    "haystack",
     "lexicon",
+    "passages",
     "quoting_tasks",
     "reasoning_tasks",
     "retrieval_tasks",

@@ -10,7 +10,7 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxkv import lexicon, quoting_tasks, reasoning_tasks, retrieval_tasks, tasks
+from jaxkv import haystack, lexicon, passages, reasoning_tasks, tasks
 
 FOLDER = pathlib.Path(__file__).parents[1] / "models" / "needle"
 NIAH = [name for name in tasks.TASKS if name.startswith("niah")]
@@ -263,8 +263,8 @@ def test_edits_rename_one_identifier(task, split, seed, length):
 
 
 def test_without_the_topics_text_is_made_up(monkeypatch):
-    monkeypatch.setattr(quoting_tasks, "topic_documents", lambda split: ())
-    monkeypatch.setattr(quoting_tasks, "stdlib_documents", lambda split: ())
+    monkeypatch.setattr(passages, "topic_documents", lambda split: ())
+    monkeypatch.setattr(passages, "stdlib_documents", lambda split: ())
     for seed in range(8):
         assert draw("quote", seed, length=600).answer
 
@@ -308,4 +308,4 @@ def test_errors_say_what_to_do():
 def test_noise_starts_with_any_of_its_sentences():
     prompts = [draw("niah_single_1", seed, length=512).prompt for seed in range(40)]
     starts = {prompt.split("\n")[1].split(".")[0] + "." for prompt in prompts}
-    assert starts >= set(retrieval_tasks.NOISE)
+    assert starts >= set(haystack.NOISE)
