@@ -39,6 +39,8 @@ COLUMNS = (
 )
 KEY = ("method", "budget", "task", "length", "depth", "index")
 
+MOST_CHARACTERS = 2**31 - 1  # of a field
+
 Key = tuple[str, ...]
 
 
@@ -88,15 +90,16 @@ class Predictions:
         check_writable(folder)
         self._path = folder / "predictions.csv"
         saved = folder / "config.yaml"
-        if saved.exists():
-            _refuse_other(saved, _plain(config))
-        elif self._path.exists():
+        begun = self._path.exists()
+        if begun and not saved.exists():
             raise ValueError(
                 f"{folder} holds predictions but no config.yaml; choose another --out."
             )
-        else:
+        rows = read(folder) if begun else []
+        if rows or (saved.exists() and not begun):
+            _refuse_other(saved, _plain(config))
+        else:  # new, or of a run that ended before its first batch: nothing to mix with
             write_yaml(saved, config)
-        rows = read(folder) if self._path.exists() else []
         # Also drops a row that an interrupted run has left unfinished.
         self._rewrite(rows)
         self.done = {key(row) for row in rows}
@@ -138,8 +141,13 @@ def read(folder: Path) -> list[dict[str, str]]:
         )
     text = path.read_bytes().decode("utf-8", errors="ignore")
     rows: list[dict[str, str]] = []
+    csv.field_size_limit(MOST_CHARACTERS)  # by default less than a long output has
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-    if tuple(reader.fieldnames or ()) != COLUMNS:
+    try:
+        header = tuple(reader.fieldnames or ())
+    except csv.Error:
+        header = ()
+    if header != COLUMNS:
         raise ValueError(f"{path} has other columns than {', '.join(COLUMNS)}.")
     try:
         rows += reader
@@ -163,8 +171,13 @@ def read_config(folder: Path) -> dict[str, Any]:
         config = yaml.safe_load(path.read_text("utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} holds no configuration.")
+    needed = {"kind", "model", "dtype", "seed", "methods", "cells"}
+    missing = needed - config.keys() if isinstance(config, dict) else needed
+    if missing:
+        raise ValueError(
+            f"{path} is no configuration of a comparison: it lacks "
+            f"{', '.join(sorted(missing))}; give a folder that `jaxkv eval` has made."
+        )
     return config
 
 
@@ -206,10 +219,19 @@ def add_run(folder: Path, meta: dict[str, Any]) -> None:
 
 
 def _runs(folder: Path) -> list[dict[str, Any]]:
+    path = folder / "run_meta.json"
     try:
-        return json.loads((folder / "run_meta.json").read_text("utf-8"))["runs"]
+        runs = json.loads(path.read_text("utf-8"))["runs"]
     except FileNotFoundError:
         return []
+    except (ValueError, TypeError, KeyError):
+        runs = None
+    if not isinstance(runs, list):
+        raise ValueError(
+            f'{path} holds no JSON object with a list "runs"; remove it to go on '
+            "without what it said of earlier runs."
+        )
+    return runs
 
 
 def _refuse_other(path: Path, config: dict[str, Any]) -> None:

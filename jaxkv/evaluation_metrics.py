@@ -70,19 +70,29 @@ def groups(rows: Rows, names: Sequence[str]) -> dict[tuple, list[Mapping[str, An
 
 
 def typed(rows: Iterable[Mapping[str, str]]) -> list[dict[str, Any]]:
-    """Return rows of `predictions.csv` with numbers for what was text."""
+    """Return rows of `predictions.csv` with numbers for what was text.
+
+    Raises:
+      ValueError: something is no number; the message names the row.
+    """
+    return [_typed(row, number) for number, row in enumerate(rows, 1)]
+
+
+def _typed(row: Mapping[str, str], number: int) -> dict[str, Any]:
     whole = ("length", "index", "exact", "truncated")
     whole += ("prompt_tokens", "output_tokens", "cache_bytes")
-    return [
-        dict(row)
-        | {name: int(row[name]) for name in whole}
-        | {
-            "score": float(row["score"]),
-            "depth": float(row["depth"]) if row["depth"] else None,
-            "budget_tokens": int(row["budget_tokens"] or 0) or None,
-        }
-        for row in rows
-    ]
+    try:
+        return (
+            dict(row)
+            | {name: int(row[name]) for name in whole}
+            | {
+                "score": float(row["score"]),
+                "depth": float(row["depth"]) if row["depth"] else None,
+                "budget_tokens": int(row["budget_tokens"] or 0) or None,
+            }
+        )
+    except ValueError as error:
+        raise ValueError(f"row {number} of predictions.csv: {error}.") from error
 
 
 def cells(rows: Rows) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ import numpy as np
 from jaxkv import evaluation, reasoning_tasks
 from jaxkv.evaluation import Cell
 from jaxkv.language_model import LanguageModel
+from jaxkv.options import MOST
 from jaxkv.samples import Sample, score_all
 
 Match = Literal["all", "any"]
@@ -220,4 +221,17 @@ def _record(line: str, where: str) -> dict[str, Any]:
                 f'{where}: "{key}" must be of type {kind.__name__} and not empty, '
                 f"got {json.dumps(value)[:80]}."
             )
+    if not 1 <= record.get("length", 1) <= MOST:
+        raise ValueError(
+            f'{where}: "length" is a number of tokens, 1 to {MOST}, got '
+            f"{record['length']}."
+        )
+    for text in (record["input"], record.get("answer_prefix", ""), *outputs):
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise ValueError(
+                f"{where}: {text[:40]!a} is no valid Unicode: it has half of a pair (a "
+                "lone surrogate)."
+            ) from None
     return record

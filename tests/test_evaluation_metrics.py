@@ -60,6 +60,8 @@ def test_typed_reads_what_is_written():
     text |= {"depth": "", "budget_tokens": ""}
     assert metrics.typed([text])[0]["depth"] is None
     assert metrics.typed([text])[0]["budget_tokens"] is None
+    with pytest.raises(ValueError, match=r"row 2 of predictions.csv: .* 'abc'"):
+        metrics.typed([text, text | {"score": "abc"}])
 
 
 def test_cells():

@@ -99,6 +99,10 @@ def test_task_files(tiny_lm, tmp_path):
         ({"input": "a", "outputs": "a"}, '"outputs" must be a list'),
         ({"input": "a", "outputs": ["a"], "index": "1"}, '"index" must be of type int'),
         ({"input": "a", "outputs": ["a"], "length": True}, '"length" must be of type'),
+        ({"input": "a", "outputs": ["a"], "length": 0}, '"length" is a number of tok'),
+        ({"input": "a", "outputs": ["a"], "length": 2**40}, r't\.jsonl:2: "length" is'),
+        ({"input": "\ud800", "outputs": ["a"]}, r"t\.jsonl:2: .* half of a pair"),
+        ({"input": "a", "outputs": ["\udfff"]}, "half of a pair"),
         ({"input": "a", "outputs": ["a"], "index": 0}, "index 0 has come before"),
     ],
 )

@@ -278,7 +278,8 @@ def test_an_error_ends_all_programs(calls, monkeypatch):
     assert next(counter) < 30  # units have ten batches each, and there are three
 
 
-CONFIG = {"kind": "ruler", "model": "tiny", "cells": [(1, 2)], "seed": 5}
+CONFIG = {"kind": "ruler", "model": "tiny", "dtype": "float32", "seed": 5}
+CONFIG |= {"cells": [(1, 2)], "methods": []}
 
 
 def row(index, prediction='a\nb,"c" é'):
@@ -309,12 +310,27 @@ def test_a_row_that_was_not_finished_is_dropped(tmp_path, lost):
     assert [r["index"] for r in evaluation_folder.read(tmp_path)] == ["0", "1"]
 
 
-def test_another_experiment_is_refused(tmp_path):
+def test_a_field_may_be_longer_than_csv_s_default_allows(tmp_path):
+    Predictions(tmp_path, CONFIG).append([row(0, "a" * 200_000), row(1)])
+    assert len(Predictions(tmp_path, CONFIG).done) == 2
+
+
+def test_a_run_without_results_binds_nobody(tmp_path):
+    """As after a mistake in its flags that showed only later."""
     Predictions(tmp_path, CONFIG)
+    Predictions(tmp_path, CONFIG | {"seed": 6})
+    assert evaluation_folder.read_config(tmp_path)["seed"] == 6
+    (tmp_path / "predictions.csv").unlink()  # now it may be somebody else's
+    with pytest.raises(ValueError, match="holds results with seed=6"):
+        Predictions(tmp_path, CONFIG)
+
+
+def test_another_experiment_is_refused(tmp_path):
+    Predictions(tmp_path, CONFIG).append([row(0)])
     with pytest.raises(ValueError, match="seed=5, this run has seed=6; choose another"):
         Predictions(tmp_path, CONFIG | {"seed": 6})
     (tmp_path / "config.yaml").write_text("- 1")
-    with pytest.raises(ValueError, match="holds no configuration"):
+    with pytest.raises(ValueError, match="it lacks cells, dtype, kind, methods"):
         Predictions(tmp_path, CONFIG)
     (tmp_path / "config.yaml").write_text("a: [")
     with pytest.raises(ValueError, match="is not valid YAML"):
@@ -326,6 +342,16 @@ def test_another_experiment_is_refused(tmp_path):
     (tmp_path / "predictions.csv").write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match="has other columns than method"):
         evaluation_folder.read(tmp_path)
+    (tmp_path / "predictions.csv").write_text('"a')
+    with pytest.raises(ValueError, match="has other columns than method"):
+        evaluation_folder.read(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["[", "{}", "[1]", '{"runs": 1}'])
+def test_broken_circumstances_are_named(tmp_path, text):
+    (tmp_path / "run_meta.json").write_text(text)
+    with pytest.raises(ValueError, match=r"run_meta\.json holds no JSON object"):
+        evaluation_folder.add_run(tmp_path, {})
 
 
 def test_a_folder_without_results_is_named(tmp_path):
