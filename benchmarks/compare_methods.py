@@ -7,14 +7,17 @@
 What stands behind `--` is a command of `jaxkv eval` without `--methods` and `--out`.
 Most of a comparison's time on a GPU is compiling, which the processes do side by side;
 each gets an equal part of the device's memory. Parts lie in `OUT/parts` and are gone on
-with if the same command is given again; `OUT/merged` has the one table of all.
+with if the same command is given again, after an interrupt too; `OUT/merged` has the
+one table of all.
 """
 
 import os
 import pathlib
 import shutil
+import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from typing import Annotated
 
 import typer
@@ -27,6 +30,7 @@ RULER = (
     "laq,laq:kernel_size=31,h2o:window_size=none"
 )
 SHARE = 0.9  # of the device's memory; the rest is for contexts and libraries
+GRACE = 30  # seconds that an interrupted part has, for what compiles at that moment
 
 
 def main(
@@ -40,13 +44,51 @@ def main(
     ] = 4,
 ) -> None:
     """Run all parts, and merge those that have results."""
-    parts = [part for part in methods.split(";") if part]
+    if shutil.which("jaxkv") is None:
+        raise SystemExit("there is no command jaxkv on the PATH; pip install . first")
+    parts = [part for part in methods.split(";") if part.strip()]
+    if not parts:
+        raise SystemExit("--methods names no method; leave it out for the usual ones")
     folder = out / "parts"
     folder.mkdir(parents=True, exist_ok=True)
+    running: dict[int, subprocess.Popen] = {}
+    try:
+        failed = run_parts(folder, command, parts, processes, running)
+    except KeyboardInterrupt:
+        stop(running.values())
+        print("interrupted; the same command goes on", file=sys.stderr)
+        raise SystemExit(130) from None
+    for number in failed:
+        print((folder / f"{number}.log").read_text()[-500:], file=sys.stderr)
+    done = [folder / str(i) for i in range(len(parts)) if i not in failed]
+    if done:
+        shutil.rmtree(out / "merged", ignore_errors=True)
+        merge = ["jaxkv", "eval", "merge", out / "merged", *done]
+        merged = subprocess.run(merge, check=False).returncode
+        failed += [-1] if merged else []
+    if failed:
+        raise SystemExit(1)
+
+
+def run_parts(
+    folder: pathlib.Path,
+    command: Sequence[str],
+    parts: Sequence[str],
+    processes: int,
+    running: dict[int, subprocess.Popen],
+) -> list[int]:
+    """Run all parts, so many at a time, and return the numbers of those that failed.
+
+    Args:
+      folder: of the parts and their logs.
+      command: of `jaxkv eval`.
+      parts: the methods of each.
+      processes: at a time.
+      running: filled with the processes by number; empty at the end.
+    """
     memory = f"{SHARE / min(processes, len(parts)):.3f}"
     environment = os.environ | {"XLA_PYTHON_CLIENT_MEM_FRACTION": memory}
     waiting = list(enumerate(parts))
-    running: dict[int, subprocess.Popen] = {}
     failed = []
     while waiting or running:
         while waiting and len(running) < processes:
@@ -71,15 +113,22 @@ def main(
         if code:
             failed.append(number)
         print(f"part {number}: {'failed' if code else 'done'}", flush=True)
-    done = [folder / str(i) for i in range(len(parts)) if i not in failed]
-    for number in failed:
-        print((folder / f"{number}.log").read_text()[-500:], file=sys.stderr)
-    if done:
-        shutil.rmtree(out / "merged", ignore_errors=True)
-        merge = ["jaxkv", "eval", "merge", out / "merged", *done]
-        subprocess.run(merge, check=True)
-    if failed:
-        raise SystemExit(1)
+    return failed
+
+
+def stop(processes: Sequence[subprocess.Popen]) -> None:
+    """Interrupt processes, and wait until they have gone.
+
+    A terminal's Ctrl-C has reached them already, a signal to this process alone not.
+    """
+    for process in processes:
+        process.send_signal(signal.SIGINT)
+    for process in processes:
+        try:
+            process.wait(timeout=GRACE)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
 if __name__ == "__main__":
