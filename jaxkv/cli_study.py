@@ -10,6 +10,7 @@ from jaxkv import cli_flags as flags
 from jaxkv import (
     cli_sweep,
     evaluation,
+    evaluation_folder,
     evaluation_methods,
     evaluation_questions,
     evaluation_report,
@@ -60,7 +61,13 @@ def positions(
     json_: flags.Json = False,
 ) -> None:
     """Compare queries by content and by position, as DapQ's observation study does."""
-    evaluation_report.names(task, evaluation.RETRIEVAL + evaluation.QUOTING)
+    known = evaluation.RETRIEVAL + evaluation.QUOTING
+    if task not in known:
+        raise ValueError(f"--task takes one of {', '.join(known)}, got {task!r}.")
+    if out is not None:  # before the work, not after it
+        if out.is_dir():
+            raise ValueError(f"--out takes a file, but {out} is a folder.")
+        evaluation_folder.check_writable(out.parent)
     study = Study(
         tokens=tokens,
         sizes=sorted(evaluation_report.numbers("--sizes", sizes)),

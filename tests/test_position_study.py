@@ -202,4 +202,11 @@ def test_the_command(jaxkv_, tiny, tmp_path, monkeypatch, found):
     jaxkv_("study", "positions", tiny, *flags, "--development")
     assert asked[0] == asked[1] != asked[2]
     error = jaxkv_.error("study", "positions", tiny, "--task=ledger")
-    assert "unknown task 'ledger'" in error
+    assert "--task takes one of niah_single_1" in error and "got 'ledger'" in error
+    error = jaxkv_.error("study", "positions", tiny, "--task=vt,quote")
+    assert "got 'vt,quote'" in error
+    seen = len(asked)
+    error = jaxkv_.error("study", "positions", tiny, *flags, "--out", tmp_path)
+    assert "--out takes a file" in error
+    jaxkv_.error("study", "positions", tiny, *flags, "--out", out / "below-a-file")
+    assert len(asked) == seen  # said before the work
