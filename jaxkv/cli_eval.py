@@ -1,6 +1,7 @@
 """`jaxkv eval`: accuracy of a model, and of every way to keep its cache small."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -124,22 +125,18 @@ def ruler(
     sweep: Sweep,
 ) -> None:
     """RULER's tasks that need no corpus, by method and budget of the prompt."""
-    names = evaluation_report.names(tasks, evaluation.RETRIEVAL)
-    experiment = Experiment(
+    _by_length(
+        model,
+        evaluation_report.names(tasks, evaluation.RETRIEVAL),
+        lengths,
         kind="ruler",
-        cells=[
-            Cell(task=name, length=length)
-            for length in evaluation_report.numbers("--lengths", lengths)
-            for name in names
-        ],
         methods=evaluation_methods.parse_prefill_methods(methods, decode=decode),
         budgets=evaluation_methods.parse_budgets(budgets),
         samples=samples,
         seed=_seed(development),
         max_new_tokens=max_new_tokens,
-        **sweep.options,
+        sweep=sweep,
     )
-    cli_sweep.run(model, sweep, experiment, what=lengths)
 
 
 @app.command()
@@ -160,22 +157,18 @@ def reasoning(
     sweep: Sweep,
 ) -> None:
     """Long answers under a budget; percentages are of prompt and answer together."""
-    names = evaluation_report.names(tasks, evaluation.REASONING)
-    experiment = Experiment(
+    _by_length(
+        model,
+        evaluation_report.names(tasks, evaluation.REASONING),
+        lengths,
         kind="reasoning",
-        cells=[
-            Cell(task=name, length=length)
-            for length in evaluation_report.numbers("--lengths", lengths)
-            for name in names
-        ],
         methods=evaluation_methods.parse_decode_methods(methods, prefill=prefill),
         budgets=evaluation_methods.parse_budgets(budgets),
         samples=samples,
         seed=_seed(development),
         max_new_tokens=max_new_tokens,
-        **sweep.options,
+        sweep=sweep,
     )
-    cli_sweep.run(model, sweep, experiment, what=lengths)
 
 
 @app.command()
@@ -288,6 +281,19 @@ def merge(
     evaluation_folder.merge(out, folders)
     evaluation_experiment.write_report(out, pictures=pictures)
     cli_sweep.print_markdown(evaluation_experiment.markdown(out))
+
+
+def _by_length(
+    model: str, tasks: Sequence[str], lengths: str, *, sweep: Sweep, **decided: Any
+) -> None:
+    """Run every task at every length; `decided` is what else an `Experiment` takes."""
+    cells = [
+        Cell(task=task, length=length)
+        for length in evaluation_report.numbers("--lengths", lengths)
+        for task in tasks
+    ]
+    experiment = Experiment(cells=cells, **decided, **sweep.options)
+    cli_sweep.run(model, sweep, experiment, what=lengths)
 
 
 def _seed(development: bool) -> int:
