@@ -23,12 +23,14 @@ from jaxkv.position_study import Study
 from jaxkv.provenance import provenance, write_json
 from jaxkv.terminal import progress
 
-app = typer.Typer(no_args_is_help=True, help="Look into a model.")
+app = typer.Typer(help="Look into a model.")
 
 
-@app.callback()
-def _study() -> None:
+@app.callback(invoke_without_command=True)
+def _study(context: typer.Context) -> None:
     """Look into a model, to see why a method works."""
+    if context.invoked_subcommand is None:
+        print(context.get_help())
 
 
 @app.command()

@@ -181,6 +181,11 @@ def test_bad_prompts_are_refused(tiny_lm, questions):
         position_study.run(Bare(), questions, STUDY)
 
 
+def test_without_a_command_there_is_help(jaxkv_):
+    code, out, err = jaxkv_("study")
+    assert code == 0 and "  positions " in out and not err
+
+
 def test_the_command(jaxkv_, tiny, tmp_path, monkeypatch, found):
     asked = []
 
