@@ -172,16 +172,20 @@ def run(
             text = f"{last['method']} {last['length']}"
             bar.update(task, advance=len(batch.rows), description=text)
 
-        complete = evaluation_sweep.run(
-            lm,
-            units,
-            record,
-            match=experiment.match,
-            deadline=deadline,
-            side_by_side=experiment.side_by_side,
-            characters=experiment.characters,
-            **experiment.arguments,
-        )
+        try:
+            complete = evaluation_sweep.run(
+                lm,
+                units,
+                record,
+                match=experiment.match,
+                deadline=deadline,
+                side_by_side=experiment.side_by_side,
+                characters=experiment.characters,
+                **experiment.arguments,
+            )
+        except KeyboardInterrupt:
+            _say(f"interrupted; the same command goes on in {folder}")
+            raise
         clock.lap("run")
     if stats:
         announce(lm, stats)

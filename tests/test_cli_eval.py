@@ -157,6 +157,21 @@ def test_a_run_is_gone_on_with_where_it_ended(jaxkv_, tiny, tmp_path, reader):
     assert missing / 2 <= len(reader) - calls < missing
 
 
+def test_an_interrupt_keeps_what_is_there(jaxkv_, tiny, tmp_path, reader, monkeypatch):
+    answer = evaluation_sweep.generate
+
+    def generate(*arguments, **options):
+        if len(reader) == 2:
+            raise KeyboardInterrupt
+        return answer(*arguments, **options)
+
+    monkeypatch.setattr(evaluation_sweep, "generate", generate)
+    flags = [*RULER, tiny, TWO, "--budgets=10%", "--batch-size=2", "--no-pictures"]
+    code, out, err = jaxkv_(*flags, "--out", tmp_path)
+    assert (code, out) == (130, "") and len(read(tmp_path)) == 4
+    assert err == f"jaxkv: interrupted; the same command goes on in {tmp_path}\n"
+
+
 def test_niah_grid(jaxkv_, tiny, tmp_path, reader):
     flags = ["--lengths=300,500", "--depths=0,50,100", "--samples=2", "--budgets=20%"]
     flags += ["--out", tmp_path, "--no-pictures", "--json", "--development"]
