@@ -46,19 +46,13 @@ def mean_interval(scores: Iterable[float]) -> tuple[float, float, float]:
     mean = float(values.mean())
     if _says_no_spread(values):
         return mean, *wilson(float(values.sum()), len(values))
-    half = student(len(values) - 1) * _standard_error(values)
+    error = float(values.std(ddof=1)) / math.sqrt(len(values))
+    half = student(len(values) - 1) * error
     return mean, max(0.0, mean - half), min(1.0, mean + half)
 
 
 def _says_no_spread(values: np.ndarray) -> bool:
     return bool((values == values[0]).all() or np.isin(values, (0, 1)).all())
-
-
-def _standard_error(values: np.ndarray) -> float:
-    if _says_no_spread(values):
-        low, high = wilson(float(values.sum()), len(values))
-        return (high - low) / (2 * Z)
-    return float(values.std(ddof=1)) / math.sqrt(len(values))
 
 
 def groups(rows: Rows, names: Sequence[str]) -> dict[tuple, list[Mapping[str, Any]]]:
@@ -130,8 +124,10 @@ def _summary(group: Rows) -> dict[str, Any]:
 def macro(rows: Rows, column: str = "score") -> list[dict[str, Any]]:
     """Return one record per method, budget and length: the mean over tasks.
 
-    Its interval is the normal one for the mean of independent means; a task whose
-    scores are all 0 or 1, or equal, has the spread of Wilson's interval.
+    Its interval is made of the tasks' own, `l_t` to `u_t` around `m_t`, by the rule for
+    sums of independent estimates (Zou and Donner 2008, "MOVER"): it reaches
+    `sqrt(sum (m_t - l_t)^2)` below and `sqrt(sum (u_t - m_t)^2)` above, over the number
+    of tasks. So that of one task is the task's, and none leaves 0 to 1.
     """
     records = []
     for values, group in groups(rows, POINT).items():
@@ -139,17 +135,19 @@ def macro(rows: Rows, column: str = "score") -> list[dict[str, Any]]:
             np.array([row[column] for row in of_task], float)
             for of_task in groups(group, ("task",)).values()
         ]
-        means = [float(scores.mean()) for scores in by_task]
-        half = Z * math.hypot(*map(_standard_error, by_task)) / len(means)
-        mean = float(np.mean(means))
+        means, lows, highs = np.array([mean_interval(s) for s in by_task]).T
+        mean = float(means.mean())
+        below, above = np.linalg.norm([means - lows, highs - means], axis=1) / len(
+            means
+        )
         records.append(
             dict(zip(POINT, values, strict=True))
             | {
                 "tasks": len(means),
                 "samples": len(group),
                 column: mean,
-                "low": max(0.0, mean - half),
-                "high": min(1.0, mean + half),
+                "low": max(0.0, mean - below),
+                "high": min(1.0, mean + above),
                 "output_tokens": float(np.mean([r["output_tokens"] for r in group])),
                 "truncated": float(np.mean([r["truncated"] for r in group])),
             }

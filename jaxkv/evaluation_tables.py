@@ -110,6 +110,8 @@ def markdown(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
 
 
 def _plus_minus(record: Record, column: str) -> str:
-    half = 50 * (record["high"] - record["low"])
+    """Return a mean and the longer side of its interval, which may be lopsided."""
+    mean = record[column]
+    side = max(mean - record["low"], record["high"] - mean)
     sign = "+" if column == "difference" else ""
-    return f"{100 * record[column]:{sign}.1f} ± {half:.1f}"
+    return f"{100 * mean:{sign}.1f} ± {100 * side:.1f}"

@@ -75,11 +75,18 @@ def test_the_macro_average_weighs_tasks_alike():
     some = rows([1, 1, 1, 0], task="vt") + rows([0.25, 0.75] * 10, task="other")
     (record,) = metrics.macro(some)
     assert record["score"] == pytest.approx((0.75 + 0.5) / 2)
-    low, high = wilson(3, 4)
-    errors = (high - low) / (2 * 1.96), np.std([0.25, 0.75] * 10, ddof=1) / 20**0.5
-    half = 1.96 * math.hypot(*errors) / 2
-    assert record["high"] - record["low"] == pytest.approx(2 * half, rel=1e-3)
+    mean, (low, high) = record["score"], wilson(3, 4)
+    half = metrics.student(19) * np.std([0.25, 0.75] * 10, ddof=1) / 20**0.5
+    assert record["low"] == pytest.approx(mean - np.hypot(0.75 - low, half) / 2)
+    assert record["high"] == pytest.approx(mean + np.hypot(high - 0.75, half) / 2)
     assert metrics.macro(some, "exact")[0]["exact"] == pytest.approx(0.75 / 2)
+
+
+def test_the_macro_average_of_one_task_has_the_task_s_interval():
+    """Of 200 wrong answers, up to 1.9 % may be right, and the table says so."""
+    (record,) = metrics.macro(rows([0] * 200))
+    assert (record["low"], record["high"]) == pytest.approx(wilson(0, 200))
+    assert "0.0 ± 1.9" in evaluation_tables.overview([record])
 
 
 def test_differences_are_paired():
