@@ -35,10 +35,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxkv import Options, generation, methods, sharding
 from jaxkv.kernels.decode import decode_attention
-from jaxkv.kernels.longflow_tpu import longflow_attention_tpu
+from jaxkv.kernels.longflow import longflow_attention
 from jaxkv.kernels.per_shard import partition_spec
 from jaxkv.kernels.prefill import causal_attention
-from jaxkv.kernels.window_scores_tpu import window_scores_tpu
+from jaxkv.kernels.window_scores import window_scores
 from jaxkv.models.decoder import Decoder, parameter_shapes
 from jaxkv.models.public_shapes import SHAPES
 from jaxkv.provenance import provenance, write_json
@@ -101,12 +101,16 @@ def kernels(
     slots: int = 3200,
     length: int = 8192,
     window: int = 32,
+    model: int = 1,
 ) -> Iterator[dict[str, Any]]:
-    """Yield a record for each kernel among `parts` and each topology."""
+    """Yield a record for each kernel among `parts` and each topology.
+
+    The heads are spread over `model` devices; the bytes are those of one.
+    """
     sizes = dict(B=batch, N=HEADS, K=KV_HEADS, H=HEAD_DIM, S=slots, W=window)
     int32 = jnp.int32
     for name, topology in topologies.items():
-        mesh = sharding.make_mesh(devices=devices(topology)[:1])
+        mesh = sharding.make_mesh(model=model, devices=devices(topology)[:model])
         array = functools.partial(abstract, mesh, sizes=sizes)
         cache = [array("B K S H"), array("B K S H"), array("B K S", dtype=int32)]
         step = [array("B N H"), array("B K H"), array("B K H"), *cache]
@@ -128,13 +132,18 @@ def kernels(
             ),
             (
                 "longflow_attention",
-                run(longflow_attention_tpu, scale=SCALE),
+                run(longflow_attention, scale=SCALE, implementation="pallas_tpu"),
                 [*step[:6], norms, *step[6:], *bounds],
                 dict(donate_argnums=(3, 4, 5, 6)),
             ),
             (
                 "window_scores",
-                run(window_scores_tpu, scale=SCALE, length=length - window),
+                run(
+                    window_scores,
+                    scale=SCALE,
+                    length=length - window,
+                    implementation="pallas_tpu",
+                ),
                 [queries, rows[1], start],
                 {},
             ),
