@@ -88,8 +88,8 @@ def table(result: dict[str, Any]) -> Table:
         caption=result["sampling"],
         box=rich.box.SIMPLE,
     )
+    found.add_column("method", justify="right", overflow="fold")
     columns = (
-        "method",
         "batch",
         "tokens/s",
         "seconds",

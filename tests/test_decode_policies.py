@@ -388,6 +388,8 @@ def test_lots_are_uniform_and_depend_on_the_seed():
         (LongFlow(n_sink=9, n_recent=8), "use a budget of at least 18"),
         (LongFlow(interval=17), "use a budget of at least 17"),
         (H2ODecode(n_recent=1.0), r"or a fraction of the budget in \[0, 1\), got 1.0"),
+        (H2ODecode(n_recent=float("nan")), r"of the budget in \[0, 1\), got nan"),
+        (H2ODecode(n_recent=float("inf")), r"of the budget in \[0, 1\), got inf"),
         (H2ODecode(n_recent=16), "use a budget of at least 17"),
         (VATP(), "20 sinks, 8 recent tokens and 1 to evict"),
         (RandomDecode(n_recent=16), "RandomDecode: budget=16 is too small"),
