@@ -278,6 +278,7 @@ def _decode_table(
         caption=f"floor: weights, keys and values at the copy bandwidth of "
         f"{result['copy_bytes_per_second'] / 1e9:.1f} GB/s",
         box=rich.box.SIMPLE,
+        collapse_padding=True,  # for all of it to fit 80 columns
     )
     for column in (
         "batch",
