@@ -90,10 +90,15 @@ def test_longflow_compiles_at_odd_sizes(
     assert record["temp_bytes"] < 2e6
 
 
-@pytest.mark.parametrize("layers", [1, pytest.param(36, marks=pytest.mark.slow)])
-def test_generate_fits_a_slice_of_v5e(script, layers):
+@pytest.mark.parametrize(
+    ("layers", "prompt", "budget"),
+    [(1, 1024, 512), pytest.param(36, 4096, 3200, marks=pytest.mark.slow)],
+)
+def test_generate_fits_a_slice_of_v5e(script, layers, prompt, budget):
     """Qwen3-8B with LongFlow; all 36 layers are many minutes of compiling."""
-    record = script.generate(layers, prompt=4096, prefill="snapkv", decode="longflow")
+    record = script.generate(
+        layers, prompt=prompt, budget=budget, prefill="snapkv", decode="longflow"
+    )
     print(record)
     assert record["layers"] == layers
     assert record["device_bytes"] < HBM
