@@ -2,13 +2,16 @@
 
     pip install "jaxkv[tpu]"    # libtpu, 0.5 GB, has the compiler
     python benchmarks/tpu_compile.py --out tpu.json
+    python benchmarks/tpu_compile.py --part generate --prompt 4096 --prefill snapkv \
+        --decode longflow --budget 3200 --out longflow.json
 
 JAX itself runs on the CPU; the real XLA:TPU and Mosaic compilers work for a described
 topology. Nothing is run, so there is nothing here about speed. The parts are the
 kernels (decode_attention, longflow_attention, window_scores and causal_attention, which
 is JAX's "splash"), for one device each of v5e, v6e, v5p and tpu7x, at the attention
 shape of Qwen3-8B; and generate: prefill and the decode loop of Qwen3-8B as one program
-for a v5e slice of 8 chips, rows over 2 and heads over 4.
+for a v5e slice of 8 chips, rows over 2 and heads over 4, with the policies that the
+flags name.
 """
 
 import dataclasses
@@ -30,12 +33,12 @@ import typer
 from jax.experimental.topologies import get_topology_desc
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxkv import Options, StreamingLLM, generation, sharding
+from jaxkv import Options, generation, methods, sharding
 from jaxkv.kernels.decode import decode_attention
-from jaxkv.kernels.longflow_tpu import longflow_attention_tpu
+from jaxkv.kernels.longflow import longflow_attention
 from jaxkv.kernels.per_shard import partition_spec
 from jaxkv.kernels.prefill import causal_attention
-from jaxkv.kernels.window_scores_tpu import window_scores_tpu
+from jaxkv.kernels.window_scores import window_scores
 from jaxkv.models.decoder import Decoder, parameter_shapes
 from jaxkv.models.public_shapes import SHAPES
 from jaxkv.provenance import provenance, write_json
@@ -98,12 +101,16 @@ def kernels(
     slots: int = 3200,
     length: int = 8192,
     window: int = 32,
+    model: int = 1,
 ) -> Iterator[dict[str, Any]]:
-    """Yield a record for each kernel among `parts` and each topology."""
+    """Yield a record for each kernel among `parts` and each topology.
+
+    The heads are spread over `model` devices; the bytes are those of one.
+    """
     sizes = dict(B=batch, N=HEADS, K=KV_HEADS, H=HEAD_DIM, S=slots, W=window)
     int32 = jnp.int32
     for name, topology in topologies.items():
-        mesh = sharding.make_mesh(devices=devices(topology)[:1])
+        mesh = sharding.make_mesh(model=model, devices=devices(topology)[:model])
         array = functools.partial(abstract, mesh, sizes=sizes)
         cache = [array("B K S H"), array("B K S H"), array("B K S", dtype=int32)]
         step = [array("B N H"), array("B K H"), array("B K H"), *cache]
@@ -125,13 +132,18 @@ def kernels(
             ),
             (
                 "longflow_attention",
-                run(longflow_attention_tpu, scale=SCALE),
+                run(longflow_attention, scale=SCALE, implementation="pallas_tpu"),
                 [*step[:6], norms, *step[6:], *bounds],
                 dict(donate_argnums=(3, 4, 5, 6)),
             ),
             (
                 "window_scores",
-                run(window_scores_tpu, scale=SCALE, length=length - window),
+                run(
+                    window_scores,
+                    scale=SCALE,
+                    length=length - window,
+                    implementation="pallas_tpu",
+                ),
                 [queries, rows[1], start],
                 {},
             ),
@@ -157,10 +169,13 @@ def generate(
     prompt: int = 2048,
     budget: int = 3200,
     new: int = 8192,
+    prefill: str = "streaming-llm",
+    decode: str = "streaming-llm",
 ) -> dict[str, Any]:
     """Return the record of the whole program: prefill, then the loop of decode steps.
 
-    The cache holds `budget` tokens however long the output is.
+    The cache holds `budget` tokens however long the output is. The policies are written
+    as on the command line; see `methods.parse`.
     """
     config = SHAPES["qwen3-8b"]
     if layers is not None:
@@ -177,11 +192,13 @@ def generate(
     )
     options = Options(
         budget=budget,
-        prefill=StreamingLLM(),
-        decode=StreamingLLM(),
+        prefill=methods.parse(prefill, methods.PREFILL, flag="--prefill"),
+        decode=methods.parse(decode, methods.DECODE, flag="--decode"),
         prefill_implementation="splash",
         decode_implementation="pallas_tpu",
+        scores_implementation="pallas_tpu",
     )
+    options.check()
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
     everywhere = NamedSharding(mesh, PartitionSpec())
     sizes = dict(B=batch, P=prompt, E=2)
@@ -213,6 +230,8 @@ def generate(
         prompt=prompt,
         budget=budget,
         max_out=new,
+        prefill=repr(options.prefill),
+        decode=repr(options.decode),
         prefill_implementation=options.prefill_implementation,
         decode_implementation=options.decode_implementation,
     )
@@ -223,6 +242,10 @@ def main(
     out: Annotated[pathlib.Path, typer.Option()],
     part: Annotated[list[str], typer.Option()] = list(PARTS),  # noqa: B006
     layers: int | None = None,
+    prompt: int = 2048,
+    budget: int = 3200,
+    prefill: str = "streaming-llm",
+    decode: str = "streaming-llm",
 ) -> None:
     """Compile the chosen parts and write the records."""
     report = provenance() | dict(
@@ -230,7 +253,14 @@ def main(
         records=[],
     )
     records = itertools.chain(
-        kernels(part), (generate(layers) for name in part if name == "generate")
+        kernels(part),
+        (
+            generate(
+                layers, prompt=prompt, budget=budget, prefill=prefill, decode=decode
+            )
+            for name in part
+            if name == "generate"
+        ),
     )
     for record in records:
         report["records"].append(record)

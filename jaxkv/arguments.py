@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxkv.basic_policies import Full
 from jaxkv.language_model import LanguageModel
+from jaxkv.methods import check_types
 from jaxkv.options import MOST, MOST_SEED, Options
 
 Prompts = Sequence[str] | Sequence[Sequence[int]] | str
@@ -77,7 +78,7 @@ def text(index: int, prompt: str) -> str:
 
 
 def methods(lm: Any, **given: tuple[Any, str, str]) -> None:
-    """Check the kind of each object, by a method that it must have.
+    """Check the kind of each object, by a method that it must have, and its options.
 
     Args:
       lm: must be a language model.
@@ -97,6 +98,7 @@ def methods(lm: Any, **given: tuple[Any, str, str]) -> None:
             raise ValueError(
                 f"generate: {name}= takes something like {example}, got {value!r}."
             )
+        check_types(value)
 
 
 def encode(lm: LanguageModel, prompts: Prompts) -> list[list[int]]:

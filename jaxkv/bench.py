@@ -211,8 +211,10 @@ def copy_bytes(gib: float | None) -> int:
     """Return the bytes of the array that is copied for the floor."""
     if gib is None:
         gib = 0.25 if jax.default_backend() == "cpu" else 4
-    if gib <= 0:
-        raise ValueError(f"--copy-gib must be positive, got {gib}.")
+    if not 2**-10 <= gib <= 2**10:
+        raise ValueError(
+            f"--copy-gib must lie between {2**-10:.4f} (a MiB) and {2**10}, got {gib}."
+        )
     return int(gib * 2**30)
 
 
@@ -276,6 +278,7 @@ def _decode_table(
         caption=f"floor: weights, keys and values at the copy bandwidth of "
         f"{result['copy_bytes_per_second'] / 1e9:.1f} GB/s",
         box=rich.box.SIMPLE,
+        collapse_padding=True,  # for all of it to fit 80 columns
     )
     for column in (
         "batch",

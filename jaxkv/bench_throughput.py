@@ -14,6 +14,7 @@ import typer
 
 from jaxkv import bench, measure, methods, throughput, throughput_picture
 from jaxkv import throughput_report as report
+from jaxkv.evaluation_methods import split_methods
 from jaxkv.generation import Network
 from jaxkv.models.decoder import Config
 from jaxkv.options import Options
@@ -41,7 +42,11 @@ def command(
         ),
     ] = AUTO,
     names: Annotated[
-        str, typer.Option("--methods", help="Decode policies, with commas.")
+        str,
+        typer.Option(
+            "--methods",
+            help="Decode policies, with commas; options as in longflow:n_sink=4.",
+        ),
     ] = "full,longflow",
     ranges: Annotated[
         int, typer.Option(min=1, help="Parts of a growing cache that are sampled.")
@@ -125,7 +130,7 @@ def options_of(names: str, work: Work, budget: int, kernel: Any) -> dict[str, Op
     if work.new <= work.steps:
         raise ValueError(f"--new {work.new} must exceed --steps {work.steps}.")
     found = {}
-    for name in names.split(","):
+    for name in split_methods(names):
         policy = methods.parse(name, methods.DECODE, flag="--methods")
         options = bench.options_of(budget if policy.evicts else None, name, kernel)
         found[name] = options
@@ -146,6 +151,10 @@ def options_of(names: str, work: Work, budget: int, kernel: Any) -> dict[str, Op
                 f"{name} evicts every {policy.spare} steps, so --steps must be a "
                 f"multiple of that, got {work.steps}."
             )
+    if not found:
+        raise ValueError(
+            f"--methods names no method; choose among {', '.join(methods.DECODE)}."
+        )
     return found
 
 

@@ -25,7 +25,8 @@ def check_room(
     """Raise ValueError unless `count` slots can be evicted beside what is protected."""
     if n_sink < 0:
         raise ValueError(f"{name}: n_sink must be >= 0, got {n_sink}.")
-    if n_recent < 0 or (isinstance(n_recent, float) and n_recent >= 1):
+    fraction = isinstance(n_recent, float)
+    if not n_recent >= 0 or (fraction and not n_recent < 1):  # nor is NaN
         raise ValueError(
             f"{name}: n_recent must be a number of tokens >= 0 or a fraction of the "
             f"budget in [0, 1), got {n_recent}."

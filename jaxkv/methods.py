@@ -12,6 +12,8 @@ import typing
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
+
 from jaxkv.acceptance import Conditional, Exact, FixedThreshold, TopK, Typical
 from jaxkv.basic_policies import Full, StreamingLLM
 from jaxkv.dapq import LAQ, DapQ
@@ -63,6 +65,8 @@ ACCEPT: Mapping[str, type] = {
     "typical": Typical,
 }
 
+_TABLES = (PREFILL, DECODE, SPECULATE, ACCEPT)
+
 
 def parse(text: str, table: Mapping[str, type], *, flag: str) -> Any:
     """Make the method that a text such as `name:option=value,option=value` names.
@@ -105,6 +109,39 @@ def parse(text: str, table: Mapping[str, type], *, flag: str) -> Any:
     return make(**values)
 
 
+def check_types(method: Any) -> None:
+    """Raise ValueError if an option of a method in the tables is of the wrong type.
+
+    Names such as `score="l1"` are left to the method, which knows what they mean.
+    """
+    if not any(type(method) in table.values() for table in _TABLES):
+        return
+    hints = typing.get_type_hints(type(method))
+    for field in dataclasses.fields(method):
+        value, hint = getattr(method, field.name), hints[field.name]
+        if not any(_fits(value, kind) for kind in _kinds(hint)):
+            raise ValueError(
+                f"{type(method).__name__}: {field.name} takes "
+                f"{_words(hint, a_list='a tuple of {}')}, got {value!r}."
+            )
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    truth = isinstance(value, bool | np.bool_)
+    if kind is bool:
+        return truth
+    if kind is int:
+        return isinstance(value, int | np.integer) and not truth
+    if kind is float:
+        return isinstance(value, int | float | np.number) and not truth
+    if kind is types.NoneType:
+        return value is None
+    if typing.get_origin(kind) is tuple:
+        inner = typing.get_args(kind)[0]
+        return isinstance(value, tuple) and all(_fits(x, inner) for x in value)
+    return True
+
+
 def _settings(method: type) -> dict[str, Callable[..., Any]]:
     """Return the named settings of a method: its class methods."""
     return {
@@ -120,7 +157,8 @@ def _read(text: str, hint: Any, what: str) -> Any:
         # A comma would end the option.
         value = json.loads(",".join(text.split()) if text[:1] == "[" else text)
     except ValueError:
-        value = None if text.lower() == "none" else text
+        spellings = {"none": None, "true": True, "false": False}  # Python's as well
+        value = spellings.get(text.lower(), text)
     for kind in _kinds(hint):
         if typing.get_origin(kind) is typing.Literal:
             if text in typing.get_args(kind):  # "none" is a choice of some
@@ -141,13 +179,14 @@ def _kinds(hint: Any) -> tuple[Any, ...]:
     return typing.get_args(hint) if union else (hint,)
 
 
-def _words(hint: Any) -> str:
+def _words(hint: Any, a_list: str = "a list such as [{} ...]") -> str:
     words = []
     for kind in _kinds(hint):
         if typing.get_origin(kind) is typing.Literal:
             words += map(str, typing.get_args(kind))
         elif typing.get_origin(kind) is tuple:
-            words.append(f"a list such as [{typing.get_args(kind)[0].__name__} ...]")
+            words.append(a_list.format(typing.get_args(kind)[0].__name__))
         else:
-            words.append("none" if kind is types.NoneType else kind.__name__)
+            special = {types.NoneType: "none", bool: "true or false"}
+            words.append(special.get(kind, kind.__name__))
     return " or ".join(words)

@@ -12,11 +12,12 @@ cut along their columns, those that lead back along their rows, and XLA adds the
 up. The cache is cut along rows of the batch (`data`) and key/value heads (`model`);
 attention runs on each device's own part (`jaxkv.kernels.per_shard`).
 
-Supported: every attention implementation, and policies that look at one head at a
-time. A policy that compares heads works through XLA, not inside a Pallas kernel. The
-sizes must divide: rows by `data`; key/value heads, feed-forward columns and vocabulary
-by `model`. Fused projections are cut without regard to what was fused, so XLA moves
-activations (never weights) between devices where a projection is split up again.
+Supported: every attention implementation and every policy. Where the heads of a row
+lie on several devices and share a victim, LongFlow's kernels leave each slot's
+importance to be exchanged, and on GPUs read the keys once more. The sizes must divide:
+rows by `data`; key/value heads, feed-forward columns and vocabulary by `model`. Fused
+projections are cut without regard to what was fused, so XLA moves activations (never
+weights) between devices where a projection is split up again.
 Not supported: cutting the slots or the layers, and heads shared by several devices.
 """
 

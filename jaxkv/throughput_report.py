@@ -87,9 +87,10 @@ def table(result: dict[str, Any]) -> Table:
         f"{result['new']} tokens, budget {result['budget']}, on {result['device']}",
         caption=result["sampling"],
         box=rich.box.SIMPLE,
+        collapse_padding=True,
     )
+    found.add_column("method", justify="right", overflow="fold")
     columns = (
-        "method",
         "batch",
         "tokens/s",
         "seconds",

@@ -53,6 +53,7 @@ class Plan:
       scale: factor on the logits.
       score: norm of the value in the importance; None only attends.
       shared: whether all heads of a sequence share one victim.
+      chooses: whether the kernel chooses the victim; else it gives the importance.
     """
 
     batch: int
@@ -66,6 +67,7 @@ class Plan:
     scale: float
     score: Score | None
     shared: bool
+    chooses: bool
 
     @property
     def steps(self) -> int:
@@ -92,7 +94,11 @@ class Plan:
         masked = 3 * block * 4  # float32 copies of a block with free slots
         positions = 4 * rows * self.padded * 4  # in and out, twice each
         logits = -(-self.group // 8) * 8 * (self.padded + 8 * self.block) * 4
-        return cache + masked + positions + logits + 3 * 8 * self.padded * 4 + (1 << 20)
+        # Norms, importance and what is barred; or norms, and the importance twice.
+        scores = 3 * 8 * self.padded * 4
+        if not self.chooses:
+            scores = (8 + 2 * rows) * self.padded * 4
+        return cache + masked + positions + logits + scores + (1 << 20)
 
 
 def make_plan(
@@ -102,27 +108,37 @@ def make_plan(
     scale: float,
     score: Score | None,
     shared: bool = True,
+    chooses: bool = True,
     block: int | None = None,
 ) -> Plan:
     """Return the plan of a call, or raise NotImplementedError for what cannot run."""
-    reason = unsupported(query, keys, block=block)
+    reason = unsupported(query, keys, chooses=chooses, block=block)
     if reason:
         raise NotImplementedError(f"pallas_tpu: {reason}")
-    return _plan(query, keys, scale=scale, score=score, shared=shared, block=block)
+    return _plan(
+        query,
+        keys,
+        scale=scale,
+        score=score,
+        shared=shared,
+        chooses=chooses,
+        block=block,
+    )
 
 
-def unsupported(query, keys, *, block: int | None = None) -> str:
+def unsupported(query, keys, *, chooses: bool = True, block: int | None = None) -> str:
     """Return why the kernels cannot run on these, or an empty string.
 
     Args:
       query: `[B, N, H]`; only shape and dtype are looked at.
       keys: `[B, K, S, H]`, likewise.
+      chooses: see `Plan`.
       block: see `longflow_attention_tpu`.
     """
     reason = unsupported_type(query, keys)
     if reason:
         return reason
-    need = _plan(query, keys, block=block).vmem_bytes()
+    need = _plan(query, keys, chooses=chooses, block=block).vmem_bytes()
     if need <= _MAX_VMEM_BYTES:
         return ""
     return (
@@ -144,7 +160,9 @@ def unsupported_type(*arrays) -> str:
     return ""
 
 
-def _plan(query, keys, *, scale=1.0, score="l1", shared=True, block=None) -> Plan:
+def _plan(
+    query, keys, *, chooses, scale=1.0, score="l1", shared=True, block=None
+) -> Plan:
     batch, kv_heads, slots, head_dim = keys.shape
     return Plan(
         batch=batch,
@@ -158,6 +176,7 @@ def _plan(query, keys, *, scale=1.0, score="l1", shared=True, block=None) -> Pla
         scale=float(scale),
         score=score,
         shared=shared,
+        chooses=chooses,
     )
 
 
@@ -181,13 +200,14 @@ def call(plan: Plan, scalars, arrays, *, interpret: Any):
 
     Args:
       plan: static.
-      scalars: `target` and `position`; with a score also `oldest` and `newest`.
+      scalars: `target` and `position`; for a choice also `oldest` and `newest`.
       arrays: `query`, `key`, `value`, `keys`, `values`, `positions`.
       interpret: see `longflow_attention_tpu`.
 
     Returns:
       `out [B, N, H]`, `keys`, `values`, `positions`, and with a score the next target,
-      int32 `[B, K, 128]`, in every lane.
+      int32 `[B, K, 128]`, in every lane; or, where the kernel does not choose, the
+      importance, float32 `[B, K, padded]`.
     """
     if interpret and plan.slots % plan.block:
         # Interpreters pad aliased inputs and outputs, each to a multiple of its own
@@ -208,23 +228,31 @@ def call(plan: Plan, scalars, arrays, *, interpret: Any):
     held = pl.BlockSpec((1, k, plan.padded), lambda b, k, t, *_: (b, 0, 0))
     chosen = pl.BlockSpec((1, k, _LANES), lambda b, k, t, *_: (b, 0, 0))
     scored = plan.score is not None
+    chooses = scored and plan.chooses
     f32 = jnp.float32
     scratch = [pltpu.VMEM((g, _LANES), f32), pltpu.VMEM((g, _LANES), f32)]
     scratch += [pltpu.VMEM((g, h), f32)]
     if scored:
         scratch += [pltpu.VMEM((g, plan.padded), f32)]
-        scratch += [pltpu.VMEM((1, plan.padded), f32)] * 3
+        scratch += [pltpu.VMEM((1, plan.padded), f32)] * (3 if chooses else 1)
     out_shape = [jax.ShapeDtypeStruct(heads, query.dtype)]
     out_shape += [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays[3:]]
-    out_shape += [jax.ShapeDtypeStruct((b, k, _LANES), jnp.int32)] * scored
+    if chooses:
+        kernel, last = body.longflow, [chosen]
+        out_shape += [jax.ShapeDtypeStruct((b, k, _LANES), jnp.int32)]
+    elif scored:
+        kernel, last = body.score, [held]
+        out_shape += [jax.ShapeDtypeStruct((b, k, plan.padded), f32)]
+    else:
+        kernel, last = body.attend, []
     n = len(scalars)
     out, *rest = pl.pallas_call(
-        functools.partial(body.longflow if scored else body.attend, plan=plan),
+        functools.partial(kernel, plan=plan),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=n,
             grid=(b, k, plan.steps),
             in_specs=[of_head(g), of_head(1), of_head(1), block, block, held],
-            out_specs=[of_head(g), written, written, held] + [chosen] * scored,
+            out_specs=[of_head(g), written, written, held, *last],
             scratch_shapes=scratch,
         ),
         out_shape=out_shape,

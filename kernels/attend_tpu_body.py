@@ -41,6 +41,23 @@ def attend(target_ref, position_ref, *refs, plan):
     _attend_block(target_ref, position_ref, _Refs(*refs), None, plan)
 
 
+def score(target_ref, position_ref, *refs, plan):
+    """Kernel that attends and scores, and leaves the choice to others."""
+    importance_ref, scores = refs[10], refs[14:]  # [1, K, padded]; see `longflow`
+    refs = _Refs(*refs[:10], *refs[11:14])
+    k, t = pl.program_id(1), pl.program_id(2)
+    _attend_block(target_ref, position_ref, refs, scores, plan)
+
+    @pl.when(t == plan.steps - 1)
+    def _():
+        def write(step, _):
+            here = _lanes(step, plan)
+            importance_ref[0, pl.ds(k, 1), here] = _importance(refs, scores, here)
+            return 0
+
+        jax.lax.fori_loop(0, plan.steps, write, 0)
+
+
 def longflow(target_ref, position_ref, oldest_ref, newest_ref, *refs, plan):
     """Kernel that attends, scores, and chooses the victim."""
     # The next target is the last output, before the scratch memory that all have.
@@ -53,12 +70,10 @@ def longflow(target_ref, position_ref, oldest_ref, newest_ref, *refs, plan):
     @pl.when(t == plan.steps - 1)
     def _():
         first = k == 0 if plan.shared else True
-        maximum, total = refs.maximum[:, :1], jnp.maximum(refs.total[:, :1], 1e-30)
 
         def add(step, _):
             here = _lanes(step, plan)
-            weights = jnp.exp(logits_ref[:, here] - maximum) / total
-            share = weights.sum(0, keepdims=True) * norms_ref[:, here]
+            share = _importance(refs, (logits_ref, norms_ref), here)
             held = refs.new_positions[0, pl.ds(k, 1), here]
             evictable = (held >= oldest_ref[b]) & (held <= newest_ref[b]) & (held >= 0)
             barred = jnp.where(evictable, 0.0, 1.0)
@@ -83,6 +98,14 @@ def longflow(target_ref, position_ref, oldest_ref, newest_ref, *refs, plan):
                 chosen_ref[0] = jnp.broadcast_to(victim, (plan.kv_heads, LANES))
             else:
                 chosen_ref[0, pl.ds(k, 1), :] = jnp.broadcast_to(victim, (1, LANES))
+
+
+def _importance(refs: _Refs, scores, here):
+    """Return the importance `[1, block]` of one head's slots, once it has attended."""
+    logits_ref, norms_ref = scores
+    maximum, total = refs.maximum[:, :1], jnp.maximum(refs.total[:, :1], 1e-30)
+    weights = jnp.exp(logits_ref[:, here] - maximum) / total
+    return weights.sum(0, keepdims=True) * norms_ref[:, here]
 
 
 def _attend_block(target_ref, position_ref, refs: _Refs, scores, plan):

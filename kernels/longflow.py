@@ -8,6 +8,7 @@ Axis letters: `B` batch, `N` query heads, `K` key/value heads, `G` query heads p
 key/value head, `S` slots, `H` head size.
 """
 
+import functools
 from typing import Literal, get_args
 
 import jax
@@ -16,14 +17,17 @@ import jax.numpy as jnp
 from jaxkv.kernels import decode
 from jaxkv.kernels.decode import Implementation
 from jaxkv.kernels.outputs import LongFlowOutput
+from jaxkv.kernels.per_shard import MESH_AXES, devices_per_row, per_shard
 from jaxkv.kernels.shapes import check_groups, check_shape
-from jaxkv.kernels.victims import choose_victim
+from jaxkv.kernels.victims import all_heads, choose_victim
 
 Score = Literal["l1", "l2", "attention", "deletion"]
 
 # Least `1 - alpha` that a deletion is divided by: where one token has all of the
 # attention, float32 cannot tell the rest from 0.
 LEAST_REST = 1e-6
+
+_CACHE = ("B K S H", "B K S H", "B K S", "B K S")
 
 
 def longflow_attention(
@@ -56,9 +60,10 @@ def longflow_attention(
       that `o` moves if this token is deleted and the others share its weight.
 
     The importance of a slot is the mean over the query heads of a key/value head, and
-    with `shared` over all heads of the layer. The next token goes to the lowest free
-    slot; else to the evictable slot of least importance; else, where nothing is
-    evictable, to the slot of least importance. Ties go to the lowest slot.
+    with `shared` over all heads of the layer, on however many devices they lie. The
+    next token goes to the lowest free slot; else to the evictable slot of least
+    importance; else, where nothing is evictable, to the slot of least importance. Ties
+    go to the lowest slot.
     `jaxkv.kernels.victims` says what free and evictable mean where heads share.
 
     Args:
@@ -123,12 +128,23 @@ def longflow_attention(
             f"{where}: unknown {implementation=}; choose one of "
             f"{', '.join(get_args(Implementation))} or None."
         )
-    return run(
-        *(query, key, value, keys, values, positions, norms, target, position),
-        *(oldest, newest),
-        scale=scale,
-        score=score,
-        shared=shared,
+    spread = shared and devices_per_row() > 1
+    run = per_shard(
+        functools.partial(
+            run,
+            scale=scale,
+            score=score,
+            shared=shared,
+            axis=MESH_AXES["K"] if spread else None,
+        ),
+        ("B N H", "B K H", "B K H", *_CACHE, "B K", "B", "B", "B"),
+        ("B N H", *_CACHE, "B K"),
+    )
+    return LongFlowOutput(
+        *run(
+            *(query, key, value, keys, values, positions, norms, target, position),
+            *(oldest, newest),
+        )
     )
 
 
@@ -225,6 +241,7 @@ def _reference(
     scale,
     score,
     shared,
+    axis,
 ):
     """Float32, one query head after another: the definition of the operation.
 
@@ -248,19 +265,14 @@ def _reference(
     batch, kv_heads, slots = positions.shape
     importance = scores.reshape(batch, kv_heads, -1, slots).mean(axis=2)
     importance = jnp.where(positions >= 0, importance, 0)
-    free = positions < 0
-    allowed = (positions >= oldest[:, None, None]) & (
-        positions <= newest[:, None, None]
-    )
+    importance, held = all_heads(importance, positions, axis)
+    free = held < 0
+    allowed = (held >= oldest[:, None, None]) & (held <= newest[:, None, None])
     if shared:
-        importance = jnp.broadcast_to(
-            importance.mean(axis=1, keepdims=True), positions.shape
-        )
+        importance = importance.mean(axis=1, keepdims=True)
         # A head that holds nothing there has nothing to say.
-        allowed = jnp.broadcast_to(
-            (free | allowed).all(axis=1, keepdims=True), positions.shape
-        )
-        free = jnp.broadcast_to(free.all(axis=1, keepdims=True), positions.shape)
+        allowed = (free | allowed).all(axis=1, keepdims=True)
+        free = free.all(axis=1, keepdims=True)
     rank = jnp.where(free, 0, jnp.where(allowed, 1, 2))
     first = jnp.lexsort((importance, rank), axis=-1)[..., 0].astype(jnp.int32)
     target = jnp.where(position[:, None] < 0, target, first)
@@ -268,7 +280,13 @@ def _reference(
     return LongFlowOutput(out, keys, values, positions, norms, target)
 
 
-def _xla(
+def _xla(*arguments, **options):
+    """Two contractions per key/value head, and a norm per slot: `a |v|` is `|a v|`."""
+    return _attend_and_score(None, *arguments, **options)
+
+
+def _attend_and_score(
+    attend,
     query,
     key,
     value,
@@ -284,27 +302,42 @@ def _xla(
     scale,
     score,
     shared,
+    axis,
 ):
-    """Two contractions per key/value head, and a norm per slot: `a |v|` is `|a v|`."""
+    """Do `_xla`, or if `attend` is given, leave output and write to that kernel."""
     norms = write_norm(value, norms, target, position, score)
-    keys, values, positions = decode.write(
-        key, value, keys, values, positions, target, position
-    )
+    arguments = key, value, keys, values, positions, target, position
+    if attend is None:
+        keys, values, positions = decode.write(*arguments)
+    else:
+        out, keys, values, positions = attend(query, *arguments, scale=scale)
     weights = decode.decode_weights(query, keys, positions, scale=scale)
-    out = decode.weigh(weights, values, positions)
-    importance = _importance(weights, values, norms, out, positions, score)
-    victim = choose_victim(importance, positions, oldest, newest, shared=shared)
+    weighed = None
+    if attend is None:
+        weighed = decode.weigh(weights, values, positions)
+        out = weighed.reshape(query.shape).astype(query.dtype)
+    importance = _importance(weights, values, norms, weighed, positions, score)
+    victim = choose_victim(
+        importance, positions, oldest, newest, shared=shared, axis=axis
+    )
     target = jnp.where(position[:, None] < 0, target, victim)
-    out = out.reshape(query.shape).astype(query.dtype)
     return LongFlowOutput(out, keys, values, positions, norms, target)
 
 
-def _triton(*arguments, score, **options):
+def _triton(*arguments, score, axis, **options):
     _refuse_deletion("triton", score)
     reason = decode.triton_unavailable()
     if reason:
         raise NotImplementedError(
             f'longflow_attention: implementation="triton" {reason}'
+        )
+    if axis is not None:
+        # The fused kernel chooses, and cannot ask other devices about their heads. So
+        # it only attends, and the score costs a second pass over the keys.
+        from jaxkv.kernels.decode_triton import decode_attention_triton
+
+        return _attend_and_score(
+            decode_attention_triton, *arguments, score=score, axis=axis, **options
         )
     from jaxkv.kernels.longflow_triton import longflow_attention_triton
 

@@ -8,10 +8,11 @@ Axis letters: `B` batch, `N` query heads, `K` key/value heads, `S` slots, `H` he
 from typing import Any, get_args
 
 import jax
+import jax.numpy as jnp
 
 from jaxkv.kernels import attend_tpu, longflow
 from jaxkv.kernels.outputs import LongFlowOutput
-from jaxkv.kernels.per_shard import devices_per_row, per_shard
+from jaxkv.kernels.victims import choose_victim
 
 
 def longflow_attention_tpu(
@@ -30,6 +31,7 @@ def longflow_attention_tpu(
     scale: float,
     score: attend_tpu.Score = "l1",
     shared: bool = True,
+    axis: str | None = None,
     block: int | None = None,
     interpret: Any = False,
 ) -> LongFlowOutput:
@@ -61,6 +63,8 @@ def longflow_attention_tpu(
       shared: one victim for all heads of a sequence, by the mean over all of them (a
         slot is then free if head 0 has nothing in it, and evictable if it is in every
         head); otherwise one for each key/value head, by the mean over its group.
+      axis: of the mesh that the heads of a row are spread over, inside a `shard_map`;
+        the kernel then leaves the importance, and the choice follows the exchange.
       block: slots per step, a multiple of 128; None chooses.
       interpret: run on the CPU; True, or `pltpu.InterpretParams()` for a simulation of
         the TPU's memories.
@@ -71,55 +75,36 @@ def longflow_attention_tpu(
 
     Raises:
       ValueError: unknown score.
-      NotImplementedError: dtypes or sizes that the kernel does not take, or a shared
-        victim of heads that lie on several devices.
+      NotImplementedError: dtypes or sizes that the kernel does not take.
     """
     if score not in get_args(attend_tpu.Score):
         raise ValueError(
             f"longflow_attention_tpu: unknown {score=}; choose one of "
             f"{', '.join(get_args(attend_tpu.Score))}."
         )
-    if shared and devices_per_row() > 1:
-        raise NotImplementedError(
-            "longflow_attention_tpu: shared=True needs all heads of a row on one "
-            f"device, but the mesh spreads them over {devices_per_row()}; use "
-            'shared=False, a mesh whose axis "model" is 1, or "xla".'
-        )
-
-    def run(norms, *arguments):
-        plan = attend_tpu.make_plan(
-            arguments[0],
-            arguments[3],
-            scale=scale,
-            score=score,
-            shared=shared,
-            block=block,
-        )
-        out, *cache, chosen = attend_tpu.call(
-            plan, arguments[6:], arguments[:6], interpret=interpret
-        )
-        value, target, position = arguments[2], *arguments[6:8]
-        norms = longflow.write_norm(value, norms, target, position, score)
-        return out, *cache, norms, chosen[:, :, 0]
-
-    cache = ("B K S H", "B K S H", "B K S")
-    run = per_shard(
-        run,
-        ("B K S", "B N H", "B K H", "B K H", *cache, "B K", "B", "B", "B"),
-        ("B N H", *cache, "B K S", "B K"),
+    plan = attend_tpu.make_plan(
+        query,
+        keys,
+        scale=scale,
+        score=score,
+        shared=shared,
+        chooses=axis is None,
+        block=block,
     )
-    return LongFlowOutput(
-        *run(
-            norms,
-            query,
-            key,
-            value,
-            keys,
-            values,
-            positions,
-            target,
-            position,
-            oldest,
-            newest,
-        )
+    bounds = (oldest, newest) if plan.chooses else ()
+    out, keys, values, positions, last = attend_tpu.call(
+        plan,
+        (target, position, *bounds),
+        (query, key, value, keys, values, positions),
+        interpret=interpret,
     )
+    norms = longflow.write_norm(value, norms, target, position, score)
+    if plan.chooses:
+        target = last[:, :, 0]
+    else:
+        importance = last[:, :, : plan.slots]
+        victim = choose_victim(
+            importance, positions, oldest, newest, shared=shared, axis=axis
+        )
+        target = jnp.where(position[:, None] < 0, target, victim)
+    return LongFlowOutput(out, keys, values, positions, norms, target)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxkv.kernels.decode import tpu_unavailable, triton_unavailable
+from jaxkv.kernels.per_shard import per_shard
 from jaxkv.kernels.shapes import check_groups, check_shape
 
 Implementation = Literal["reference", "xla", "triton", "pallas_tpu"]
@@ -77,41 +78,47 @@ def window_scores(
             f"{where}: unknown {reduction=}; choose one of "
             f"{', '.join(get_args(Reduction))}."
         )
-    options = dict(scale=scale, length=length, count=count, reduction=reduction)
     match implementation:
         case "reference":
-            return _reference(query, key, start, **options)
+            run = _reference
         case "xla":
-            return _xla(query, key, start, **options)
+            run = _xla
         case "triton":
             reason = triton_unavailable()
             if reason:
                 raise NotImplementedError(f'{where}: implementation="triton" {reason}')
-            from jaxkv.kernels.window_scores_triton import window_scores_triton
-
-            count = options.pop("count")
-            if count is None:
-                count = jnp.full(start.shape, query.shape[1], jnp.int32)
-
-            # Triton kernels know no vmap: copies of a prompt are done one by one.
-            @jax.custom_batching.sequential_vmap
-            def run(query, key, start, count):
-                return window_scores_triton(query, key, start, count=count, **options)
-
-            return run(query, key, start, count)
+            from jaxkv.kernels.window_scores_triton import window_scores_triton as run
         case "pallas_tpu":
             reason = tpu_unavailable()
             if reason:
                 raise NotImplementedError(
                     f'{where}: implementation="pallas_tpu" {reason}'
                 )
-            from jaxkv.kernels.window_scores_tpu import window_scores_tpu
+            from jaxkv.kernels.window_scores_tpu import window_scores_tpu as run
+        case _:
+            raise ValueError(
+                f"{where}: unknown {implementation=}; choose one of "
+                f"{', '.join(get_args(Implementation))} or None."
+            )
+    if count is None:
+        count = jnp.full(start.shape, sizes["W"], jnp.int32)
 
-            return window_scores_tpu(query, key, start, **options)
-    raise ValueError(
-        f"{where}: unknown {implementation=}; choose one of "
-        f"{', '.join(get_args(Implementation))} or None."
-    )
+    def score(query, key, start, count):
+        return run(
+            query,
+            key,
+            start,
+            count=count,
+            scale=scale,
+            length=length,
+            reduction=reduction,
+        )
+
+    score = per_shard(score, ("B W N H", "B T K H", "B", "B"), "B K T")
+    if implementation == "triton":
+        # Its kernels know no vmap: copies of a prompt are done one by one.
+        score = jax.custom_batching.sequential_vmap(score)
+    return score(query, key, start, count)
 
 
 def choose(platform: str, query=None, key=None) -> Implementation:
@@ -135,8 +142,7 @@ def choose(platform: str, query=None, key=None) -> Implementation:
 def _last_visible(start, window, count):
     """Return the last key that each query sees, int32 `[B, W]`; -1 if it counts not."""
     order = jnp.arange(window, dtype=jnp.int32)
-    last = start[:, None] + order
-    return last if count is None else jnp.where(order < count[:, None], last, -1)
+    return jnp.where(order < count[:, None], start[:, None] + order, -1)
 
 
 def _reference(query, key, start, *, scale, length, count, reduction):

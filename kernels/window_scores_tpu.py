@@ -23,7 +23,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxkv.kernels.attend_tpu import unsupported_type
-from jaxkv.kernels.per_shard import per_shard
 
 _LOWEST = -1e30  # below every logit, and finite: a row that sees nothing gives zeros
 _ROWS = 256  # of queries per tile
@@ -71,7 +70,6 @@ def window_scores_tpu(
     if count is None:
         count = jnp.full(start.shape, query.shape[1], jnp.int32)
     run = functools.partial(_run, scale=scale, length=length, interpret=interpret)
-    run = per_shard(run, ("B W N H", "B T K H", "B", "B"), "B K T")
     if reduction == "sum":
         return run(query, key, start, count)
 

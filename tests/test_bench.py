@@ -173,7 +173,8 @@ def test_decode_json(run, tiny_shape, tmp_path):
     assert all(row.keys() == fields for row in content["rows"])
 
 
-def test_decode_table(run, tiny_shape):
+def test_decode_table(run, tiny_shape, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     result = run(
         *("decode", "--shape", "qwen3-8b", "--context", 12, "--steps", 4),
         *("--repeats", 1, "--copy-gib", 0.001, "--dtype", "bfloat16"),
@@ -182,6 +183,8 @@ def test_decode_table(run, tiny_shape):
     assert result.exit_code == 0, result.stderr
     assert "LongFlow(score='l1', n_sink=2" in result.stdout
     assert "bfloat16" in result.stdout
+    assert "cache GB" in result.stdout  # no heading is cut short
+    assert "compile s" in result.stdout
 
 
 def test_compile_json(run, tiny_shape):
@@ -204,7 +207,9 @@ def test_compile_json(run, tiny_shape):
         (["--batch", "1,x"], "--batch takes numbers"),
         (["--batch", "0"], "at least 1"),
         (["--context", "8", "--steps", "8"], "must exceed"),
-        (["--copy-gib", "0"], "must be positive"),
+        (["--copy-gib", "0"], "must lie between"),
+        (["--copy-gib", "nan"], "must lie between"),
+        (["--copy-gib", "1e-12"], "must lie between"),
         (["--model", "needle"], "exclude each other"),
         (["--decode", "streaming-llm"], "needs a budget"),
         (["--decode-implementation", "triton"], "needs an NVIDIA GPU"),

@@ -172,7 +172,7 @@ def test_table(run):
         (["--versions", "attention,flash"], "unknown 'flash'"),
         (["--versions", "cudnn"], "needs an NVIDIA GPU"),
         (["--decode-implementation", "triton"], "needs an NVIDIA GPU"),
-        (["--copy-gib", "0"], "must be positive"),
+        (["--copy-gib", "0"], "must lie between"),
     ],
 )
 def test_bad_input_gets_one_line(run, arguments, message):

@@ -3,9 +3,11 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 
-from jaxkv import DapQ, LongFlow, PyramidKV, methods
+import jaxkv
+from jaxkv import RKV, DapQ, H2ODecode, LongFlow, PyramidKV, methods
 
 TABLES = {
     "prefill": methods.PREFILL,
@@ -47,6 +49,38 @@ def test_lists_and_the_word_none():
         methods.parse("dapq:pooling=mean", methods.PREFILL, flag="--x")
 
 
+def test_truth_values_as_in_json_and_as_in_python():
+    for text in ("false", "False"):
+        policy = methods.parse(f"longflow:shared={text}", methods.DECODE, flag="--x")
+        assert policy == LongFlow(shared=False)
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        (LongFlow(n_recent=0.5), "LongFlow: n_recent takes int, got 0.5"),
+        (LongFlow(interval="2"), "LongFlow: interval takes int, got '2'"),
+        (LongFlow(interval=True), "LongFlow: interval takes int, got True"),
+        (LongFlow(shared="no"), "LongFlow: shared takes true or false, got 'no'"),
+        (H2ODecode(n_recent="8"), "H2ODecode: n_recent takes int or float, got '8'"),
+        (RKV(threshold=None), "RKV: threshold takes float, got None"),
+        (DapQ(fixed_ids=[5]), r"fixed_ids takes a tuple of int, got \[5\]"),
+    ],
+)
+def test_options_of_a_wrong_type_are_refused(tiny_lm, method, message):
+    role = "prefill" if isinstance(method, DapQ) else "decode"
+    with pytest.raises(ValueError, match=message):
+        jaxkv.generate(tiny_lm, [[3, 4]], budget=200, **{role: method})
+
+
+def test_options_of_numpy_are_numbers():
+    for table in TABLES.values():
+        for method in table.values():
+            methods.check_types(method())
+    methods.check_types(LongFlow(n_recent=np.int32(1), shared=np.True_))
+    methods.check_types(RKV(threshold=1, mix_lambda=np.float32(0.5)))
+
+
 def test_named_settings_stand_before_the_options():
     def parse(text, table=methods.PREFILL):
         return methods.parse(text, table, flag="--x")
@@ -74,6 +108,7 @@ def test_named_settings_stand_before_the_options():
         ("streaming-llm:n_sink=1.5", "n_sink takes int"),
         ("streaming-llm:n_sink=true", "n_sink takes int"),
         ("streaming-llm:n_sink=1,n_sink=2", "given twice"),
+        ("longflow:shared=maybe", "shared takes true or false, got 'maybe'"),
     ],
 )
 def test_bad_text_says_what_is_wrong(text, message):

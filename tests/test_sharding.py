@@ -12,7 +12,6 @@ from jax.sharding import PartitionSpec as P
 
 from jaxkv import sharding
 from jaxkv import state as kv
-from jaxkv.kernels.longflow_tpu import longflow_attention_tpu
 from jaxkv.kernels.per_shard import partition_spec, per_shard
 from jaxkv.models.decoder import Config, parameter_shapes
 
@@ -29,11 +28,12 @@ CONFIG = Config(
     qk_norm=True,
 )
 
-# Run by an interpreter of its own, since the number of devices is fixed at the start.
-PROGRAM = """
+# Run by interpreters of their own: the number of devices is fixed at the start.
+GENERATION = """
 import dataclasses
 import jax, jax.numpy as jnp, numpy as np
-from jaxkv import Categorical, Full, Options, StreamingLLM, generation, sharding
+from jaxkv import (
+    Categorical, LongFlow, Options, SnapKV, StreamingLLM, generation, sharding)
 from jaxkv import state as kv
 from jaxkv.models.decoder import Config, Decoder, random_parameters
 
@@ -45,21 +45,28 @@ tokens = jnp.asarray(np.random.default_rng(0).integers(0, 64, (4, 16)), jnp.int3
 lengths = jnp.asarray([16, 3, 9, 1], jnp.int32)
 keys = jax.random.split(jax.random.key(1), 4)
 
-def run(params, implementation):
-    policy = StreamingLLM(n_sink=1)
-    options = Options(budget=8, prefill=policy, decode=policy, sampler=Categorical(),
+def run(params, implementation, prefill, decode):
+    options = Options(budget=8, prefill=prefill, decode=decode, sampler=Categorical(),
                       prefill_implementation=implementation,
-                      decode_implementation=implementation)
+                      decode_implementation=implementation,
+                      scores_implementation=implementation)
     return generation.generate_jit(
         Decoder(config), params, tokens, lengths, keys, jnp.asarray([-1]),
         jnp.int32(12), options=options, slots=options.num_slots(16, 12), max_out=12)
 
-for implementation in ("reference", "xla"):
-    alone = run(params, implementation)
-    mesh = sharding.make_mesh(data=2, model=2)
-    sharding.check(config, mesh, batch=4)
+streaming = StreamingLLM(n_sink=1)
+snapkv = SnapKV(window_size=2)
+mesh = sharding.make_mesh(data=2, model=2)
+sharding.check(config, mesh, batch=4)
+for policies in (
+    ("reference", streaming, streaming),
+    ("xla", streaming, streaming),
+    ("xla", snapkv, LongFlow()),
+    ("xla", snapkv, LongFlow(interval=2, protect_prompt=True)),
+):
+    alone = run(params, *policies)
     with jax.set_mesh(mesh):
-        spread = run(sharding.shard_parameters(params, mesh), implementation)
+        spread = run(sharding.shard_parameters(params, mesh), *policies)
     np.testing.assert_array_equal(alone.tokens, spread.tokens)
     wanted = sharding.state_specs(spread.cache[0])
     for state in spread.cache:
@@ -68,6 +75,89 @@ for implementation in ("reference", "xla"):
             spec = jax.sharding.NamedSharding(mesh, getattr(wanted, name))
             array = getattr(state, name)
             assert array.sharding.is_equivalent_to(spec, array.ndim), name
+print("equal")
+"""
+
+OPERATIONS = r"""
+import functools, re, sys
+import jax, jax.numpy as jnp, numpy as np
+from jaxkv import sharding
+from jaxkv.kernels import decode, decode_triton, longflow, longflow_tpu, longflow_triton
+from jaxkv.kernels import window_scores as windows, window_scores_triton
+from jaxkv.kernels.per_shard import partition_spec
+
+# No TPU and no GPU here: the one kernel is interpreted, and a stand-in for the other
+# looks at what it is handed, which must be one device's part.
+decode.tpu_unavailable = decode.triton_unavailable = lambda: ""
+windows.triton_unavailable = lambda: ""
+longflow_tpu.longflow_attention_tpu = functools.partial(
+    longflow_tpu.longflow_attention_tpu, interpret=True)
+SHAPES = []
+
+def stand_in(function):
+    def run(*arguments, **options):
+        SHAPES.append(arguments[0].shape)
+        return function(*arguments, **options)
+    return run
+
+decode_triton.decode_attention_triton = stand_in(decode._xla)
+longflow_triton.longflow_attention_triton = stand_in(
+    functools.partial(longflow._xla, axis=None))
+window_scores_triton.window_scores_triton = stand_in(windows._xla)
+
+ALL = sys.argv[1] == "slow"
+mesh = sharding.make_mesh(data=2, model=2)
+rng = np.random.default_rng(0)
+B, N, K, S, H = 4, 8, 4, 12, 32
+
+def compare(function, letters, arrays, name, collectives):
+    alone = jax.jit(function)(*arrays)
+    with jax.set_mesh(mesh):
+        spread = [jax.device_put(x, jax.NamedSharding(mesh, partition_spec(axes)))
+                  for x, axes in zip(arrays, letters, strict=True)]
+        program = jax.jit(function).lower(*spread).compile()
+        text = program.as_text()
+        got = program(*spread)
+    found = re.findall(r"= \S+ (all-\w+|collective-\w+|reduce-scatter)", text)
+    assert found == collectives, (name, found)
+    for one, two in zip(jax.tree.leaves(alone), jax.tree.leaves(got), strict=True):
+        np.testing.assert_allclose(one, two, atol=2e-6, err_msg=name)
+        if one.dtype == jnp.int32:
+            np.testing.assert_array_equal(one, two, err_msg=name)
+
+def normal(*shape):
+    return jnp.asarray(rng.standard_normal(shape), jnp.float32)
+
+positions = rng.permuted(np.broadcast_to(np.arange(S), (B, K, S)), axis=-1)
+positions[0, :, [1, 5]] = -1
+integers = [jnp.asarray(x, jnp.int32) for x in (
+    positions, rng.integers(0, S, (B, K)), [S, S + 1, -1, S],
+    [0, 2, 0, S + 9], [S, S - 1, S, S + 9])]
+floats = [normal(B, N, H), normal(B, K, H), normal(B, K, H), normal(B, K, S, H),
+          normal(B, K, S, H)]
+letters = ["B N H", "B K H", "B K H", *["B K S H"] * 2, *["B K S"] * 2, "B K",
+           "B", "B", "B"]
+norms = longflow.value_norms(floats[-1], "l2")
+for shared in (True, False) if ALL else (True,):
+    for implementation in ("xla", "triton") + ("pallas_tpu", "reference") * ALL:
+        compare(
+            functools.partial(longflow.longflow_attention, scale=0.3, score="l2",
+                              shared=shared, implementation=implementation),
+            letters, [*floats, integers[0], norms, *integers[1:]],
+            f"longflow {implementation} {shared}", ["all-gather"] * shared)
+
+arrays = [normal(B, 3, N, H), normal(B, S, K, H), jnp.asarray([0, 9, 4, 2], jnp.int32),
+          jnp.asarray([3, 1, 0, 3], jnp.int32)]
+for implementation in ("xla", "triton") + ("reference",) * ALL:
+    for reduction in ("sum", "max") if ALL else ("sum",):
+        def score(query, key, start, count):
+            return windows.window_scores(query, key, start, count=count, scale=0.3,
+                length=10, reduction=reduction, implementation=implementation)
+        compare(score, ["B W N H", "B T K H", "B", "B"], arrays,
+                f"window {implementation} {reduction}", [])
+assert SHAPES, "no stand-in was called"
+for alone, spread in zip(SHAPES[::2], SHAPES[1::2], strict=True):
+    assert (spread[0], spread[-2]) == (alone[0] / 2, alone[-2] / 2)
 print("equal")
 """
 
@@ -118,33 +208,24 @@ def test_without_a_mesh_nothing_is_wrapped():
         assert double(jnp.ones(3), jnp.ones(3))[0].tolist() == [2, 2, 2]
 
 
-def test_a_shared_victim_needs_all_heads_on_one_device():
-    def trace(heads, **options):
-        arrays = dict(query=(2, 4, 128), key=(2, heads, 128), value=(2, heads, 128))
-        arrays |= dict.fromkeys(("keys", "values"), (2, heads, 8, 128))
-        arrays |= dict(norms=(2, heads, 8))
-        arrays = {n: jax.ShapeDtypeStruct(s, jnp.float32) for n, s in arrays.items()}
-        int32 = dict(positions=(2, heads, 8), target=(2, heads))
-        int32 |= dict.fromkeys(("position", "oldest", "newest"), (2,))
-        arrays |= {n: jax.ShapeDtypeStruct(s, jnp.int32) for n, s in int32.items()}
-        return jax.eval_shape(
-            lambda x: longflow_attention_tpu(**x, scale=1.0, interpret=True, **options),
-            arrays,
-        )
-
-    auto = (jax.sharding.AxisType.Auto,) * 2
-    mesh = jax.sharding.AbstractMesh((1, 2), ("data", "model"), axis_types=auto)
-    with jax.sharding.use_abstract_mesh(mesh):
-        with pytest.raises(NotImplementedError, match="all heads of a row on one"):
-            trace(2)
-        assert trace(2, shared=False).target.shape == (2, 2)
+@pytest.mark.parametrize(
+    "which", ["fast", pytest.param("slow", marks=pytest.mark.slow)]
+)
+def test_operations_stay_on_their_devices(tmp_path, which):
+    """Equal results, and nothing sent but what a shared victim needs."""
+    assert over_four_devices(OPERATIONS, tmp_path, which) == "equal"
 
 
 @pytest.mark.slow
 def test_generation_over_four_devices(tmp_path):
+    assert over_four_devices(GENERATION, tmp_path) == "equal"
+
+
+def over_four_devices(program, folder, *arguments):
+    """Run a program where JAX finds four devices, and return what it prints."""
     run = subprocess.run(
-        [sys.executable, "-c", PROGRAM],
-        cwd=tmp_path,
+        [sys.executable, "-c", program, *arguments],
+        cwd=folder,
         env=dict(
             os.environ,
             JAX_PLATFORMS="cpu",
@@ -155,4 +236,4 @@ def test_generation_over_four_devices(tmp_path):
         check=False,
     )
     assert run.returncode == 0, run.stderr
-    assert run.stdout.strip() == "equal"
+    return run.stdout.strip()

@@ -1,6 +1,7 @@
 """`jaxkv bench throughput`: how a whole generation follows from a sample of it."""
 
 import dataclasses
+import io
 import itertools
 import json
 
@@ -9,12 +10,13 @@ import jax.numpy as jnp
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 
 from jaxkv import bench, cli, evaluation_pictures, measure, throughput
 from jaxkv import state as kv
 from jaxkv import throughput_report as report
 from jaxkv.basic_policies import Full, StreamingLLM
-from jaxkv.bench_throughput import Timer, plan_cells, run_cells
+from jaxkv.bench_throughput import Timer, options_of, plan_cells, run_cells
 from jaxkv.decode_policies import LongFlow
 from jaxkv.models.decoder import Config, random_parameters
 from jaxkv.options import Options
@@ -313,6 +315,24 @@ def test_one_program_serves_all_ranges(run, monkeypatch):
     assert "one range more" in " ".join(stdout.split())
 
 
+def test_options_of_a_method_are_separated_by_commas_as_well():
+    names = "longflow:n_sink=1,n_recent=2,full"
+    found = options_of(names, Work(prompt=6, new=40), 16, None)
+    assert list(found) == ["longflow:n_sink=1,n_recent=2", "full"]
+    policy = found["longflow:n_sink=1,n_recent=2"].decode
+    assert policy == LongFlow(n_sink=1, n_recent=2)
+
+
+def test_a_long_name_leaves_room_for_the_numbers():
+    row = dict(method="longflow:" + "n" * 60, batch=128, fits=True, seconds=1.0)
+    row |= dict(tokens_per_second=1234.5, state_bytes=1, ratio_to_floor=2.0)
+    keys = ("model", "dtype", "prompt", "new", "budget", "device", "sampling")
+    console = Console(width=80, file=io.StringIO())
+    console.print(report.table(dict.fromkeys(keys, "x") | {"rows": [row]}))
+    assert "tokens/s" in console.file.getvalue()
+    assert "1234.5" in console.file.getvalue()
+
+
 def test_time_that_is_up_is_said(run):
     code, stdout, stderr = run(*QUICK, "--seconds", 0)
     assert code == 0, stderr
@@ -329,10 +349,11 @@ def test_time_that_is_up_is_said(run):
         (["--budget", "46"], "equals the full cache"),
         (["--budget", "6"], "shorten the prompt"),
         (["--methods", "full,paged"], "unknown 'paged'"),
+        (["--methods", ","], "--methods names no method"),
         (["--methods", "longflow:interval=3"], "evicts every 3 steps"),
         (["--picture", "it.jpg"], "ends in .png, .svg, .pdf"),
         (["--transformers", "/no/such/file"], "No such file"),
-        (["--copy-gib", "0"], "must be positive"),
+        (["--copy-gib", "0"], "must lie between"),
     ],
 )
 def test_bad_input_gets_one_line(run, arguments, message):
