@@ -7,15 +7,25 @@
 The first compares ways of drafting and of accepting on the report seed, on the quoting
 tasks (quote, go on, edit). With `--dev` it looks at the development seed and at all
 forms of conditional verification instead: what is chosen, is chosen there. With
-`--table` it crosses batch sizes with eviction and speculation.
+`--table` it crosses batch sizes with speculation and with `--evictions`:
+
+* `longflow`: `--prefill` cuts the prompt, `LongFlow.recommended()` the output;
+* `longflow-paper`: the same, with `LongFlow()`;
+* `streaming-llm`: `StreamingLLM` cuts both.
 
 Every variant gets the same prompts in the same order, and its first batch twice, since
 the first call compiles. Speed is that of decoding alone; prefill is given beside it.
+Outputs are compared with those of the same eviction without drafts. A variant is on the
+disk as soon as it is measured; after `--seconds` no other one begins, and what was left
+out is listed in the file and at the end.
 """
 
+import contextlib
 import dataclasses
 import json
+import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,8 +33,10 @@ import numpy as np
 import typer
 
 import jaxkv
-from jaxkv import evaluation
+from jaxkv import evaluation, methods
+from jaxkv.cli_flags import described
 from jaxkv.evaluation import DEVELOPMENT_SEED, QUOTING, REPORT_SEED, Cell
+from jaxkv.measure import device_memory
 from jaxkv.provenance import provenance, write_json
 
 FORMS = ("F1", "F2", "F3", "F4")
@@ -64,21 +76,65 @@ def variants(nodes: int, *, dev: bool) -> dict[str, dict[str, Any]]:
     )
 
 
-def table_variants(nodes: int, budget: int) -> dict[str, dict[str, Any]]:
-    """Return plain decoding, eviction, speculation, and both."""
-    evict = {
-        "budget": budget,
-        "prefill": jaxkv.StreamingLLM(),
-        "decode": jaxkv.StreamingLLM(),
-    }
+def table_variants(
+    nodes: int, budget: int, evictions: dict[str, dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Return plain decoding, speculation, and each eviction without and with it."""
     depth = min(10, nodes - 1)
     draft = {"speculate": jaxkv.Tree(num_draft_tokens=nodes - 1, depth=depth)}
-    return {
-        "plain": {},
-        "eviction": evict,
-        "speculation": draft,
-        "both": evict | draft,
+    table = {"plain": {}, "speculation": draft}
+    for name, policies in evictions.items():
+        evict = {"budget": budget} | policies
+        table |= {f"eviction {name}": evict, f"both {name}": evict | draft}
+    return table
+
+
+def chosen_evictions(names: str, prefill: str) -> dict[str, dict[str, Any]]:
+    """Return the policies of the evictions that were asked for, by name."""
+    cut = methods.parse(prefill, methods.PREFILL, flag="--prefill")
+    stream = jaxkv.StreamingLLM()
+    known = {
+        "longflow": {"prefill": cut, "decode": jaxkv.LongFlow.recommended()},
+        "longflow-paper": {"prefill": cut, "decode": jaxkv.LongFlow()},
+        "streaming-llm": {"prefill": stream, "decode": stream},
     }
+    asked = [name.strip() for name in names.split(",") if name.strip()]
+    for name in asked:
+        if name not in known:
+            raise typer.BadParameter(
+                f"unknown {name!r}; choose of {', '.join(known)}.",
+                param_hint="--evictions",
+            )
+    return {name: known[name] for name in asked}
+
+
+class Memory:
+    """The most of the device's memory that was in use; None where it does not tell."""
+
+    peak: int | None = None
+
+
+@contextlib.contextmanager
+def watched(memory: Memory, every: float = 1e-3) -> Iterator[None]:
+    """Note the device's use of memory in the context, sampled `every` so many seconds.
+
+    The allocator's own peak never falls, so that one variant would hide the next.
+    """
+    stop = threading.Event()
+
+    def watch():
+        while (used := device_memory("bytes_in_use")) is not None:
+            memory.peak = max(memory.peak or 0, used)
+            if stop.wait(every):
+                return
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        watcher.join()
 
 
 def measure(
@@ -101,12 +157,14 @@ def measure(
     new = max(sample.max_new_tokens for sample in samples)
     groups = [samples[i : i + batch] for i in range(0, len(samples), batch)]
     tokens, right, scores, stats, wall = [], [], [], [], 0.0
+    memory = Memory()
     for number, group in enumerate(groups):
         prompts = [sample.prompt for sample in group]
         if number == 0:
             jaxkv.generate(lm, prompts, max_new_tokens=new, **arguments)
         begin = time.perf_counter()
-        out = jaxkv.generate(lm, prompts, max_new_tokens=new, **arguments)
+        with watched(memory):
+            out = jaxkv.generate(lm, prompts, max_new_tokens=new, **arguments)
         wall += time.perf_counter() - begin - out.stats.compile_seconds
         stats.append(out.stats)
         tokens += out.tokens
@@ -126,6 +184,10 @@ def measure(
         "wall_seconds": wall,
         "tokens_per_second": decoded / decode if decode else 0.0,
         "cache_bytes": max(s.cache_bytes for s in stats),
+        # Weights, cache and temporaries of the timed calls, sampled each millisecond;
+        # then the allocator's own peak so far, of all variants until here.
+        "peak_bytes": memory.peak,
+        "peak_bytes_so_far": device_memory("peak_bytes_in_use"),
     }
     if stats[0].drafts:
         result |= drafts_of([s.drafts for s in stats], decoded)
@@ -193,62 +255,115 @@ def draw(lm, task, length, samples, seed):
     ]
 
 
+def measured(
+    lm: jaxkv.LanguageModel,
+    drawn: list[Any],
+    batch: int,
+    chosen: dict[str, dict[str, Any]],
+    late: Callable[[], bool],
+) -> Iterator[dict[str, Any]]:
+    """Give a row per variant, plain decoding's first; of one left out, its name alone.
+
+    Args:
+      lm: the model.
+      drawn: samples of one task.
+      batch: rows of one call.
+      chosen: arguments of `jaxkv.generate` by name.
+      late: whether no other variant may begin.
+    """
+    tokens, plain = {}, None
+    for name, arguments in chosen.items():
+        row = {"task": drawn[0].task, "batch": batch, "variant": name}
+        if late():
+            yield row
+            continue
+        same = tokens.get(name.replace("both", "eviction"), tokens.get("plain"))
+        cost, tokens[name] = measure(lm, drawn, batch=batch, plain=same, **arguments)
+        plain = plain or cost
+        drafter = arguments.get("speculate")
+        row |= {
+            "most_drafted_per_step": drafter and drafter.num_draft_tokens,
+            "speedup_of_decoding": cost["tokens_per_second"]
+            / plain["tokens_per_second"],
+            "speedup_with_prefill": plain["wall_seconds"] / cost["wall_seconds"],
+        }
+        yield row | cost
+
+
+def line(row: dict[str, Any]) -> str:
+    """Return what is printed of a variant."""
+    peak = row["peak_bytes"]
+    memory = f"cache {row['cache_bytes'] / 1e6:.1f} MB"
+    memory += "" if peak is None else f", peak {peak / 1e6:.0f} MB"
+    return (
+        f"{row['task']:9} batch {row['batch']:2} {row['variant']:24} "
+        f"{row['speedup_of_decoding']:5.2f} x, "
+        f"{row['tokens_per_second']:8.1f} tokens/s, "
+        f"MAL {row.get('mal_with_bonus', 1):.2f} with bonus, "
+        f"accuracy {row['accuracy']:.2f}, {memory}"
+    )
+
+
 def main(
     out: Annotated[Path, typer.Option(help="File for the result.")],
     length: Annotated[int, typer.Option(help="Tokens of a sample.")] = 2048,
-    samples: Annotated[int, typer.Option(help="Per task.")] = 32,
-    batch: Annotated[str, typer.Option(help="Rows; several with --table.")] = "",
+    samples: Annotated[int, typer.Option(help="Per task, at least a batch.")] = 32,
+    batch: Annotated[str, typer.Option(help="Rows, with commas.")] = "",
     nodes: Annotated[int, typer.Option(help="Of the trees at batch 1.")] = 64,
-    budget: Annotated[int, typer.Option(help="Of the evicting variants.")] = 512,
+    budget: Annotated[int, typer.Option(help="Of the evicting variants.")] = 1024,
+    evictions: Annotated[
+        str, typer.Option(help="Of --table, with commas: see above.")
+    ] = "longflow,streaming-llm",
+    prefill: Annotated[str, typer.Option(help="Cuts LongFlow's prompts.")] = "dapq",
     tasks: Annotated[str, typer.Option(help="With commas.")] = ",".join(QUOTING),
     dtype: Annotated[str | None, typer.Option(help="Default: the device's.")] = None,
     dev: Annotated[bool, typer.Option("--dev", help="Development seed.")] = False,
     table: Annotated[bool, typer.Option("--table", help="Batch sizes.")] = False,
+    seconds: Annotated[
+        float | None, typer.Option(help="Begin no variant after these; default: all.")
+    ] = None,
 ) -> None:
     """Measure, print a line per variant, and write JSON."""
+    begin = time.perf_counter()
+    evict = chosen_evictions(evictions, prefill)
     lm = jaxkv.load(dtype=dtype)
-    seed = DEVELOPMENT_SEED if dev else REPORT_SEED
-    batches = [int(b) for b in (batch or ("1,4,16,64" if table else "1")).split(",")]
     report = provenance() | {
         "benchmark": "speculation on needle",
         "seed": "development" if dev else "report",
         "length": length,
         "dtype": lm.dtype.name,
     }
-    rows = []
-    for task in tasks.split(","):
-        for size in batches:
-            drawn = draw(lm, task, length, max(samples, size), seed)
-            # A step's price grows with rows x nodes, so larger batches get less.
-            fitting = max(4, nodes // size)
-            chosen = (
-                table_variants(fitting, budget) if table else variants(nodes, dev=dev)
-            )
-            plain, plain_row = None, None
-            for name, arguments in chosen.items():
-                row, tokens = measure(lm, drawn, batch=size, plain=plain, **arguments)
-                if plain is None:
-                    plain, plain_row = tokens, row
-                speed = row["tokens_per_second"] / plain_row["tokens_per_second"]
-                wall = plain_row["wall_seconds"] / row["wall_seconds"]
-                used = fitting if table else nodes
-                row = {
-                    "task": task,
-                    "batch": size,
-                    "nodes": used if "speculate" in arguments else None,
-                    "variant": name,
-                    "speedup_of_decoding": speed,
-                    "speedup_with_prefill": wall,
-                } | row
-                rows.append(row)
-                write_json(out, report | {"rows": rows})  # a crash loses one row
-                print(
-                    f"{task:9} batch {size:2} {name:30} {speed:5.2f} x, "
-                    f"{row['tokens_per_second']:8.1f} tokens/s, "
-                    f"MAL {row.get('mal_with_bonus', 1):.2f} with bonus, "
-                    f"accuracy {row['accuracy']:.2f}",
-                    flush=True,
-                )
+    if table:
+        settings = {name: described(policies) for name, policies in evict.items()}
+        report |= {"budget": budget, "evictions": settings}
+    rows, left_out = [], []
+
+    def late():
+        return seconds is not None and time.perf_counter() - begin > seconds
+
+    # By batch before by task: what a cut-off run has, is whole for small batches.
+    for size in [int(b) for b in (batch or ("1,4,16,64" if table else "1")).split(",")]:
+        # A step's price grows with rows x nodes, so larger batches get less.
+        fitting = max(4, nodes // size)
+        chosen = (
+            table_variants(fitting, budget, evict)
+            if table
+            else variants(nodes, dev=dev)
+        )
+        for task in tasks.split(","):
+            whole = -(-samples // size) * size  # no smaller last batch
+            seed = DEVELOPMENT_SEED if dev else REPORT_SEED
+            drawn = draw(lm, task, length, whole, seed)
+            for row in measured(lm, drawn, size, chosen, late):
+                if "accuracy" in row:
+                    rows.append(row)
+                    print(line(row), flush=True)
+                else:
+                    left_out.append(row)
+                # Each time, so that a crash loses one row.
+                write_json(out, report | {"rows": rows, "left_out": left_out})
+    for row in left_out:
+        print("left out after --seconds:", *row.values())
     print(json.dumps({"written": str(out), "rows": len(rows)}))
 
 
