@@ -35,7 +35,9 @@ import typer
 import jaxkv
 from jaxkv import evaluation, methods
 from jaxkv.cli_flags import described
+from jaxkv.draft_timing import time_matcher
 from jaxkv.evaluation import DEVELOPMENT_SEED, QUOTING, REPORT_SEED, Cell
+from jaxkv.inference import bucket
 from jaxkv.measure import device_memory
 from jaxkv.provenance import provenance, write_json
 
@@ -77,11 +79,10 @@ def variants(nodes: int, *, dev: bool) -> dict[str, dict[str, Any]]:
 
 
 def table_variants(
-    nodes: int, budget: int, evictions: dict[str, dict[str, Any]]
+    tree: jaxkv.Tree, budget: int, evictions: dict[str, dict[str, Any]]
 ) -> dict[str, dict[str, Any]]:
     """Return plain decoding, speculation, and each eviction without and with it."""
-    depth = min(10, nodes - 1)
-    draft = {"speculate": jaxkv.Tree(num_draft_tokens=nodes - 1, depth=depth)}
+    draft = {"speculate": tree}
     table = {"plain": {}, "speculation": draft}
     for name, policies in evictions.items():
         evict = {"budget": budget} | policies
@@ -191,6 +192,13 @@ def measure(
     }
     if stats[0].drafts:
         result |= drafts_of([s.drafts for s in stats], decoded)
+        longest = max(max(s.prompt_tokens) for s in stats)
+        result["matcher_ms"] = time_matcher(
+            arguments["speculate"],
+            batch=batch,
+            width=bucket(longest) + bucket(new),
+            repeats=3,
+        )
     if plain is not None:
         result |= differences(plain, tokens)
     return result, tokens
@@ -315,6 +323,9 @@ def main(
         str, typer.Option(help="Of --table, with commas: see above.")
     ] = "longflow,streaming-llm",
     prefill: Annotated[str, typer.Option(help="Cuts LongFlow's prompts.")] = "dapq",
+    include_output: Annotated[
+        bool, typer.Option("--include-output", help="Draft from it too, in --table.")
+    ] = False,
     tasks: Annotated[str, typer.Option(help="With commas.")] = ",".join(QUOTING),
     dtype: Annotated[str | None, typer.Option(help="Default: the device's.")] = None,
     dev: Annotated[bool, typer.Option("--dev", help="Development seed.")] = False,

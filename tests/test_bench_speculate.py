@@ -65,6 +65,8 @@ def test_json(run):
     assert tree["nodes"] == 4
     assert tree["ratio"] == pytest.approx(tree["step_ms"] / row["plain_step_ms"])
     assert tree["break_even"] == pytest.approx(tree["ratio"] - 1)
+    idle = row["no_draft"]
+    assert idle["ratio"] == pytest.approx(idle["step_ms"] / row["plain_step_ms"])
     assert row["matchers"].keys() == {"PromptLookup", "Tree", "Aligned"}
     prefill = content["prefill"]
     assert prefill["ratio"] == pytest.approx(
