@@ -192,12 +192,9 @@ def measure(
     }
     if stats[0].drafts:
         result |= drafts_of([s.drafts for s in stats], decoded)
-        longest = max(max(s.prompt_tokens) for s in stats)
+        width = max(bucket(max(s.prompt_tokens)) for s in stats) + bucket(new)
         result["matcher_ms"] = time_matcher(
-            arguments["speculate"],
-            batch=batch,
-            width=bucket(longest) + bucket(new),
-            repeats=3,
+            arguments["speculate"], batch=batch, width=width, repeats=3
         )
     if plain is not None:
         result |= differences(plain, tokens)
