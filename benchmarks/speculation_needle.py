@@ -4,14 +4,21 @@
     python benchmarks/speculation_needle.py --dev --out speculation_needle_dev.json
     python benchmarks/speculation_needle.py --table --out speculation_table.json
 
-The first compares ways of drafting and of accepting on the report seed, on the quoting
-tasks (quote, go on, edit). With `--dev` it looks at the development seed and at all
-forms of conditional verification instead: what is chosen, is chosen there. With
-`--table` it crosses batch sizes with speculation and with `--evictions`:
+The first compares ways of drafting and of accepting on the report seed: on the quoting
+tasks (quote, go on, edit), on `complete-code`, which is `continue` with code alone, and
+on `niah_multiquery`, whose answer gathers what stands scattered. That is as near to a
+summary as needle comes: it was not trained to write any. With `--dev` it looks at the
+development seed and at all forms of conditional verification instead: what is chosen,
+is chosen there. With `--table` it crosses batch sizes with speculation and with
+`--evictions`:
 
 * `longflow`: `--prefill` cuts the prompt, `LongFlow.recommended()` the output;
 * `longflow-paper`: the same, with `LongFlow()`;
 * `streaming-llm`: `StreamingLLM` cuts both.
+
+By default the table is of `quote`, where drafts are right and an evicted prompt is
+missed, and of `machine` (a short prompt, an answer of `--length` tokens), which is what
+LongFlow is for; there draft from the output as well (`--include-output`).
 
 Every variant gets the same prompts in the same order, and its first batch twice, since
 the first call compiles. Speed is that of decoding alone; prefill is given beside it.
@@ -20,10 +27,8 @@ disk as soon as it is measured; after `--seconds` no other one begins, and what 
 out is listed in the file and at the end.
 """
 
-import contextlib
 import dataclasses
 import json
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,9 +36,11 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
+from memory_watch import Memory, watched
 
 import jaxkv
 from jaxkv import evaluation, methods
+from jaxkv import tasks as jaxkv_tasks
 from jaxkv.cli_flags import described
 from jaxkv.draft_timing import time_matcher
 from jaxkv.evaluation import DEVELOPMENT_SEED, QUOTING, REPORT_SEED, Cell
@@ -42,6 +49,9 @@ from jaxkv.measure import device_memory
 from jaxkv.provenance import provenance, write_json
 
 FORMS = ("F1", "F2", "F3", "F4")
+TASKS = (*QUOTING, "complete-code", "niah_multiquery")
+TABLE_TASKS = ("quote", "machine")
+CODE = (("stdlib", 0.6), ("code", 0.4))
 
 
 def variants(nodes: int, *, dev: bool) -> dict[str, dict[str, Any]]:
@@ -92,7 +102,10 @@ def table_variants(
 
 def chosen_evictions(names: str, prefill: str) -> dict[str, dict[str, Any]]:
     """Return the policies of the evictions that were asked for, by name."""
-    cut = methods.parse(prefill, methods.PREFILL, flag="--prefill")
+    try:
+        cut = methods.parse(prefill, methods.PREFILL, flag="--prefill")
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
     stream = jaxkv.StreamingLLM()
     known = {
         "longflow": {"prefill": cut, "decode": jaxkv.LongFlow.recommended()},
@@ -107,35 +120,6 @@ def chosen_evictions(names: str, prefill: str) -> dict[str, dict[str, Any]]:
                 param_hint="--evictions",
             )
     return {name: known[name] for name in asked}
-
-
-class Memory:
-    """The most of the device's memory that was in use; None where it does not tell."""
-
-    peak: int | None = None
-
-
-@contextlib.contextmanager
-def watched(memory: Memory, every: float = 1e-3) -> Iterator[None]:
-    """Note the device's use of memory in the context, sampled `every` so many seconds.
-
-    The allocator's own peak never falls, so that one variant would hide the next.
-    """
-    stop = threading.Event()
-
-    def watch():
-        while (used := device_memory("bytes_in_use")) is not None:
-            memory.peak = max(memory.peak or 0, used)
-            if stop.wait(every):
-                return
-
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        watcher.join()
 
 
 def measure(
@@ -249,11 +233,22 @@ def differences(
 
 
 def draw(lm, task, length, samples, seed):
-    """Return samples of one cell of the evaluation."""
+    """Return samples of one cell of the evaluation, or of `complete-code`."""
 
     def count_tokens(text):
         return len(lm.tokenizer(text, add_special_tokens=False)["input_ids"])
 
+    if task == "complete-code":
+        return [
+            jaxkv_tasks.make(
+                "continue",
+                np.random.default_rng([seed, length, i]),
+                length=length,
+                count_tokens=count_tokens,
+                sources=CODE,
+            )
+            for i in range(samples)
+        ]
     cell = Cell(task=task, length=length)
     return [
         evaluation.draw(cell, count_tokens, seed=seed, index=i) for i in range(samples)
@@ -262,6 +257,7 @@ def draw(lm, task, length, samples, seed):
 
 def measured(
     lm: jaxkv.LanguageModel,
+    task: str,
     drawn: list[Any],
     batch: int,
     chosen: dict[str, dict[str, Any]],
@@ -271,14 +267,15 @@ def measured(
 
     Args:
       lm: the model.
-      drawn: samples of one task.
+      task: for the rows.
+      drawn: its samples.
       batch: rows of one call.
       chosen: arguments of `jaxkv.generate` by name.
       late: whether no other variant may begin.
     """
     tokens, plain = {}, None
     for name, arguments in chosen.items():
-        row = {"task": drawn[0].task, "batch": batch, "variant": name}
+        row = {"task": task, "batch": batch, "variant": name}
         if late():
             yield row
             continue
@@ -323,7 +320,7 @@ def main(
     include_output: Annotated[
         bool, typer.Option("--include-output", help="Draft from it too, in --table.")
     ] = False,
-    tasks: Annotated[str, typer.Option(help="With commas.")] = ",".join(QUOTING),
+    tasks: Annotated[str, typer.Option(help="With commas; default: see above.")] = "",
     dtype: Annotated[str | None, typer.Option(help="Default: the device's.")] = None,
     dev: Annotated[bool, typer.Option("--dev", help="Development seed.")] = False,
     table: Annotated[bool, typer.Option("--table", help="Batch sizes.")] = False,
@@ -344,6 +341,8 @@ def main(
     if table:
         settings = {name: described(policies) for name, policies in evict.items()}
         report |= {"budget": budget, "evictions": settings}
+    names = TABLE_TASKS if table else TASKS
+    names = tasks.split(",") if tasks else names
     rows, left_out = [], []
 
     def late():
@@ -353,16 +352,19 @@ def main(
     for size in [int(b) for b in (batch or ("1,4,16,64" if table else "1")).split(",")]:
         # A step's price grows with rows x nodes, so larger batches get less.
         fitting = max(4, nodes // size)
-        chosen = (
-            table_variants(fitting, budget, evict)
-            if table
-            else variants(nodes, dev=dev)
-        )
-        for task in tasks.split(","):
+        chosen = variants(nodes, dev=dev)
+        if table:
+            tree = jaxkv.Tree(
+                num_draft_tokens=fitting - 1,
+                depth=min(10, fitting - 1),
+                include_output=include_output,
+            )
+            chosen = table_variants(tree, budget, evict)
+        for task in names:
             whole = -(-samples // size) * size  # no smaller last batch
             seed = DEVELOPMENT_SEED if dev else REPORT_SEED
             drawn = draw(lm, task, length, whole, seed)
-            for row in measured(lm, drawn, size, chosen, late):
+            for row in measured(lm, task, drawn, size, chosen, late):
                 if "accuracy" in row:
                     rows.append(row)
                     print(line(row), flush=True)

@@ -22,6 +22,7 @@ from jaxkv.lexicon import Split
 from jaxkv.samples import CountTokens, Exchange, Sample, assemble, too_short
 
 Source = Literal["stdlib", "topics", "prose", "code", "words"]
+Weights = tuple[tuple[Source, float], ...]
 
 QUOTE_HEADS = (
     "This document has numbered sections.",
@@ -150,23 +151,21 @@ def _words(rng: np.random.Generator, split: Split) -> str:
 
 
 SYNTHETIC = {"prose": _prose, "code": _code, "words": _words}
-SOURCES: tuple[tuple[Source, float], ...] = (
+SOURCES: Weights = (
     ("stdlib", 0.35),
     ("topics", 0.15),
     ("prose", 0.2),
     ("code", 0.15),
     ("words", 0.15),
 )
-CODE_SOURCES: tuple[tuple[Source, float], ...] = (
+CODE_SOURCES: Weights = (
     ("stdlib", 0.5),
     ("code", 0.35),
     ("prose", 0.15),
 )
 
 
-def _blocks(
-    rng: np.random.Generator, sources: tuple[tuple[Source, float], ...], split: Split
-) -> Iterator[str]:
+def _blocks(rng: np.random.Generator, sources: Weights, split: Split) -> Iterator[str]:
     """Yields blocks of one source drawn by weight, without end and without repeats.
 
     Files and topics are read from a random place on, block after block.
@@ -322,13 +321,17 @@ def go_on(
     count_tokens: CountTokens,
     split: Split,
     questions: int = 1,
+    sources: Weights = SOURCES,
 ) -> Sample:
-    """Goes on word for word, to the passage's end, from words inside a passage."""
+    """Goes on word for word, to the passage's end, from words inside a passage.
+
+    With sources of code alone it is the completion of code that stands in the context.
+    """
     head = _wording(rng, CONTINUE_HEADS, split)
     form = "\n\nGo on word for word to the end of the passage: "
     document = _document(
         rng,
-        _blocks(rng, SOURCES, split),
+        _blocks(rng, sources, split),
         task="continue",
         room=length - count_tokens(head),
         questions=questions,
@@ -355,6 +358,7 @@ def go_on(
             count_tokens=count_tokens,
             split=split,
             questions=questions,
+            sources=sources,
         )
     return assemble("continue", context, exchanges, count_tokens)
 
