@@ -8,6 +8,7 @@ Axis letters: `B` batch, `T` nodes, `V` vocabulary, `E` stop ids.
 """
 
 import dataclasses
+import numbers
 from typing import Literal, NamedTuple, Protocol
 
 import jax
@@ -172,7 +173,7 @@ class TopK:
 
     def check(self) -> None:
         """Need at least one."""
-        if isinstance(self.k, bool) or not isinstance(self.k, int) or self.k < 1:
+        if not isinstance(self.k, numbers.Integral) or self.k < 1 or self.k is True:
             raise ValueError(f"TopK: k must be >= 1 and whole, got {self.k!r}.")
 
     def passes(self, view: View) -> jax.Array:
@@ -258,4 +259,4 @@ def _check_probability(rule, option, value):
 
 
 def _is_number(value):
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)

@@ -8,6 +8,7 @@ Axis letters: `B` batch, `Q` sequences, `R` their length, `T` nodes with the roo
 """
 
 import dataclasses
+import numbers
 from typing import Literal, NamedTuple, Protocol
 
 import jax
@@ -390,14 +391,14 @@ def _check(drafter):
             f"ngram_min={drafter.ngram_min}."
         )
     least = drafter.break_even
-    if not isinstance(least, int | float) or not least >= 0:
+    if not isinstance(least, numbers.Real) or not least >= 0:
         raise ValueError(f"{name}: break_even must be a number >= 0, got {least!r}.")
 
 
 def _check_whole(drafter, *options):
     for option in options:
         value = getattr(drafter, option)
-        if isinstance(value, bool) or not isinstance(value, int):
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
             raise ValueError(
                 f"{type(drafter).__name__}: {option} must be a whole number, got "
                 f"{value!r}."

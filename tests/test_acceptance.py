@@ -134,6 +134,7 @@ def test_forms_that_the_digest_finds_degenerate():
         (FixedThreshold(threshold="0.1"), "threshold must be in"),
         (TopK(k=0), "k must be >= 1"),
         (TopK(k=1.5), "k must be >= 1 and whole, got 1.5"),
+        (TopK(k=True), "k must be >= 1 and whole, got True"),
         (Typical(epsilon=-1), "epsilon must be in"),
         (Typical(delta=2), "delta must be in"),
     ],

@@ -225,6 +225,25 @@ def test_prompt_lookup(options, want):
     assert list(paths_of(tree)) == [tuple(want[:n]) for n in range(1, len(want) + 1)]
 
 
+def test_prompt_lookup_is_that_of_transformers():
+    torch = pytest.importorskip("torch")
+    generator = pytest.importorskip("transformers.generation.candidate_generator")
+    rng = np.random.default_rng(0)
+    for options in (dict(ngram_max=2), dict(ngram_max=4, num_draft_tokens=5)):
+        drafter = PromptLookup(**options)
+        theirs = generator.PromptLookupCandidateGenerator(
+            num_output_tokens=drafter.num_draft_tokens,
+            max_matching_ngram_size=drafter.ngram_max,
+            max_length=1000,
+        )
+        for _ in range(40):
+            text = rng.integers(0, 4, int(rng.integers(5, WIDTH)))
+            found, _ = theirs.get_candidates(torch.tensor(text)[None])
+            tree = draft(drafter, context_of(text, prompt=3))
+            got = np.asarray(tree.tokens[0, 1:])[np.asarray(tree.valid[0, 1:])]
+            assert got.tolist() == found[0, len(text) :].tolist()
+
+
 def test_aligned_by_hand():
     #            0  1  2  3  4  5
     text = [1, 2, 3, 4, 1, 2]

@@ -18,6 +18,7 @@ from jaxkv import (
     Options,
     StreamingLLM,
     generation,
+    methods,
 )
 from jaxkv import speculation as spec
 from jaxkv.acceptance import FixedThreshold
@@ -163,7 +164,7 @@ def begin(params, options, seed, lengths, stop_ids=(-1, -1)):
         jax.random.split(jax.random.key(seed), ROWS),
         jnp.asarray(stop_ids, jnp.int32),
         options=options,
-        slots=options.num_slots(PROMPT, NEW),
+        slots=options.layer_slots(PROMPT, NEW, CONFIG.num_layers),
         max_out=NEW,
     ), jnp.asarray(tokens, jnp.int32)
 
@@ -341,6 +342,21 @@ def test_drafters_in_the_loop(params, drafter):
     if drafter == "aligned":
         assert (counts.unexpected >= 0).all()
         assert (counts.unexpected < jnp.asarray(lengths)).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", methods.PREFILL)
+def test_every_prefill_policy_goes_with_drafts(params, name):
+    policy = methods.PREFILL[name]
+    options = {f.name for f in dataclasses.fields(policy)}
+    small = {"window_size": 4, "prefix": 2}
+    policy = policy(**{k: v for k, v in small.items() if k in options})
+    plain = Options(budget=PROMPT if name == "full" else 12, prefill=policy)
+    lengths = [PROMPT, 3, 11]
+    drafted = dataclasses.replace(plain, speculate=DRAFTERS["aligned"])
+    want, got = run(params, plain, 2, lengths), run(params, drafted, 2, lengths)
+    check_equal(want, got)
+    assert int(got.speculation.counts.accepted.sum()) > 0
 
 
 def test_a_lossy_rule_changes_the_output_and_no_other_row(params):
