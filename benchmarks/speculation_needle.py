@@ -4,30 +4,54 @@
     python benchmarks/speculation_needle.py --dev --out speculation_needle_dev.json
     python benchmarks/speculation_needle.py --table --out speculation_table.json
 
-The first compares ways of drafting and of accepting on the report seed, on the quoting
-tasks (quote, go on, edit). With `--dev` it looks at the development seed and at all
-forms of conditional verification instead: what is chosen, is chosen there. With
-`--table` it crosses batch sizes with eviction and speculation.
+The first compares ways of drafting and of accepting on the report seed: on the quoting
+tasks (quote, go on, edit), on `complete-code`, which is `continue` with code alone, and
+on `niah_multiquery`, whose answer gathers what stands scattered. That is as near to a
+summary as needle comes: it was not trained to write any. With `--dev` it looks at the
+development seed and at all forms of conditional verification instead: what is chosen,
+is chosen there. With `--table` it crosses batch sizes with speculation and with
+`--evictions`:
+
+* `longflow`: `--prefill` cuts the prompt, `LongFlow.recommended()` the output;
+* `longflow-paper`: the same, with `LongFlow()`;
+* `streaming-llm`: `StreamingLLM` cuts both.
+
+By default the table is of `quote`, where drafts are right and an evicted prompt is
+missed, and of `machine` (a short prompt, an answer of `--length` tokens), which is what
+LongFlow is for; there draft from the output as well (`--include-output`).
 
 Every variant gets the same prompts in the same order, and its first batch twice, since
 the first call compiles. Speed is that of decoding alone; prefill is given beside it.
+Outputs are compared with those of the same eviction without drafts. A variant is on the
+disk as soon as it is measured; after `--seconds` no other one begins, and what was left
+out is listed in the file and at the end.
 """
 
 import dataclasses
 import json
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import typer
+from memory_watch import Memory, watched
 
 import jaxkv
-from jaxkv import evaluation
+from jaxkv import evaluation, methods
+from jaxkv import tasks as jaxkv_tasks
+from jaxkv.cli_flags import described
+from jaxkv.draft_timing import time_matcher
 from jaxkv.evaluation import DEVELOPMENT_SEED, QUOTING, REPORT_SEED, Cell
+from jaxkv.inference import bucket
+from jaxkv.measure import device_memory
 from jaxkv.provenance import provenance, write_json
 
 FORMS = ("F1", "F2", "F3", "F4")
+TASKS = (*QUOTING, "complete-code", "niah_multiquery")
+TABLE_TASKS = ("quote", "machine")
+CODE = (("stdlib", 0.6), ("code", 0.4))
 
 
 def variants(nodes: int, *, dev: bool) -> dict[str, dict[str, Any]]:
@@ -64,21 +88,38 @@ def variants(nodes: int, *, dev: bool) -> dict[str, dict[str, Any]]:
     )
 
 
-def table_variants(nodes: int, budget: int) -> dict[str, dict[str, Any]]:
-    """Return plain decoding, eviction, speculation, and both."""
-    evict = {
-        "budget": budget,
-        "prefill": jaxkv.StreamingLLM(),
-        "decode": jaxkv.StreamingLLM(),
+def table_variants(
+    tree: jaxkv.Tree, budget: int, evictions: dict[str, dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Return plain decoding, speculation, and each eviction without and with it."""
+    draft = {"speculate": tree}
+    table = {"plain": {}, "speculation": draft}
+    for name, policies in evictions.items():
+        evict = {"budget": budget} | policies
+        table |= {f"eviction {name}": evict, f"both {name}": evict | draft}
+    return table
+
+
+def chosen_evictions(names: str, prefill: str) -> dict[str, dict[str, Any]]:
+    """Return the policies of the evictions that were asked for, by name."""
+    try:
+        cut = methods.parse(prefill, methods.PREFILL, flag="--prefill")
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    stream = jaxkv.StreamingLLM()
+    known = {
+        "longflow": {"prefill": cut, "decode": jaxkv.LongFlow.recommended()},
+        "longflow-paper": {"prefill": cut, "decode": jaxkv.LongFlow()},
+        "streaming-llm": {"prefill": stream, "decode": stream},
     }
-    depth = min(10, nodes - 1)
-    draft = {"speculate": jaxkv.Tree(num_draft_tokens=nodes - 1, depth=depth)}
-    return {
-        "plain": {},
-        "eviction": evict,
-        "speculation": draft,
-        "both": evict | draft,
-    }
+    asked = [name.strip() for name in names.split(",") if name.strip()]
+    for name in asked:
+        if name not in known:
+            raise typer.BadParameter(
+                f"unknown {name!r}; choose of {', '.join(known)}.",
+                param_hint="--evictions",
+            )
+    return {name: known[name] for name in asked}
 
 
 def measure(
@@ -101,12 +142,14 @@ def measure(
     new = max(sample.max_new_tokens for sample in samples)
     groups = [samples[i : i + batch] for i in range(0, len(samples), batch)]
     tokens, right, scores, stats, wall = [], [], [], [], 0.0
+    memory = Memory()
     for number, group in enumerate(groups):
         prompts = [sample.prompt for sample in group]
         if number == 0:
             jaxkv.generate(lm, prompts, max_new_tokens=new, **arguments)
         begin = time.perf_counter()
-        out = jaxkv.generate(lm, prompts, max_new_tokens=new, **arguments)
+        with watched(memory):
+            out = jaxkv.generate(lm, prompts, max_new_tokens=new, **arguments)
         wall += time.perf_counter() - begin - out.stats.compile_seconds
         stats.append(out.stats)
         tokens += out.tokens
@@ -126,9 +169,17 @@ def measure(
         "wall_seconds": wall,
         "tokens_per_second": decoded / decode if decode else 0.0,
         "cache_bytes": max(s.cache_bytes for s in stats),
+        # Weights, cache and temporaries of the timed calls, sampled each millisecond;
+        # then the allocator's own peak so far, of all variants until here.
+        "peak_bytes": memory.peak,
+        "peak_bytes_so_far": device_memory("peak_bytes_in_use"),
     }
     if stats[0].drafts:
         result |= drafts_of([s.drafts for s in stats], decoded)
+        width = max(bucket(max(s.prompt_tokens)) for s in stats) + bucket(new)
+        result["matcher_ms"] = time_matcher(
+            arguments["speculate"], batch=batch, width=width, repeats=3
+        )
     if plain is not None:
         result |= differences(plain, tokens)
     return result, tokens
@@ -182,73 +233,147 @@ def differences(
 
 
 def draw(lm, task, length, samples, seed):
-    """Return samples of one cell of the evaluation."""
+    """Return samples of one cell of the evaluation, or of `complete-code`."""
 
     def count_tokens(text):
         return len(lm.tokenizer(text, add_special_tokens=False)["input_ids"])
 
+    if task == "complete-code":
+        return [
+            jaxkv_tasks.make(
+                "continue",
+                np.random.default_rng([seed, length, i]),
+                length=length,
+                count_tokens=count_tokens,
+                sources=CODE,
+            )
+            for i in range(samples)
+        ]
     cell = Cell(task=task, length=length)
     return [
         evaluation.draw(cell, count_tokens, seed=seed, index=i) for i in range(samples)
     ]
 
 
+def measured(
+    lm: jaxkv.LanguageModel,
+    task: str,
+    drawn: list[Any],
+    batch: int,
+    chosen: dict[str, dict[str, Any]],
+    late: Callable[[], bool],
+) -> Iterator[dict[str, Any]]:
+    """Give a row per variant, plain decoding's first; of one left out, its name alone.
+
+    Args:
+      lm: the model.
+      task: for the rows.
+      drawn: its samples.
+      batch: rows of one call.
+      chosen: arguments of `jaxkv.generate` by name.
+      late: whether no other variant may begin.
+    """
+    tokens, plain = {}, None
+    for name, arguments in chosen.items():
+        row = {"task": task, "batch": batch, "variant": name}
+        if late():
+            yield row
+            continue
+        same = tokens.get(name.replace("both", "eviction"), tokens.get("plain"))
+        cost, tokens[name] = measure(lm, drawn, batch=batch, plain=same, **arguments)
+        plain = plain or cost
+        drafter = arguments.get("speculate")
+        row |= {
+            "most_drafted_per_step": drafter and drafter.num_draft_tokens,
+            "speedup_of_decoding": cost["tokens_per_second"]
+            / plain["tokens_per_second"],
+            "speedup_with_prefill": plain["wall_seconds"] / cost["wall_seconds"],
+        }
+        yield row | cost
+
+
+def line(row: dict[str, Any]) -> str:
+    """Return what is printed of a variant."""
+    peak = row["peak_bytes"]
+    memory = f"cache {row['cache_bytes'] / 1e6:.1f} MB"
+    memory += "" if peak is None else f", peak {peak / 1e6:.0f} MB"
+    return (
+        f"{row['task']:9} batch {row['batch']:2} {row['variant']:24} "
+        f"{row['speedup_of_decoding']:5.2f} x, "
+        f"{row['tokens_per_second']:8.1f} tokens/s, "
+        f"MAL {row.get('mal_with_bonus', 1):.2f} with bonus, "
+        f"accuracy {row['accuracy']:.2f}, {memory}"
+    )
+
+
 def main(
     out: Annotated[Path, typer.Option(help="File for the result.")],
     length: Annotated[int, typer.Option(help="Tokens of a sample.")] = 2048,
-    samples: Annotated[int, typer.Option(help="Per task.")] = 32,
-    batch: Annotated[str, typer.Option(help="Rows; several with --table.")] = "",
+    samples: Annotated[int, typer.Option(help="Per task, at least a batch.")] = 32,
+    batch: Annotated[str, typer.Option(help="Rows, with commas.")] = "",
     nodes: Annotated[int, typer.Option(help="Of the trees at batch 1.")] = 64,
-    budget: Annotated[int, typer.Option(help="Of the evicting variants.")] = 512,
-    tasks: Annotated[str, typer.Option(help="With commas.")] = ",".join(QUOTING),
+    budget: Annotated[int, typer.Option(help="Of the evicting variants.")] = 1024,
+    evictions: Annotated[
+        str, typer.Option(help="Of --table, with commas: see above.")
+    ] = "longflow,streaming-llm",
+    prefill: Annotated[str, typer.Option(help="Cuts LongFlow's prompts.")] = "dapq",
+    include_output: Annotated[
+        bool, typer.Option("--include-output", help="Draft from it too, in --table.")
+    ] = False,
+    tasks: Annotated[str, typer.Option(help="With commas; default: see above.")] = "",
     dtype: Annotated[str | None, typer.Option(help="Default: the device's.")] = None,
     dev: Annotated[bool, typer.Option("--dev", help="Development seed.")] = False,
     table: Annotated[bool, typer.Option("--table", help="Batch sizes.")] = False,
+    seconds: Annotated[
+        float | None, typer.Option(help="Begin no variant after these; default: all.")
+    ] = None,
 ) -> None:
     """Measure, print a line per variant, and write JSON."""
+    begin = time.perf_counter()
+    evict = chosen_evictions(evictions, prefill)
     lm = jaxkv.load(dtype=dtype)
-    seed = DEVELOPMENT_SEED if dev else REPORT_SEED
-    batches = [int(b) for b in (batch or ("1,4,16,64" if table else "1")).split(",")]
     report = provenance() | {
         "benchmark": "speculation on needle",
         "seed": "development" if dev else "report",
         "length": length,
         "dtype": lm.dtype.name,
     }
-    rows = []
-    for task in tasks.split(","):
-        for size in batches:
-            drawn = draw(lm, task, length, max(samples, size), seed)
-            # A step's price grows with rows x nodes, so larger batches get less.
-            fitting = max(4, nodes // size)
-            chosen = (
-                table_variants(fitting, budget) if table else variants(nodes, dev=dev)
+    if table:
+        settings = {name: described(policies) for name, policies in evict.items()}
+        report |= {"budget": budget, "evictions": settings}
+    names = TABLE_TASKS if table else TASKS
+    names = tasks.split(",") if tasks else names
+    rows, left_out = [], []
+
+    def late():
+        return seconds is not None and time.perf_counter() - begin > seconds
+
+    # By batch before by task: what a cut-off run has, is whole for small batches.
+    for size in [int(b) for b in (batch or ("1,4,16,64" if table else "1")).split(",")]:
+        # A step's price grows with rows x nodes, so larger batches get less.
+        fitting = max(4, nodes // size)
+        chosen = variants(nodes, dev=dev)
+        if table:
+            tree = jaxkv.Tree(
+                num_draft_tokens=fitting - 1,
+                depth=min(10, fitting - 1),
+                include_output=include_output,
             )
-            plain, plain_row = None, None
-            for name, arguments in chosen.items():
-                row, tokens = measure(lm, drawn, batch=size, plain=plain, **arguments)
-                if plain is None:
-                    plain, plain_row = tokens, row
-                speed = row["tokens_per_second"] / plain_row["tokens_per_second"]
-                wall = plain_row["wall_seconds"] / row["wall_seconds"]
-                used = fitting if table else nodes
-                row = {
-                    "task": task,
-                    "batch": size,
-                    "nodes": used if "speculate" in arguments else None,
-                    "variant": name,
-                    "speedup_of_decoding": speed,
-                    "speedup_with_prefill": wall,
-                } | row
-                rows.append(row)
-                write_json(out, report | {"rows": rows})  # a crash loses one row
-                print(
-                    f"{task:9} batch {size:2} {name:30} {speed:5.2f} x, "
-                    f"{row['tokens_per_second']:8.1f} tokens/s, "
-                    f"MAL {row.get('mal_with_bonus', 1):.2f} with bonus, "
-                    f"accuracy {row['accuracy']:.2f}",
-                    flush=True,
-                )
+            chosen = table_variants(tree, budget, evict)
+        for task in names:
+            whole = -(-samples // size) * size  # no smaller last batch
+            seed = DEVELOPMENT_SEED if dev else REPORT_SEED
+            drawn = draw(lm, task, length, whole, seed)
+            for row in measured(lm, task, drawn, size, chosen, late):
+                if "accuracy" in row:
+                    rows.append(row)
+                    print(line(row), flush=True)
+                else:
+                    left_out.append(row)
+                # Each time, so that a crash loses one row.
+                write_json(out, report | {"rows": rows, "left_out": left_out})
+    for row in left_out:
+        print("left out after --seconds:", *row.values())
     print(json.dumps({"written": str(out), "rows": len(rows)}))
 
 

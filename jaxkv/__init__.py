@@ -19,11 +19,12 @@ from jaxkv.decode_policies import (
 from jaxkv.draft_stats import DraftStats
 from jaxkv.drafts import Aligned, Drafter, PromptLookup, Tree
 from jaxkv.expected_attention import ExpectedAttention
-from jaxkv.generation import decode_step, generate_tokens, prefill
+from jaxkv.generation import generate_tokens
 from jaxkv.inference import Completion, Stats, generate
 from jaxkv.language_model import LanguageModel, load, save
 from jaxkv.models.checkpoint import CheckpointError
 from jaxkv.options import Options
+from jaxkv.passes import decode_step, prefill
 from jaxkv.policies import DecodePolicy, PrefillPolicy
 from jaxkv.prompt_policies import H2O, TOVA, KNorm, PyramidKV, Random, SnapKV
 from jaxkv.rkv import RKV

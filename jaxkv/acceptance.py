@@ -8,6 +8,7 @@ Axis letters: `B` batch, `T` nodes, `V` vocabulary, `E` stop ids.
 """
 
 import dataclasses
+import numbers
 from typing import Literal, NamedTuple, Protocol
 
 import jax
@@ -134,8 +135,10 @@ class Conditional:
             raise ValueError(
                 f"Conditional: form must be F1, F2, F3 or F4, got {self.form!r}."
             )
-        if self.alpha < 0:
-            raise ValueError(f"Conditional: alpha must be >= 0, got {self.alpha}.")
+        if not (_is_number(self.alpha) and 0 <= self.alpha < float("inf")):
+            raise ValueError(
+                f"Conditional: alpha must be >= 0 and finite, got {self.alpha!r}."
+            )
         _check_probability("Conditional", "tau_min", self.tau_min)
         if self.beta is not None:
             _check_probability("Conditional", "beta", self.beta)
@@ -170,12 +173,12 @@ class TopK:
 
     def check(self) -> None:
         """Need at least one."""
-        if self.k < 1:
-            raise ValueError(f"TopK: k must be >= 1, got {self.k}.")
+        if not isinstance(self.k, numbers.Integral) or self.k < 1 or self.k is True:
+            raise ValueError(f"TopK: k must be >= 1 and whole, got {self.k!r}.")
 
     def passes(self, view: View) -> jax.Array:
         """Return which tokens are among the likeliest."""
-        return view.rank < self.k
+        return view.rank < min(self.k, view.vocabulary)  # which fits int32
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -214,7 +217,7 @@ def view(
       logits: float32 `[B, T, V]`, of the token after each node.
       tree: the drafts.
       picks: int32 `[B, T]`, what plain decoding chooses after each node.
-      stop_ids: int32 `[E]`; -1 stands for none.
+      stop_ids: int32 `[E]`; those outside the vocabulary, such as -1, are none.
 
     Returns:
       The view, from each node's parent on its token.
@@ -224,7 +227,8 @@ def view(
     top = logits.max(-1)
     centred = logits - total[..., None]
     entropy = -jnp.where(logits > -jnp.inf, jnp.exp(centred) * centred, 0.0).sum(-1)
-    stops = jnp.where(stop_ids >= 0, logits[..., stop_ids], -jnp.inf).max(-1)
+    real = (stop_ids >= 0) & (stop_ids < logits.shape[-1])
+    stops = jnp.where(real, logits[..., stop_ids], -jnp.inf).max(-1)
     own = logits[rows, tree.parents, tree.tokens]
 
     def parent(x):
@@ -250,5 +254,9 @@ def _reaches(view, threshold, rule):
 
 
 def _check_probability(rule, option, value):
-    if not 0 <= value <= 1:
-        raise ValueError(f"{rule}: {option} must be in [0, 1], got {value}.")
+    if not (_is_number(value) and 0 <= value <= 1):
+        raise ValueError(f"{rule}: {option} must be in [0, 1], got {value!r}.")
+
+
+def _is_number(value):
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)

@@ -212,11 +212,23 @@ def spans(
         return None
     if options.speculate is None:
         raise ValueError("generate: pool= does nothing without speculate=.")
+    if isinstance(pool, str | bytes) or not hasattr(pool, "__len__"):
+        raise ValueError(
+            "generate: pool= takes a list with one span (first token, the one after "
+            f"the last) per prompt, got {pool!r}."
+        )
     if len(pool) != len(ids):
         raise ValueError(
             f"generate: got {len(pool)} spans in pool= for {len(ids)} prompts."
         )
-    for (first, after), row in zip(pool, ids, strict=True):
+    pool = [integers(f"pool[{i}]", span) for i, span in enumerate(pool)]
+    for span, row in zip(pool, ids, strict=True):
+        if len(span) != 2:
+            raise ValueError(
+                "generate: a span of pool= is two numbers, the first token and the one "
+                f"after the last; got {span}."
+            )
+        first, after = span
         if not 0 <= first < after <= len(row):
             raise ValueError(
                 f"generate: pool= has the span ({first}, {after}) for a prompt of "

@@ -50,7 +50,7 @@ def rooms(
 
     Args:
       policy: says how layers share the budget, and which heads are stored.
-      config: of the network; see `generation.Network`.
+      config: of the network; see `passes.Network`.
       lengths: int32 `[B]`.
       slots: of each layer's state.
       budget: the most tokens that a row may keep of its prompt.

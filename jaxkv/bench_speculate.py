@@ -1,6 +1,7 @@
 """`jaxkv bench speculate`: what a step with a tree costs, and what its parts cost."""
 
 import dataclasses
+import math
 import statistics
 import time
 from typing import Annotated, Any
@@ -14,11 +15,12 @@ from rich.table import Table
 from jaxkv import bench, compiling, generation, measure, speculation
 from jaxkv import cli_flags as flags
 from jaxkv.arguments import row_keys
-from jaxkv.drafts import Aligned, Drafter, PromptLookup, Tree
-from jaxkv.generation import Network
+from jaxkv.draft_timing import time_matcher
+from jaxkv.drafts import MOST, Aligned, Drafter, PromptLookup, Tree
 from jaxkv.inference import bucket
 from jaxkv.matching import Context
 from jaxkv.options import Options
+from jaxkv.passes import Network
 from jaxkv.trees import DraftTree
 
 app = bench.app  # with one command more
@@ -89,7 +91,9 @@ def speculate(
     """Time a step with a full tree against a plain one, matching, and prefill.
 
     All ratios are of one run. A step with a tree pays where more drafted tokens are
-    accepted, on average, than its break-even: its price in plain steps, less one.
+    accepted, on average, than its break-even: its price in plain steps, less one. That
+    is what a drafter's `break_even` should be for trees of this size on this device.
+    Where drafts are given up, a step costs a plain one and a draft.
     """
     console = bench.console_of(json_)
     sizes = _nodes(nodes)
@@ -155,37 +159,37 @@ def time_batch(
       repeats: timed calls.
       options: of the plain step.
     """
-    plain = time_steps(
-        *(network, params, None),
-        batch=batch,
-        context=context,
-        steps=steps,
-        repeats=repeats,
-        options=options,
-    )
-    found = []
-    for size in sizes:
-        step = time_steps(
-            *(network, params, _tree(size)),
+
+    def step_of(drafter):
+        return time_steps(
+            *(network, params, drafter),
             batch=batch,
             context=context,
             steps=steps,
             repeats=repeats,
             options=options,
         )
+
+    plain = step_of(None)
+    found = []
+    for size in sizes:
+        step = step_of(_tree(size))
         ratio = step / plain
         found.append(
             {"nodes": size, "step_ms": step, "ratio": ratio, "break_even": ratio - 1}
         )
+    idle = step_of(Tree(break_even=math.inf))
     matchers = {}
     for drafter in (PromptLookup(), Tree(), Aligned()):
-        ms = time_matcher(drafter, batch=batch, prompt=prompt, repeats=repeats)
+        ms = time_matcher(drafter, batch=batch, width=prompt + 64, repeats=repeats)
         name = type(drafter).__name__
         matchers[name] = {"draft_ms": ms, "share_of_plain_step": ms / plain}
     return {
         "batch": batch,
         "plain_step_ms": plain,
         "trees": found,
+        # Of `Tree`, whose drafts are given up before they cost a step.
+        "no_draft": {"step_ms": idle, "ratio": idle / plain},
         "matchers": matchers,
     }
 
@@ -248,41 +252,6 @@ def time_steps(
     return statistics.median(calls[1:])
 
 
-def time_matcher(
-    drafter: Drafter, *, batch: int, prompt: int, repeats: int, rounds: int = 64
-) -> float:
-    """Return the median milliseconds of one draft from a prompt that repeats itself.
-
-    Args:
-      drafter: static.
-      batch: rows.
-      prompt: tokens of the prompts.
-      repeats: timed calls, of `rounds` drafts in one compiled loop each.
-      rounds: see there.
-    """
-    rng = np.random.default_rng(0)
-    passage = rng.integers(0, 50_000, (batch, max(prompt // 40, 8)))
-    text = np.tile(passage, (1, 42))[:, : prompt + rounds + 1]
-    expected = rng.random((batch, prompt, 1)) < 0.5
-    likeliest = np.where(expected, text[:, :prompt, None], 7)
-    likeliest = np.concatenate([likeliest, likeliest + 1, likeliest + 2], axis=2)
-    lengths = jnp.full(batch, prompt, jnp.int32)
-    text, likeliest = jnp.asarray(text, jnp.int32), jnp.asarray(likeliest, jnp.int32)
-
-    @jax.jit
-    def loop(text, likeliest):
-        def body(i, total):
-            position = lengths + i
-            pool = jnp.stack([jnp.zeros_like(lengths), lengths], axis=1)
-            tree = drafter.draft(Context(text, position, lengths, pool, likeliest))
-            return total + sum(x.sum(dtype=jnp.int32) for x in tree)
-
-        return jax.lax.fori_loop(0, rounds, body, jnp.int32(0))
-
-    seconds = measure.median_seconds(lambda: loop(text, likeliest), repeats)
-    return 1e3 * seconds / rounds
-
-
 def time_prefill(
     network: Network, params: Any, *, prompt: int, repeats: int
 ) -> dict[str, Any]:
@@ -331,27 +300,37 @@ def _nodes(text: str) -> list[int]:
         raise ValueError(
             f"--nodes takes numbers such as 16,64; got {text!r}."
         ) from error
-    if min(sizes) < 2:
-        raise ValueError(f"--nodes: a tree has at least 2 nodes, got {text!r}.")
+    most = 1 + MOST["num_draft_tokens"]
+    if not all(2 <= size <= most for size in sizes):
+        raise ValueError(f"--nodes: a tree has 2 to {most} nodes, got {text!r}.")
     return sizes
 
 
 def _table(result: dict[str, Any]) -> Table:
     prefill = result["prefill"]
     table = Table(
-        *("batch", "what", "ms", "in plain steps"),
+        *("batch", "what", "ms", "in plain steps", "pays from"),
         title=f"{result['model']}, {result['dtype']}, {result['decode']}, "
         f"on {result['device']}",
         caption=f"prefill of {result['prompt']} tokens: {prefill['plain_ms']:.1f} ms, "
-        f"with the likeliest tokens {prefill['ratio']:.3f} times that",
+        f"with the likeliest tokens {prefill['ratio']:.3f} times that; a tree pays "
+        "from so many drafted tokens accepted per step (break_even)",
     )
     for row in result["rows"]:
         plain = row["plain_step_ms"]
-        lines = [("plain step", plain)]
-        lines += [(f"{t['nodes']} nodes", t["step_ms"]) for t in row["trees"]]
-        lines += [
-            (f"draft of {name}", m["draft_ms"]) for name, m in row["matchers"].items()
+        lines = [
+            ("plain step", plain, ""),
+            ("no draft", row["no_draft"]["step_ms"], ""),
         ]
-        for what, ms in lines:
-            table.add_row(str(row["batch"]), what, f"{ms:.3f}", f"{ms / plain:.3f}")
+        lines += [
+            (f"{t['nodes']} nodes", t["step_ms"], f"{t['break_even']:.2f}")
+            for t in row["trees"]
+        ]
+        lines += [
+            (f"draft of {name}", m["draft_ms"], "")
+            for name, m in row["matchers"].items()
+        ]
+        for what, ms, pays in lines:
+            cells = (what, f"{ms:.3f}", f"{ms / plain:.3f}", pays)
+            table.add_row(str(row["batch"]), *cells)
     return table

@@ -15,9 +15,9 @@ import typer
 from jaxkv import bench, measure, methods, throughput, throughput_picture
 from jaxkv import throughput_report as report
 from jaxkv.evaluation_methods import split_methods
-from jaxkv.generation import Network
 from jaxkv.models.decoder import Config
 from jaxkv.options import Options
+from jaxkv.passes import Network
 from jaxkv.provenance import write_json
 from jaxkv.throughput import Work
 

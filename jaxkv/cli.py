@@ -214,7 +214,13 @@ def generate(
         prefill=prefill,
         decode=decode,
     )
-    arguments |= flags.speculation(speculate=speculate, accept=accept, sampler=sampler)
+    arguments |= flags.speculation(
+        speculate=speculate,
+        accept=accept,
+        sampler=sampler,
+        decode=arguments["decode"],
+        budget=budget,
+    )
     texts = prompts.read(prompt or [], prompt_file or [])
     if stream and (json_ or len(texts) > 1):
         raise ValueError("--stream takes one prompt and no --json.")

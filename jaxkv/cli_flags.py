@@ -8,11 +8,13 @@ import jax
 import typer
 
 from jaxkv import methods
+from jaxkv.acceptance import Exact
 from jaxkv.basic_policies import Full
 from jaxkv.kernels import decode as decode_kernels
 from jaxkv.kernels import prefill as prefill_kernels
 from jaxkv.language_model import LanguageModel, load
 from jaxkv.options import Options
+from jaxkv.policies import DecodePolicy
 from jaxkv.sampling import Categorical, Greedy, Sampler
 
 Model = Annotated[
@@ -147,18 +149,40 @@ def eviction(
     return arguments | {"compression_ratio": compression_ratio}
 
 
-def speculation(*, speculate: str, accept: str, sampler: Sampler) -> dict[str, Any]:
+def speculation(
+    *, speculate: str, accept: str, sampler: Sampler, decode: DecodePolicy, budget: Any
+) -> dict[str, Any]:
     """Return the arguments of `jaxkv.generate` that say how tokens are drafted.
 
+    Args:
+      speculate: the flag.
+      accept: the flag.
+      sampler: what the drafts have to go with.
+      decode: likewise.
+      budget: likewise.
+
     Raises:
-      ValueError: the flags contradict each other or the sampler.
+      ValueError: the flags contradict each other or what they go with.
     """
-    drafter = None
-    if speculate != "none":
+    if speculate == "none":
+        drafter = None
+    elif speculate.partition(":")[0] in methods.SPECULATE:
         drafter = methods.parse(speculate, methods.SPECULATE, flag="--speculate")
+    else:
+        raise ValueError(
+            f"--speculate: unknown {speculate!r}; choose one of none, "
+            f"{', '.join(methods.SPECULATE)}."
+        )
     rule = methods.parse(accept, methods.ACCEPT, flag="--accept")
+    if drafter is None and rule != Exact():
+        raise ValueError(
+            f"--accept {accept} does nothing without drafts; add --speculate "
+            f"{' or '.join(methods.SPECULATE)}."
+        )
     arguments = {"speculate": drafter, "accept": rule}
-    Options(**arguments, sampler=sampler).check()
+    if budget is None and decode.evicts:
+        decode = Full()  # which `eviction` has seen to
+    Options(**arguments, sampler=sampler, decode=decode, budget=budget).check()
     return arguments
 
 

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 
 from jaxkv import generation
 from jaxkv.arguments import row_keys
-from jaxkv.generation import Network
 from jaxkv.models.decoder import parameter_shapes
 from jaxkv.options import Options
+from jaxkv.passes import Network
 
 
 class Seconds(NamedTuple):

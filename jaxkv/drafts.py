@@ -8,6 +8,7 @@ Axis letters: `B` batch, `Q` sequences, `R` their length, `T` nodes with the roo
 """
 
 import dataclasses
+import numbers
 from typing import Literal, NamedTuple, Protocol
 
 import jax
@@ -17,7 +18,15 @@ from jaxkv import matching
 from jaxkv.matching import Context
 from jaxkv.trees import ALIGNED, SAMPLED, UNALIGNED, UNCHECKED, DraftTree
 
-LIKELIEST = 3  # tokens kept of each position of the prompt, for `Aligned`
+# The most of each option that is a number of things. Compiling takes longer with them,
+# and merging with the square of matches times depth.
+MOST = {
+    "num_draft_tokens": 1023,
+    "depth": 64,
+    "ngram_max": 128,
+    "ngram_min": 128,
+    "max_matches": 256,
+}
 
 
 class Drafter(Protocol):
@@ -132,11 +141,6 @@ class Tree:
     def check(self) -> None:
         """Need a tree and an n-gram."""
         _check(self)
-        if self.max_matches < 1:
-            raise ValueError(
-                f"{type(self).__name__}: max_matches must be >= 1, "
-                f"got {self.max_matches}."
-            )
 
     def draft(self, context: Context) -> DraftTree:
         """Return trees; see `Drafter.draft`."""
@@ -187,6 +191,9 @@ class Aligned(Tree):
     def check(self) -> None:
         """Need a tree, an n-gram, and one or two candidates."""
         super().check()
+        _check_whole(self, "num_alternatives", "sources")
+        if self.num_main is not None:
+            _check_whole(self, "num_main")
         if self.num_alternatives not in (1, 2):
             raise ValueError(
                 "Aligned: num_alternatives must be 1 or 2, "
@@ -371,15 +378,28 @@ def _behind_root(root, nodes):
 
 def _check(drafter):
     name = type(drafter).__name__
-    for option in ("num_draft_tokens", "depth", "ngram_min"):
-        if getattr(drafter, option) < 1:
+    for option in [f.name for f in dataclasses.fields(drafter) if f.name in MOST]:
+        _check_whole(drafter, option)
+        value, most = getattr(drafter, option), MOST[option]
+        if not 1 <= value <= most:
             raise ValueError(
-                f"{name}: {option} must be >= 1, got {getattr(drafter, option)}."
+                f"{name}: {option} must be >= 1 and <= {most}, got {value}."
             )
     if drafter.ngram_max < drafter.ngram_min:
         raise ValueError(
             f"{name}: ngram_max={drafter.ngram_max} is less than "
             f"ngram_min={drafter.ngram_min}."
         )
-    if not drafter.break_even >= 0:
-        raise ValueError(f"{name}: break_even must be >= 0, got {drafter.break_even}.")
+    least = drafter.break_even
+    if not isinstance(least, numbers.Real) or not least >= 0:
+        raise ValueError(f"{name}: break_even must be a number >= 0, got {least!r}.")
+
+
+def _check_whole(drafter, *options):
+    for option in options:
+        value = getattr(drafter, option)
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+            raise ValueError(
+                f"{type(drafter).__name__}: {option} must be a whole number, got "
+                f"{value!r}."
+            )

@@ -1,4 +1,4 @@
-"""Prefill, decode step and the generation loop, as pure functions of arrays.
+"""From the first token to the last: the generation loop, as pure functions of arrays.
 
 `generate_tokens` is `start` (prefill and the first token) followed by `advance` (a
 `lax.while_loop` of decode steps), and may be used inside a larger jitted program. The
@@ -9,36 +9,17 @@ Axis letters: `B` batch, `P` padded prompt, `V` vocabulary, `O` output buffer.
 """
 
 import dataclasses
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxkv import speculation
-from jaxkv.attention import append_tokens, attend_cache, attend_prompt, rooms
-from jaxkv.basic_policies import Full
 from jaxkv.likeliest import likeliest_tokens
 from jaxkv.options import Options
+from jaxkv.passes import Cache, Network, decode_step, logits_at_end, read
 from jaxkv.sampling import pick_next
 from jaxkv.speculation import Speculation
-from jaxkv.state import KVState
-
-Cache = tuple[KVState, ...]
-
-
-class Network(Protocol):
-    """What the loops ask of a network; `jaxkv.models.decoder.Decoder` is one.
-
-    `config` has `num_layers`, `num_heads`, `num_kv_heads`, `head_dim` and `vocab_size`;
-    applied to `(tokens, positions, cache, attend)` it returns hidden states and the new
-    cache; its method `unembed` turns hidden states into logits, and `frequencies` gives
-    those of the rotation. It hashes by value.
-    """
-
-    config: Any
-
-    def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any:
-        """Run the network, as `flax.linen.Module.apply` does."""
 
 
 @jax.tree_util.register_dataclass
@@ -70,146 +51,6 @@ class Generation:
     speculation: Speculation | None = None
 
 
-def prefill(
-    network: Network,
-    params: Any,
-    tokens: jax.Array,
-    lengths: jax.Array,
-    *,
-    options: Options,
-    slots: int | tuple[int, ...],
-    keep: jax.Array | None = None,
-) -> tuple[jax.Array, Cache]:
-    """Run prompts through the network and keep what the policy keeps.
-
-    Args:
-      network: static.
-      params: its parameters.
-      tokens: int32 `[B, P]`, right-padded.
-      lengths: int32 `[B]`, at least 1.
-      options: static.
-      slots: of every layer's state, or of each layer's.
-      keep: int32 `[B]`, tokens that each row may keep of its prompt, at most
-        `options.prompt_budget`; other numbers compile nothing. None is that bound.
-
-    Returns:
-      Logits of the token after each prompt, float32 `[B, V]`, and the cache.
-
-    Raises:
-      ValueError: `keep` without a budget.
-    """
-    hidden, cache = _read(
-        network, params, tokens, lengths, options=options, slots=slots, keep=keep
-    )
-    return _logits_at_end(network, params, hidden, lengths), cache
-
-
-def _read(network, params, tokens, lengths, *, options, slots, keep):
-    """Do `prefill`, but return the hidden states of all positions."""
-    if keep is not None and options.budget is None:
-        raise ValueError(
-            "prefill: keep= says how much of options.budget each row uses, but that "
-            "is None; set Options(budget=), the most that any row may keep."
-        )
-    policy = Full() if options.budget is None else options.prefill
-    pseudo = policy.pseudo_tokens(
-        tokens,
-        lengths,
-        vocab_size=network.config.vocab_size,
-        draft=lambda other, steps: _draft(
-            *(network, params, tokens, lengths, keep, options, other, steps)
-        ),
-    )
-    tokens, positions = append_tokens(tokens, lengths, pseudo, offset=policy.offset)
-    attend = attend_prompt(
-        policy,
-        lengths=lengths,
-        frequencies=network.apply({"params": params}, method="frequencies"),
-        implementation=options.prefill_implementation,
-        scores_implementation=options.scores_implementation,
-    )
-    layers = network.config.num_layers
-    slots = slots if isinstance(slots, tuple) else (slots,) * layers
-    empty = rooms(
-        policy,
-        network.config,
-        lengths,
-        slots=slots,
-        budget=max(slots) if options.budget is None else options.prompt_budget,
-        keep=keep,
-        dtype=params["embedding"].dtype,
-    )
-    hidden, cache = network.apply({"params": params}, tokens, positions, empty, attend)
-    return hidden, tuple(options.decode.begin(state, lengths) for state in cache)
-
-
-def _logits_at_end(network, params, hidden, lengths):
-    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
-    return network.apply({"params": params}, last, method="unembed")
-
-
-def _draft(network, params, tokens, lengths, keep, options, policy, steps):
-    """Decode greedily from an evicted prompt; see `policies.Draft`."""
-    options = dataclasses.replace(
-        options, budget=options.prompt_budget, prefill=policy, decode=Full()
-    )
-    slots = options.layer_slots(tokens.shape[1], steps, network.config.num_layers)
-    logits, cache = prefill(
-        network, params, tokens, lengths, options=options, slots=slots, keep=keep
-    )
-
-    def step(carry, position):
-        token, cache = carry
-        logits, cache = decode_step(
-            network, params, token, position, cache, options=options
-        )
-        token = logits.argmax(-1).astype(jnp.int32)
-        return (token, cache), token
-
-    first = logits.argmax(-1).astype(jnp.int32)
-    positions = lengths + jnp.arange(steps - 1, dtype=jnp.int32)[:, None]
-    _, rest = jax.lax.scan(step, (first, cache), positions)
-    return jnp.concatenate([first[:, None], rest.T], axis=1)
-
-
-def decode_step(
-    network: Network,
-    params: Any,
-    token: jax.Array,
-    position: jax.Array,
-    cache: Cache,
-    *,
-    options: Options,
-) -> tuple[jax.Array, Cache]:
-    """Feed one token per row and return the logits of the next.
-
-    Args:
-      network: static.
-      params: its parameters.
-      token: int32 `[B]`.
-      position: int32 `[B]`; -1 for rows that have finished: their state is unchanged
-        and their logits mean nothing.
-      cache: one state per layer.
-      options: static.
-
-    Returns:
-      Float32 logits `[B, V]` and the new cache.
-    """
-    attend = attend_cache(
-        options.decode,
-        position=position,
-        implementation=options.decode_implementation,
-    )
-    hidden, cache = network.apply(
-        {"params": params},
-        jnp.maximum(token, 0)[:, None],
-        jnp.maximum(position, 0)[:, None],
-        cache,
-        attend,
-    )
-    return network.apply({"params": params}, hidden[:, 0], method="unembed"), cache
-
-
 def start(
     network: Network,
     params: Any,
@@ -236,17 +77,17 @@ def start(
       options: static.
       slots: of every layer's state, or of each layer's; see `Options.layer_slots`.
       max_out: size `O` of the output buffer.
-      keep: int32 `[B]` or None; see `prefill`.
+      keep: int32 `[B]` or None; see `passes.prefill`.
       pool: int32 `[B, 2]`, the span of each prompt that drafts are copied from, its
         first index and the one after its last; None is all of it.
 
     Returns:
       The state of the loop after one token.
     """
-    hidden, cache = _read(
+    hidden, cache = read(
         network, params, tokens, lengths, options=options, slots=slots, keep=keep
     )
-    logits = _logits_at_end(network, params, hidden, lengths)
+    logits = logits_at_end(network, params, hidden, lengths)
     batch, length = tokens.shape
     seen = None
     if options.sampler.repetition_penalty != 1:

@@ -23,9 +23,10 @@ from jaxkv import generation
 from jaxkv import state as kv
 from jaxkv.arguments import row_keys
 from jaxkv.compiling import Seconds, compile_stage, program_memory
-from jaxkv.generation import Cache, Generation, Network
+from jaxkv.generation import Generation
 from jaxkv.models.decoder import Config
 from jaxkv.options import Options
+from jaxkv.passes import Cache, Network
 from jaxkv.policies import DecodePolicy
 
 

@@ -20,6 +20,7 @@ from jaxkv import lexicon
 from jaxkv.lexicon import Split
 
 Source = Literal["stdlib", "topics", "prose", "code", "words"]
+Weights = tuple[tuple[Source, float], ...]
 
 
 def _blocks_of(text: str, most: int = 600) -> Iterator[str]:
@@ -139,23 +140,21 @@ def _words(rng: np.random.Generator, split: Split) -> str:
 
 
 SYNTHETIC = {"prose": _prose, "code": _code, "words": _words}
-SOURCES: tuple[tuple[Source, float], ...] = (
+SOURCES: Weights = (
     ("stdlib", 0.35),
     ("topics", 0.15),
     ("prose", 0.2),
     ("code", 0.15),
     ("words", 0.15),
 )
-CODE_SOURCES: tuple[tuple[Source, float], ...] = (
+CODE_SOURCES: Weights = (
     ("stdlib", 0.5),
     ("code", 0.35),
     ("prose", 0.15),
 )
 
 
-def blocks(
-    rng: np.random.Generator, sources: tuple[tuple[Source, float], ...], split: Split
-) -> Iterator[str]:
+def blocks(rng: np.random.Generator, sources: Weights, split: Split) -> Iterator[str]:
     """Yields blocks of one source drawn by weight, without end and without repeats.
 
     Files and topics are read from a random place on, block after block.

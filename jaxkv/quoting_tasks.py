@@ -154,13 +154,17 @@ def go_on(
     count_tokens: CountTokens,
     split: Split,
     questions: int = 1,
+    sources: passages.Weights = passages.SOURCES,
 ) -> Sample:
-    """Goes on word for word, to the passage's end, from words inside a passage."""
+    """Goes on word for word, to the passage's end, from words inside a passage.
+
+    With sources of code alone it is the completion of code that stands in the context.
+    """
     head = _wording(rng, CONTINUE_HEADS, split)
     form = "\n\nGo on word for word to the end of the passage: "
     document = _document(
         rng,
-        passages.blocks(rng, passages.SOURCES, split),
+        passages.blocks(rng, sources, split),
         task="continue",
         room=length - count_tokens(head),
         questions=questions,
@@ -187,6 +191,7 @@ def go_on(
             count_tokens=count_tokens,
             split=split,
             questions=questions,
+            sources=sources,
         )
     return assemble("continue", context, exchanges, count_tokens)
 

@@ -15,12 +15,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxkv import acceptance, trees
+from jaxkv import acceptance, trees, verification
 from jaxkv.attention import attend_tree
 from jaxkv.drafts import Drafter
 from jaxkv.kernels import tree as tree_kernels
 from jaxkv.matching import Context
-from jaxkv.sampling import Greedy, pick_next
+from jaxkv.sampling import Greedy
 from jaxkv.trees import KINDS, DraftTree
 
 HOPE = 1.0  # accepted tokens per step that are expected of a row not yet tried
@@ -293,8 +293,15 @@ def _tree_step(network, params, g, until, stop_ids, *, options, running, brings)
         attend,
     )
     logits = network.apply({"params": params}, hidden, method="unembed")
-    picks, ok, merit = _judge(g, logits, tree, running, stop_ids, options)
-    end, accepted = _longest(tree, above, ok, merit)
+    picks, end, accepted = verification.verify(
+        *(logits, tree, above, stop_ids),
+        rule=options.accept,
+        sampler=options.sampler,
+        position=g.position,
+        keys=g.keys,
+        seen=g.seen,
+        running=running,
+    )
     path = trees.path_to(end, tree, above, depth=drafter.depth)  # [B, D + 1]
     last = jnp.take_along_axis(picks, end[:, None], axis=1)
     new = jnp.take_along_axis(tree.tokens, path[:, 1:], axis=1)
@@ -313,67 +320,6 @@ def _tree_step(network, params, g, until, stop_ids, *, options, running, brings)
     )
     g = _emit(dataclasses.replace(g, cache=cache), new, stops, count)
     return _count(g, tree, path, jnp.minimum(accepted, count), running, brings)
-
-
-def _judge(g, logits, tree, running, stop_ids, options):
-    """Return each node's pick, which nodes pass after their parent, and how well."""
-    rule, sampler = options.accept, options.sampler
-    if rule.exact and sampler != Greedy():
-        picks = _walk(g, logits, tree, running, sampler)
-    else:
-        picks = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    if rule.exact:
-        parents = jnp.take_along_axis(picks, tree.parents, axis=1)
-        return picks, tree.tokens == parents, jnp.zeros(picks.shape)
-    view = acceptance.view(logits, tree, picks, stop_ids)
-    merit = jnp.log(jnp.maximum(view.probability, 1e-30))
-    return picks, rule.passes(view), merit
-
-
-def _walk(g, logits, tree, running, sampler):
-    """Pick at the root, go to the child that was picked, and so on: int32 `[B, T]`.
-
-    One node per row at a time, because drawing at every node of a tree would cost more
-    than the network, and because a penalty must know the tokens on the way. Nodes
-    that are not reached hold -1.
-    """
-    rows = jnp.arange(tree.tokens.shape[0])
-
-    def step(carry):
-        node, going, picks, seen = carry
-        position = g.position + tree.depths[rows, node] + 1
-        token = pick_next(sampler, logits[rows, node], g.keys, position, seen)
-        picks = picks.at[rows, jnp.where(going, node, picks.shape[1])].set(
-            token, mode="drop"
-        )
-        if seen is not None:
-            seen = seen.at[rows, token].max(going)
-        child = tree.valid & (tree.parents == node[:, None])
-        child &= (tree.tokens == token[:, None]) & (tree.depths > 0)
-        going &= child.any(-1)
-        node = jnp.where(going, jnp.argmax(child, axis=-1), node)
-        return node, going, picks, seen
-
-    root = jnp.zeros(rows.shape, tree.parents.dtype)
-    picks = jnp.full(tree.tokens.shape, -1, jnp.int32)
-    carry = (root, running, picks, g.seen)
-    return jax.lax.while_loop(lambda c: c[1].any(), step, carry)[2]
-
-
-def _longest(tree, above, ok, merit):
-    """Return the end of the longest path that passes, and its depth, int32 `[B]`.
-
-    Of equally long ones, the one whose tokens are likeliest together.
-    """
-    is_root = jnp.arange(ok.shape[1]) == 0
-    ok = (ok & tree.valid) | is_root
-    whole = ~(above & ~ok[:, None]).any(-1)
-    reached = jnp.where(whole, tree.depths, -1)
-    accepted = reached.max(-1)
-    merit = jnp.where(is_root, 0.0, merit)
-    total = jnp.where(above, merit[:, None], 0.0).sum(-1)
-    best = jnp.where(reached == accepted[:, None], total, -jnp.inf)
-    return jnp.argmax(best, axis=-1).astype(jnp.int32), accepted
 
 
 def _emit(g, new, stops, count):

@@ -19,10 +19,10 @@ import jax.numpy as jnp
 from jaxkv import compiling, generation, measure
 from jaxkv import state as kv
 from jaxkv.arguments import row_keys
-from jaxkv.generation import Network
 from jaxkv.inference import bucket
 from jaxkv.models.decoder import Config
 from jaxkv.options import Options
+from jaxkv.passes import Network
 
 # Of the device's memory, that a plan may use: allocators lose some between arrays.
 USABLE = 0.97

@@ -65,6 +65,8 @@ def test_json(run):
     assert tree["nodes"] == 4
     assert tree["ratio"] == pytest.approx(tree["step_ms"] / row["plain_step_ms"])
     assert tree["break_even"] == pytest.approx(tree["ratio"] - 1)
+    idle = row["no_draft"]
+    assert idle["ratio"] == pytest.approx(idle["step_ms"] / row["plain_step_ms"])
     assert row["matchers"].keys() == {"PromptLookup", "Tree", "Aligned"}
     prefill = content["prefill"]
     assert prefill["ratio"] == pytest.approx(
@@ -77,7 +79,8 @@ def test_json(run):
     ("arguments", "message"),
     [
         (["--nodes", "4,x"], "--nodes takes numbers"),
-        (["--nodes", "1"], "at least 2 nodes"),
+        (["--nodes", "1"], "a tree has 2 to 1024 nodes, got '1'"),
+        (["--nodes", "4,1025"], "a tree has 2 to 1024 nodes"),
         (["--context", "4"], "must exceed --steps"),
         (["--decode", "streaming-llm", "--budget", "8", "--nodes", "16"], "8 slots"),
         (["--decode", "h2o", "--budget", "8"], "cannot verify drafts"),

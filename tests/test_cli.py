@@ -102,6 +102,7 @@ def test_drafts_change_nothing_and_are_told_of(jaxkv_, tiny):
     assert sum(told["drafted_by_depth"]) == told["drafted"]
     assert sum(told["drafted_by_kind"].values()) == told["drafted"]
     assert 0 <= told["unexpected"] <= 1
+    assert told["matcher_ms"] > 0
     _, _, err = jaxkv_(*common, *drafts)
     assert f"{told['accepted']} of {told['drafted']} drafted tokens accepted" in err
     assert err.count("\n") == 1
@@ -110,9 +111,11 @@ def test_drafts_change_nothing_and_are_told_of(jaxkv_, tiny):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--speculate", "magic"], "--speculate: unknown 'magic'"),
+        (["--speculate", "magic"], "unknown 'magic'; choose one of none, prompt"),
+        (["--speculate", "none:depth=3"], "unknown 'none:depth=3'; choose one of none"),
         (["--speculate", "tree:depth=0"], "depth must be >= 1"),
-        (["--accept", "top-k"], "does nothing without drafts"),
+        (["--accept", "top-k"], "does nothing without drafts; add --speculate"),
+        (["--speculate=tree", "--decode=h2o", "--budget=64"], "cannot verify drafts"),
         (["--accept", "typical:mass=1"], "no option of typical"),
         (
             ["--speculate=tree", "--accept=conditional", "--temperature=1"],

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxkv import LAQ, DapQ, Options, SnapKV, generation
+from jaxkv import LAQ, DapQ, Options, SnapKV, generation, passes
 from jaxkv import state as kv
 from jaxkv.attention import append_tokens
 from jaxkv.models.decoder import Config, Decoder, random_parameters
@@ -51,9 +51,7 @@ def program(policy, budget=BUDGET, implementation=None):
     )
     options.check()
     slots = options.num_slots(PROMPT, NEW)
-    prefill = functools.partial(
-        generation.prefill, NETWORK, options=options, slots=slots
-    )
+    prefill = functools.partial(passes.prefill, NETWORK, options=options, slots=slots)
     return jax.jit(prefill, compiler_options=FAST)
 
 
@@ -198,7 +196,7 @@ def test_query_heads_store_more_and_decode_the_same(params):
     assert apart[0].keys.shape[1] == 2 * shared[0].keys.shape[1]
     assert kv.num_bytes(apart) == 2 * kv.num_bytes(shared)
     step = jax.jit(
-        lambda cache: generation.decode_step(
+        lambda cache: passes.decode_step(
             NETWORK,
             params,
             jnp.asarray([1, 2, 3], jnp.int32),
@@ -307,7 +305,7 @@ def test_laq_drafts_what_greedy_decoding_gives(params):
 def test_keep_needs_a_budget(params):
     tokens, lengths = prompts()
     with pytest.raises(ValueError, match=r"set Options\(budget=\)"):
-        generation.prefill(
+        passes.prefill(
             *(NETWORK, params, tokens, lengths),
             options=Options(),
             slots=PROMPT,

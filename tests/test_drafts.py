@@ -225,6 +225,25 @@ def test_prompt_lookup(options, want):
     assert list(paths_of(tree)) == [tuple(want[:n]) for n in range(1, len(want) + 1)]
 
 
+def test_prompt_lookup_is_that_of_transformers():
+    torch = pytest.importorskip("torch")
+    generator = pytest.importorskip("transformers.generation.candidate_generator")
+    rng = np.random.default_rng(0)
+    for options in (dict(ngram_max=2), dict(ngram_max=4, num_draft_tokens=5)):
+        drafter = PromptLookup(**options)
+        theirs = generator.PromptLookupCandidateGenerator(
+            num_output_tokens=drafter.num_draft_tokens,
+            max_matching_ngram_size=drafter.ngram_max,
+            max_length=1000,
+        )
+        for _ in range(40):
+            text = rng.integers(0, 4, int(rng.integers(5, WIDTH)))
+            found, _ = theirs.get_candidates(torch.tensor(text)[None])
+            tree = draft(drafter, context_of(text, prompt=3))
+            got = np.asarray(tree.tokens[0, 1:])[np.asarray(tree.valid[0, 1:])]
+            assert got.tolist() == found[0, len(text) :].tolist()
+
+
 def test_aligned_by_hand():
     #            0  1  2  3  4  5
     text = [1, 2, 3, 4, 1, 2]
@@ -313,6 +332,17 @@ def test_aligned(tail, seed):
         (PromptLookup(break_even=-1.0), "break_even"),
         (Tree(depth=0), "depth must be >= 1"),
         (Tree(max_matches=0), "max_matches must be >= 1"),
+        (Tree(max_matches=257), "max_matches must be >= 1 and <= 256, got 257"),
+        (Tree(num_draft_tokens=10**9), "num_draft_tokens must be .* <= 1023"),
+        (Tree(depth=65), "depth must be .* <= 64"),
+        (Tree(depth=2.0), "depth must be a whole number, got 2.0"),
+        (Tree(ngram_max="5"), "ngram_max must be a whole number, got '5'"),
+        (PromptLookup(ngram_max=129), "ngram_max must be .* <= 128"),
+        (PromptLookup(num_draft_tokens=True), "must be a whole number, got True"),
+        (Tree(break_even="0.2"), "break_even must be a number >= 0, got '0.2'"),
+        (Tree(break_even=float("nan")), "break_even must be a number >= 0, got nan"),
+        (Aligned(sources=1.5), "sources must be a whole number, got 1.5"),
+        (Aligned(num_main=3.5), "num_main must be a whole number, got 3.5"),
         (Aligned(num_alternatives=3), "1 or 2"),
         (Aligned(sources=0), "sources must be in"),
         (Aligned(num_main=64), "num_main must be in"),

@@ -35,6 +35,10 @@ def lm():
         (["a"], dict(pool=[(0, 1)]), "pool= does nothing without speculate="),
         (["a"], dict(pool=[], speculate=jaxkv.Tree()), "got 0 spans"),
         (["a"], dict(pool=[(1, 9)], speculate=jaxkv.Tree()), "must lie within"),
+        (["a"], dict(pool=5, speculate=jaxkv.Tree()), "one span .* per prompt, got 5"),
+        (["a"], dict(pool=[(0, 1, 2)], speculate=jaxkv.Tree()), "is two numbers"),
+        (["a"], dict(pool=[(0, 0.5)], speculate=jaxkv.Tree()), "be a whole number"),
+        (["a"], dict(pool=[None], speculate=jaxkv.Tree()), "a list of whole numbers"),
         (["a"], dict(accept=jaxkv.TopK()), "does nothing without drafts"),
         (
             ["a"],

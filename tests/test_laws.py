@@ -23,6 +23,7 @@ from jaxkv import (
     StreamingLLM,
     TOVADecode,
     generation,
+    passes,
 )
 from jaxkv import state as kv
 from jaxkv.models.decoder import Config, Decoder, random_parameters
@@ -88,8 +89,8 @@ SAMPLERS = {
 # evicts, so that these prove it for all; the others share one budget and one sampler.
 THOROUGH = {"full", "streaming-llm", "longflow"}
 policies = pytest.mark.parametrize("name", POLICIES)
-prefill = jax.jit(generation.prefill, static_argnames=("network", "options", "slots"))
-decode_step = jax.jit(generation.decode_step, static_argnames=("network", "options"))
+prefill = jax.jit(passes.prefill, static_argnames=("network", "options", "slots"))
+decode_step = jax.jit(passes.decode_step, static_argnames=("network", "options"))
 
 
 @pytest.fixture(scope="module")

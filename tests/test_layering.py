@@ -27,6 +27,7 @@ CORE = {
     "likeliest",
     "matching",
     "options",
+    "passes",
     "policies",
     "prompt_policies",
     "rkv",
@@ -35,6 +36,7 @@ CORE = {
     "speculation",
     "state",
     "trees",
+    "verification",
 }
 BASE = {"_installed", "_version"}  # imports nothing of ours; anybody may import it
 WITHOUT_JAX = {

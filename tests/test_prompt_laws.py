@@ -23,7 +23,7 @@ from jaxkv import (
     PyramidKV,
     Random,
     SnapKV,
-    generation,
+    passes,
 )
 from jaxkv import state as kv
 from jaxkv.models.decoder import Config, Decoder, random_parameters
@@ -83,9 +83,7 @@ def program(name):
     options.check()
 
     slots = options.layer_slots(PROMPT, NEW, CONFIG.num_layers)
-    prefill = functools.partial(
-        generation.prefill, NETWORK, options=options, slots=slots
-    )
+    prefill = functools.partial(passes.prefill, NETWORK, options=options, slots=slots)
     return jax.jit(prefill, compiler_options=FAST)
 
 
@@ -99,7 +97,7 @@ def params():
 def full_program():
     return jax.jit(
         functools.partial(
-            generation.prefill, NETWORK, options=Options(), slots=PROMPT + NEW
+            passes.prefill, NETWORK, options=Options(), slots=PROMPT + NEW
         )
     )
 
