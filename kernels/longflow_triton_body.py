@@ -145,33 +145,11 @@ def score_row(
 
 
 @triton.jit
-def weigh_slots(
-    logits_ptr,  # [HEADS, STRIDE]
-    statistic,  # [HEADS]
-    norms_ptr,  # [HEADS / GROUP, SLOTS]
-    positions_ptr,  # [HEADS / GROUP, SLOTS]
-    oldest,
-    newest,
-    slots,
-    HEADS: tl.constexpr,
-    HEADS_PAD: tl.constexpr,
-    GROUP: tl.constexpr,
-    SLOTS: tl.constexpr,
-    STRIDE: tl.constexpr,
-):
-    """Return importance `[S]`, summed over heads, what is free, what is protected."""
-    heads = tl.arange(0, HEADS_PAD)
-    real = (heads < HEADS)[:, None] & (slots < SLOTS)[None, :]
-    # Read for the last time: what streams past may have the room.
-    logits = tl.load(
-        logits_ptr + heads[:, None] * STRIDE + slots[None, :],
-        real,
-        other=float("-inf"),
-        eviction_policy="evict_first",
-    )
-    offsets = (heads // GROUP)[:, None] * SLOTS + slots[None, :]
-    norms = tl.load(norms_ptr + offsets, real, other=0.0)
-    positions = tl.load(positions_ptr + offsets, real, other=-1)
+def weigh_slots(logits, statistic, norms, positions, oldest, newest):
+    """Return importance `[S]`, summed over heads, what is free, what is protected.
+
+    `statistic` is `[HEADS]`, the others `[HEADS, S]`.
+    """
     is_held = positions >= 0
     weights = tl.where(is_held, tl.exp2(logits - statistic[:, None]) * norms, 0.0)
     barred = is_held & ((positions < oldest) | (positions > newest))
@@ -186,6 +164,14 @@ def slot_order(importance, free, protected, real):
     order = tl.where(protected, bits, bits - _MAX_INT)
     order = tl.where(free, -_MAX_INT - 1, order)
     return tl.where(real, order, _MAX_INT)
+
+
+@triton.jit
+def least_slot(order, slots):
+    """Return the least order and the lowest slot that has it."""
+    pairs = (order.to(tl.int64) << 32) | slots.to(tl.int64)
+    least = tl.min(pairs, 0)
+    return (least >> 32).to(tl.int32), least.to(tl.int32)
 
 
 @triton.jit
@@ -206,8 +192,7 @@ def choose_victim(
     BLOCKS_PAD: tl.constexpr,
 ):
     """Store the block's minimum; if it is the row's last, store the row's victim."""
-    least = tl.min(order, 0)
-    slot = tl.min(tl.where(order == least, slots, _MAX_INT), 0)
+    least, slot = least_slot(order, slots)
     minima_ptr += row * (BLOCKS * 2)
     tl.store(minima_ptr + block * 2, least)
     tl.store(minima_ptr + block * 2 + 1, slot)
@@ -219,9 +204,8 @@ def choose_victim(
         real = blocks < BLOCKS
         orders = tl.load(minima_ptr + blocks * 2, real, other=_MAX_INT, volatile=True)
         found = tl.load(minima_ptr + blocks * 2 + 1, real, other=0, volatile=True)
-        least = tl.min(orders, 0)
         # Among padding, too, the minimum is real: each row has a slot.
-        slot = tl.min(tl.where(orders == least, found, _MAX_INT), 0)
+        _, slot = least_slot(orders, tl.where(real, found, _MAX_INT))
         targets = tl.arange(0, TARGETS_PAD)
         position = tl.load(position_ptr + row * TARGETS // KV_HEADS)
         old = tl.load(target_ptr + row * TARGETS + targets, targets < TARGETS, other=0)
@@ -325,16 +309,27 @@ def finish_splits(
             (splits < SPLITS)[:, None] & (heads < HEADS)[None, :],
             other=_LOWEST,
         )
-        maximum = tl.max(parts, 0)
-        statistic = maximum + tl.log2(tl.sum(tl.exp2(parts - maximum[None, :]), 0))
         slots = block * CHUNK + tl.arange(0, CHUNK)
         batch = row * TARGETS // KV_HEADS
-        held = row * (TARGETS * SLOTS)
+        oldest = tl.load(oldest_ptr + batch)
+        newest = tl.load(newest_ptr + batch)
+        real = (heads < HEADS)[:, None] & (slots < SLOTS)[None, :]
+        logits = tl.load(
+            logits_ptr
+            + row * (HEADS * STRIDE)
+            + heads[:, None] * STRIDE
+            + slots[None, :],
+            real,
+            other=float("-inf"),
+            eviction_policy="evict_first",
+        )
+        held = row * (TARGETS * SLOTS) + (heads // (HEADS // TARGETS))[:, None] * SLOTS
+        norms = tl.load(norms_ptr + held + slots[None, :], real, other=0.0)
+        positions = tl.load(positions_ptr + held + slots[None, :], real, other=-1)
+        maximum = tl.max(parts, 0)
+        statistic = maximum + tl.log2(tl.sum(tl.exp2(parts - maximum[None, :]), 0))
         importance, is_free, protected = weigh_slots(
-            *(logits_ptr + row * (HEADS * STRIDE), statistic, norms_ptr + held),
-            *(positions_ptr + held, tl.load(oldest_ptr + batch)),
-            *(tl.load(newest_ptr + batch), slots),
-            *(HEADS, HEADS_PAD, HEADS // TARGETS, SLOTS, STRIDE),
+            logits, statistic, norms, positions, oldest, newest
         )
         order = slot_order(importance, is_free, protected, slots < SLOTS)
         choose_victim(
