@@ -12,7 +12,7 @@ Axis letters: `B` batch, `K` key/value heads, `G` query heads per key/value head
 
 import dataclasses
 import functools
-from typing import NamedTuple, get_args
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -109,12 +109,7 @@ class LongFlow:
         return self.interval == 1 and self.score != "deletion"
 
     def check(self, budget: int) -> None:
-        """Need a known score, and room beside what is protected."""
-        if self.score not in get_args(longflow.Score):
-            raise ValueError(
-                f"LongFlow: unknown score={self.score!r}; choose one of "
-                f"{', '.join(get_args(longflow.Score))}."
-            )
+        """Need room beside what is protected."""
         if self.interval < 1:
             raise ValueError(f"LongFlow: interval must be >= 1, got {self.interval}.")
         check_room(
