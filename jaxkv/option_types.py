@@ -19,10 +19,9 @@ def check_types(options: Any) -> None:
     """Raise ValueError for an option that is not of the type of its annotation.
 
     Checked are annotations made of int, float, bool, None, Literal and `tuple[x, ...]`
-    of them; others are left to the class. As numbers go, a truth value is none, NaN is
-    none, a whole one will do for a fraction, NumPy's are as good as Python's, and a
-    whole one must fit int32, or int64 if it is the `seed`. Infinity is left to the
-    class.
+    of them; others are left to the class. Neither a truth value nor NaN is a number. A
+    float may be given as a whole number, and NumPy's scalars are taken as Python's.
+    Whole numbers must fit int32, a `seed` int64. Infinity is left to the class.
 
     Args:
       options: a dataclass; anything else has no annotations and passes, as do classes
