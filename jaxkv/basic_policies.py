@@ -27,6 +27,7 @@ class Full(WholePrompt, PlainAttention):
 
     evicts = False
     spare = 0
+    verifies = True
 
     def check(self, budget: int) -> None:
         """Accept any budget; the caller sees to it that everything fits."""
@@ -87,6 +88,7 @@ class StreamingLLM(WholePrompt, PlainAttention):
     n_sink: int = 4
     evicts = True
     spare = 0
+    verifies = True
 
     def check(self, budget: int) -> None:
         """Need room for the sinks and one recent token."""

@@ -63,13 +63,7 @@ def positions(
     json_: flags.Json = False,
 ) -> None:
     """Compare queries by content and by position, as DapQ's observation study does."""
-    known = evaluation.RETRIEVAL + evaluation.QUOTING
-    if task not in known:
-        raise ValueError(f"--task takes one of {', '.join(known)}, got {task!r}.")
-    if out is not None:  # before the work, not after it
-        if out.is_dir():
-            raise ValueError(f"--out takes a file, but {out} is a folder.")
-        evaluation_folder.check_writable(out.parent)
+    _check(task, out)
     study = Study(
         tokens=tokens,
         sizes=sorted(evaluation_report.numbers("--sizes", sizes)),
@@ -77,18 +71,13 @@ def positions(
         seed=seed,
     )
     lm = flags.load_model(model, dtype)
+    drawn = evaluation.DEVELOPMENT_SEED if development else evaluation.REPORT_SEED
+    cell = Cell(task=task, length=length)
+    questions = evaluation_questions.draw(lm, [cell], samples=samples, seed=drawn)
     with progress() as bar:
-        questions = evaluation_questions.draw(
-            lm,
-            [Cell(task=task, length=length)],
-            samples=samples,
-            seed=evaluation.DEVELOPMENT_SEED if development else evaluation.REPORT_SEED,
-        )
         shown = bar.add_task("prompts", total=samples)
         found = position_study.run(
-            lm,
-            questions,
-            study,
+            *(lm, questions, study),
             batch_size=batch_size,
             advance=lambda: bar.advance(shown),
         )
@@ -104,7 +93,22 @@ def positions(
         "seed": seed,
         "development": development,
     }
-    record = {"config": config, **found, "run_meta": provenance()}
+    _tell({"config": config, **found, "run_meta": provenance()}, out=out, json_=json_)
+
+
+def _check(task: str, out: Path | None) -> None:
+    """Raise ValueError or OSError before the work, not after it."""
+    known = evaluation.RETRIEVAL + evaluation.QUOTING
+    if task not in known:
+        raise ValueError(f"--task takes one of {', '.join(known)}, got {task!r}.")
+    if out is not None:
+        if out.is_dir():
+            raise ValueError(f"--out takes a file, but {out} is a folder.")
+        evaluation_folder.check_writable(out.parent)
+
+
+def _tell(record: dict[str, Any], *, out: Path | None, json_: bool) -> None:
+    """Write a study's results to a file, if one is asked for, and to the terminal."""
     if out is not None:
         write_json(out, record)
     if json_:

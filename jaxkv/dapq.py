@@ -6,7 +6,7 @@ batch, `P` padded prompt, `N` pseudo tokens (in shapes of tokens), `H` head size
 """
 
 import dataclasses
-from typing import Literal, get_args
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from jaxkv.scoring import (
     Reduction,
     attention_of_window,
     check_kept_anyway,
-    check_pooling,
+    check_kernel,
     check_room_for_window,
     check_window,
     keep_anyway,
@@ -108,23 +108,12 @@ class DapQ(WholePrompt):
     def check(self, budget: int) -> None:
         """Need pseudo tokens, something to put into them, and a slot to choose for."""
         check_window("DapQ", self.window_size)
-        check_pooling("DapQ", self.pooling, self.kernel_size)
+        check_kernel("DapQ", self.kernel_size)
         if not 0 <= self.prefix <= self.window_size:
             raise ValueError(
                 f"DapQ: prefix={self.prefix} must lie between 0 and window_size="
                 f"{self.window_size}, of which it is a part."
             )
-        for name, kind in (
-            ("content", Content),
-            ("reduction", Reduction),
-            ("granularity", Granularity),
-        ):
-            value = getattr(self, name)
-            if value not in get_args(kind):
-                raise ValueError(
-                    f"DapQ: unknown {name}={value!r}; choose one of "
-                    f"{', '.join(get_args(kind))}."
-                )
         if self.content == "fixed" and not self.fixed_ids:
             raise ValueError(
                 'DapQ: content="fixed" needs fixed_ids, the token ids of a sentence.'
@@ -268,7 +257,7 @@ class LAQ(WholePrompt):
         """Need something to draft, and a budget that the draft can do with."""
         check_window("LAQ", self.window_size)
         check_window("LAQ", self.draft_window_size, option="draft_window_size")
-        check_pooling("LAQ", self.pooling, self.kernel_size)
+        check_kernel("LAQ", self.kernel_size)
         check_room_for_window("LAQ", budget)  # of the draft
         check_kept_anyway("LAQ", budget, n_recent=self.n_recent)
 

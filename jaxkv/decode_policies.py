@@ -12,7 +12,7 @@ Axis letters: `B` batch, `K` key/value heads, `G` query heads per key/value head
 
 import dataclasses
 import functools
-from typing import NamedTuple, get_args
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -100,13 +100,16 @@ class LongFlow:
         """Slots that prefill leaves free: as many as are freed at once."""
         return self.interval
 
+    @property
+    def verifies(self) -> bool:
+        """Whether one pass can tell what single steps would evict.
+
+        Not in bulk, nor where a step's score needs the output of the one before.
+        """
+        return self.interval == 1 and self.score != "deletion"
+
     def check(self, budget: int) -> None:
-        """Need a known score, and room beside what is protected."""
-        if self.score not in get_args(longflow.Score):
-            raise ValueError(
-                f"LongFlow: unknown score={self.score!r}; choose one of "
-                f"{', '.join(get_args(longflow.Score))}."
-            )
+        """Need room beside what is protected."""
         if self.interval < 1:
             raise ValueError(f"LongFlow: interval must be >= 1, got {self.interval}.")
         check_room(
@@ -201,10 +204,7 @@ class LongFlow:
         depth,
         implementation=None,
     ) -> tuple[jax.Array, Pending]:
-        """Give up along each path what plain decoding would; see `Speculable.verify`.
-
-        Only with `interval=1`, and not with the score "deletion".
-        """
+        """Give up on each path what plain decoding would; see `Speculable.verify`."""
         del ancestors
         out, slots, targets = longflow_tree.longflow_tree(
             query,

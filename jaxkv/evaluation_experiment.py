@@ -26,7 +26,7 @@ from jaxkv.evaluation import Cell
 from jaxkv.evaluation_folder import Predictions
 from jaxkv.evaluation_methods import Budget, Method
 from jaxkv.evaluation_questions import Match, Question
-from jaxkv.evaluation_sweep import Batch
+from jaxkv.evaluation_sweep import Batch, Unit
 from jaxkv.inference import Stats
 from jaxkv.language_model import LanguageModel
 from jaxkv.provenance import provenance, write_json
@@ -113,6 +113,32 @@ class _Clock:
         self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
 
 
+class _Record:
+    """Takes the batches as they come: into the folder, the clock and the bar."""
+
+    def __init__(
+        self, predictions: Predictions, clock: _Clock, bar: Any, units: Sequence[Unit]
+    ):
+        self.stats: list[Stats] = []
+        self._predictions = predictions
+        self._clock = clock
+        self._bar = bar
+        self._task = bar.add_task("", total=sum(len(unit.rows) for unit in units))
+
+    def __call__(self, batch: Batch) -> None:
+        begin = time.perf_counter()
+        self._predictions.append(batch.rows)
+        self.stats.append(batch.stats)
+        self._clock.add("write", time.perf_counter() - begin)
+        self._clock.add("compile", batch.stats.compile_seconds)
+        self._clock.add("prefill", batch.stats.prefill_seconds)
+        self._clock.add("decode", batch.stats.decode_seconds)
+        self._clock.add("judge", batch.judging_seconds)
+        last = batch.rows[-1]
+        text = f"{last['method']} {last['length']}"
+        self._bar.update(self._task, advance=len(batch.rows), description=text)
+
+
 def run(
     lm: LanguageModel, experiment: Experiment, folder: Path, *, pictures: bool | None
 ) -> dict[str, Any]:
@@ -133,45 +159,17 @@ def run(
     """
     if pictures:
         evaluation_pictures.require()
-    deadline = None
-    if experiment.seconds is not None:
-        deadline = time.monotonic() + experiment.seconds
+    limit = experiment.seconds
+    deadline = None if limit is None else time.monotonic() + limit
     clock = _Clock()
     predictions = Predictions(folder, experiment.config(lm))
     origin = provenance()
     with progress() as bar:
         questions = _questions(lm, experiment, bar)
         clock.lap("questions")
-        units = evaluation_sweep.plan(
-            questions,
-            experiment.methods,
-            experiment.budgets,
-            whole=evaluation_sweep.wholes(
-                questions, of_sequence=experiment.kind == "reasoning"
-            ),
-            max_new_tokens=experiment.max_new_tokens,
-            batch_size=experiment.batch_size,
-            mixed=experiment.mixed,
-            done=predictions.done,
-        )
-        evaluation_sweep.check_positions(lm, units)
+        units = _plan(lm, experiment, questions, predictions)
         clock.lap("plan")
-        stats: list[Stats] = []
-        task = bar.add_task("", total=sum(len(unit.rows) for unit in units))
-
-        def record(batch: Batch) -> None:
-            begin = time.perf_counter()
-            predictions.append(batch.rows)
-            stats.append(batch.stats)
-            clock.add("write", time.perf_counter() - begin)
-            clock.add("compile", batch.stats.compile_seconds)
-            clock.add("prefill", batch.stats.prefill_seconds)
-            clock.add("decode", batch.stats.decode_seconds)
-            clock.add("judge", batch.judging_seconds)
-            last = batch.rows[-1]
-            text = f"{last['method']} {last['length']}"
-            bar.update(task, advance=len(batch.rows), description=text)
-
+        record = _Record(predictions, clock, bar, units)
         try:
             complete = evaluation_sweep.run(
                 lm,
@@ -187,8 +185,8 @@ def run(
             _say(f"interrupted; the same command goes on in {folder}")
             raise
         clock.lap("run")
-    if stats:
-        announce(lm, stats)
+    if record.stats:
+        announce(lm, record.stats)
     metrics = write_report(folder, pictures=pictures)
     clock.lap("report")
     evaluation_folder.add_run(folder, origin | _meta(experiment, clock, complete))
@@ -212,6 +210,28 @@ def _questions(lm: LanguageModel, experiment: Experiment, bar: Any) -> list[Ques
     )
     bar.remove_task(task)
     return drawn
+
+
+def _plan(
+    lm: LanguageModel,
+    experiment: Experiment,
+    questions: Sequence[Question],
+    predictions: Predictions,
+) -> list[Unit]:
+    """Return what the folder lacks, or raise ValueError for what cannot work."""
+    of_sequence = experiment.kind == "reasoning"
+    units = evaluation_sweep.plan(
+        questions,
+        experiment.methods,
+        experiment.budgets,
+        whole=evaluation_sweep.wholes(questions, of_sequence=of_sequence),
+        max_new_tokens=experiment.max_new_tokens,
+        batch_size=experiment.batch_size,
+        mixed=experiment.mixed,
+        done=predictions.done,
+    )
+    evaluation_sweep.check_positions(lm, units)
+    return units
 
 
 def write_report(folder: Path, *, pictures: bool | None) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import numpy as np
 from jaxkv import evaluation, reasoning_tasks
 from jaxkv.evaluation import Cell
 from jaxkv.language_model import LanguageModel
-from jaxkv.options import MOST
+from jaxkv.option_types import MOST
 from jaxkv.samples import Sample, score_all
 
 Match = Literal["all", "any"]

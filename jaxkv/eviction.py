@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxkv.kernels import decode, victims
 from jaxkv.policies import attend_and_write
@@ -25,7 +26,7 @@ def check_room(
     """Raise ValueError unless `count` slots can be evicted beside what is protected."""
     if n_sink < 0:
         raise ValueError(f"{name}: n_sink must be >= 0, got {n_sink}.")
-    fraction = isinstance(n_recent, float)
+    fraction = isinstance(n_recent, float | np.floating)
     if not n_recent >= 0 or (fraction and not n_recent < 1):  # nor is NaN
         raise ValueError(
             f"{name}: n_recent must be a number of tokens >= 0 or a fraction of the "
@@ -42,7 +43,8 @@ def check_room(
 
 def num_recent(n_recent: int | float, slots: int) -> int:
     """Return how many tokens `n_recent` means; a fraction is one of `slots`."""
-    return int(n_recent * slots) if isinstance(n_recent, float) else n_recent
+    fraction = isinstance(n_recent, float | np.floating)
+    return int(n_recent * slots) if fraction else n_recent
 
 
 def start_sums(state: KVState) -> KVState:

@@ -54,9 +54,10 @@ class ExpectedAttention(WholePrompt):
                 "ExpectedAttention: n_future_positions must be between 1 and "
                 f"{MOST_FUTURE}, got {self.n_future_positions}."
             )
-        if self.epsilon < 0:
+        if not 0 <= self.epsilon < float("inf"):
             raise ValueError(
-                f"ExpectedAttention: epsilon must be >= 0, got {self.epsilon}."
+                "ExpectedAttention: epsilon must be >= 0 and finite, got "
+                f"{self.epsilon}."
             )
         check_kept_anyway("ExpectedAttention", budget, n_sink=self.n_sink)
 

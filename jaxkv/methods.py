@@ -7,12 +7,9 @@ of its dataclass, so there is nothing else to declare.
 import dataclasses
 import inspect
 import json
-import types
 import typing
 from collections.abc import Callable, Mapping
 from typing import Any
-
-import numpy as np
 
 from jaxkv.acceptance import Conditional, Exact, FixedThreshold, TopK, Typical
 from jaxkv.basic_policies import Full, StreamingLLM
@@ -26,6 +23,7 @@ from jaxkv.decode_policies import (
 )
 from jaxkv.drafts import Aligned, PromptLookup, Tree
 from jaxkv.expected_attention import ExpectedAttention
+from jaxkv.option_types import element, kinds, words
 from jaxkv.prompt_policies import H2O, TOVA, KNorm, PyramidKV, Random, SnapKV
 from jaxkv.rkv import RKV
 
@@ -64,8 +62,6 @@ ACCEPT: Mapping[str, type] = {
     "top-k": TopK,
     "typical": Typical,
 }
-
-_TABLES = (PREFILL, DECODE, SPECULATE, ACCEPT)
 
 
 def parse(text: str, table: Mapping[str, type], *, flag: str) -> Any:
@@ -109,39 +105,6 @@ def parse(text: str, table: Mapping[str, type], *, flag: str) -> Any:
     return make(**values)
 
 
-def check_types(method: Any) -> None:
-    """Raise ValueError if an option of a method in the tables is of the wrong type.
-
-    Names such as `score="l1"` are left to the method, which knows what they mean.
-    """
-    if not any(type(method) in table.values() for table in _TABLES):
-        return
-    hints = typing.get_type_hints(type(method))
-    for field in dataclasses.fields(method):
-        value, hint = getattr(method, field.name), hints[field.name]
-        if not any(_fits(value, kind) for kind in _kinds(hint)):
-            raise ValueError(
-                f"{type(method).__name__}: {field.name} takes "
-                f"{_words(hint, a_list='a tuple of {}')}, got {value!r}."
-            )
-
-
-def _fits(value: Any, kind: Any) -> bool:
-    truth = isinstance(value, bool | np.bool_)
-    if kind is bool:
-        return truth
-    if kind is int:
-        return isinstance(value, int | np.integer) and not truth
-    if kind is float:
-        return isinstance(value, int | float | np.number) and not truth
-    if kind is types.NoneType:
-        return value is None
-    if typing.get_origin(kind) is tuple:
-        inner = typing.get_args(kind)[0]
-        return isinstance(value, tuple) and all(_fits(x, inner) for x in value)
-    return True
-
-
 def _settings(method: type) -> dict[str, Callable[..., Any]]:
     """Return the named settings of a method: its class methods."""
     return {
@@ -159,34 +122,16 @@ def _read(text: str, hint: Any, what: str) -> Any:
     except ValueError:
         spellings = {"none": None, "true": True, "false": False}  # Python's as well
         value = spellings.get(text.lower(), text)
-    for kind in _kinds(hint):
+    for kind in kinds(hint):
         if typing.get_origin(kind) is typing.Literal:
             if text in typing.get_args(kind):  # "none" is a choice of some
                 return text
         elif kind is float and type(value) is int:
             return float(value)
-        elif typing.get_origin(kind) is tuple:
-            inner = typing.get_args(kind)[0]
+        elif inner := element(kind):
             if isinstance(value, list) and all(type(x) is inner for x in value):
                 return tuple(value)
         elif type(value) is kind:
             return value
-    raise ValueError(f"{what} takes {_words(hint)}, got {text!r}.")
-
-
-def _kinds(hint: Any) -> tuple[Any, ...]:
-    union = isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
-    return typing.get_args(hint) if union else (hint,)
-
-
-def _words(hint: Any, a_list: str = "a list such as [{} ...]") -> str:
-    words = []
-    for kind in _kinds(hint):
-        if typing.get_origin(kind) is typing.Literal:
-            words += map(str, typing.get_args(kind))
-        elif typing.get_origin(kind) is tuple:
-            words.append(a_list.format(typing.get_args(kind)[0].__name__))
-        else:
-            special = {types.NoneType: "none", bool: "true or false"}
-            words.append(special.get(kind, kind.__name__))
-    return " or ".join(words)
+    wanted = words(hint, a_list="a list of {} such as [1 2]")
+    raise ValueError(f"{what} takes {wanted}, got {text!r}.")

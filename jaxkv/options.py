@@ -1,10 +1,6 @@
 """What is static about a generation: the budget, and who decides what."""
 
 import dataclasses
-import numbers
-import operator
-import typing
-from typing import Any
 
 from jaxkv import speculation
 from jaxkv.acceptance import Exact, Rule
@@ -13,11 +9,9 @@ from jaxkv.drafts import Drafter
 from jaxkv.kernels import decode as decode_kernels
 from jaxkv.kernels import prefill as prefill_kernels
 from jaxkv.kernels import window_scores
+from jaxkv.option_types import check_types
 from jaxkv.policies import DecodePolicy, PrefillPolicy
 from jaxkv.sampling import Greedy, Sampler
-
-MOST = 2**31 - 1  # what fits int32
-MOST_SEED = 2**63 - 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,9 +44,10 @@ class Options:
     scores_implementation: window_scores.Implementation | None = None
 
     def check(self) -> None:
-        """Raise ValueError for options that contradict each other."""
-        check_numbers(self.prefill)
-        check_numbers(self.decode)
+        """Raise ValueError for options of wrong types or at odds with each other."""
+        roles = (self.prefill, self.decode, self.sampler, self.speculate, self.accept)
+        for role in roles:
+            check_types(role)
         self.sampler.check()
         speculation.check(self)
         if self.budget is None:
@@ -98,40 +93,3 @@ class Options:
             return (self.num_slots(prompt, new),) * num_layers
         budgets = self.prefill.layer_budgets(self.budget, num_layers)
         return tuple(min(budget, prompt) + new for budget in budgets)
-
-
-def check_numbers(policy: Any) -> None:
-    """Raise ValueError for an option that is no number, or a larger one than fits.
-
-    The policies' own checks compare numbers, and arrays take what they let pass.
-
-    Args:
-      policy: a dataclass; the annotations of its fields say what they take.
-    """
-    if not dataclasses.is_dataclass(policy):
-        return
-    for field in dataclasses.fields(policy):
-        value = getattr(policy, field.name)
-        name = f"{type(policy).__name__}: {field.name}"
-        kinds = typing.get_args(field.type) or (field.type,)
-        if typing.get_origin(field.type) is tuple:
-            if type(value) is not tuple:
-                raise ValueError(f"{name} must be a tuple, got {value!r}.")
-            for number in value:
-                _check_whole(name, number, MOST)
-        elif float in kinds and not isinstance(value, int):
-            if not isinstance(value, numbers.Real) or value != value:
-                raise ValueError(f"{name} must be a number, got {value!r}.")
-        elif {int, float} & set(kinds) and not (value is None and type(None) in kinds):
-            _check_whole(name, value, MOST_SEED if field.name == "seed" else MOST)
-
-
-def _check_whole(name: str, value: Any, most: int) -> None:
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = None
-    if number is None or isinstance(value, bool):
-        raise ValueError(f"{name} must be a whole number, got {value!r}.")
-    if abs(number) > most:
-        raise ValueError(f"{name} must be between -{most} and {most}, got {number}.")

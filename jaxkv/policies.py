@@ -207,7 +207,13 @@ class DecodePolicy(Protocol):
 
 
 class Speculable(DecodePolicy, Protocol):
-    """A decode policy that can verify drafts: say what it would do, and do nothing."""
+    """A decode policy that can verify drafts: say what it would do, and do nothing.
+
+    Attributes:
+      verifies: whether it can with its options.
+    """
+
+    verifies: bool
 
     def verify(
         self,

@@ -19,7 +19,7 @@ from jaxkv.scoring import (
     Pooling,
     attention_of_window,
     check_kept_anyway,
-    check_pooling,
+    check_kernel,
     check_room_for_window,
     check_window,
     keep_anyway,
@@ -102,7 +102,7 @@ class SnapKV(WholePrompt):
         """Need a window, and a slot beside it."""
         name = type(self).__name__
         check_window(name, self.window_size)
-        check_pooling(name, self.pooling, self.kernel_size)
+        check_kernel(name, self.kernel_size)
         if self.offset < 0:
             raise ValueError(
                 f"{name}: offset must be >= 0, got {self.offset}; queries are turned "

@@ -5,7 +5,7 @@ does the rest. Axis letters: `B` batch, `W` window, `N` query heads, `K` key/val
 heads, `T` tokens of the buffer, `L` tokens that are scored, `H` head size.
 """
 
-from typing import Literal, get_args
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -131,12 +131,8 @@ def check_window(name: str, size: int, *, option: str = "window_size") -> None:
         raise ValueError(f"{name}: {option} must be at least 1 query, got {size}.")
 
 
-def check_pooling(name: str, pooling: str, kernel_size: int) -> None:
-    """Raise ValueError for an unknown pooling, or a kernel without a middle."""
-    if pooling not in get_args(Pooling):
-        raise ValueError(
-            f"{name}: unknown {pooling=}; choose one of {', '.join(get_args(Pooling))}."
-        )
+def check_kernel(name: str, kernel_size: int) -> None:
+    """Raise ValueError for a kernel of the pooling that has no middle."""
     if kernel_size < 1 or kernel_size % 2 == 0:
         raise ValueError(
             f"{name}: kernel_size must be odd and at least 1, got {kernel_size}; "

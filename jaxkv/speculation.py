@@ -89,11 +89,10 @@ def check(options: Any) -> None:
             )
         return
     drafter.check()
-    # A policy that frees several slots at once does not decide token by token.
-    if not hasattr(decode, "verify") or decode.spare > 1:
+    if not getattr(decode, "verifies", False):  # many know nothing of drafts
         raise ValueError(
             f"{decode} cannot verify drafts; speculation works with Full(), "
-            "StreamingLLM(), and LongFlow() of interval 1."
+            "StreamingLLM(), and LongFlow() of interval 1 and any score but deletion."
         )
     if not rule.exact and options.sampler != Greedy():
         raise ValueError(

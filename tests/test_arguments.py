@@ -46,7 +46,7 @@ BAD = {
     ),
     "break even": (
         dict(speculate=jaxkv.Tree(break_even=float("nan"))),
-        "break_even must be >= 0",
+        "Tree: break_even takes a number, got nan",
     ),
 }
 BAD_PROMPTS = {

@@ -66,6 +66,26 @@ def test_bad_input_of_generate(jaxkv_, tiny, case):
     assert message in jaxkv_.error("generate", tiny, *arguments)
 
 
+BEFORE_LOADING = {
+    "prefill": (["--budget=16", f"--prefill=dapq:seed={2**64}"], "DapQ: seed must be"),
+    "decode": (["--budget=16", f"--decode=vatp:n_sink={2**40}"], "n_sink must be"),
+    "sampler": (["--temperature=1", f"--top-k={2**40}"], "top_k must be between"),
+    "drafts": ([f"--speculate=tree:depth={2**40}"], "Tree: depth must be between"),
+    "rule": (["--speculate=tree", f"--accept=top-k:k={2**40}"], "TopK: k must be"),
+    "deletion": (
+        ["--budget=16", "--decode=longflow:score=deletion", "--speculate=tree"],
+        "any score but deletion",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BEFORE_LOADING)
+def test_options_are_checked_before_a_model_is_loaded(jaxkv_, case):
+    arguments, message = BEFORE_LOADING[case]
+    error = jaxkv_.error("generate", "no/model", "--prompt=x", *arguments)
+    assert message in error
+
+
 BAD_FILES = {
     "latin.txt": (b"caf\xe9", "latin.txt is not UTF-8 text (byte 3 is 0xe9)"),
     "empty.txt": (b"\n", "empty.txt: the prompt is empty"),

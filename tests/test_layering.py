@@ -26,6 +26,7 @@ CORE = {
     "generation",
     "likeliest",
     "matching",
+    "option_types",
     "options",
     "passes",
     "policies",

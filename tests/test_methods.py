@@ -3,11 +3,9 @@
 import dataclasses
 import json
 
-import numpy as np
 import pytest
 
-import jaxkv
-from jaxkv import RKV, DapQ, H2ODecode, LongFlow, PyramidKV, methods
+from jaxkv import DapQ, LongFlow, PyramidKV, methods
 
 TABLES = {
     "prefill": methods.PREFILL,
@@ -43,9 +41,9 @@ def test_lists_and_the_word_none():
     assert (policy.fixed_ids, policy.pooling) == ((5, 6), "none")
     policy = methods.parse("h2o:window_size=none", methods.PREFILL, flag="--x")
     assert policy.window_size is None
-    with pytest.raises(ValueError, match=r"takes a list such as \[int ...\], got"):
+    with pytest.raises(ValueError, match="takes a list of whole numbers such as"):
         methods.parse("dapq:fixed_ids=[5 x]", methods.PREFILL, flag="--x")
-    with pytest.raises(ValueError, match="pooling takes none or max or avg, got"):
+    with pytest.raises(ValueError, match="pooling takes none, max or avg, got"):
         methods.parse("dapq:pooling=mean", methods.PREFILL, flag="--x")
 
 
@@ -53,32 +51,6 @@ def test_truth_values_as_in_json_and_as_in_python():
     for text in ("false", "False"):
         policy = methods.parse(f"longflow:shared={text}", methods.DECODE, flag="--x")
         assert policy == LongFlow(shared=False)
-
-
-@pytest.mark.parametrize(
-    ("method", "message"),
-    [
-        (LongFlow(n_recent=0.5), "LongFlow: n_recent takes int, got 0.5"),
-        (LongFlow(interval="2"), "LongFlow: interval takes int, got '2'"),
-        (LongFlow(interval=True), "LongFlow: interval takes int, got True"),
-        (LongFlow(shared="no"), "LongFlow: shared takes true or false, got 'no'"),
-        (H2ODecode(n_recent="8"), "H2ODecode: n_recent takes int or float, got '8'"),
-        (RKV(threshold=None), "RKV: threshold takes float, got None"),
-        (DapQ(fixed_ids=[5]), r"fixed_ids takes a tuple of int, got \[5\]"),
-    ],
-)
-def test_options_of_a_wrong_type_are_refused(tiny_lm, method, message):
-    role = "prefill" if isinstance(method, DapQ) else "decode"
-    with pytest.raises(ValueError, match=message):
-        jaxkv.generate(tiny_lm, [[3, 4]], budget=200, **{role: method})
-
-
-def test_options_of_numpy_are_numbers():
-    for table in TABLES.values():
-        for method in table.values():
-            methods.check_types(method())
-    methods.check_types(LongFlow(n_recent=np.int32(1), shared=np.True_))
-    methods.check_types(RKV(threshold=1, mix_lambda=np.float32(0.5)))
 
 
 def test_named_settings_stand_before_the_options():
@@ -104,9 +76,9 @@ def test_named_settings_stand_before_the_options():
         ("full:n_sink=1", "no option of full"),
         ("streaming-llm:n_sink", "write option=value"),
         ("streaming-llm:sinks=1", "one of its options: n_sink"),
-        ("streaming-llm:n_sink=two", "n_sink takes int, got 'two'"),
-        ("streaming-llm:n_sink=1.5", "n_sink takes int"),
-        ("streaming-llm:n_sink=true", "n_sink takes int"),
+        ("streaming-llm:n_sink=two", "n_sink takes a whole number, got 'two'"),
+        ("streaming-llm:n_sink=1.5", "n_sink takes a whole number"),
+        ("streaming-llm:n_sink=true", "n_sink takes a whole number"),
         ("streaming-llm:n_sink=1,n_sink=2", "given twice"),
         ("longflow:shared=maybe", "shared takes true or false, got 'maybe'"),
     ],

@@ -339,7 +339,6 @@ def test_kept_anyway_counts_from_each_row_s_end():
         (SnapKV(window_size=0), 8, "SnapKV: window_size must be at least 1"),
         (SnapKV(window_size=8), 1, "SnapKV: budget=1 leaves no slot beside its win"),
         (SnapKV(kernel_size=4), 64, "kernel_size must be odd"),
-        (SnapKV(pooling="mean"), 64, "unknown pooling='mean'"),
         (SnapKV(offset=-1), 64, "SnapKV: offset must be >= 0, got -1"),
         (PyramidKV(window_size=8), 1, "PyramidKV: budget=1 leaves no slot"),
         (PyramidKV(beta=0), 64, "beta must be at least 1"),
@@ -349,12 +348,10 @@ def test_kept_anyway_counts_from_each_row_s_end():
         (ExpectedAttention(n_future_positions=0), 8, "n_future_positions must be"),
         (ExpectedAttention(n_future_positions=1 << 17), 8, "between 1 and 65536"),
         (ExpectedAttention(epsilon=-1.0), 8, "epsilon must be >= 0"),
+        (ExpectedAttention(epsilon=float("inf")), 8, "and finite, got inf"),
         (ExpectedAttention(n_sink=8), 8, "leaves no slot .* n_sink=8"),
         (DapQ(window_size=0), 8, "DapQ: window_size must be at least 1"),
         (DapQ(prefix=9), 8, "prefix=9 must lie between 0 and window_size=8"),
-        (DapQ(reduction="mean"), 8, "unknown reduction='mean'"),
-        (DapQ(content="poem"), 8, "unknown content='poem'"),
-        (DapQ(granularity="layer"), 8, "unknown granularity='layer'"),
         (DapQ(content="fixed"), 8, 'content="fixed" needs fixed_ids'),
         (DapQ(kernel_size=2), 8, "kernel_size must be odd"),
         (DapQ(n_sink=-1), 8, "n_sink must be >= 0"),
@@ -369,37 +366,6 @@ def test_kept_anyway_counts_from_each_row_s_end():
 def test_bad_options_are_named(policy, budget, message):
     with pytest.raises(ValueError, match=message):
         policy.check(budget)
-
-
-@pytest.mark.parametrize(
-    ("policy", "message"),
-    [
-        (SnapKV(window_size=2**31), "SnapKV: window_size must be between -2147483647"),
-        (SnapKV(window_size="8"), "window_size must be a whole number, got '8'"),
-        (SnapKV(kernel_size=7.0), "kernel_size must be a whole number, got 7.0"),
-        (DapQ(n_sink=True), "DapQ: n_sink must be a whole number, got True"),
-        (DapQ(fixed_ids=[1, 2]), "fixed_ids must be a tuple, got .1, 2."),
-        (DapQ(fixed_ids=(1, 2**40)), "fixed_ids must be between"),
-        (Random(seed=2**63), "Random: seed must be between"),
-        (H2O(window_size=1.5), "H2O: window_size must be a whole number, got 1.5"),
-        (ExpectedAttention(epsilon="0"), "epsilon must be a number, got '0'"),
-        (ExpectedAttention(epsilon=float("nan")), "epsilon must be a number, got nan"),
-    ],
-)
-def test_options_that_are_no_numbers_are_named(policy, message):
-    with pytest.raises(ValueError, match=message):
-        Options(budget=64, prefill=policy).check()
-
-
-def test_numbers_of_other_libraries_are_taken():
-    for policy in (
-        SnapKV(window_size=np.int64(4)),
-        ExpectedAttention(epsilon=np.float32(0.1)),
-        ExpectedAttention(epsilon=1),
-        Random(seed=2**40),
-        H2O(window_size=None),
-    ):
-        Options(budget=64, prefill=policy).check()
 
 
 def test_layers_of_different_budgets_need_a_decode_that_appends():

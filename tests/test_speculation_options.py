@@ -39,6 +39,10 @@ class Unable:
             "interval 1",
         ),
         (
+            Options(speculate=Tree(), budget=20, decode=LongFlow(score="deletion")),
+            "any score but deletion",
+        ),
+        (
             Options(speculate=Tree(), accept=TopK(), sampler=Categorical()),
             "TopK is lossy, and defined for greedy",
         ),

@@ -1,0 +1,119 @@
+"""Whether options are of the types that their dataclass declares.
+
+The checks of the classes themselves compare numbers, and arrays take what they let
+pass. So this comes first, and they need not ask what a value is.
+"""
+
+import dataclasses
+import types
+import typing
+from typing import Any
+
+import numpy as np
+
+MOST = 2**31 - 1  # what fits int32
+MOST_SEED = 2**63 - 1
+
+
+def check_types(options: Any) -> None:
+    """Raise ValueError for an option that is not of the type of its annotation.
+
+    Checked are annotations made of int, float, bool, None, Literal and `tuple[x, ...]`
+    of them; others are left to the class. Neither a truth value nor NaN is a number. A
+    float may be given as a whole number, and NumPy's scalars are taken as Python's.
+    Whole numbers must fit int32, a `seed` int64. Infinity is left to the class.
+
+    Args:
+      options: a dataclass; anything else has no annotations and passes, as do classes
+        with names in their annotations that cannot be found (imported for type checkers
+        only).
+    """
+    if not dataclasses.is_dataclass(options):
+        return
+    try:
+        hints = typing.get_type_hints(type(options))
+    except NameError:
+        return
+    for field in dataclasses.fields(options):
+        value, hint = getattr(options, field.name), hints.get(field.name)
+        name = f"{type(options).__name__}: {field.name}"
+        if not _fits(value, hint):
+            raise ValueError(f"{name} takes {words(hint)}, got {value!r}.")
+        most = MOST_SEED if field.name == "seed" else MOST
+        for number in _numbers(value, hint):
+            if abs(number) > most:
+                raise ValueError(
+                    f"{name} must be between -{most} and {most}, got {number}."
+                )
+
+
+def kinds(hint: Any) -> tuple[Any, ...]:
+    """Return the parts of a union, or what is none as the only part."""
+    union = isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
+    return typing.get_args(hint) if union else (hint,)
+
+
+def element(kind: Any) -> Any:
+    """Return `x` of `tuple[x, ...]`, None of all others."""
+    args = typing.get_args(kind)
+    listed = typing.get_origin(kind) is tuple and args[1:] == (...,)
+    return args[0] if listed else None
+
+
+def words(hint: Any, a_list: str = "a tuple of {}") -> str:
+    """Return an annotation in words, such as "a number or none".
+
+    Args:
+      hint: one of those that `check_types` checks.
+      a_list: what tuples are called, around the name of what is in them.
+    """
+    found: list[str] = []
+    for kind in kinds(hint):
+        if typing.get_origin(kind) is typing.Literal:
+            found += map(str, typing.get_args(kind))
+        elif inner := element(kind):
+            found.append(a_list.format(f"{_noun(inner)}s"))
+        elif kind is bool:
+            found += ["true", "false"]
+        elif kind is types.NoneType:
+            found.append("none")
+        elif kind is not int or float not in kinds(hint):
+            found.append(f"a {_noun(kind)}")
+    return " or ".join(filter(None, [", ".join(found[:-1]), found[-1]]))
+
+
+def _noun(kind: Any) -> str:
+    known = {int: "whole number", float: "number", bool: "truth value"}
+    return known.get(kind) or getattr(kind, "__name__", str(kind))
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    return any(_fits_kind(value, kind) for kind in kinds(hint))
+
+
+def _fits_kind(value: Any, kind: Any) -> bool:
+    truth = isinstance(value, bool | np.bool_)
+    if kind is bool:
+        return truth
+    if kind is int:
+        return isinstance(value, int | np.integer) and not truth
+    if kind is float:
+        fraction = isinstance(value, float | np.floating)
+        return bool(value == value) if fraction else _fits_kind(value, int)
+    if kind is types.NoneType:
+        return value is None
+    if typing.get_origin(kind) is typing.Literal:
+        choices = typing.get_args(kind)
+        return any(type(x) is type(value) and x == value for x in choices)
+    if inner := element(kind):
+        return isinstance(value, tuple) and all(_fits(x, inner) for x in value)
+    return True
+
+
+def _numbers(value: Any, hint: Any) -> list[int]:
+    """Return the whole numbers in a value, where its annotation speaks of numbers."""
+    if isinstance(value, tuple):
+        inner = next(filter(None, map(element, kinds(hint))), None)
+        return [number for x in value for number in _numbers(x, inner)]
+    number = any(kind in (int, float) for kind in kinds(hint))
+    return [int(value)] if number and isinstance(value, int | np.integer) else []
