@@ -6,7 +6,8 @@ as SVG; each heat map's grid also as CSV, which needs no matplotlib.
 
 import csv
 import importlib.util
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -113,21 +114,39 @@ def draw_budgets(
     lengths = sorted({record["length"] for record in records})
     figure = _figure(figsize=(3 + 4.5 * len(lengths), 4.2))
     panels = figure.subplots(1, len(lengths), squeeze=False, sharey=True)
+    methods = dict.fromkeys(r["method"] for r in records if r["budget"] != FULL)
+    styles = dict(zip(methods, _styles(), strict=False))
+    shown: dict[str, Any] = {}  # some lengths may lack some methods
     for length, axes in zip(lengths, panels[0], strict=True):
         here = [record for record in records if record["length"] == length]
-        _panel(axes, here, column)
+        _panel(axes, here, column, styles)
+        lines, names = axes.get_legend_handles_labels()
+        shown = dict(zip(names, lines, strict=True)) | shown
         axes.set_title(f"{length} tokens")
         axes.set_xlabel("budget")
         axes.set_ylim(-0.02, 1.02)
         axes.grid(alpha=0.3)
     panels[0][0].set_ylabel(label)
-    lines, names = panels[0][0].get_legend_handles_labels()
+    names = list(dict.fromkeys(r["method"] for r in records))
+    lines = [shown[name] for name in names]
     figure.legend(lines, names, loc="outside right upper", fontsize="small")
     figure.suptitle(title)
     return _save(figure, folder / "budgets")
 
 
-def _panel(axes: Any, records: Sequence[Mapping[str, Any]], column: str) -> None:
+def _styles() -> Iterator[dict[str, str]]:
+    """Yield ways to draw a line: ten colours, with another marker after each round."""
+    for marker, line in itertools.cycle((("o", "-"), ("s", "--"), ("^", ":"))):
+        for colour in range(10):
+            yield {"color": f"C{colour}", "marker": marker, "ls": line}
+
+
+def _panel(
+    axes: Any,
+    records: Sequence[Mapping[str, Any]],
+    column: str,
+    styles: Mapping[str, Mapping[str, str]],
+) -> None:
     budgets = {r["budget"] for r in records if r["budget"] != FULL}
     # Evenly spaced, in order: budgets are often powers of two.
     ordered = sorted(budgets, key=lambda name: float(name.removesuffix("%")))
@@ -146,9 +165,9 @@ def _panel(axes: Any, records: Sequence[Mapping[str, Any]], column: str) -> None
             [place[record["budget"]] for record in group],
             middle,
             yerr=[below, above],
-            marker="o",
             capsize=3,
             label=method,
+            **styles[method],
         )
 
 

@@ -163,3 +163,26 @@ def test_pictures(tmp_path):
     assert files[0].read_bytes().startswith(b"\x89PNG")
     assert all(file.stat().st_size > 1000 for file in files)
     assert "<svg" in files[-1].read_text()
+
+
+def test_a_method_looks_the_same_at_every_length(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    figures = []
+    monkeypatch.setattr(
+        evaluation_pictures, "_save", lambda figure, stem: figures.append(figure)
+    )
+    some = [row(0.5, method=f"m{i}", length=100) for i in range(12)]
+    some += [row(0.5, method=f"m{i}", length=200) for i in (11, 5, 12)]
+    evaluation_pictures.draw_budgets(
+        tmp_path, some, title="t", column="score", label="s"
+    )
+    (figure,) = figures
+    looks = {}
+    for axes in figure.axes:
+        for lines, name in zip(*axes.get_legend_handles_labels(), strict=True):
+            line = lines.lines[0]
+            look = line.get_color(), line.get_marker(), line.get_linestyle()
+            assert looks.setdefault(name, look) == look
+    assert len(looks) == 13 == len(set(looks.values()))
+    (legend,) = figure.legends
+    assert sorted(text.get_text() for text in legend.texts) == sorted(looks)
