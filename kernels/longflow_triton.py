@@ -133,6 +133,7 @@ def longflow_attention_triton(
     Returns:
       The output, the updated cache and the next target.
     """
+    from jaxkv.kernels import longflow_choice_body as choice
     from jaxkv.kernels import longflow_triton_body as body
 
     batch, kv_heads, slots, head_dim = keys.shape
@@ -179,7 +180,7 @@ def longflow_attention_triton(
     ]
     if tiles.programs:
         target, _, _ = call(
-            body.choose_victims,
+            choice.choose_victims,
             (*rest, target, position, arrivals),
             outputs,
             aliases={1: 0, 3: 2},
@@ -191,7 +192,7 @@ def longflow_attention_triton(
         return LongFlowOutput(parts.reshape(query.shape), *cache, target)
     bounds = target, position, oldest, newest
     out, target, _, _ = call(
-        body.finish_splits,
+        choice.finish_splits,
         (logits, parts, statistic, norms, positions, *bounds, arrivals),
         (jax.ShapeDtypeStruct(query.shape, query.dtype), *outputs),
         aliases={5: 1, 9: 3},

@@ -73,7 +73,7 @@ def test_interpreted_kernels_agree_with_the_oracle(cases):
 @triton_on_cpu.compiled_for(SHIPPED, SHIPPED_SLOW)
 def test_shipped_tiles_compile_without_spills(shape, capability, record_property):
     pytest.importorskip("triton")
-    from jaxkv.kernels import longflow_triton_body as body
+    from jaxkv.kernels import longflow_choice_body, longflow_triton_body
 
     batch, heads, kv_heads, slots, head_dim, dtype = shape
     sizes = heads, kv_heads, slots, head_dim
@@ -86,6 +86,8 @@ def test_shipped_tiles_compile_without_spills(shape, capability, record_property
         False: [("score_split", first, tiles), ("finish_splits", second, small)],
     }[tiles.programs > 0]
     for name, constants, launch in launches:
+        of_first = launch is tiles
+        body = longflow_triton_body if of_first else longflow_choice_body
         kernel = getattr(body, name)
         dtypes = dict.fromkeys(kernel.arg_names, "int32")
         dtypes |= dict.fromkeys(

@@ -1,0 +1,206 @@
+"""Triton kernels of `longflow_triton`, the second launch; imported at the call.
+
+It chooses the victims from what `longflow_triton_body` leaves, which has the picture.
+The choice is a minimum over int32 (`slot_order`), ties to the lowest slot. The last
+program to arrive takes the minimum over all blocks, and computes the same whichever it
+is; the counter of arrivals is the only atomic, and an integer.
+"""
+
+import triton
+import triton.language as tl
+
+from jaxkv.kernels.decode_triton_body import combine_head
+
+_LOWEST = tl.constexpr(-1e30)
+_MAX_INT = tl.constexpr(2147483647)
+
+
+@triton.jit
+def weigh_slots(logits, statistic, norms, positions, oldest, newest):
+    """Return importance `[S]`, summed over heads, what is free, what is protected.
+
+    `statistic` is `[HEADS]`, the others `[HEADS, S]`.
+    """
+    is_held = positions >= 0
+    weights = tl.where(is_held, tl.exp2(logits - statistic[:, None]) * norms, 0.0)
+    barred = is_held & ((positions < oldest) | (positions > newest))
+    free = tl.max(is_held.to(tl.int32), 0) == 0
+    return tl.sum(weights, 0), free, tl.max(barred.to(tl.int32), 0) > 0
+
+
+@triton.jit
+def slot_order(importance, free, protected, real):
+    """Return int32 `[S]`, the less the sooner to go: free, evictable, protected."""
+    bits = importance.to(tl.int32, bitcast=True)  # as ordered as what is not negative
+    order = tl.where(protected, bits, bits - _MAX_INT)
+    order = tl.where(free, -_MAX_INT - 1, order)
+    return tl.where(real, order, _MAX_INT)
+
+
+@triton.jit
+def least_slot(order, slots):
+    """Return the least order and the lowest slot that has it."""
+    pairs = (order.to(tl.int64) << 32) | slots.to(tl.int64)
+    least = tl.min(pairs, 0)
+    return (least >> 32).to(tl.int32), least.to(tl.int32)
+
+
+@triton.jit
+def choose_victim(
+    order,  # [S] of this block
+    slots,  # [S]
+    target_ptr,  # [B, K]
+    position_ptr,  # [B]
+    arrivals_ptr,  # [ROWS], zeros
+    new_target_ptr,  # [B, K]
+    minima_ptr,  # [ROWS, BLOCKS, 2]
+    row,
+    block,
+    TARGETS: tl.constexpr,  # KV heads that share the victim: K or 1
+    TARGETS_PAD: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    BLOCKS_PAD: tl.constexpr,
+):
+    """Store the block's minimum; if it is the row's last, store the row's victim."""
+    least, slot = least_slot(order, slots)
+    minima_ptr += row * (BLOCKS * 2)
+    tl.store(minima_ptr + block * 2, least)
+    tl.store(minima_ptr + block * 2 + 1, slot)
+    tl.debug_barrier()
+    arrived = tl.atomic_add(arrivals_ptr + row, 1, sem="acq_rel")
+    if arrived == BLOCKS - 1:
+        tl.debug_barrier()
+        blocks = tl.arange(0, BLOCKS_PAD)
+        real = blocks < BLOCKS
+        orders = tl.load(minima_ptr + blocks * 2, real, other=_MAX_INT, volatile=True)
+        found = tl.load(minima_ptr + blocks * 2 + 1, real, other=0, volatile=True)
+        # Among padding, too, the minimum is real: each row has a slot.
+        _, slot = least_slot(orders, tl.where(real, found, _MAX_INT))
+        targets = tl.arange(0, TARGETS_PAD)
+        position = tl.load(position_ptr + row * TARGETS // KV_HEADS)
+        old = tl.load(target_ptr + row * TARGETS + targets, targets < TARGETS, other=0)
+        new = tl.where(position >= 0, slot, old)
+        tl.store(new_target_ptr + row * TARGETS + targets, new, targets < TARGETS)
+
+
+@triton.jit
+def finish_splits(
+    logits_ptr,  # [ROWS, HEADS, STRIDE]
+    parts_ptr,  # [SPLITS, ROWS, HEADS, H]
+    statistic_ptr,  # [SPLITS, ROWS, HEADS]
+    norms_ptr,  # [ROWS, TARGETS, SLOTS]
+    positions_ptr,  # [ROWS, TARGETS, SLOTS]
+    target_ptr,  # [B, K]
+    position_ptr,  # [B]
+    oldest_ptr,  # [B]
+    newest_ptr,  # [B]
+    arrivals_ptr,  # [ROWS]
+    # Outputs.
+    out_ptr,  # [ROWS, HEADS, H]
+    new_target_ptr,  # [B, K]
+    minima_ptr,  # [ROWS, BLOCKS, 2]
+    _arrivals_out_ptr,
+    HEADS: tl.constexpr,  # query heads that share the victim: N or G
+    HEADS_PAD: tl.constexpr,
+    TARGETS: tl.constexpr,
+    TARGETS_PAD: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    STRIDE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEAD_PAD: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SPLITS_PAD: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    BLOCKS_PAD: tl.constexpr,
+):
+    """Choose the victim, `BLOCKS` programs a row, and join the splits, one per head."""
+    row = tl.program_id(0).to(tl.int64)
+    block = tl.program_id(1)
+    num_heads = tl.num_programs(0) * HEADS
+    if block < BLOCKS:
+        splits = tl.arange(0, SPLITS_PAD)
+        heads = tl.arange(0, HEADS_PAD)
+        parts = tl.load(
+            statistic_ptr
+            + splits[:, None].to(tl.int64) * num_heads
+            + (row * HEADS + heads)[None, :],
+            (splits < SPLITS)[:, None] & (heads < HEADS)[None, :],
+            other=_LOWEST,
+        )
+        slots = block * CHUNK + tl.arange(0, CHUNK)
+        batch = row * TARGETS // KV_HEADS
+        oldest = tl.load(oldest_ptr + batch)
+        newest = tl.load(newest_ptr + batch)
+        real = (heads < HEADS)[:, None] & (slots < SLOTS)[None, :]
+        logits = tl.load(
+            logits_ptr
+            + row * (HEADS * STRIDE)
+            + heads[:, None] * STRIDE
+            + slots[None, :],
+            real,
+            other=float("-inf"),
+            eviction_policy="evict_first",
+        )
+        held = row * (TARGETS * SLOTS) + (heads // (HEADS // TARGETS))[:, None] * SLOTS
+        norms = tl.load(norms_ptr + held + slots[None, :], real, other=0.0)
+        positions = tl.load(positions_ptr + held + slots[None, :], real, other=-1)
+        maximum = tl.max(parts, 0)
+        statistic = maximum + tl.log2(tl.sum(tl.exp2(parts - maximum[None, :]), 0))
+        importance, is_free, protected = weigh_slots(
+            logits, statistic, norms, positions, oldest, newest
+        )
+        order = slot_order(importance, is_free, protected, slots < SLOTS)
+        choose_victim(
+            *(order, slots, target_ptr, position_ptr, arrivals_ptr),
+            *(new_target_ptr, minima_ptr, row, block),
+            *(TARGETS, TARGETS_PAD, KV_HEADS, BLOCKS, BLOCKS_PAD),
+        )
+    else:
+        combine_head(
+            *(parts_ptr, statistic_ptr, out_ptr),
+            *(row * HEADS + block - BLOCKS, num_heads),
+            *(HEAD_DIM, SPLITS, SPLITS_PAD, HEAD_PAD),
+        )
+
+
+@triton.jit
+def choose_victims(
+    importance_ptr,  # [ROWS, TARGETS, STRIDE]
+    target_ptr,  # [B, K]
+    position_ptr,  # [B]
+    arrivals_ptr,  # [ROWS]
+    # Outputs.
+    new_target_ptr,  # [B, K]
+    minima_ptr,  # [ROWS, BLOCKS, 2]
+    _arrivals_out_ptr,
+    TARGETS: tl.constexpr,
+    TARGETS_PAD: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    STRIDE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    BLOCKS_PAD: tl.constexpr,
+):
+    """Choose the victim from importance per key/value head, `BLOCKS` programs a row."""
+    row = tl.program_id(0).to(tl.int64)
+    block = tl.program_id(1)
+    slots = block * CHUNK + tl.arange(0, CHUNK)
+    kv_heads = tl.arange(0, TARGETS_PAD)
+    importance = tl.load(
+        importance_ptr + (row * TARGETS + kv_heads)[:, None] * STRIDE + slots[None, :],
+        (kv_heads < TARGETS)[:, None] & (slots < SLOTS)[None, :],
+        other=0.0,
+    )
+    protected = tl.max((importance.to(tl.int32, bitcast=True) < 0).to(tl.int32), 0) > 0
+    importance = tl.sum(tl.abs(importance), 0)
+    is_free = importance == float("inf")
+    order = slot_order(importance, is_free, protected, slots < SLOTS)
+    choose_victim(
+        *(order, slots, target_ptr, position_ptr, arrivals_ptr),
+        *(new_target_ptr, minima_ptr, row, block),
+        *(TARGETS, TARGETS_PAD, KV_HEADS, BLOCKS, BLOCKS_PAD),
+    )
