@@ -46,6 +46,11 @@ def integers(name: str, values: Any, *, most: int = MOST) -> list[int]:
     return [integer(f"{name}[{i}]", v, most=most) for i, v in enumerate(values)]
 
 
+def _is_one(values: Any) -> bool:
+    """Return whether this has no entries; an array of no axes has `__len__` too."""
+    return not hasattr(values, "__len__") or getattr(values, "ndim", 1) == 0
+
+
 def token_ids(index: int, prompt: Any) -> Any:
     """Return the ids of a prompt that is no text, an array or a list of integers."""
     if isinstance(prompt, np.ndarray):
@@ -104,7 +109,7 @@ def encode(lm: LanguageModel, prompts: Prompts) -> list[list[int]]:
     """Return the token ids of prompts, or raise ValueError for bad ones."""
     if isinstance(prompts, str):
         prompts = [prompts]
-    if isinstance(prompts, bytes) or not hasattr(prompts, "__len__"):
+    if isinstance(prompts, bytes) or _is_one(prompts):
         raise ValueError(
             "generate: prompts must be a list of texts or of lists of token ids, got "
             f"{prompts!r}."
@@ -134,7 +139,7 @@ def encode(lm: LanguageModel, prompts: Prompts) -> list[list[int]]:
 
 def row_keys(seed: int | Sequence[int], rows: int) -> jax.Array:
     """Return one PRNG key per row: from one seed, or from one seed each."""
-    if np.ndim(seed) == 0:
+    if isinstance(seed, str) or _is_one(seed):
         seed = integer("seed", seed, most=MOST_SEED)
         return jax.vmap(jax.random.fold_in, (None, 0))(
             jax.random.key(int(seed)), jnp.arange(rows)
@@ -187,7 +192,7 @@ def row_budgets(
         return tuple(max(1, round(len(row) * (1 - compression_ratio))) for row in ids)
     if budget is None:
         return None
-    if np.ndim(budget) == 0:
+    if isinstance(budget, str) or _is_one(budget):
         return (integer("budget", budget),) * len(ids)
     budgets = tuple(integers("budget", budget))
     if len(budgets) != len(ids):
@@ -211,7 +216,7 @@ def spans(
         return None
     if options.speculate is None:
         raise ValueError("generate: pool= does nothing without speculate=.")
-    if isinstance(pool, str | bytes) or not hasattr(pool, "__len__"):
+    if isinstance(pool, str | bytes) or _is_one(pool):
         raise ValueError(
             "generate: pool= takes a list with one span (first token, the one after "
             f"the last) per prompt, got {pool!r}."

@@ -178,6 +178,12 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{path} is no configuration of a comparison: it lacks "
             f"{', '.join(sorted(missing))}; give a folder that `jaxkv eval` has made."
         )
+    for name in ("methods", "cells"):
+        if not isinstance(config[name], list):
+            raise ValueError(
+                f"{path}: {name} must be a list, got {_short(config[name])}; give a "
+                "folder that `jaxkv eval` has made."
+            )
     return config
 
 
@@ -246,5 +252,5 @@ def _refuse_other(path: Path, config: dict[str, Any]) -> None:
 
 
 def _short(value: Any) -> str:
-    text = json.dumps(value)
+    text = json.dumps(value, default=str)  # YAML knows dates
     return text if len(text) <= 120 else text[:119] + "…"

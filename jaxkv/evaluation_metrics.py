@@ -159,12 +159,15 @@ def differences(rows: Rows, baseline: str) -> list[dict[str, Any]]:
     """Return how much each method's macro average exceeds a baseline's, paired.
 
     Both have answered the same questions, so the interval of the mean difference is
-    narrower than two separate intervals suggest.
+    narrower than two separate intervals suggest. The control has no budgets and is
+    compared with at all of them.
 
     Raises:
       ValueError: no row is of the baseline.
     """
-    same = ("budget", "length", "task", "depth", "index")
+    same = ("length", "task", "depth", "index")
+    if baseline != FULL:
+        same = ("budget", *same)
     base = {
         tuple(row[name] for name in same): row["score"]
         for row in rows

@@ -17,7 +17,11 @@ def report(rows: Rows, config: Mapping[str, Any], *, baseline: str | None) -> st
       rows: from `evaluation_metrics.typed`.
       config: of the folder.
       baseline: a method that all others are compared with, or None.
+
+    Raises:
+      ValueError: no row is of the baseline.
     """
+    found = [] if baseline is None else evaluation_metrics.differences(rows, baseline)
     parts = [
         f"{config['kind']} of {config['model']} ({config['dtype']}), "
         f"seed {config['seed']}; mean score and 95 % interval, in per cent."
@@ -34,11 +38,10 @@ def report(rows: Rows, config: Mapping[str, Any], *, baseline: str | None) -> st
             parts.append(f"Whole answers right:\n\n{overview(exact, 'exact')}")
             parts.append(f"Outputs:\n\n{outputs(exact)}")
         if baseline is not None:
-            found = evaluation_metrics.differences(here, baseline)
-            parts.append(
-                f"Mean over tasks, minus that of {baseline} on the same questions:\n\n"
-                + overview(found, "difference")
-            )
+            compared = [record for record in found if record["length"] == length]
+            title = f"Mean over tasks, minus that of {baseline} on the same questions"
+            table = overview(compared, "difference")
+            parts.append(f"{title}:\n\n{table}" if compared else f"{title}: none.")
         parts.append(f"By task:\n\n{by_task(here)}")
     return "\n\n".join(parts)
 

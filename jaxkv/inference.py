@@ -164,6 +164,11 @@ def generate(
     arguments.methods(lm, **kinds)
     max_new_tokens = arguments.integer("max_new_tokens", max_new_tokens)
     block = arguments.integer("block", block)
+    if on_tokens is not None and not callable(on_tokens):
+        raise ValueError(
+            "generate: on_tokens= takes a function of the rows' new tokens, got "
+            f"{on_tokens!r}."
+        )
     ids = arguments.encode(lm, prompts)
     options = Options(
         prefill=prefill,

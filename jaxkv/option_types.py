@@ -24,27 +24,40 @@ def check_types(options: Any) -> None:
     Whole numbers must fit int32, a `seed` int64. Infinity is left to the class.
 
     Args:
-      options: a dataclass; anything else has no annotations and passes, as do classes
-        with names in their annotations that cannot be found (imported for type checkers
-        only).
+      options: a dataclass that can be hashed; anything else that can has no annotations
+        and passes, as do classes whose annotations cannot be evaluated (their names
+        imported for type checkers only).
     """
-    if not dataclasses.is_dataclass(options):
-        return
-    try:
-        hints = typing.get_type_hints(type(options))
-    except NameError:
-        return
-    for field in dataclasses.fields(options):
-        value, hint = getattr(options, field.name), hints.get(field.name)
-        name = f"{type(options).__name__}: {field.name}"
+    for field, hint in _fields(options):
+        value = getattr(options, field)
+        name = f"{type(options).__name__}: {field}"
         if not _fits(value, hint):
             raise ValueError(f"{name} takes {words(hint)}, got {value!r}.")
-        most = MOST_SEED if field.name == "seed" else MOST
+        most = MOST_SEED if field == "seed" else MOST
         for number in _numbers(value, hint):
             if abs(number) > most:
                 raise ValueError(
                     f"{name} must be between -{most} and {most}, got {number}."
                 )
+    try:
+        hash(options)
+    except TypeError as error:
+        raise ValueError(
+            f"{type(options).__name__} is a static argument of jax.jit and must be "
+            f"hashable, but: {error}; use a frozen dataclass, and tuples for lists."
+        ) from error
+
+
+def _fields(options: Any) -> list[tuple[str, Any]]:
+    """Return the fields of a dataclass that have a value, and their annotations."""
+    if not dataclasses.is_dataclass(options):
+        return []
+    try:
+        hints = typing.get_type_hints(type(options))
+    except Exception:  # whatever the text of an annotation raises when it is evaluated
+        return []
+    names = (field.name for field in dataclasses.fields(options))
+    return [(name, hints.get(name)) for name in names if hasattr(options, name)]
 
 
 def kinds(hint: Any) -> tuple[Any, ...]:

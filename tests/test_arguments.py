@@ -51,6 +51,7 @@ BAD = {
 }
 BAD_PROMPTS = {
     "nothing": (None, "prompts must be a list"),
+    "no axes": (np.array(3), "prompts must be a list"),
     "bytes": (b"ab", "prompts must be a list"),
     "a number": ([5], "prompt 0 must be a text or a list"),
     "fractions": ([[1.7, 2]], r"prompts\[0\]\[0\] must be a whole number, got 1.7"),

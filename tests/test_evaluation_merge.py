@@ -63,3 +63,23 @@ def test_refusals(jaxkv_, tmp_path):
     assert "holds no config.yaml" in error
     with pytest.raises(ValueError, match="holds results already"):
         evaluation_folder.merge(one, [other])
+
+
+@pytest.mark.parametrize("name", ["methods", "cells"])
+def test_a_configuration_without_lists_is_named(jaxkv_, tmp_path, name):
+    one = make(tmp_path / "one", ["full"], [0])
+    config = evaluation_folder.read_config(one)
+    evaluation_folder.write_yaml(one / "config.yaml", config | {name: None})
+    error = jaxkv_.error("eval", "merge", tmp_path / "all", one)
+    assert f"config.yaml: {name} must be a list, got null" in error
+    with pytest.raises(ValueError, match=f"{name} must be a list"):
+        evaluation_folder.read_config(one)
+
+
+def test_a_configuration_with_a_date_is_another(jaxkv_, tmp_path):
+    one = make(tmp_path / "one", ["full"], [0])
+    two = make(tmp_path / "two", ["dapq"], [0])
+    with open(two / "config.yaml", "a", encoding="utf-8") as file:
+        file.write("when: 2020-01-01\n")
+    error = jaxkv_.error("eval", "merge", tmp_path / "all", one, two)
+    assert 'has when="2020-01-01"' in error

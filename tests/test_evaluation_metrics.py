@@ -101,6 +101,24 @@ def test_differences_are_paired():
         metrics.differences(some, "x")
 
 
+def test_differences_from_the_control_are_at_all_budgets():
+    some = rows([1, 1], method="full", budget="full")
+    some += rows([1, 0], budget="6%") + rows([0, 0], budget="8")
+    found = metrics.differences(some, "full")
+    assert [(r["budget"], r["difference"]) for r in found] == [("6%", -0.5), ("8", -1)]
+
+
+def test_a_baseline_may_lack_a_length():
+    some = rows([1, 1]) + rows([0, 1], method="base") + rows([1, 1], length=16)
+    config = dict(kind="ruler", model="m", dtype="float32", seed=1)
+    text = evaluation_tables.report(some, config, baseline="base")
+    short, long = text.split("### 16 tokens")
+    assert "minus that of base on the same questions:\n\n| method | 6%" in short
+    assert "minus that of base on the same questions: none." in long
+    with pytest.raises(ValueError, match="no results of a method 'x'; there are a, b"):
+        evaluation_tables.report(some, config, baseline="x")
+
+
 def test_an_overview_has_a_column_per_budget():
     some = rows([1, 1], budget="full", method="full") + rows([1, 0], budget="6%")
     some += rows([0, 0], budget="3%")

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 
 import jaxkv
@@ -36,6 +37,15 @@ def lm():
         (["a"], dict(pool=[], speculate=jaxkv.Tree()), "got 0 spans"),
         (["a"], dict(pool=[(1, 9)], speculate=jaxkv.Tree()), "must lie within"),
         (["a"], dict(pool=5, speculate=jaxkv.Tree()), "one span .* per prompt, got 5"),
+        (
+            ["a"],
+            dict(pool=np.array(5), speculate=jaxkv.Tree()),
+            "one span .* got array",
+        ),
+        (["a"], dict(budget=[[1], [2, 3]]), r"budget.0. must be a whole .*, got \[1\]"),
+        (["a"], dict(budget="9"), "budget must be a whole number, got '9'"),
+        (["a"], dict(seed=[[1], [2, 3]]), "got 2 seeds for 1 prompts"),
+        (["a"], dict(on_tokens=3), "on_tokens= takes a function .*, got 3"),
         (["a"], dict(pool=[(0, 1, 2)], speculate=jaxkv.Tree()), "is two numbers"),
         (["a"], dict(pool=[(0, 0.5)], speculate=jaxkv.Tree()), "be a whole number"),
         (["a"], dict(pool=[None], speculate=jaxkv.Tree()), "a list of whole numbers"),

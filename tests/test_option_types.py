@@ -142,10 +142,36 @@ def test_other_classes_are_left_alone():
     class Unknown:
         somewhere: "NotHere" = 2**40  # noqa: F821
 
-    for options in (Mine(), Unknown(), "no dataclass", None):
+    @dataclasses.dataclass(frozen=True)
+    class Odd:
+        broken: "np.nothing | 'x'" = 2**40  # noqa: F821
+        more: "int[3" = 1  # noqa: F722
+
+    @dataclasses.dataclass(frozen=True, eq=False)
+    class Later:
+        unset: int = dataclasses.field(init=False)
+
+    for options in (Mine(), Unknown(), Odd(), Later(), "no dataclass", None):
         check_types(options)
     with pytest.raises(ValueError, match="maybe takes a whole number or none, got 'x'"):
         check_types(Mine(maybe="x"))
+
+
+def test_what_cannot_be_hashed_is_refused():
+    @dataclasses.dataclass
+    class Thawed(jaxkv.KNorm.__base__):
+        window: int = 2
+
+    @dataclasses.dataclass(frozen=True)
+    class Listed:
+        places: Any = ()
+
+    with pytest.raises(
+        ValueError, match=r"Thawed .* must be hashable.*frozen dataclas"
+    ):
+        Options(budget=8, prefill=Thawed()).check()
+    with pytest.raises(ValueError, match=r"unhashable type: 'list'.*tuples for lists"):
+        check_types(Listed(places=[1]))
 
 
 def test_hints_in_words():
