@@ -73,7 +73,8 @@ def test_interpreted_kernels_agree_with_the_oracle(cases):
 @triton_on_cpu.compiled_for(SHIPPED, SHIPPED_SLOW)
 def test_shipped_tiles_compile_without_spills(shape, capability, record_property):
     pytest.importorskip("triton")
-    from jaxkv.kernels import longflow_choice_body, longflow_triton_body
+    from jaxkv.kernels import longflow_choice_body as choice
+    from jaxkv.kernels import longflow_triton_body as body
 
     batch, heads, kv_heads, slots, head_dim, dtype = shape
     sizes = heads, kv_heads, slots, head_dim
@@ -82,13 +83,14 @@ def test_shipped_tiles_compile_without_spills(shape, capability, record_property
     second = choose_constants(*sizes, True, tiles)
     small = Tiles(splits=1, block=16, warps=4, stages=1)
     launches = {
-        True: [("score_rows", first, tiles), ("choose_victims", second, small)],
-        False: [("score_split", first, tiles), ("finish_splits", second, small)],
+        True: [(body.score_rows, first, tiles), (choice.choose_victims, second, small)],
+        False: [
+            (body.score_split, first, tiles),
+            (choice.finish_splits, second, small),
+        ],
     }[tiles.programs > 0]
-    for name, constants, launch in launches:
-        of_first = launch is tiles
-        body = longflow_triton_body if of_first else longflow_choice_body
-        kernel = getattr(body, name)
+    for kernel, constants, launch in launches:
+        name = kernel.__name__
         dtypes = dict.fromkeys(kernel.arg_names, "int32")
         dtypes |= dict.fromkeys(
             ["query_ptr", "key_ptr", "value_ptr", "keys_ptr", "values_ptr"], dtype
