@@ -68,6 +68,27 @@ def add_rms_norm(
     return total, rms_norm(total, weight, eps)
 
 
+def project(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """Multiply tokens by a matrix; a single token on a GPU as if it were two.
+
+    Of a row times a matrix of less than 10^7 numbers XLA:GPU makes a product of all
+    their numbers, rounded to the dtype of `x` and stored, and a second launch that adds
+    them up. That is three times the bytes: a fourth of a Qwen3-1.7B step.
+
+    Args:
+      x: `[B, T, D]`.
+      weight: `[D, F]`.
+
+    Returns:
+      `[B, T, F]`.
+    """
+    rows = x.shape[0] * x.shape[1]
+    if rows > 1 or jax.default_backend() != "gpu":
+        return x @ weight
+    pair = jnp.broadcast_to(x, (2, *x.shape[1:]))
+    return (pair @ weight)[:1]
+
+
 def split_and_rotate(
     qkv: jax.Array,
     q_norm: jax.Array | None,

@@ -140,10 +140,15 @@ class Layer(nn.Module):
             nn.initializers.zeros,
         )
         how = dict(eps=c.rms_norm_eps, implementation=self.implementation)
+        attended = c.num_heads * c.head_dim
+
+        def times(x, name, size):
+            weight = self.param(name, matrix, (x.shape[-1], size))
+            return pointwise.project(x, weight)
 
         norm = self.param("attention_norm", ones, (c.hidden_size,))
         x, normed = pointwise.add_rms_norm(x, delta, norm, **how)
-        qkv = normed @ self.param("qkv", matrix, (c.hidden_size, c.qkv_size))
+        qkv = times(normed, "qkv", c.qkv_size)
         if c.qkv_bias:
             qkv += self.param("qkv_bias", zeros, (c.qkv_size,))
         q_norm = k_norm = None
@@ -158,22 +163,15 @@ class Layer(nn.Module):
         )
         with jax.named_scope("attend"):
             out, state = attend(q, k, v, state)
-        out = out.reshape(batch, length, c.num_heads * c.head_dim)
-        delta = out @ self.param(
-            "output", matrix, (c.num_heads * c.head_dim, c.hidden_size)
-        )
+        delta = times(out.reshape(batch, length, attended), "output", c.hidden_size)
         if c.output_bias:
             delta += self.param("output_bias", zeros, (c.hidden_size,))
 
         norm = self.param("mlp_norm", ones, (c.hidden_size,))
         x, normed = pointwise.add_rms_norm(x, delta, norm, **how)
-        gate_up = normed @ self.param(
-            "gate_up", matrix, (c.hidden_size, 2 * c.intermediate_size)
-        )
+        gate_up = times(normed, "gate_up", 2 * c.intermediate_size)
         gate, up = jnp.split(gate_up, 2, axis=-1)
-        delta = (jax.nn.silu(gate) * up) @ self.param(
-            "down", matrix, (c.intermediate_size, c.hidden_size)
-        )
+        delta = times(jax.nn.silu(gate) * up, "down", c.hidden_size)
         return x, delta, state
 
 

@@ -114,6 +114,17 @@ def test_split_and_rotate_against_complex_numbers(case):
     assert max(off(g, w, dtype) for g, w in zip(got, want, strict=True)) < 1
 
 
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+@pytest.mark.parametrize("tokens", [(1, 1), (2, 1), (1, 3)])
+def test_a_token_times_a_matrix(backend, tokens, monkeypatch):
+    monkeypatch.setattr(pointwise.jax, "default_backend", lambda: backend)
+    rng = np.random.default_rng(0)
+    x, weight = rng.standard_normal((*tokens, 8)), rng.standard_normal((8, 5))
+    x, weight = x.astype(np.float32), weight.astype(np.float32)
+    got = pointwise.project(jnp.asarray(x), jnp.asarray(weight))
+    np.testing.assert_allclose(got, x @ weight, rtol=1e-5)
+
+
 def test_bad_arguments_are_named():
     x, w = jnp.ones((1, 1, 4)), jnp.ones(4)
     with pytest.raises(ValueError, match=r"unknown implementation='magic'"):
