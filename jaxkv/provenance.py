@@ -20,6 +20,7 @@ PACKAGES = (
     "libtpu",
     "flax",
     "jax-triton",
+    "triton",
     "torch",
     "transformers",
 )

@@ -109,9 +109,8 @@ def decode_attention_triton(
         batch, kv_heads, slots, head_dim, keys.dtype, num_processors()
     )
     part_dtype = query.dtype if tiles.splits == 1 else jnp.float32
-    aliased = body.attend_split if has_out_type() else body.attend_split_aliased
     out, statistic, keys, values, positions = call(
-        aliased,
+        body.attend_split,
         (query, key, value, keys, values, positions, target, position),
         (
             jax.ShapeDtypeStruct((tiles.splits, batch, heads, head_dim), part_dtype),
@@ -184,10 +183,20 @@ def combine_warps(constants: dict[str, Any]) -> int:
 
 
 def call(kernel, arrays, out_types, *, aliases, grid, **options):
-    """Launch through jax-triton, whichever side of its version 0.4."""
+    """Launch through jax-triton, whichever side of its version 0.4.
+
+    Before 0.4 an aliased buffer is passed a second time, as the output in whose place
+    it is; from 0.4 on, once, as an input. So aliased outputs come last, and the last
+    parameters of a kernel, whose names start with an underscore, are theirs and not
+    used: from 0.4 on they get a constant.
+    """
     import jax_triton
 
-    out = {"out_type" if has_out_type() else "out_shape": out_types}
+    if "out_type" in inspect.signature(jax_triton.triton_call).parameters:
+        options |= {name: 0 for name in kernel.arg_names if name[0] == "_"}
+        options["out_type"] = out_types
+    else:
+        options["out_shape"] = out_types
     with warnings.catch_warnings():
         # 0.4 would rather be given mutable references; 0.3 does not know them.
         warnings.filterwarnings(
@@ -199,20 +208,8 @@ def call(kernel, arrays, out_types, *, aliases, grid, **options):
             grid=grid,
             input_output_aliases=aliases,
             name=kernel.__name__,
-            **out,
             **options,
         )
-
-
-def has_out_type() -> bool:
-    """Return whether this is jax-triton 0.4 or later.
-
-    From 0.4 on, a kernel is passed an aliased buffer once, as an input; before, it is
-    passed a second time as an output, in the place of that output.
-    """
-    import jax_triton
-
-    return "out_type" in inspect.signature(jax_triton.triton_call).parameters
 
 
 def num_processors() -> int:

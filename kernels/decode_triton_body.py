@@ -184,6 +184,10 @@ def attend_split(
     # Outputs.
     out_ptr,  # [SPLITS, B, K, G, H], normalised within the split
     statistic_ptr,  # [SPLITS, B, K, G], log2 of the split's sum of exponentials
+    # The cache once more: see `decode_triton.call`.
+    _keys_out_ptr,
+    _values_out_ptr,
+    _positions_out_ptr,
     # Sizes.
     SCALE: tl.constexpr,  # times log2(e)
     KV_HEADS: tl.constexpr,
@@ -246,57 +250,6 @@ def attend_split(
     store_part(
         *(out_ptr, statistic_ptr, split * num_rows + row, maximum, total, acc),
         *(GROUP, HEAD_DIM, GROUP_PAD, HEAD_PAD),
-    )
-
-
-@triton.jit
-def attend_split_aliased(
-    query_ptr,
-    key_ptr,
-    value_ptr,
-    keys_ptr,
-    values_ptr,
-    positions_ptr,
-    target_ptr,
-    position_ptr,
-    out_ptr,
-    statistic_ptr,
-    keys_out_ptr,
-    values_out_ptr,
-    positions_out_ptr,
-    SCALE: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    SLOTS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    SPLITS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    GROUP_PAD: tl.constexpr,
-    HEAD_PAD: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Do `attend_split`; jax-triton before 0.4 passes aliased buffers a second time."""
-    attend_split(
-        query_ptr,
-        key_ptr,
-        value_ptr,
-        keys_ptr,
-        values_ptr,
-        positions_ptr,
-        target_ptr,
-        position_ptr,
-        out_ptr,
-        statistic_ptr,
-        SCALE,
-        KV_HEADS,
-        GROUP,
-        SLOTS,
-        HEAD_DIM,
-        SPLITS,
-        BLOCK,
-        GROUP_PAD,
-        HEAD_PAD,
-        PRECISION,
     )
 
 

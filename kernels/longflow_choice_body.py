@@ -49,10 +49,9 @@ def least_slot(order, slots):
 def choose_victim(
     order,  # [S] of this block
     slots,  # [S]
-    target_ptr,  # [B, K]
+    target_ptr,  # [B, K], updated in place
     position_ptr,  # [B]
     arrivals_ptr,  # [ROWS], zeros
-    new_target_ptr,  # [B, K]
     minima_ptr,  # [ROWS, BLOCKS, 2]
     row,
     block,
@@ -79,9 +78,9 @@ def choose_victim(
         _, slot = least_slot(orders, tl.where(real, found, _MAX_INT))
         targets = tl.arange(0, TARGETS_PAD)
         position = tl.load(position_ptr + row * TARGETS // KV_HEADS)
-        old = tl.load(target_ptr + row * TARGETS + targets, targets < TARGETS, other=0)
-        new = tl.where(position >= 0, slot, old)
-        tl.store(new_target_ptr + row * TARGETS + targets, new, targets < TARGETS)
+        # A finished row keeps its target.
+        real = targets < tl.where(position >= 0, TARGETS, 0)
+        tl.store(target_ptr + row * TARGETS + targets, slot, real)
 
 
 @triton.jit
@@ -98,8 +97,9 @@ def finish_splits(
     arrivals_ptr,  # [ROWS]
     # Outputs.
     out_ptr,  # [ROWS, HEADS, H]
-    new_target_ptr,  # [B, K]
     minima_ptr,  # [ROWS, BLOCKS, 2]
+    # See `decode_triton.call`.
+    _target_out_ptr,
     _arrivals_out_ptr,
     HEADS: tl.constexpr,  # query heads that share the victim: N or G
     HEADS_PAD: tl.constexpr,
@@ -155,7 +155,7 @@ def finish_splits(
         order = slot_order(importance, is_free, protected, slots < SLOTS)
         choose_victim(
             *(order, slots, target_ptr, position_ptr, arrivals_ptr),
-            *(new_target_ptr, minima_ptr, row, block),
+            *(minima_ptr, row, block),
             *(TARGETS, TARGETS_PAD, KV_HEADS, BLOCKS, BLOCKS_PAD),
         )
     else:
@@ -173,8 +173,9 @@ def choose_victims(
     position_ptr,  # [B]
     arrivals_ptr,  # [ROWS]
     # Outputs.
-    new_target_ptr,  # [B, K]
     minima_ptr,  # [ROWS, BLOCKS, 2]
+    # See `decode_triton.call`.
+    _target_out_ptr,
     _arrivals_out_ptr,
     TARGETS: tl.constexpr,
     TARGETS_PAD: tl.constexpr,
@@ -201,6 +202,6 @@ def choose_victims(
     order = slot_order(importance, is_free, protected, slots < SLOTS)
     choose_victim(
         *(order, slots, target_ptr, position_ptr, arrivals_ptr),
-        *(new_target_ptr, minima_ptr, row, block),
+        *(minima_ptr, row, block),
         *(TARGETS, TARGETS_PAD, KV_HEADS, BLOCKS, BLOCKS_PAD),
     )

@@ -173,17 +173,14 @@ def longflow_attention_triton(
     cache = keys, values, positions, norms
     constants = choose_constants(*sizes, shared, tiles)
     blocks = constants["BLOCKS"]
-    outputs = [
-        jax.ShapeDtypeStruct(target.shape, jnp.int32),
-        jax.ShapeDtypeStruct((rows, blocks, 2), jnp.int32),
-        jax.ShapeDtypeStruct((rows,), jnp.int32),
-    ]
+    minima = jax.ShapeDtypeStruct((rows, blocks, 2), jnp.int32)
+    updated = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (target, arrivals)]
     if tiles.programs:
-        target, _, _ = call(
+        _, target, _ = call(
             choice.choose_victims,
             (*rest, target, position, arrivals),
-            outputs,
-            aliases={1: 0, 3: 2},
+            (minima, *updated),
+            aliases={1: 1, 3: 2},
             grid=(rows, blocks),
             num_warps=4,
             num_stages=1,
@@ -191,11 +188,11 @@ def longflow_attention_triton(
         )
         return LongFlowOutput(parts.reshape(query.shape), *cache, target)
     bounds = target, position, oldest, newest
-    out, target, _, _ = call(
+    out, _, target, _ = call(
         choice.finish_splits,
         (logits, parts, statistic, norms, positions, *bounds, arrivals),
-        (jax.ShapeDtypeStruct(query.shape, query.dtype), *outputs),
-        aliases={5: 1, 9: 3},
+        (jax.ShapeDtypeStruct(query.shape, query.dtype), minima, *updated),
+        aliases={5: 2, 9: 3},
         grid=(rows, blocks + row_heads),
         num_warps=4,
         num_stages=1,

@@ -185,10 +185,9 @@ def write_path_triton(
     from jaxkv.kernels import tree_triton_body as body
 
     batch, kv_heads, slots, head_dim = keys.shape
-    old_jax_triton = not decode_triton.has_out_type()
     cache = (keys, values, positions, target)
     return call(
-        body.write_path_aliased if old_jax_triton else body.write_path,
+        body.write_path,
         (key, value, *cache, upcoming, path, count, position),
         tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in cache),
         aliases={2: 0, 3: 1, 4: 2, 5: 3},

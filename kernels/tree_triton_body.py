@@ -203,6 +203,11 @@ def write_path(
     path_ptr,  # [B, STEPS]
     count_ptr,  # [B]
     position_ptr,  # [B]
+    # The cache once more: see `decode_triton.call`.
+    _keys_out_ptr,
+    _values_out_ptr,
+    _positions_out_ptr,
+    _target_out_ptr,
     # Sizes.
     KV_HEADS: tl.constexpr,
     NODES: tl.constexpr,
@@ -243,49 +248,3 @@ def write_path(
     tl.store(positions_ptr + place, position + steps, written)
     target = tl.load(upcoming_ptr + count)
     tl.store(target_ptr + row, target, count > 0)
-
-
-@triton.jit
-def write_path_aliased(
-    key_ptr,
-    value_ptr,
-    keys_ptr,
-    values_ptr,
-    positions_ptr,
-    target_ptr,
-    upcoming_ptr,
-    path_ptr,
-    count_ptr,
-    position_ptr,
-    keys_out_ptr,
-    values_out_ptr,
-    positions_out_ptr,
-    target_out_ptr,
-    KV_HEADS: tl.constexpr,
-    NODES: tl.constexpr,
-    STEPS: tl.constexpr,
-    SLOTS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    STEPS_PAD: tl.constexpr,
-    HEAD_PAD: tl.constexpr,
-):
-    """Do `write_path`; jax-triton before 0.4 passes aliased buffers a second time."""
-    write_path(
-        key_ptr,
-        value_ptr,
-        keys_ptr,
-        values_ptr,
-        positions_ptr,
-        target_ptr,
-        upcoming_ptr,
-        path_ptr,
-        count_ptr,
-        position_ptr,
-        KV_HEADS,
-        NODES,
-        STEPS,
-        SLOTS,
-        HEAD_DIM,
-        STEPS_PAD,
-        HEAD_PAD,
-    )

@@ -6,11 +6,13 @@ Run as a script, this file is its own worker; `triton_on_cpu` says why.
 import itertools
 import json
 import sys
+import types
 
 import numpy as np
 import pytest
 import triton_on_cpu
 
+from jaxkv.kernels import decode_triton
 from jaxkv.kernels.decode_triton import (
     Tiles,
     attend_constants,
@@ -114,6 +116,26 @@ def test_splits_are_joined_by_a_power_of_two_of_warps(head_dim):
         assert combine_warps(combine_constants(head_dim, tiles)) in (1, 2, 4)
 
 
+@pytest.mark.parametrize("version", ["0.3", "0.4"])
+def test_aliased_buffers_are_passed_as_each_jax_triton_expects(version, monkeypatch):
+    def before(*args, kernel, out_shape, grid, input_output_aliases, name, **others):
+        return args, out_shape, others
+
+    def since(*args, kernel, out_type, grid, input_output_aliases, name, **others):
+        return args, out_type, others
+
+    triton_call = before if version == "0.3" else since
+    fake = types.SimpleNamespace(triton_call=triton_call)
+    monkeypatch.setitem(sys.modules, "jax_triton", fake)
+    names = ["x_ptr", "y_ptr", "_x_out_ptr", "SIZE"]
+    kernel = types.SimpleNamespace(arg_names=names, __name__="kernel")
+    arrays, outs, constants = decode_triton.call(
+        kernel, ("x",), ("y", "x"), aliases={0: 1}, grid=(1,), SIZE=3
+    )
+    assert (arrays, outs) == (("x",), ("y", "x"))
+    assert constants == ({"SIZE": 3} | ({"_x_out_ptr": 0} if version == "0.4" else {}))
+
+
 def test_chosen_tiles_are_possible_everywhere():
     for batch, kv_heads, slots, head_dim, dtype in itertools.product(
         [1, 7, 300], [1, 8], [1, 17, 3201], [64, 96, 128, 256], ["float32", "float16"]
@@ -211,6 +233,7 @@ def check_interpreted(case, seed, swap=False) -> list[str]:
     body.attend_split[(batch * kv_heads, splits)](
         *(q, k_new, v_new, keys, values, positions),
         *(torch.from_numpy(target), torch.from_numpy(position), parts, statistic),
+        *(keys, values, positions),
         **attend_constants(heads, kv_heads, slots, head_dim, dtype, scale, tiles),
     )
     out = parts[0]

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import triton_on_cpu
 
-from jaxkv.kernels import decode_triton, tree, tree_triton, tree_write
+from jaxkv.kernels import tree, tree_triton, tree_write
 from jaxkv.kernels.tree_triton import Tiles, attend_constants, choose_tiles
 
 # nodes, heads, KV heads, slots, head size, dtype, kind of tree, rows, splits, block;
@@ -281,7 +281,6 @@ MUTATIONS = {  # index of the argument, and its change
 if __name__ == "__main__":
     triton_on_cpu.teach_bfloat16_dot()
     tree_triton.call = triton_on_cpu.call
-    decode_triton.has_out_type = lambda: False
     cases = {"FAST": FAST, "SLOW": SLOW}[sys.argv[1]]
     failures = []
     for i, case in enumerate(cases):
