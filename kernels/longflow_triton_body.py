@@ -102,12 +102,6 @@ def score_row(
     )
     tl.store(norms_ptr + row * SLOTS + target, value_norm(v_new, SCORE), takes_new)
     new_logit = SCALE * tl.sum(q.to(tl.float32) * k_new.to(tl.float32)[None, :], 1)
-    # No tile stores the target's logits, whoever else may be at it.
-    tl.store(
-        logits_ptr + heads * STRIDE + target,
-        new_logit,
-        heads < tl.where(takes_new, GROUP, 0),
-    )
     maximum, total, acc = start_softmax(new_logit, v_new, takes_new, BLOCK)
 
     first = split * BLOCK + tl.arange(0, BLOCK)
@@ -128,10 +122,18 @@ def score_row(
         tl.store(
             logits_ptr + heads[:, None] * STRIDE + slots[None, :],
             logits,
-            (heads < GROUP)[:, None] & ((slots < STRIDE) & (slots != target))[None, :],
-            eviction_policy="evict_last",
+            (heads < GROUP)[:, None] & (slots < STRIDE)[None, :],
         )
 
+    # The target's tile has left -inf there: no mask in the loop, which would make its
+    # stores one number wide. So this is for the split that has that tile.
+    is_mine = unfinished & (target // BLOCK % SPLITS == split)
+    tl.debug_barrier()
+    tl.store(
+        logits_ptr + heads * STRIDE + target,
+        new_logit,
+        heads < tl.where(is_mine, GROUP, 0),
+    )
     store_part(
         *(out_ptr, statistic_ptr, split * num_rows + row, maximum, total, acc),
         *(GROUP, HEAD_DIM, GROUP_PAD, HEAD_PAD),
@@ -155,7 +157,7 @@ def score_split(
     statistic_ptr,  # [SPLITS, B, K, G]
     logits_ptr,  # [B, K, G, STRIDE]
     arrivals_ptr,  # [B, K / TARGETS]
-    # jax-triton before 0.4 passes aliased buffers a second time, as outputs.
+    # The cache once more: see `decode_triton.call`.
     _keys_out_ptr,
     _values_out_ptr,
     _positions_out_ptr,
@@ -247,15 +249,14 @@ def score_rows(
         statistic = tl.load(statistic_ptr + row * GROUP + heads, heads < GROUP, other=0)
         oldest = tl.load(oldest_ptr + row // KV_HEADS)
         newest = tl.load(newest_ptr + row // KV_HEADS)
-        for start in range(0, SLOTS, CHUNK):
+        # Fetched ahead: the processor's other program needs the time for its own tiles.
+        for start in tl.range(0, SLOTS, CHUNK, num_stages=3):
             slots = start + tl.arange(0, CHUNK)
             real = slots < SLOTS
-            # Read for the last time: what streams past may have the room.
             logits = tl.load(
                 logits_ptr + heads[:, None] * STRIDE + slots[None, :],
                 (heads < GROUP)[:, None] & real[None, :],
                 other=float("-inf"),
-                eviction_policy="evict_first",
             )
             norms = tl.load(norms_ptr + row * SLOTS + slots, real, other=0.0)
             positions = tl.load(positions_ptr + row * SLOTS + slots, real, other=-1)
