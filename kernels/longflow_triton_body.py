@@ -123,6 +123,7 @@ def score_row(
             logits_ptr + heads[:, None] * STRIDE + slots[None, :],
             logits,
             (heads < GROUP)[:, None] & (slots < STRIDE)[None, :],
+            eviction_policy="evict_last",
         )
 
     # The target's tile has left -inf there: no mask in the loop, which would make its
@@ -253,10 +254,12 @@ def score_rows(
         for start in tl.range(0, SLOTS, CHUNK, num_stages=3):
             slots = start + tl.arange(0, CHUNK)
             real = slots < SLOTS
+            # Read for the last time: what streams past may have the room.
             logits = tl.load(
                 logits_ptr + heads[:, None] * STRIDE + slots[None, :],
                 (heads < GROUP)[:, None] & real[None, :],
                 other=float("-inf"),
+                eviction_policy="evict_first",
             )
             norms = tl.load(norms_ptr + row * SLOTS + slots, real, other=0.0)
             positions = tl.load(positions_ptr + row * SLOTS + slots, real, other=-1)
