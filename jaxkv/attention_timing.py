@@ -7,12 +7,10 @@ a network; one layer's output is the next one's query, so that no two can overla
 Axis letters: `B` batch, `N` query heads, `K` key/value heads, `S` slots, `H` head size.
 """
 
-import collections
 import dataclasses
 import functools
+import itertools
 import math
-import pathlib
-import tempfile
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -21,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxkv.kernel_trace import trace_kernels
 from jaxkv.kernels import decode, longflow
 
 CACHE_BYTES = 2e8  # far more than the second-level cache of any device
@@ -358,15 +357,6 @@ def kernel_times(
     """
     compiled = jax.jit(function, donate_argnums=0).lower(state).compile()
     state = jax.block_until_ready(compiled(state))
-    with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder):
-            state = jax.block_until_ready(compiled(state))
-        (file,) = pathlib.Path(folder).rglob("*.xplane.pb")
-        planes = jax.profiler.ProfileData.from_file(str(file)).planes
-        total = collections.Counter()
-        for plane in planes:
-            for line in plane.lines if plane.name.startswith("/device:GPU") else ():
-                if line.name.startswith("Stream"):
-                    for event in line.events:
-                        total[event.name] += event.duration_ns / 1e3 / per_call
-    return {name: round(us, 2) for name, us in total.most_common(4)}, state
+    kernels, state = trace_kernels(lambda: compiled(state), per_call)
+    longest = itertools.islice(kernels.items(), 4)
+    return {name: round(kernel.us, 2) for name, kernel in longest}, state

@@ -1,6 +1,7 @@
 """`jaxkv bench`: what a decode step costs, and how long compiling takes."""
 
 import dataclasses
+import itertools
 import json
 import time
 from collections.abc import Sequence
@@ -71,6 +72,9 @@ def decode(
     decode: flags.Decode = "full",
     dtype: Dtype = None,
     decode_implementation: Kernel = None,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Add each kernel's time (GPUs).")
+    ] = False,
     copy_gib: CopyGib = None,
     json_: Json = False,
     out: Out = None,
@@ -98,6 +102,7 @@ def decode(
                     repeats=repeats,
                     options=options,
                     bandwidth=bandwidth,
+                    profile=profile,
                 )
             )
     result = header_of("decode", name, options, params["embedding"].dtype) | {
@@ -107,6 +112,8 @@ def decode(
     }
     if not json_:
         console.print(_decode_table(result, rows))
+        for row in rows if profile else ():
+            console.print(_kernel_table(row))
     finish(result, json_, out)
 
 
@@ -303,6 +310,24 @@ def _decode_table(
             "-" if peak is None else f"{peak / 1e9:.3f}",
             f"{row.trace_seconds + row.compile_seconds:.1f}",
         )
+    return table
+
+
+def _kernel_table(row: measure.DecodeTiming) -> Table:
+    busy = sum(kernel.us for kernel in row.kernels.values())
+    table = Table(
+        title=f"batch {row.batch}: kernels of one step",
+        caption=f"all {len(row.kernels)} of them: {busy:.0f} of "
+        f"{1e3 * row.step_ms:.0f} µs"
+        if row.kernels
+        else "the profiler saw no GPU",
+        box=rich.box.SIMPLE,
+    )
+    table.add_column("kernel", overflow="ellipsis", no_wrap=True)
+    for column in ("µs", "launches"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for name, kernel in itertools.islice(row.kernels.items(), 12):
+        table.add_row(name, f"{kernel.us:.1f}", f"{kernel.launches:.0f}")
     return table
 
 

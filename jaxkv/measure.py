@@ -24,6 +24,7 @@ from jaxkv import state as kv
 from jaxkv.arguments import row_keys
 from jaxkv.compiling import Seconds, compile_stage, program_memory
 from jaxkv.generation import Generation
+from jaxkv.kernel_trace import Kernel, trace_kernels
 from jaxkv.models.decoder import Config
 from jaxkv.options import Options
 from jaxkv.passes import Cache, Network
@@ -53,6 +54,8 @@ class DecodeTiming:
       temp_bytes: the temporaries alone. A copied cache would show here.
       peak_bytes: highest use of the device's memory so far in this process, making the
         random weights included; None where the device does not tell.
+      kernels: of one step, by name, the longest first; empty if not asked for, or where
+        there is no GPU.
     """
 
     batch: int
@@ -71,6 +74,7 @@ class DecodeTiming:
     program_bytes: int | None
     temp_bytes: int | None
     peak_bytes: int | None
+    kernels: dict[str, Kernel]
 
 
 def copy_bandwidth(num_bytes: int, repeats: int = 5, passes: int = 10) -> float:
@@ -212,6 +216,7 @@ def time_decode(
     repeats: int,
     options: Options,
     bandwidth: float,
+    profile: bool = False,
 ) -> DecodeTiming:
     """Time calls of `generation.advance_jit`, each of `steps` tokens per row.
 
@@ -224,6 +229,7 @@ def time_decode(
       repeats: timed calls, after one that warms up.
       options: static.
       bandwidth: of a copy, bytes per second.
+      profile: see `DecodeTiming.kernels`.
 
     Returns:
       Times and bytes.
@@ -243,6 +249,13 @@ def time_decode(
     state = rewind(cache, **where)
     program, seconds = compile_steps(network, params, state, options=options)
     calls, cache = time_calls(program, params, state.cache, repeats=repeats, **where)
+    kernels = {}
+    if profile:
+        state = rewind(cache, **where)
+        kernels, state = trace_kernels(
+            lambda: program(params, state, *_ends(state)), steps
+        )
+        cache = state.cache
     median = statistics.median(calls)
     weights, kv_bytes = weight_bytes(params, config), key_value_bytes(cache)
     floor = floor_ms(weights + kv_bytes, bandwidth)
@@ -262,6 +275,7 @@ def time_decode(
         compile_seconds=seconds.compile,
         **program_memory(program),
         peak_bytes=device_memory("peak_bytes_in_use"),
+        kernels=kernels,
     )
 
 

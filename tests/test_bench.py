@@ -2,13 +2,14 @@
 
 import dataclasses
 import json
+import types
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxkv import H2ODecode, LongFlow, bench, cli, measure
+from jaxkv import H2ODecode, LongFlow, bench, cli, kernel_trace, measure
 from jaxkv import state as kv
 from jaxkv.basic_policies import Full, StreamingLLM
 from jaxkv.models import public_shapes
@@ -178,13 +179,37 @@ def test_decode_table(run, tiny_shape, monkeypatch):
     result = run(
         *("decode", "--shape", "qwen3-8b", "--context", 12, "--steps", 4),
         *("--repeats", 1, "--copy-gib", 0.001, "--dtype", "bfloat16"),
-        *("--decode", "longflow:n_sink=2", "--budget", 8),
+        *("--decode", "longflow:n_sink=2", "--budget", 8, "--profile"),
     )
     assert result.exit_code == 0, result.stderr
     assert "LongFlow(score='l1', n_sink=2" in result.stdout
+    assert "the profiler saw no GPU" in result.stdout
     assert "bfloat16" in result.stdout
     assert "cache GB" in result.stdout  # no heading is cut short
     assert "compile s" in result.stdout
+
+
+def test_kernels_of_a_trace(monkeypatch):
+    def line(name, *events):
+        events = [types.SimpleNamespace(name=n, duration_ns=ns) for n, ns in events]
+        return types.SimpleNamespace(name=name, events=events)
+
+    gpu = [
+        line("Stream #1", ("norm", 2e3), ("product", 9e3), ("norm", 4e3)),
+        line("Stream #2", ("copy", 1e3)),
+        line("XLA Ops", ("product", 9e3)),
+    ]
+    planes = [
+        types.SimpleNamespace(name="/device:GPU:0", lines=gpu),
+        types.SimpleNamespace(name="/host:CPU", lines=[line("Stream", ("x", 1e3))]),
+    ]
+    profile = types.SimpleNamespace(planes=planes)
+    monkeypatch.setattr(jax.profiler.ProfileData, "from_file", lambda file: profile)
+    kernels, result = kernel_trace.trace_kernels(lambda: jnp.ones(2), 2)
+    assert result.tolist() == [1, 1]
+    assert list(kernels) == ["product", "norm", "copy"]  # the longest first
+    assert kernels["norm"] == kernel_trace.Kernel(us=3, launches=1)
+    assert kernels["copy"] == kernel_trace.Kernel(us=0.5, launches=0.5)
 
 
 def test_compile_json(run, tiny_shape):

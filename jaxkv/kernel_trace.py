@@ -1,0 +1,59 @@
+"""What kernels a call launches on a GPU, and how long each of them takes."""
+
+import collections
+import dataclasses
+import pathlib
+import tempfile
+from collections.abc import Callable
+from typing import TypeVar
+
+import jax
+
+Result = TypeVar("Result")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Kernel:
+    """All launches of one kernel.
+
+    Attributes:
+      us: microseconds on the device, all launches together, gaps left out.
+      launches: how many.
+    """
+
+    us: float
+    launches: float
+
+
+def trace_kernels(
+    call: Callable[[], Result], per_call: float = 1
+) -> tuple[dict[str, Kernel], Result]:
+    """Return what JAX's profiler sees of one call on a GPU.
+
+    XLA launches kernels one by one while it is profiled, also those that it records as
+    CUDA graphs otherwise. So the gaps between them say nothing and are left out.
+
+    Args:
+      call: warmed up; its result is waited for.
+      per_call: what times and launches are divided by.
+
+    Returns:
+      Kernels and copies by name, the longest first, none without a GPU; and the result.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            result = jax.block_until_ready(call())
+        (file,) = pathlib.Path(folder).rglob("*.xplane.pb")
+        planes = jax.profiler.ProfileData.from_file(str(file)).planes
+        us, launches = collections.Counter(), collections.Counter()
+        for plane in planes:
+            for line in plane.lines if plane.name.startswith("/device:GPU") else ():
+                if line.name.startswith("Stream"):
+                    for event in line.events:
+                        us[event.name] += event.duration_ns / 1e3
+                        launches[event.name] += 1
+    kernels = {
+        name: Kernel(us=time / per_call, launches=launches[name] / per_call)
+        for name, time in us.most_common()
+    }
+    return kernels, result
