@@ -4,112 +4,33 @@ No torch here: the checkpoints are written from an independent list of Hugging F
 tensor names. Parity with transformers is in `test_parity`.
 """
 
-import dataclasses
-import json
 import os
-import re
-import subprocess
-import sys
-import weakref
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from hf_checkpoints import (
+    CONFIG,
+    EMBEDDING,
+    HEAD,
+    INDEX,
+    MODEL,
+    Q_PROJ,
+    assert_trees_equal,
+    hf_tensors,
+    raises,
+    write_checkpoint,
+    write_index,
+    write_shards,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from jaxkv.models import hf_weights
-from jaxkv.models.checkpoint import CheckpointError
-from jaxkv.models.decoder import Config, parameter_shapes
+from jaxkv.models.decoder import parameter_shapes
 from jaxkv.models.hf_weights import read_weights
-
-CONFIG = Config(
-    vocab_size=20,
-    hidden_size=8,
-    intermediate_size=12,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=2,
-)
-MODEL, INDEX = "model.safetensors", "model.safetensors.index.json"
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
-
-
-def hf_tensors(config, dtype="float32"):
-    """Return random weights in Hugging Face's names and layout, `[out, in]`."""
-    c, rng = config, np.random.default_rng(0)
-    kv, queries = c.num_kv_heads * c.head_dim, c.num_heads * c.head_dim
-    layer = {
-        "input_layernorm.weight": [c.hidden_size],
-        "post_attention_layernorm.weight": [c.hidden_size],
-        "self_attn.q_proj.weight": [queries, c.hidden_size],
-        "self_attn.k_proj.weight": [kv, c.hidden_size],
-        "self_attn.v_proj.weight": [kv, c.hidden_size],
-        "self_attn.o_proj.weight": [c.hidden_size, queries],
-        "mlp.gate_proj.weight": [c.intermediate_size, c.hidden_size],
-        "mlp.up_proj.weight": [c.intermediate_size, c.hidden_size],
-        "mlp.down_proj.weight": [c.hidden_size, c.intermediate_size],
-    }
-    if c.qkv_bias:
-        layer |= {
-            "self_attn.q_proj.bias": [queries],
-            "self_attn.k_proj.bias": [kv],
-            "self_attn.v_proj.bias": [kv],
-        }
-    if c.output_bias:
-        layer["self_attn.o_proj.bias"] = [c.hidden_size]
-    if c.qk_norm:
-        layer["self_attn.q_norm.weight"] = [c.head_dim]
-        layer["self_attn.k_norm.weight"] = [c.head_dim]
-    shapes = {
-        EMBEDDING: [c.vocab_size, c.hidden_size],
-        "model.norm.weight": [c.hidden_size],
-    }
-    if not c.tied:
-        shapes[HEAD] = [c.vocab_size, c.hidden_size]
-    for i in range(c.num_layers):
-        shapes |= {f"model.layers.{i}.{name}": shape for name, shape in layer.items()}
-    return {n: rng.normal(size=s).astype(jnp.dtype(dtype)) for n, s in shapes.items()}
-
-
-def write_checkpoint(folder, dtype="float32", **changes):
-    """Write weights as one file; return their configuration and the tensors."""
-    config = dataclasses.replace(CONFIG, **changes)
-    tensors = hf_tensors(config, dtype)
-    save_file(tensors, folder / MODEL)
-    return config, tensors
-
-
-def write_shards(folder, tensors, num_shards):
-    """Write tensors in turn to shards, with their index."""
-    weight_map = {}
-    for i in range(num_shards):
-        name = f"model-{i + 1:05}-of-{num_shards:05}.safetensors"
-        part = dict(list(tensors.items())[i::num_shards])
-        save_file(part, folder / name)
-        weight_map |= dict.fromkeys(part, name)
-    write_index(folder, weight_map)
-    return weight_map
-
-
-def write_index(folder, weight_map):
-    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-
-
-def assert_trees_equal(found, expected):
-    assert jax.tree.structure(found) == jax.tree.structure(expected)
-    jax.tree.map(np.testing.assert_array_equal, found, expected)
-
-
-def raises(*words):
-    """Expect a CheckpointError whose message has all the words, in order."""
-    pattern = "(?s)" + ".*".join(re.escape(str(word)) for word in words)
-    return pytest.raises(CheckpointError, match=pattern)
 
 
 def test_layout(tmp_path):
@@ -342,113 +263,3 @@ def test_links_of_the_hub_cache(tmp_path, blobs):
     (snapshot / MODEL).rename(tmp_path / blobs / "4567")
     (snapshot / MODEL).symlink_to(os.path.relpath(tmp_path / blobs / "4567", snapshot))
     read_weights(snapshot, config, dtype=None)
-
-
-def test_a_failing_read_names_the_tensor(tmp_path, monkeypatch):
-    config, _ = write_checkpoint(tmp_path)
-    spy(monkeypatch, lambda name: (_ for _ in ()).throw(OSError("disk")))
-    with raises(MODEL, EMBEDDING, "cannot be read (disk)"):
-        read_weights(tmp_path, config, dtype=None)
-
-
-def spy(monkeypatch, before_read, after_read=lambda array: array):
-    """Call the hooks around every read of a tensor."""
-    real = hf_weights.safe_open
-
-    class Spy:
-        def __init__(self, *args, **options):
-            self._real = real(*args, **options)
-
-        def __enter__(self):
-            self._file = self._real.__enter__()
-            return self
-
-        def __exit__(self, *args):
-            return self._real.__exit__(*args)
-
-        def get_tensor(self, name):
-            before_read(name)
-            return after_read(self._file.get_tensor(name))
-
-        def __getattr__(self, name):
-            return getattr(self._file, name)
-
-    monkeypatch.setattr(hf_weights, "safe_open", Spy)
-
-
-def test_tensors_are_read_once_and_one_at_a_time(tmp_path, monkeypatch):
-    """No host copy of a tensor is alive when the next one is read."""
-    config, tensors = write_checkpoint(tmp_path, "bfloat16")
-    read, alive = [], weakref.WeakSet()
-
-    class Watched(np.ndarray):
-        __hash__ = object.__hash__
-
-    def watch(array):
-        array = array.view(Watched)
-        alive.add(array)
-        return array
-
-    def check(name):
-        read.append(name)
-        assert not alive
-
-    spy(monkeypatch, check, watch)
-    read_weights(tmp_path, config, dtype="float32")
-    assert sorted(read) == sorted(tensors)
-
-
-PEAK = """
-import sys
-from jaxkv.models import hf_weights
-from jaxkv.models.decoder import Config
-
-def used():  # memory that is not a mapped file, in bytes
-    with open("/proc/self/status") as status:
-        line = next(line for line in status if line.startswith("RssAnon"))
-    return 1024 * int(line.split()[1])
-
-def join(parts):
-    samples.append(used())
-    array = real(parts)
-    samples.append(used())
-    return array
-
-real, hf_weights._join, samples = hf_weights._join, join, []
-tiny, large = (eval(config) for config in sys.argv[3:])
-hf_weights.read_weights(sys.argv[1], tiny, dtype=None)  # starts the backend
-start = used()
-params = hf_weights.read_weights(sys.argv[2], large, dtype=None)
-print(max(*samples, used()) - start)
-"""
-
-
-@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux")
-def test_peak_memory_is_the_weights_and_little_more(tmp_path):
-    """In a new process, where no freed memory of other tests hides the growth."""
-    folders = tmp_path / "tiny", tmp_path / "large"
-    for folder in folders:
-        folder.mkdir()
-    tiny, _ = write_checkpoint(folders[0])
-    large, tensors = write_checkpoint(
-        folders[1], hidden_size=512, intermediate_size=1024, num_layers=24
-    )
-    total = sum(tensor.nbytes for tensor in tensors.values())
-    run = subprocess.run(
-        [sys.executable, "-c", PEAK, *folders, repr(tiny), repr(large)],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=tmp_path,  # elsewhere, or a folder `jaxkv` there would be imported
-    )
-    assert run.returncode == 0, run.stderr
-    assert 0.95 * total < int(run.stdout) < 1.6 * total
-
-
-def test_headers_are_checked_before_anything_is_read(tmp_path, monkeypatch):
-    config, tensors = write_checkpoint(tmp_path)
-    tensors["model.norm.weight"] = np.ones(9, np.float32)
-    save_file(tensors, tmp_path / MODEL)
-    spy(monkeypatch, lambda name: pytest.fail(f"{name} was read"))
-    with raises("model.norm.weight"):
-        read_weights(tmp_path, config, dtype=None)
