@@ -46,8 +46,8 @@ class Options:
     def check(self) -> None:
         """Raise ValueError for options of wrong types or at odds with each other."""
         roles = (self.prefill, self.decode, self.sampler, self.speculate, self.accept)
-        for role in roles:
-            check_types(role)
+        for options in (*roles, self):
+            check_types(options)
         self.sampler.check()
         speculation.check(self)
         if self.budget is None:

@@ -106,6 +106,12 @@ def test_generate_refuses_them(tiny_lm, role):
         jaxkv.generate(tiny_lm, [[3, 4]], budget=200, **{role: method})
 
 
+@pytest.mark.parametrize("budget", ["5", 2.5, [3], True, 2**31])
+def test_wrong_budgets_are_refused(budget):
+    with pytest.raises(ValueError, match=r"Options: budget (takes|must be between)"):
+        Options(budget=budget).check()
+
+
 def test_what_is_taken():
     for table in TABLES.values():
         for method in table.values():
