@@ -195,6 +195,8 @@ def call(kernel, arrays, out_types, *, aliases, grid, **options):
     if "out_type" in inspect.signature(jax_triton.triton_call).parameters:
         options |= {name: 0 for name in kernel.arg_names if name[0] == "_"}
         options["out_type"] = out_types
+        # As before 0.4: a * b + c is rounded once. Triton is to change its default.
+        options["backend_options"] = {"enable_fp_fusion": True}
     else:
         options["out_shape"] = out_types
     with warnings.catch_warnings():

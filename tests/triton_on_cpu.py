@@ -80,7 +80,9 @@ def usage(kernel, dtypes, constants, tiles, capability) -> dict[str, int]:
             },
         ),
         target=GPUTarget("cuda", capability, 32),
-        options=dict(num_warps=tiles.warps, num_stages=tiles.stages),
+        options=dict(
+            num_warps=tiles.warps, num_stages=tiles.stages, enable_fp_fusion=True
+        ),
     )
     tool = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
