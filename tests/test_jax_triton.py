@@ -1,0 +1,124 @@
+"""All Triton kernels, handed to the real jax-triton, without a GPU.
+
+jax-triton compiles a kernel when JAX lowers its call, which needs no device. What the
+GPU is to be given is then in the text of the program: as many launches as there should
+be, and each part of the cache in place.
+"""
+
+import functools
+import re
+
+import jax
+import pytest
+
+from jaxkv.kernels.decode_triton import decode_attention_triton
+from jaxkv.kernels.longflow_triton import choose_tiles, longflow_attention_triton
+from jaxkv.kernels.pointwise_triton import add_rms_norm_triton, split_and_rotate_triton
+from jaxkv.kernels.tree_triton import tree_attention_triton, write_path_triton
+from jaxkv.kernels.window_scores_triton import window_scores_triton
+
+ROWS, MANY, KV_HEADS, SLOTS, SIZE, NODES, STEPS = 2, 150, 2, 1000, 64, 5, 3
+
+
+def of(*shape, dtype="bfloat16"):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+integers = functools.partial(of, dtype="int32")
+token = of(ROWS, 4, SIZE), of(ROWS, KV_HEADS, SIZE), of(ROWS, KV_HEADS, SIZE)
+cache = (
+    *[of(ROWS, KV_HEADS, SLOTS, SIZE)] * 2,
+    integers(ROWS, KV_HEADS, SLOTS),
+)
+norms = of(ROWS, KV_HEADS, SLOTS, dtype="float32")
+target, row = integers(ROWS, KV_HEADS), integers(ROWS)
+node = of(ROWS, NODES, KV_HEADS, SIZE)
+angles = of(ROWS, 1, SIZE // 2, dtype="float32")
+
+# function, arguments, launches, buffers that the launches update in place
+CASES = {
+    "decode": (
+        functools.partial(decode_attention_triton, scale=0.1),
+        (*token, *cache, target, row),
+        *(2, 3),
+    ),
+    "longflow in splits": (
+        functools.partial(longflow_attention_triton, scale=0.1),
+        (*token, *cache, norms, target, row, row, row),
+        *(2, 6),
+    ),
+    "longflow in rows": (
+        functools.partial(longflow_attention_triton, scale=0.1),
+        tuple(
+            of(MANY, *x.shape[1:], dtype=x.dtype)
+            for x in (*token, *cache, norms, target, row, row, row)
+        ),
+        *(2, 6),
+    ),
+    "tree": (
+        functools.partial(tree_attention_triton, scale=0.1),
+        (
+            *(of(ROWS, NODES, 4, SIZE), node, node, *cache),
+            integers(ROWS, KV_HEADS, STEPS + 1),
+            integers(ROWS, NODES),
+            of(ROWS, NODES, NODES, dtype="bool"),
+        ),
+        *(2, 0),
+    ),
+    "path": (
+        write_path_triton,
+        (
+            *(node, node, *cache, target, integers(ROWS, KV_HEADS, STEPS + 1)),
+            *(integers(ROWS, STEPS), row, row),
+        ),
+        *(1, 4),
+    ),
+    "window scores": (
+        functools.partial(window_scores_triton, scale=0.1, length=300),
+        (of(ROWS, 8, 4, SIZE), of(ROWS, 300, KV_HEADS, SIZE), integers(ROWS)),
+        *(2, 0),
+    ),
+    "norm": (
+        functools.partial(add_rms_norm_triton, eps=1e-6),
+        (of(ROWS, 1, 32), of(ROWS, 1, 32), of(32)),
+        *(1, 0),
+    ),
+    "rotation": (
+        functools.partial(
+            split_and_rotate_triton, num_heads=4, num_kv_heads=KV_HEADS, eps=1e-6
+        ),
+        (of(ROWS, 1, 8 * SIZE), of(SIZE), of(SIZE), angles, angles),
+        *(1, 0),
+    ),
+}
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """jax-triton, told what to compile for where it would ask the device."""
+    pytest.importorskip("jax_cuda13_plugin", reason="see CONTRIBUTING.md")
+    jax_triton = pytest.importorskip("jax_triton", reason="see CONTRIBUTING.md")
+    original = jax_triton.triton_call
+
+    @functools.wraps(original)
+    def triton_call(*args, **options):
+        return original(*args, compute_capability=90, **options)
+
+    monkeypatch.setattr(jax_triton, "triton_call", triton_call)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_kernel_is_lowered_in_place(case, hopper):
+    function, arguments, launches, in_place = CASES[case]
+    traced = jax.jit(function).trace(*arguments)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert len(re.findall(r"custom_call @triton_kernel_call", text)) == launches
+    assert len(re.findall(r"#stablehlo\.output_operand_alias<", text)) == in_place
+
+
+def test_rows_and_splits_are_both_among_the_cases():
+    programs = [
+        choose_tiles(rows, 4, KV_HEADS, SLOTS, SIZE, "bfloat16").programs
+        for rows in (ROWS, MANY)
+    ]
+    assert programs[0] == 0 < programs[1]
