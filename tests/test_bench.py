@@ -189,6 +189,26 @@ def test_decode_table(run, tiny_shape, monkeypatch):
     assert "compile s" in result.stdout
 
 
+def test_a_profile_has_nothing_but_the_steps(monkeypatch):
+    def trace(call, per_call):
+        with monkeypatch.context() as patch:
+            patch.delattr(measure, "_ends")  # which makes arrays
+            return {}, call()
+
+    monkeypatch.setattr(measure, "trace_kernels", trace)
+    measure.time_decode(
+        Decoder(TINY),
+        random_parameters(TINY, jax.random.key(0), jnp.float32),
+        batch=1,
+        context=12,
+        steps=4,
+        repeats=1,
+        options=Options(),
+        bandwidth=1e9,
+        profile=True,
+    )
+
+
 def test_kernels_of_a_trace(monkeypatch):
     def line(name, *events):
         events = [types.SimpleNamespace(name=n, duration_ns=ns) for n, ns in events]
