@@ -189,6 +189,27 @@ def test_decode_table(run, tiny_shape, monkeypatch):
     assert "compile s" in result.stdout
 
 
+def test_kernel_table_shows_names_as_they_are(run, tiny_shape, monkeypatch):
+    def trace(call, per_call):
+        kernels = {
+            "f(int (&) [2]) [/b] [red]": kernel_trace.Kernel(us=3, launches=57),
+            "copy": kernel_trace.Kernel(us=1, launches=1 / 4),
+        }
+        return kernels, call()
+
+    monkeypatch.setattr(measure, "trace_kernels", trace)
+    monkeypatch.setenv("COLUMNS", "80")
+    result = run(
+        *("decode", "--shape", "qwen3-8b", "--context", 12, "--steps", 4),
+        *("--repeats", 1, "--copy-gib", 0.001, "--profile"),
+    )
+    assert result.exit_code == 0, result.stderr
+    rows = [line.split("  ") for line in result.stdout.splitlines()]
+    rows = [[cell.strip() for cell in row if cell.strip()] for row in rows]
+    assert ["f(int (&) [2]) [/b] [red]", "3.0", "57"] in rows
+    assert ["copy", "1.0", "0.25"] in rows
+
+
 def test_a_profile_has_nothing_but_the_steps(monkeypatch):
     def trace(call, per_call):
         with monkeypatch.context() as patch:
