@@ -14,6 +14,7 @@ import rich.box
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from jaxkv import cli_flags as flags
 from jaxkv import compiling, measure, methods
@@ -327,7 +328,8 @@ def _kernel_table(row: measure.DecodeTiming) -> Table:
     for column in ("µs", "launches"):
         table.add_column(column, justify="right", no_wrap=True)
     for name, kernel in itertools.islice(row.kernels.items(), 12):
-        table.add_row(name, f"{kernel.us:.1f}", f"{kernel.launches:.0f}")
+        # Text, because brackets in a name are no markup.
+        table.add_row(Text(name), f"{kernel.us:.1f}", f"{kernel.launches:.4g}")
     return table
 
 

@@ -251,10 +251,10 @@ def time_decode(
     calls, cache = time_calls(program, params, state.cache, repeats=repeats, **where)
     kernels = {}
     if profile:
-        state = rewind(cache, **where)
-        kernels, state = trace_kernels(
-            lambda: program(params, state, *_ends(state)), steps
-        )
+        state = jax.block_until_ready(rewind(cache, **where))
+        # Made and waited for before, so that their kernels are not among the step's.
+        ends = jax.block_until_ready(_ends(state))
+        kernels, state = trace_kernels(lambda: program(params, state, *ends), steps)
         cache = state.cache
     median = statistics.median(calls)
     weights, kv_bytes = weight_bytes(params, config), key_value_bytes(cache)

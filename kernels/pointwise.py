@@ -82,8 +82,7 @@ def project(x: jax.Array, weight: jax.Array) -> jax.Array:
     Returns:
       `[B, T, F]`.
     """
-    rows = x.shape[0] * x.shape[1]
-    if rows > 1 or jax.default_backend() != "gpu":
+    if x.shape[:2] != (1, 1) or jax.default_backend() != "gpu":
         return x @ weight
     pair = jnp.broadcast_to(x, (2, *x.shape[1:]))
     return (pair @ weight)[:1]

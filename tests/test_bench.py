@@ -189,6 +189,47 @@ def test_decode_table(run, tiny_shape, monkeypatch):
     assert "compile s" in result.stdout
 
 
+def test_kernel_table_shows_names_as_they_are(run, tiny_shape, monkeypatch):
+    def trace(call, per_call):
+        kernels = {
+            "f(int (&) [2]) [/b] [red]": kernel_trace.Kernel(us=3, launches=57),
+            "copy": kernel_trace.Kernel(us=1, launches=1 / 4),
+        }
+        return kernels, call()
+
+    monkeypatch.setattr(measure, "trace_kernels", trace)
+    monkeypatch.setenv("COLUMNS", "80")
+    result = run(
+        *("decode", "--shape", "qwen3-8b", "--context", 12, "--steps", 4),
+        *("--repeats", 1, "--copy-gib", 0.001, "--profile"),
+    )
+    assert result.exit_code == 0, result.stderr
+    rows = [line.split("  ") for line in result.stdout.splitlines()]
+    rows = [[cell.strip() for cell in row if cell.strip()] for row in rows]
+    assert ["f(int (&) [2]) [/b] [red]", "3.0", "57"] in rows
+    assert ["copy", "1.0", "0.25"] in rows
+
+
+def test_a_profile_has_nothing_but_the_steps(monkeypatch):
+    def trace(call, per_call):
+        with monkeypatch.context() as patch:
+            patch.delattr(measure, "_ends")  # which makes arrays
+            return {}, call()
+
+    monkeypatch.setattr(measure, "trace_kernels", trace)
+    measure.time_decode(
+        Decoder(TINY),
+        random_parameters(TINY, jax.random.key(0), jnp.float32),
+        batch=1,
+        context=12,
+        steps=4,
+        repeats=1,
+        options=Options(),
+        bandwidth=1e9,
+        profile=True,
+    )
+
+
 def test_kernels_of_a_trace(monkeypatch):
     def line(name, *events):
         events = [types.SimpleNamespace(name=n, duration_ns=ns) for n, ns in events]

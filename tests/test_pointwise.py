@@ -115,7 +115,7 @@ def test_split_and_rotate_against_complex_numbers(case):
 
 
 @pytest.mark.parametrize("backend", ["cpu", "gpu"])
-@pytest.mark.parametrize("tokens", [(1, 1), (2, 1), (1, 3)])
+@pytest.mark.parametrize("tokens", [(1, 1), (2, 1), (1, 3), (0, 1)])
 def test_a_token_times_a_matrix(backend, tokens, monkeypatch):
     monkeypatch.setattr(pointwise.jax, "default_backend", lambda: backend)
     rng = np.random.default_rng(0)
