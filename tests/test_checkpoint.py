@@ -4,6 +4,7 @@ import re
 
 import huggingface_hub
 import pytest
+from huggingface_hub import constants as hub_constants
 from huggingface_hub import errors as hub_errors
 
 from jaxkv.models.checkpoint import CheckpointError, resolve
@@ -102,8 +103,8 @@ def test_hub_errors(monkeypatch, error, words):
 
 def test_hub_offline_and_not_cached(tmp_path, monkeypatch):
     """The real client, which conftest takes offline."""
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(hub_constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(hub_constants, "HF_HUB_CACHE", str(tmp_path))
     with raises("'owner/name'", "not in the Hub cache"):
         resolve("owner/name")
 
