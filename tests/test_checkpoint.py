@@ -1,19 +1,12 @@
 """Finding a checkpoint: a folder here, or a model of the Hub."""
 
-import re
-
 import huggingface_hub
 import pytest
+from hf_checkpoints import raises
 from huggingface_hub import constants as hub_constants
 from huggingface_hub import errors as hub_errors
 
-from jaxkv.models.checkpoint import CheckpointError, resolve
-
-
-def raises(*words):
-    """Expect a CheckpointError whose message has all the words, in order."""
-    pattern = "(?s)" + ".*".join(re.escape(str(word)) for word in words)
-    return pytest.raises(CheckpointError, match=pattern)
+from jaxkv.models.checkpoint import resolve
 
 
 def hub(monkeypatch, answer):

@@ -2,9 +2,9 @@
 
 import dataclasses
 import json
-import re
 
 import pytest
+from hf_checkpoints import raises
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -36,12 +36,6 @@ def write_config(folder, **changes):
     raw = {k: v for k, v in (LLAMA | changes).items() if v is not ...}
     (folder / "config.json").write_text(json.dumps(raw))
     return folder
-
-
-def raises(*words):
-    """Expect a CheckpointError whose message has all the words, in order."""
-    pattern = "(?s)" + ".*".join(re.escape(str(word)) for word in words)
-    return pytest.raises(CheckpointError, match=pattern)
 
 
 def test_config_of_llama(tmp_path):

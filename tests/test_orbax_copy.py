@@ -1,28 +1,23 @@
 """Orbax copies of converted checkpoints: whole or absent, and nothing lost."""
 
+import dataclasses
 import gc
 import json
 import os
-import re
 import shutil
 
+import hf_checkpoints
 import jax
 import numpy as np
 import pytest
+from hf_checkpoints import raises
 
 from jaxkv.models import orbax_copy
-from jaxkv.models.checkpoint import CheckpointError
-from jaxkv.models.decoder import Config, Llama3Scaling, random_parameters
+from jaxkv.models.decoder import Llama3Scaling, random_parameters
 from jaxkv.models.orbax_copy import is_orbax_copy, load_orbax, save_orbax
 
-CONFIG = Config(
-    vocab_size=20,
-    hidden_size=8,
-    intermediate_size=12,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=2,
+CONFIG = dataclasses.replace(
+    hf_checkpoints.CONFIG,
     rope_scaling=Llama3Scaling(
         factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=32
     ),
@@ -37,12 +32,6 @@ TEXT = (
     "additional_chat_templates/tool_use.jinja",
 )
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
-
-
-def raises(*words):
-    """Expect a CheckpointError whose message has all the words, in order."""
-    pattern = "(?s)" + ".*".join(re.escape(str(word)) for word in words)
-    return pytest.raises(CheckpointError, match=pattern)
 
 
 @pytest.fixture
