@@ -11,7 +11,6 @@ Axis letters: `B` batch, `K` key/value heads, `G` query heads per key/value head
 """
 
 import dataclasses
-import functools
 from typing import NamedTuple
 
 import jax
@@ -171,16 +170,16 @@ class LongFlow:
         out, state = attend_and_write(
             query, key, value, state, position, implementation=implementation
         )
-        importance = functools.partial(
-            longflow.token_importance,
-            query,
-            state.keys,
-            state.values,
-            state.positions,
-            scale=scale,
-            score=self.score,
-            exact=implementation == "reference",
-        )
+        arrays = query, state.keys, state.values, state.positions
+
+        def importance(rows):
+            return longflow.token_importance(
+                *(x[rows] for x in arrays),
+                scale=scale,
+                score=self.score,
+                exact=implementation == "reference",
+            )
+
         return out, evict_in_bulk(
             state,
             importance,

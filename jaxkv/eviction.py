@@ -110,36 +110,51 @@ def aim_at_least(
 
 def evict_in_bulk(
     state: KVState,
-    importance: Callable[[], jax.Array],
+    importance: Callable[[jax.Array], jax.Array],
     position: jax.Array,
     oldest: jax.Array,
     newest: jax.Array,
     *,
     count: int,
     shared: bool,
+    at_once: int = 8,
 ) -> KVState:
     """Free the `count` least important tokens once no slot is free, and aim at one.
 
+    Rows of prompts of different lengths are full at different steps. So importance is
+    computed for a few rows at a time, until none is full: a step costs as much as it
+    evicts, however large the batch.
+
     Args:
       state: with the new token in it.
-      importance: computes float32 `[B, K, S]`; called in the steps that evict only.
+      importance: from rows, int32 `[R]`, to float32 `[R, K, S]`; called in the steps
+        that evict only.
       position: int32 `[B]` of the new token; -1 for finished rows, which do not change.
       oldest: int32 `[B]`, least position that may be evicted.
       newest: int32 `[B]`, greatest position that may be evicted.
       count: tokens to free at once.
       shared: the same slots in all heads.
+      at_once: rows whose importance is computed together.
     """
     running = position >= 0
     free, _ = victims.classes(state.positions, oldest, newest, shared=shared)
     full = running & (~free.any(-1)).any(-1)
 
-    def evict():
+    def evict(carry):
+        positions, full = carry
+        _, rows = jax.lax.top_k(full.astype(jnp.int32), min(at_once, len(full)))
+        before = positions[rows]
         left = victims.free_least(
-            importance(), state.positions, oldest, newest, count=count, shared=shared
+            *(importance(rows), before, oldest[rows], newest[rows]),
+            count=count,
+            shared=shared,
         )
-        return jnp.where(full[:, None, None], left, state.positions)
+        left = jnp.where(full[rows][:, None, None], left, before)
+        return positions.at[rows].set(left), full.at[rows].set(False)
 
-    positions = jax.lax.cond(full.any(), evict, lambda: state.positions)
+    positions, _ = jax.lax.while_loop(
+        lambda carry: carry[1].any(), evict, (state.positions, full)
+    )
     target = victims.next_free(positions, shared=shared)
     target = jnp.where(running[:, None], target, state.target)
     return dataclasses.replace(state, positions=positions, target=target)

@@ -102,12 +102,13 @@ class RKV(PlainAttention):
         state = dataclasses.replace(state, memory=window)
         newest = position - self.window_size
 
-        def importance():
+        def importance(rows):
+            positions = state.positions[rows]
             attended = attended_importance(
-                window, state.positions, newest, kernel_size=self.kernel_size
+                window[rows], positions, newest[rows], kernel_size=self.kernel_size
             )
             redundant = redundancy(
-                state.keys, state.positions, threshold=self.threshold
+                state.keys[rows], positions, threshold=self.threshold
             )
             return self.mix_lambda * attended - (1 - self.mix_lambda) * redundant
 
@@ -154,7 +155,7 @@ def attended_importance(
 
 
 def redundancy(
-    keys: jax.Array, positions: jax.Array, *, threshold: float, block: int = 32
+    keys: jax.Array, positions: jax.Array, *, threshold: float, block: int = 256
 ) -> jax.Array:
     """Return a softmax over the slots of the mean similarity to all other keys.
 
@@ -172,6 +173,7 @@ def redundancy(
     unit = jnp.where(occupied[..., None], keys, 0).astype(jnp.float32)
     unit = unit / (jnp.linalg.norm(unit, axis=-1, keepdims=True) + 1e-8)
     slots = positions.shape[2]
+    block = min(block, slots)
     blocks = -(-slots // block)
     padded = jnp.pad(unit, ((0, 0), (0, 0), (0, blocks * block - slots), (0, 0)))
 

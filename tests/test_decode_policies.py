@@ -332,11 +332,11 @@ def test_bulk_eviction_of_one_is_the_fused_choice():
     queries = jnp.asarray(tokens()[0], jnp.float32)
     position = jnp.asarray(PROMPT, jnp.int32) + STEPS - 1
     query = queries[jnp.arange(BATCH), position]
-    importance = functools.partial(
-        token_importance,
-        *(query, state.keys, state.values, state.positions),
-        scale=HEAD**-0.5,
-    )
+    arrays = query, state.keys, state.values, state.positions
+
+    def importance(rows):
+        return token_importance(*(x[rows] for x in arrays), scale=HEAD**-0.5)
+
     bounds = position, jnp.zeros_like(position), position
     after = evict_in_bulk(state, importance, *bounds, count=1, shared=True)
     np.testing.assert_array_equal(after.target, fused.target)
@@ -345,6 +345,35 @@ def test_bulk_eviction_of_one_is_the_fused_choice():
     )
     assert (freed == kv.FREE).all()
     assert (kv.occupancy(after) == SLOTS - 1).all()
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 3, 8])
+def test_full_rows_evict_whatever_their_number(at_once):
+    rng = np.random.default_rng(at_once)
+    batch, heads, slots = 7, 2, 6
+    positions = np.broadcast_to(np.arange(slots), (batch, heads, slots)).copy()
+    positions[1, :, 4:] = kv.FREE
+    state = kv.KVState(
+        keys=jnp.zeros((batch, heads, slots, 1)),
+        values=jnp.zeros((batch, heads, slots, 1)),
+        positions=jnp.asarray(positions, jnp.int32),
+        target=jnp.zeros((batch, heads), jnp.int32),
+    )
+    scores = rng.random((batch, heads, slots), np.float32)
+    position = np.full(batch, slots - 1, np.int32)
+    position[4] = -1
+    bounds = jnp.asarray(position), jnp.zeros(batch, jnp.int32), jnp.asarray(position)
+    after = evict_in_bulk(
+        *(state, lambda rows: jnp.asarray(scores)[rows], *bounds),
+        count=2,
+        shared=False,
+        at_once=at_once,
+    )
+    least = np.argsort(scores, axis=-1)[..., :2]
+    expected = positions.copy()
+    np.put_along_axis(expected, least, kv.FREE, axis=-1)
+    expected[[1, 4]] = positions[[1, 4]]
+    np.testing.assert_array_equal(after.positions, expected)
 
 
 def test_finished_rows_keep_even_what_is_remembered():
