@@ -74,7 +74,7 @@ def choose_tiles(
         return dataclasses.replace(tiles, splits=1, programs=-(-rows // turns))
     if large or jnp.dtype(dtype).itemsize == 4:
         return tiles
-    tiles = dataclasses.replace(tiles, chunk=8192)
+    tiles = dataclasses.replace(tiles, chunk=2048)
     num_tiles = -(-slots // tiles.block)
     splits = max(1, min(2 * num_sms // rows, num_tiles))
     if num_tiles * rows <= 3 * num_sms + rows:
