@@ -219,6 +219,14 @@ def num_processors() -> int:
     return getattr(jax.local_devices()[0], "core_count", 132)
 
 
+def shared_memory() -> int:
+    """Return the bytes of shared memory that a program may have on the default GPU."""
+    capability = getattr(jax.local_devices()[0], "compute_capability", "9.0")
+    # CUDA C++ Programming Guide, technical specifications per compute capability.
+    large = {"8.0": 163, "8.7": 163, "9.0": 227, "10.0": 227, "10.3": 227}
+    return 1024 * large.get(str(capability), 99)
+
+
 def next_power_of_2(number: int) -> int:
     """Return the least power of two that is not below `number`, which is positive."""
     return 1 << (number - 1).bit_length()

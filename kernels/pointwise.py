@@ -4,8 +4,10 @@ A decode step of a small batch reads its weights as fast as memory allows, and t
 is the launches between the matrix products that cost: XLA makes three of a residual sum
 and its norm, and five of the norms and rotations of a layer's heads.
 
-Axis letters: `B` batch, `T` tokens, `D` hidden, `N` query heads, `K` key/value heads,
-`H` head size.
+What comes from a matrix product may come in parts (see `project`), to be added here.
+
+Axis letters: `P` parts, `B` batch, `T` tokens, `D` hidden, `N` query heads, `K`
+key/value heads, `H` head size.
 """
 
 from typing import Literal, NamedTuple, get_args
@@ -42,7 +44,7 @@ def add_rms_norm(
 
     Args:
       x: `[B, T, D]`, the residual stream.
-      delta: `[B, T, D]` to add to it, or None.
+      delta: `[P, B, T, D]`, whose sum over `P` is added to it, or None.
       weight: `[D]`.
       eps: added to the mean square.
       implementation: "xla" (anywhere), "triton" (NVIDIA), or None for the best one.
@@ -58,34 +60,22 @@ def add_rms_norm(
     where = "add_rms_norm"
     arrays = {"x": (x, "B T D"), "weight": (weight, "D")}
     if delta is not None:
-        arrays["delta"] = (delta, "B T D")
+        arrays["delta"] = (delta, "P B T D")
     sizes = check_shape(where, **arrays)
-    if _resolve(where, implementation, sizes["B"] * sizes["T"]) == "triton":
+    few = sizes["B"] * sizes["T"] <= _MOST_ROWS
+    if resolve(where, implementation, prefer=few) == "triton":
         from jaxkv.kernels.pointwise_triton import add_rms_norm_triton
 
         return add_rms_norm_triton(x, delta, weight, eps=eps)
-    total = x if delta is None else x + delta
+    total = x if delta is None else x + join(delta, x.dtype)
     return total, rms_norm(total, weight, eps)
 
 
-def project(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """Multiply tokens by a matrix; a single token on a GPU as if it were two.
-
-    Of a row times a matrix of less than 10^7 numbers XLA:GPU makes a product of all
-    their numbers, rounded to the dtype of `x` and stored, and a second launch that adds
-    them up. That is three times the bytes: a fourth of a Qwen3-1.7B step.
-
-    Args:
-      x: `[B, T, D]`.
-      weight: `[D, F]`.
-
-    Returns:
-      `[B, T, F]`.
-    """
-    if x.shape[:2] != (1, 1) or jax.default_backend() != "gpu":
-        return x @ weight
-    pair = jnp.broadcast_to(x, (2, *x.shape[1:]))
-    return (pair @ weight)[:1]
+def join(parts: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """Return the sum `[B, T, F]` of parts `[P, B, T, F]`, rounded once."""
+    if parts.shape[0] == 1:
+        return parts[0].astype(dtype)
+    return parts.astype(jnp.float32).sum(0).astype(dtype)
 
 
 def split_and_rotate(
@@ -98,12 +88,13 @@ def split_and_rotate(
     num_heads: int,
     num_kv_heads: int,
     eps: float,
+    dtype: jax.typing.DTypeLike,
     implementation: Implementation | None = None,
 ) -> Heads:
     """Split a fused projection into heads; normalise and rotate queries and keys.
 
     Args:
-      qkv: `[B, T, (N + 2 K) H]`.
+      qkv: `[P, B, T, (N + 2 K) H]`, whose sum over `P` it is.
       q_norm: `[H]`, weight of the queries' norm, or None for no norm (Qwen3 has it).
       k_norm: `[H]`, likewise; both or none.
       cos: float32 `[B, T, H / 2]`, from `rotary.table`.
@@ -111,10 +102,11 @@ def split_and_rotate(
       num_heads: `N`.
       num_kv_heads: `K`.
       eps: of the norms.
+      dtype: of the result.
       implementation: "xla" (anywhere), "triton" (NVIDIA), or None for the best one.
 
     Returns:
-      Queries, keys and values in the dtype of `qkv`.
+      Queries, keys and values.
 
     Raises:
       ValueError: shapes disagree, or the implementation is unknown.
@@ -122,7 +114,7 @@ def split_and_rotate(
     """
     where = "split_and_rotate"
     sizes = check_shape(
-        where, qkv=(qkv, "B T Q"), cos=(cos, "B T R"), sin=(sin, "B T R")
+        where, qkv=(qkv, "P B T Q"), cos=(cos, "B T R"), sin=(sin, "B T R")
     )
     head_dim = 2 * sizes["R"]
     if sizes["Q"] != (num_heads + 2 * num_kv_heads) * head_dim:
@@ -131,7 +123,8 @@ def split_and_rotate(
             f"{num_kv_heads} heads of {head_dim} need "
             f"{(num_heads + 2 * num_kv_heads) * head_dim}."
         )
-    if _resolve(where, implementation, sizes["B"] * sizes["T"]) == "triton":
+    few = sizes["B"] * sizes["T"] <= _MOST_ROWS
+    if resolve(where, implementation, prefer=few) == "triton":
         from jaxkv.kernels.pointwise_triton import split_and_rotate_triton
 
         return split_and_rotate_triton(
@@ -139,8 +132,9 @@ def split_and_rotate(
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
             eps=eps,
+            dtype=dtype,
         )
-    heads = qkv.reshape(*qkv.shape[:2], -1, head_dim)
+    heads = join(qkv, dtype).reshape(*cos.shape[:2], -1, head_dim)
     q, k, v = jnp.split(heads, [num_heads, num_heads + num_kv_heads], axis=2)
     if q_norm is not None:
         q, k = rms_norm(q, q_norm, eps), rms_norm(k, k_norm, eps)
@@ -155,17 +149,29 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     return (x32 * jax.lax.rsqrt(variance + eps)).astype(x.dtype) * weight
 
 
-def _resolve(where: str, implementation: str | None, rows: int) -> str:
+def resolve(
+    where: str, implementation: str | None, *, prefer: bool, unable: str = ""
+) -> str:
+    """Return the implementation to run.
+
+    Args:
+      where: the caller, for its errors.
+      implementation: by name, or None for the best one.
+      prefer: whether Triton's version is the best one where it can run.
+      unable: why it cannot take these arrays, or empty.
+
+    Raises:
+      ValueError: the implementation is unknown.
+      NotImplementedError: it was named and cannot run here.
+    """
     if implementation is None:
-        few = rows <= _MOST_ROWS
-        on_gpu = jax.default_backend() == "gpu"
-        return "triton" if few and on_gpu and not triton_unavailable() else "xla"
+        return "triton" if prefer and not (unable or triton_unavailable()) else "xla"
     if implementation not in get_args(Implementation):
         raise ValueError(
             f"{where}: unknown {implementation=}; choose one of "
             f"{', '.join(get_args(Implementation))} or None."
         )
-    reason = triton_unavailable() if implementation == "triton" else ""
+    reason = (triton_unavailable() or unable) if implementation == "triton" else ""
     if reason:
         raise NotImplementedError(f'{where}: implementation="triton" {reason}')
     return implementation

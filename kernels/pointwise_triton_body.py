@@ -5,16 +5,25 @@ import triton.language as tl
 
 
 @triton.jit
+def load_sum(parts_ptr, at, real, stride, PARTS: tl.constexpr):
+    """Return the float32 sum of what stands at `at` in each part."""
+    total = tl.load(parts_ptr + at, real, other=0.0).to(tl.float32)
+    for part in tl.static_range(1, PARTS):
+        total += tl.load(parts_ptr + part * stride + at, real, other=0.0).to(tl.float32)
+    return total
+
+
+@triton.jit
 def add_rms_norm(
     x_ptr,  # [rows, D]
-    delta_ptr,  # [rows, D]; not read without DELTA
+    delta_ptr,  # [PARTS, rows, D]; not read without parts
     weight_ptr,  # [D]
     sum_ptr,  # [rows, D], output
     normed_ptr,  # [rows, D], output
     SIZE: tl.constexpr,
     SIZE_PAD: tl.constexpr,
     EPS: tl.constexpr,
-    DELTA: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
     """Add and normalise one row."""
     row = tl.program_id(0).to(tl.int64)
@@ -22,9 +31,10 @@ def add_rms_norm(
     real = columns < SIZE
     at = row * SIZE + columns
     x = tl.load(x_ptr + at, real, other=0.0)
-    if DELTA:
+    if PARTS:
         # In the stream's own dtype, as the plain sum is.
-        delta = tl.load(delta_ptr + at, real, other=0.0).to(tl.float32)
+        stride = tl.num_programs(0).to(tl.int64) * SIZE
+        delta = load_sum(delta_ptr, at, real, stride, PARTS)
         x = (x.to(tl.float32) + delta).to(x_ptr.dtype.element_ty)
     tl.store(sum_ptr + at, x, real)
     x32 = x.to(tl.float32)
@@ -37,7 +47,7 @@ def add_rms_norm(
 
 @triton.jit
 def split_and_rotate(
-    qkv_ptr,  # [rows, N + 2 K, H]
+    qkv_ptr,  # [PARTS, rows, N + 2 K, H]
     q_norm_ptr,  # [H]; not read without NORM
     k_norm_ptr,  # [H]; not read without NORM
     cos_ptr,  # [rows, H / 2]
@@ -51,6 +61,7 @@ def split_and_rotate(
     HALF_PAD: tl.constexpr,
     EPS: tl.constexpr,
     NORM: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
     """Take one head of one row to where it belongs."""
     row = tl.program_id(0).to(tl.int64)
@@ -58,18 +69,18 @@ def split_and_rotate(
     columns = tl.arange(0, HALF_PAD)
     real = columns < HALF
     at = (row * (HEADS + 2 * KV_HEADS) + head) * (2 * HALF) + columns
-    first = tl.load(qkv_ptr + at, real, other=0.0)
-    second = tl.load(qkv_ptr + at + HALF, real, other=0.0)
+    stride = tl.num_programs(0).to(tl.int64) * ((HEADS + 2 * KV_HEADS) * 2 * HALF)
+    a = load_sum(qkv_ptr, at, real, stride, PARTS)
+    b = load_sum(qkv_ptr, at + HALF, real, stride, PARTS)
+    dtype = q_ptr.dtype.element_ty
     if head >= HEADS + KV_HEADS:
         to_v = (row * KV_HEADS + head - HEADS - KV_HEADS) * (2 * HALF) + columns
-        tl.store(v_ptr + to_v, first, real)
-        tl.store(v_ptr + to_v + HALF, second, real)
+        tl.store(v_ptr + to_v, a.to(dtype), real)
+        tl.store(v_ptr + to_v + HALF, b.to(dtype), real)
     else:
         is_query = head < HEADS
-        a, b = first.to(tl.float32), second.to(tl.float32)
         if NORM:
             scale = tl.rsqrt((tl.sum(a * a, 0) + tl.sum(b * b, 0)) / (2 * HALF) + EPS)
-            dtype = qkv_ptr.dtype.element_ty
             # As `real & is_query`, of which Triton's interpreter makes no mask.
             for_q = columns < tl.where(is_query, HALF, 0)
             for_k = columns < tl.where(is_query, 0, HALF)
@@ -83,8 +94,8 @@ def split_and_rotate(
             b = b.to(dtype).to(tl.float32)
         cos = tl.load(cos_ptr + row * HALF + columns, real, other=0.0)
         sin = tl.load(sin_ptr + row * HALF + columns, real, other=0.0)
-        turned = (a * cos - b * sin).to(q_ptr.dtype.element_ty)
-        turned_second = (b * cos + a * sin).to(q_ptr.dtype.element_ty)
+        turned = (a * cos - b * sin).to(dtype)
+        turned_second = (b * cos + a * sin).to(dtype)
         if is_query:
             to_q = (row * HEADS + head) * (2 * HALF) + columns
             tl.store(q_ptr + to_q, turned, real)

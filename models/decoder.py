@@ -18,7 +18,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxkv.kernels import pointwise, rotary
+from jaxkv.kernels import pointwise, project, rotary
 
 Attend = Callable[
     [jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]
@@ -122,15 +122,16 @@ class Layer(nn.Module):
 
         Args:
           x: `[B, T, D]`, the residual stream.
-          delta: `[B, T, D]`, what the layer before adds to it; None for the first. The
-            sum is left to this layer, which makes it and its norm in one launch.
+          delta: `[P, B, T, D]`, whose sum over `P` the layer before adds to it; None
+            for the first. It is left to this layer, which adds it and normalises the
+            sum in one launch.
           cos: of `rotary.table`.
           sin: likewise.
           state: of this layer.
           attend: see `Attend`.
 
         Returns:
-          The residual stream, what this layer adds to it, and the new state.
+          The residual stream, what this layer adds to it in parts, and the new state.
         """
         c = self.config
         batch, length, _ = x.shape
@@ -140,17 +141,23 @@ class Layer(nn.Module):
             nn.initializers.zeros,
         )
         how = dict(eps=c.rms_norm_eps, implementation=self.implementation)
-        attended = c.num_heads * c.head_dim
 
-        def times(x, name, size):
-            weight = self.param(name, matrix, (x.shape[-1], size))
-            return pointwise.project(x, weight)
+        def weight(name, depth, columns):
+            return self.param(name, matrix, (depth, columns))
+
+        def times(x, name, columns, bias):
+            parts = project.project(
+                *(x, weight(name, x.shape[-1], columns)),
+                implementation=self.implementation,
+            )
+            if bias:
+                bias = self.param(f"{name}_bias", zeros, (columns,))
+                parts = (pointwise.join(parts, x.dtype) + bias)[None]
+            return parts
 
         norm = self.param("attention_norm", ones, (c.hidden_size,))
         x, normed = pointwise.add_rms_norm(x, delta, norm, **how)
-        qkv = times(normed, "qkv", c.qkv_size)
-        if c.qkv_bias:
-            qkv += self.param("qkv_bias", zeros, (c.qkv_size,))
+        qkv = times(normed, "qkv", c.qkv_size, c.qkv_bias)
         q_norm = k_norm = None
         if c.qk_norm:
             q_norm = self.param("q_norm", ones, (c.head_dim,))
@@ -159,19 +166,21 @@ class Layer(nn.Module):
             *(qkv, q_norm, k_norm, cos, sin),
             num_heads=c.num_heads,
             num_kv_heads=c.num_kv_heads,
+            dtype=x.dtype,
             **how,
         )
         with jax.named_scope("attend"):
             out, state = attend(q, k, v, state)
-        delta = times(out.reshape(batch, length, attended), "output", c.hidden_size)
-        if c.output_bias:
-            delta += self.param("output_bias", zeros, (c.hidden_size,))
+        out = out.reshape(batch, length, c.num_heads * c.head_dim)
+        delta = times(out, "output", c.hidden_size, c.output_bias)
 
         norm = self.param("mlp_norm", ones, (c.hidden_size,))
         x, normed = pointwise.add_rms_norm(x, delta, norm, **how)
-        gate_up = times(normed, "gate_up", 2 * c.intermediate_size)
-        gate, up = jnp.split(gate_up, 2, axis=-1)
-        delta = times(jax.nn.silu(gate) * up, "down", c.hidden_size)
+        inner = project.project_gated(
+            *(normed, weight("gate_up", c.hidden_size, 2 * c.intermediate_size)),
+            implementation=self.implementation,
+        )
+        delta = times(inner, "down", c.hidden_size, bias=False)
         return x, delta, state
 
 
@@ -183,8 +192,8 @@ class Decoder(nn.Module):
 
     Attributes:
       config: sizes and switches.
-      implementation: of the operations in `kernels.pointwise`; None is the best one
-        here. A program that spans several devices wants "xla".
+      implementation: of the operations in `kernels.pointwise` and `kernels.project`;
+        None is the best one here. A program that spans several devices wants "xla".
     """
 
     config: Config

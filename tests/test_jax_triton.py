@@ -14,6 +14,7 @@ import pytest
 from jaxkv.kernels.decode_triton import decode_attention_triton
 from jaxkv.kernels.longflow_triton import choose_tiles, longflow_attention_triton
 from jaxkv.kernels.pointwise_triton import add_rms_norm_triton, split_and_rotate_triton
+from jaxkv.kernels.project_triton import project_gated_triton, project_triton
 from jaxkv.kernels.tree_triton import tree_attention_triton, write_path_triton
 from jaxkv.kernels.window_scores_triton import window_scores_triton
 
@@ -80,16 +81,22 @@ CASES = {
     ),
     "norm": (
         functools.partial(add_rms_norm_triton, eps=1e-6),
-        (of(ROWS, 1, 32), of(ROWS, 1, 32), of(32)),
+        (of(ROWS, 1, 32), of(3, ROWS, 1, 32, dtype="float32"), of(32)),
         *(1, 0),
     ),
     "rotation": (
         functools.partial(
-            split_and_rotate_triton, num_heads=4, num_kv_heads=KV_HEADS, eps=1e-6
+            split_and_rotate_triton,
+            num_heads=4,
+            num_kv_heads=KV_HEADS,
+            eps=1e-6,
+            dtype="bfloat16",
         ),
-        (of(ROWS, 1, 8 * SIZE), of(SIZE), of(SIZE), angles, angles),
+        (of(1, ROWS, 1, 8 * SIZE), of(SIZE), of(SIZE), angles, angles),
         *(1, 0),
     ),
+    "product": (project_triton, (of(ROWS, 1, 256), of(256, 64)), *(1, 0)),
+    "gated product": (project_gated_triton, (of(ROWS, 1, 128), of(128, 256)), *(1, 0)),
 }
 
 

@@ -15,13 +15,21 @@ import triton_on_cpu
 from jaxkv.kernels import pointwise
 
 EPS = 1e-6
-# rows, size, dtype
-NORMS = [(1, 64, "float32"), (3, 96, "bfloat16"), (2, 1000, "float16")]
-# rows, query heads, KV heads, head size, norm, dtype
+# parts of the summand (0 for none), rows, size, dtype
+NORMS = [
+    (0, 1, 64, "float32"),
+    (1, 1, 64, "float32"),
+    (0, 3, 96, "bfloat16"),
+    (1, 3, 96, "bfloat16"),
+    (3, 3, 96, "bfloat16"),
+    (8, 2, 1000, "float16"),
+]
+# parts, rows, query heads, KV heads, head size, norm, dtype
 HEADS = [
-    (1, 4, 2, 64, True, "float32"),
-    (3, 3, 1, 96, True, "bfloat16"),
-    (2, 2, 2, 8, False, "float16"),
+    (1, 1, 4, 2, 64, True, "float32"),
+    (1, 3, 3, 1, 96, True, "bfloat16"),
+    (4, 3, 3, 1, 96, True, "bfloat16"),
+    (2, 2, 2, 2, 8, False, "float16"),
 ]
 # In 16 bits both terms of a rotation have been rounded twice before the last rounding;
 # Triton's interpreter truncates to bfloat16 instead, which costs twice as much.
@@ -29,13 +37,13 @@ TOLERANCE = {"float32": 2e-6, "bfloat16": 2**-5, "float16": 2**-9}
 
 
 def norm_oracle(x, delta, weight):
-    total = x + (0 if delta is None else delta)
+    total = x + (0 if delta is None else delta.sum(0))
     return total, total / np.sqrt((total**2).mean(-1, keepdims=True) + EPS) * weight
 
 
 def heads_oracle(qkv, q_norm, k_norm, angles, heads, kv_heads):
     rows, half = angles.shape
-    split = qkv.reshape(rows, -1, 2 * half)
+    split = qkv.sum(0).reshape(rows, -1, 2 * half)
     out = []
     for part, weight in (
         (split[:, :heads], q_norm),
@@ -58,37 +66,43 @@ def off(got, want, dtype) -> float:
     return float(error.max()) / TOLERANCE[dtype]
 
 
+def part_dtype(parts, dtype):
+    """Return what a product in so many parts comes in."""
+    return "float32" if parts > 1 else dtype
+
+
+def draw(rng, shape, dtype):
+    """Return float32 numbers that are exact in the dtype."""
+    numbers = jnp.asarray(rng.standard_normal(shape), dtype)
+    return np.asarray(numbers.astype(jnp.float32))
+
+
 def norm_inputs(case, seed=0):
-    rows, size, dtype = case
+    parts, rows, size, dtype = case
     rng = np.random.default_rng(seed)
-    x, delta, weight = (
-        np.asarray(jnp.asarray(rng.standard_normal(shape), dtype).astype(jnp.float32))
-        for shape in ((rows, size), (rows, size), (size,))
-    )
-    return x, delta, weight
+    x, weight = draw(rng, (rows, size), dtype), draw(rng, (size,), dtype)
+    delta = draw(rng, (parts, rows, size), part_dtype(parts, dtype))
+    return x, delta if parts else None, weight
 
 
 def heads_inputs(case, seed=0):
-    rows, heads, kv_heads, head_dim, norm, dtype = case
+    parts, rows, heads, kv_heads, head_dim, norm, dtype = case
     rng = np.random.default_rng(seed)
-    shapes = (rows, (heads + 2 * kv_heads) * head_dim), (head_dim,), (head_dim,)
-    qkv, q_norm, k_norm = (
-        np.asarray(jnp.asarray(rng.standard_normal(shape), dtype).astype(jnp.float32))
-        for shape in shapes
-    )
+    columns = (heads + 2 * kv_heads) * head_dim
+    qkv = draw(rng, (parts, rows, columns), part_dtype(parts, dtype))
+    q_norm, k_norm = (draw(rng, (head_dim,), dtype) for _ in range(2))
     angles = rng.uniform(-3, 3, (rows, head_dim // 2)).astype(np.float32)
     return qkv, q_norm if norm else None, k_norm if norm else None, angles
 
 
-@pytest.mark.parametrize("has_delta", [True, False])
 @pytest.mark.parametrize("case", NORMS, ids=str)
-def test_add_rms_norm_against_float64(case, has_delta):
+def test_add_rms_norm_against_float64(case):
     x, delta, weight = norm_inputs(case)
-    dtype = case[-1]
-    want = norm_oracle(x.astype(np.float64), delta if has_delta else None, weight)
+    parts, *_, dtype = case
+    want = norm_oracle(x.astype(np.float64), delta, weight)
     got = pointwise.add_rms_norm(
         jnp.asarray(x[:, None], dtype),
-        jnp.asarray(delta[:, None], dtype) if has_delta else None,
+        jnp.asarray(delta[:, :, None], part_dtype(parts, dtype)) if parts else None,
         jnp.asarray(weight, dtype),
         eps=EPS,
         implementation="xla",
@@ -98,31 +112,21 @@ def test_add_rms_norm_against_float64(case, has_delta):
 
 @pytest.mark.parametrize("case", HEADS, ids=str)
 def test_split_and_rotate_against_complex_numbers(case):
-    _, heads, kv_heads, _, _, dtype = case
+    parts, _, heads, kv_heads, _, _, dtype = case
     qkv, q_norm, k_norm, angles = heads_inputs(case)
     want = heads_oracle(qkv.astype(np.float64), q_norm, k_norm, angles, heads, kv_heads)
     cast = [x if x is None else jnp.asarray(x, dtype) for x in (q_norm, k_norm)]
     got = pointwise.split_and_rotate(
-        jnp.asarray(qkv[:, None], dtype),
+        jnp.asarray(qkv[:, :, None], part_dtype(parts, dtype)),
         *cast,
         *(jnp.asarray(f(angles)[:, None]) for f in (np.cos, np.sin)),
         num_heads=heads,
         num_kv_heads=kv_heads,
         eps=EPS,
+        dtype=dtype,
         implementation="xla",
     )
     assert max(off(g, w, dtype) for g, w in zip(got, want, strict=True)) < 1
-
-
-@pytest.mark.parametrize("backend", ["cpu", "gpu"])
-@pytest.mark.parametrize("tokens", [(1, 1), (2, 1), (1, 3), (0, 1)])
-def test_a_token_times_a_matrix(backend, tokens, monkeypatch):
-    monkeypatch.setattr(pointwise.jax, "default_backend", lambda: backend)
-    rng = np.random.default_rng(0)
-    x, weight = rng.standard_normal((*tokens, 8)), rng.standard_normal((8, 5))
-    x, weight = x.astype(np.float32), weight.astype(np.float32)
-    got = pointwise.project(jnp.asarray(x), jnp.asarray(weight))
-    np.testing.assert_allclose(got, x @ weight, rtol=1e-5)
 
 
 def test_bad_arguments_are_named():
@@ -136,7 +140,11 @@ def test_bad_arguments_are_named():
     half = jnp.ones((1, 1, 1))
     with pytest.raises(ValueError, match=r"qkv has 4 columns, but 2 \+ 2 x 1 heads of"):
         pointwise.split_and_rotate(
-            x, None, None, half, half, num_heads=2, num_kv_heads=1, eps=EPS
+            *(x[None], None, None, half, half),
+            num_heads=2,
+            num_kv_heads=1,
+            eps=EPS,
+            dtype="float32",
         )
 
 
@@ -155,11 +163,16 @@ def test_kernels_compile(capability):
     from jaxkv.kernels import pointwise_triton_body as body
 
     for kernel, constants, warps in (
-        (body.add_rms_norm, wrapper.norm_constants(4096, EPS, delta=True), 8),
-        (body.split_and_rotate, wrapper.rotate_constants(32, 8, 64, EPS, norm=True), 1),
+        (body.add_rms_norm, wrapper.norm_constants(4096, EPS, parts=4), 8),
+        (
+            body.split_and_rotate,
+            wrapper.rotate_constants(32, 8, 64, EPS, norm=True, parts=2),
+            1,
+        ),
     ):
         dtypes = dict.fromkeys(kernel.arg_names, "bfloat16")
-        dtypes |= dict(cos_ptr="float32", sin_ptr="float32")
+        floats = ("cos_ptr", "sin_ptr", "delta_ptr", "qkv_ptr")
+        dtypes |= dict.fromkeys(floats, "float32")
         tiles = types.SimpleNamespace(warps=warps, stages=1)
         triton_on_cpu.usage(kernel, dtypes, constants, tiles, capability)
 
@@ -183,26 +196,25 @@ def check_interpreted(swap=False) -> list[str]:
 
     failures = []
     for case in NORMS:
-        rows, size, dtype = case
+        parts, rows, size, dtype = case
         x, delta, weight = norm_inputs(case)
-        for has_delta in (True, False):
-            out = [empty(rows, size, dtype=dtype) for _ in range(2)]
-            body.add_rms_norm[(rows,)](
-                *(tensor(a, dtype) for a in (x, delta, weight)),
-                *out,
-                **wrapper.norm_constants(size, EPS, delta=has_delta),
-            )
-            want = norm_oracle(
-                x.astype(np.float64), delta if has_delta else None, weight
-            )
-            worst = max(
-                off(g.to(torch.float64).numpy(), w, dtype)
-                for g, w in zip(out, want, strict=True)
-            )
-            if not worst < 1:
-                failures.append(f"add_rms_norm {case} {has_delta}: off by {worst}")
+        out = [empty(rows, size, dtype=dtype) for _ in range(2)]
+        body.add_rms_norm[(rows,)](
+            tensor(x, dtype),
+            tensor(delta if parts else x, part_dtype(parts, dtype)),
+            tensor(weight, dtype),
+            *out,
+            **wrapper.norm_constants(size, EPS, parts=parts),
+        )
+        want = norm_oracle(x.astype(np.float64), delta, weight)
+        worst = max(
+            off(g.to(torch.float64).numpy(), w, dtype)
+            for g, w in zip(out, want, strict=True)
+        )
+        if not worst < 1:
+            failures.append(f"add_rms_norm {case}: off by {worst}")
     for case in HEADS:
-        rows, heads, kv_heads, head_dim, norm, dtype = case
+        parts, rows, heads, kv_heads, head_dim, norm, dtype = case
         qkv, q_norm, k_norm, angles = heads_inputs(case)
         want = heads_oracle(
             qkv.astype(np.float64), q_norm, k_norm, angles, heads, kv_heads
@@ -213,10 +225,13 @@ def check_interpreted(swap=False) -> list[str]:
             empty(rows, n, head_dim, dtype=dtype) for n in (heads, kv_heads, kv_heads)
         ]
         body.split_and_rotate[(rows, heads + 2 * kv_heads)](
-            *(tensor(a, dtype) for a in (qkv, *weights)),
+            tensor(qkv, part_dtype(parts, dtype)),
+            *(tensor(a, dtype) for a in weights),
             *(tensor(f(angles), "float32") for f in (np.cos, np.sin)),
             *out,
-            **wrapper.rotate_constants(heads, kv_heads, head_dim // 2, EPS, norm=norm),
+            **wrapper.rotate_constants(
+                *(heads, kv_heads, head_dim // 2, EPS), norm=norm, parts=parts
+            ),
         )
         worst = max(
             off(g.to(torch.float64).numpy(), w, dtype)

@@ -1,0 +1,98 @@
+"""Products of tokens with a layer's matrices, shaped for what comes after them.
+
+A decode step of a small batch waits for its weights and for its launches. So a product
+may be returned in parts, which the launch that reads it adds up (`pointwise`), and the
+gates of the feed-forward are applied where they are computed.
+
+Axis letters: `P` parts, `B` batch, `T` tokens, `D` depth, `F` columns.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from jaxkv.kernels.pointwise import Implementation, resolve
+from jaxkv.kernels.shapes import check_shape
+
+
+def project(
+    x: jax.Array, weight: jax.Array, *, implementation: Implementation | None = None
+) -> jax.Array:
+    """Multiply tokens by a matrix.
+
+    Args:
+      x: `[B, T, D]`.
+      weight: `[D, F]`.
+      implementation: "xla" (anywhere), "triton" (NVIDIA, up to 64 tokens in 16 bits),
+        or None for the best one.
+
+    Returns:
+      `[P, B, T, F]`, whose sum over `P` is the product: one part in the dtype of `x`,
+      or several in float32. `pointwise.join` adds them.
+
+    Raises:
+      ValueError: shapes disagree, or the implementation is unknown.
+      NotImplementedError: a named implementation cannot run here.
+    """
+    if _resolve("project", implementation, x, weight) == "triton":
+        from jaxkv.kernels.project_triton import project_triton
+
+        return project_triton(x, weight)
+    return _product(x, weight)[None]
+
+
+def project_gated(
+    x: jax.Array, weight: jax.Array, *, implementation: Implementation | None = None
+) -> jax.Array:
+    """Return `silu(x @ gate) * (x @ up)`, the inner half of a gated feed-forward.
+
+    Args:
+      x: `[B, T, D]`.
+      weight: `[D, 2 F]`, gate beside up.
+      implementation: as in `project`.
+
+    Returns:
+      `[B, T, F]` in the dtype of `x`. Triton rounds once, at the end.
+
+    Raises:
+      ValueError: shapes disagree, or the implementation is unknown.
+      NotImplementedError: a named implementation cannot run here.
+    """
+    where = "project_gated"
+    if weight.ndim == 2 and weight.shape[1] % 2:
+        raise ValueError(
+            f"{where}: weight holds gate beside up, but has {weight.shape[1]} columns."
+        )
+    if _resolve(where, implementation, x, weight, gated=True) == "triton":
+        from jaxkv.kernels.project_triton import project_gated_triton
+
+        return project_gated_triton(x, weight)
+    gate, up = jnp.split(_product(x, weight), 2, axis=-1)
+    return jax.nn.silu(gate) * up
+
+
+def _product(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """Multiply; a single token on a GPU as if it were two.
+
+    Of a row times a matrix of less than 10^7 numbers XLA:GPU makes a product of all
+    their numbers, rounded to the dtype of `x` and stored, and a second launch that adds
+    them up. That is three times the bytes.
+    """
+    if x.shape[:2] != (1, 1) or jax.default_backend() != "gpu":
+        return x @ weight
+    pair = jnp.broadcast_to(x, (2, *x.shape[1:]))
+    return (pair @ weight)[:1]
+
+
+def _resolve(
+    where: str,
+    implementation: str | None,
+    x: jax.Array,
+    weight: jax.Array,
+    *,
+    gated: bool = False,
+) -> str:
+    from jaxkv.kernels.project_triton import unsupported
+
+    check_shape(where, x=(x, "B T D"), weight=(weight, "D F"))
+    unable = unsupported(x, weight, gated=gated)
+    return resolve(where, implementation, prefer=True, unable=unable)
