@@ -126,7 +126,9 @@ def main(out: pathlib.Path, seconds: float = 240.0) -> None:
     for (name, depth, columns, gated), rows in itertools.product(PRODUCTS, SWEPT_ROWS):
         tiles = swept_tiles(rows, depth, columns, gated)
         measure(name, depth, columns, gated, rows, tiles)
-    if any(record["error"] > 2**-8 for record in report["products"]):
+    # XLA's version rounds gates before they are applied.
+    ours = [x["error"] for x in report["products"] if x["how"] != "xla"]
+    if max(ours, default=0) > 2**-8:
         raise SystemExit("FAILED")
 
 
