@@ -188,7 +188,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def merge(folder: Path, parts: Sequence[Path]) -> None:
-    """Put the results of runs that differ in methods and cells only into a new folder.
+    """Put runs that differ in methods, budgets and cells only into a new folder.
 
     Args:
       folder: where they go; holds no results yet.
@@ -200,15 +200,18 @@ def merge(folder: Path, parts: Sequence[Path]) -> None:
     """
     configs = [read_config(part) for part in parts]
     together = dict(configs[0])
+    lists = ["methods", "cells"]
+    if all(isinstance(config.get("budgets"), list) for config in configs):
+        lists.append("budgets")
     for part, config in zip(parts, configs, strict=True):
-        for name in sorted({*together, *config} - {"methods", "cells"}):
+        for name in sorted({*together, *config} - {*lists}):
             if together.get(name) != config.get(name):
                 raise ValueError(
                     f"{part} has {name}={_short(config.get(name))}, {parts[0]} has "
                     f"{name}={_short(together.get(name))}; only runs of one experiment "
-                    "can be merged, which differ in methods and cells alone."
+                    "can be merged, which differ in methods, budgets and cells alone."
                 )
-    for name in ("methods", "cells"):
+    for name in lists:
         entries = [entry for config in configs for entry in config[name]]
         together[name] = [x for i, x in enumerate(entries) if x not in entries[:i]]
     rows = {key(row): row for part in parts for row in read(part)}

@@ -51,6 +51,17 @@ def test_rows_methods_cells_and_runs_come_together(jaxkv_, tmp_path):
     assert Predictions(tmp_path / "all", config).done
 
 
+def test_budgets_come_together(jaxkv_, tmp_path):
+    one = make(tmp_path / "one", ["full"], [0], budgets=["50%", "20%"])
+    two = make(tmp_path / "two", ["dapq"], [0], budgets=["20%", "35%"])
+    none = make(tmp_path / "none", ["dapq"], [0])
+    assert jaxkv_("eval", "merge", tmp_path / "all", one, two)[0] == 0
+    config = evaluation_folder.read_config(tmp_path / "all")
+    assert config["budgets"] == ["50%", "20%", "35%"]
+    error = jaxkv_.error("eval", "merge", tmp_path / "other", one, none)
+    assert "has budgets=null" in error
+
+
 def test_refusals(jaxkv_, tmp_path):
     one = make(tmp_path / "one", ["full"], [0])
     other = make(tmp_path / "two", ["dapq"], [0], seed=2)
