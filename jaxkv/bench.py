@@ -206,11 +206,10 @@ def options_of(
     budget: int | None, policy: str, kernel: decode_kernels.Implementation | None
 ) -> Options:
     """Return the options of the flags, or raise ValueError."""
-    options = Options(
-        budget=budget,
-        decode=methods.parse(policy, methods.DECODE, flag="--decode"),
-        decode_implementation=kernel,
-    )
+    decode = methods.parse(policy, methods.DECODE, flag="--decode")
+    if budget is None and decode.evicts:
+        raise ValueError(f"--decode {policy} evicts and needs --budget.")
+    options = Options(budget=budget, decode=decode, decode_implementation=kernel)
     options.check()
     return options
 

@@ -139,9 +139,10 @@ def eviction(
     }
     bounded = budget is not None or compression_ratio is not None
     if not bounded and any(policy != Full() for policy in policies.values()):
+        # What evicts the output needs one budget for all rows.
+        ratio = "" if policies["decode"].evicts else " or --compression-ratio"
         raise ValueError(
-            f"--prefill {prefill} --decode {decode} evicts and needs --budget or "
-            "--compression-ratio."
+            f"--prefill {prefill} --decode {decode} evicts and needs --budget{ratio}."
         )
     arguments = {"budget": budget, **policies}
     if compression_ratio is None:

@@ -277,7 +277,7 @@ def test_compile_json(run, tiny_shape):
         (["--copy-gib", "nan"], "must lie between"),
         (["--copy-gib", "1e-12"], "must lie between"),
         (["--model", "needle"], "exclude each other"),
-        (["--decode", "streaming-llm"], "needs a budget"),
+        (["--decode", "streaming-llm"], "evicts and needs --budget"),
         (["--decode-implementation", "triton"], "needs an NVIDIA GPU"),
     ],
 )

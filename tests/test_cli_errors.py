@@ -27,7 +27,14 @@ BAD_GENERATE = {
     "long output": (["--prompt=x", "--max-new-tokens=9999"], "made for 2048"),
     "no output": (["--prompt=x", "--max-new-tokens=0"], "--max-new-tokens"),
     "small budget": (["--prompt=x", *SMALL, "--budget=4"], "at least 5"),
-    "no budget": (["--prompt=x", "--decode=streaming-llm"], "needs --budget"),
+    "no budget": (
+        ["--prompt=x", "--decode=streaming-llm"],
+        "--decode streaming-llm evicts and needs --budget.",
+    ),
+    "no budget of prompts": (
+        ["--prompt=x", "--prefill=snapkv"],
+        "evicts and needs --budget or --compression-ratio.",
+    ),
     "budget without policy": (["--prompt", "a " * 50, "--budget=9"], "StreamingLLM"),
     "zero budget": (["--prompt=x", "--budget=0"], "--budget"),
     "two budgets": (
