@@ -154,6 +154,9 @@ def resolve(
 ) -> str:
     """Return the implementation to run.
 
+    Under a mesh of several devices the best one is XLA's, which it cuts along with its
+    arrays. For a Triton call it would gather them on every device, the weights as well.
+
     Args:
       where: the caller, for its errors.
       implementation: by name, or None for the best one.
@@ -165,7 +168,10 @@ def resolve(
       NotImplementedError: it was named and cannot run here.
     """
     if implementation is None:
-        return "triton" if prefer and not (unable or triton_unavailable()) else "xla"
+        mesh = jax.sharding.get_abstract_mesh()
+        spread = mesh.size > 1 and not mesh.manual_axes
+        able = not (spread or unable or triton_unavailable())
+        return "triton" if prefer and able else "xla"
     if implementation not in get_args(Implementation):
         raise ValueError(
             f"{where}: unknown {implementation=}; choose one of "

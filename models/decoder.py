@@ -193,7 +193,7 @@ class Decoder(nn.Module):
     Attributes:
       config: sizes and switches.
       implementation: of the operations in `kernels.pointwise` and `kernels.project`;
-        None is the best one here. A program that spans several devices wants "xla".
+        None is the best one here, which is "xla" under a mesh of several devices.
     """
 
     config: Config

@@ -8,10 +8,12 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
 from jaxkv import sharding
 from jaxkv import state as kv
+from jaxkv.kernels import pointwise
 from jaxkv.kernels.per_shard import partition_spec, per_shard
 from jaxkv.models.decoder import Config, parameter_shapes
 
@@ -206,6 +208,28 @@ def test_without_a_mesh_nothing_is_wrapped():
     with jax.set_mesh(mesh):
         double = per_shard(lambda x, y: (2 * x, y), ["B", "B"], ("B", "B"))
         assert double(jnp.ones(3), jnp.ones(3))[0].tolist() == [2, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("model", "best"), [(1, "triton"), (2, "xla")], ids=["alone", "spread"]
+)
+def test_no_weights_are_gathered_for_triton(model, best, monkeypatch):
+    monkeypatch.setattr(pointwise, "triton_unavailable", lambda: "")
+    assert pointwise.resolve("test", None, prefer=True) == "triton"
+    mesh = AbstractMesh((1, model), ("data", "model"))
+    with jax.sharding.use_abstract_mesh(mesh):
+        assert pointwise.resolve("test", None, prefer=True) == best
+        assert pointwise.resolve("test", "triton", prefer=True) == "triton"
+        inside = []
+        jax.eval_shape(
+            jax.shard_map(
+                lambda x: inside.append(pointwise.resolve("t", None, prefer=True)) or x,
+                in_specs=P("data", "model"),
+                out_specs=P("data", "model"),
+            ),
+            jnp.ones((2, 2)),
+        )
+    assert inside == ["triton"]
 
 
 @pytest.mark.parametrize(
