@@ -91,7 +91,7 @@ def exact(prediction: str, outputs: Sequence[str]) -> bool:
 
 
 def wilson(successes: float, n: int) -> tuple[float, float]:
-    """Returns Wilson's 95 % interval of a proportion, ends in [0, 1]."""
+    """Return Wilson's 95 % interval in [0, 1], with the proportion in it."""
     if n <= 0:
         raise ValueError(f"Expected n >= 1 trials for an interval, got n={n}.")
     z = 1.959963984540054
@@ -99,4 +99,5 @@ def wilson(successes: float, n: int) -> tuple[float, float]:
     scale = 1 + z * z / n
     middle = (p + z * z / (2 * n)) / scale
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / scale
-    return max(0.0, middle - half), min(1.0, middle + half)
+    # Rounded, an end that is 0 or 1 may lie on the wrong side of the proportion.
+    return max(0.0, min(p, middle - half)), min(1.0, max(p, middle + half))

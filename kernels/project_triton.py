@@ -52,9 +52,9 @@ def unsupported(x: jax.Array, weight: jax.Array, *, gated: bool = False) -> str:
     rows = x.size // max(1, x.shape[-1])
     if not 1 <= rows <= MOST_ROWS:
         return f"takes 1 to {MOST_ROWS} tokens, got {rows}."
-    if jnp.dtype(x.dtype).itemsize != 2 or x.dtype != weight.dtype:
-        return f"takes one 16-bit dtype, got {x.dtype} and {weight.dtype}."
-    if depth % _UNIT or columns % _UNIT:
+    if x.dtype not in (jnp.bfloat16, jnp.float16) or x.dtype != weight.dtype:
+        return f"takes one 16-bit float, got {x.dtype} and {weight.dtype}."
+    if depth % _UNIT or columns % _UNIT or not weight.size:
         return f"takes multiples of {_UNIT}, got {depth} x {columns}."
     return ""
 

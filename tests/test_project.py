@@ -114,7 +114,9 @@ def test_bad_arguments_are_named():
     [
         (65, (64, 64), ("bfloat16", "bfloat16"), False, "1 to 64 tokens, got 65"),
         (0, (64, 64), ("bfloat16", "bfloat16"), False, "1 to 64 tokens, got 0"),
-        (1, (64, 64), ("float32", "float32"), False, "16-bit dtype, got float32"),
+        (1, (64, 64), ("float32", "float32"), False, "16-bit float, got float32"),
+        (1, (64, 64), ("int16", "int16"), False, "16-bit float, got int16"),
+        (1, (64, 0), ("bfloat16", "bfloat16"), False, "multiples of 64, got 64 x 0"),
         (1, (64, 64), ("bfloat16", "float16"), False, "bfloat16 and float16"),
         (1, (96, 64), ("bfloat16", "bfloat16"), False, "multiples of 64, got 96 x 64"),
         (1, (64, 192), ("bfloat16", "bfloat16"), True, "multiples of 64, got 64 x 96"),

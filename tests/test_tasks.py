@@ -286,7 +286,8 @@ def test_scores():
     assert not tasks.exact("abc", ("abc", "x"))
     low, high = tasks.wilson(8, 10)
     assert (round(low, 4), round(high, 4)) == (0.4902, 0.9433)
-    assert tasks.wilson(0, 5)[0] == 0.0 and tasks.wilson(5, 5)[1] == 1.0
+    for n in range(1, 400):
+        assert tasks.wilson(0, n)[0] == 0.0 and tasks.wilson(n, n)[1] == 1.0
 
 
 def test_errors_say_what_to_do():
