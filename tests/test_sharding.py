@@ -216,7 +216,8 @@ def test_without_a_mesh_nothing_is_wrapped():
 def test_no_weights_are_gathered_for_triton(model, best, monkeypatch):
     monkeypatch.setattr(pointwise, "triton_unavailable", lambda: "")
     assert pointwise.resolve("test", None, prefer=True) == "triton"
-    mesh = AbstractMesh((1, model), ("data", "model"))
+    auto = (jax.sharding.AxisType.Auto,) * 2
+    mesh = AbstractMesh((1, model), ("data", "model"), axis_types=auto)
     with jax.sharding.use_abstract_mesh(mesh):
         assert pointwise.resolve("test", None, prefer=True) == best
         assert pointwise.resolve("test", "triton", prefer=True) == "triton"
@@ -227,7 +228,7 @@ def test_no_weights_are_gathered_for_triton(model, best, monkeypatch):
                 in_specs=P("data", "model"),
                 out_specs=P("data", "model"),
             ),
-            jnp.ones((2, 2)),
+            jax.ShapeDtypeStruct((2, 2), jnp.float32),
         )
     assert inside == ["triton"]
 
