@@ -5,8 +5,7 @@
 The products of Qwen3-1.7B and 8B in bfloat16: as shipped, XLA's, and other tiles until
 the time is up. Times are what the profiler saw of the kernels, gaps between launches
 left out, and for XLA all kernels that it makes of the product, its sum of parts and its
-gates too. Each call reads other weights than the four before, so that none is in the
-second-level cache.
+gates too. Calls take turns in more weights than the second-level cache holds.
 """
 
 import itertools
@@ -18,14 +17,15 @@ import jax.numpy as jnp
 import typer
 
 from jaxkv.kernel_trace import trace_kernels
+from jaxkv.kernels.decode_triton import num_processors, shared_memory
 from jaxkv.kernels.pointwise import join
 from jaxkv.kernels.project import project, project_gated
 from jaxkv.kernels.project_triton import (
     Tiles,
-    choose_tiles,
     padded,
     project_gated_triton,
     project_triton,
+    tiles_here,
 )
 from jaxkv.provenance import provenance, write_json
 
@@ -43,7 +43,6 @@ PRODUCTS = [
 ROWS = [1, 8, 32, 64]
 SWEPT_ROWS = [8]
 CALLS = 12
-PROCESSORS, SHARED = 132, 227 * 1024
 
 
 def make_weights(depth: int, columns: int, gated: bool) -> list[jax.Array]:
@@ -92,7 +91,7 @@ def swept_tiles(rows: int, depth: int, columns: int, gated: bool) -> list[Tiles]
     ):
         memory = 2 * stages * tile * (block * (1 + gated) + padded(rows))
         programs = columns // block * parts
-        at_once = PROCESSORS * (SHARED // memory)
+        at_once = num_processors() * (shared_memory() // memory)
         if columns % block or depth % (tile * parts) or not at_once:
             continue
         if 96 <= programs <= min(600, at_once) and 40_000 <= memory:
@@ -121,7 +120,7 @@ def main(out: pathlib.Path, seconds: float = 240.0) -> None:
             write_json(out, report)
 
     for (name, depth, columns, gated), rows in itertools.product(PRODUCTS, ROWS):
-        shipped = choose_tiles(rows, depth, columns, gated=gated)
+        shipped = tiles_here(rows, depth, columns, gated=gated)
         measure(name, depth, columns, gated, rows, [shipped, "xla"])
     for (name, depth, columns, gated), rows in itertools.product(PRODUCTS, SWEPT_ROWS):
         tiles = swept_tiles(rows, depth, columns, gated)

@@ -28,8 +28,7 @@ def per_shard(
       `function` itself where no mesh is set, or inside of another `shard_map`. The mesh
       must have the axes `data` and `model`, which divide rows and key/value heads.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.manual_axes:
+    if current_mesh() is None:
         return function
     if isinstance(outputs, str):
         out_specs = partition_spec(outputs)
@@ -43,12 +42,16 @@ def per_shard(
     )
 
 
+def current_mesh() -> jax.sharding.AbstractMesh | None:
+    """Return the mesh that is set; None without one, or inside of a `shard_map`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty or mesh.manual_axes else mesh
+
+
 def devices_per_row() -> int:
     """Return over how many devices the heads of one row are spread."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.manual_axes:
-        return 1
-    return mesh.shape.get(MESH_AXES["K"], 1)
+    mesh = current_mesh()
+    return 1 if mesh is None else mesh.shape.get(MESH_AXES["K"], 1)
 
 
 def partition_spec(letters: str) -> PartitionSpec:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from jaxkv.kernels import rotary
 from jaxkv.kernels.decode import triton_unavailable
+from jaxkv.kernels.per_shard import current_mesh
 from jaxkv.kernels.shapes import check_shape
 
 Implementation = Literal["xla", "triton"]
@@ -168,8 +169,8 @@ def resolve(
       NotImplementedError: it was named and cannot run here.
     """
     if implementation is None:
-        mesh = jax.sharding.get_abstract_mesh()
-        spread = mesh.size > 1 and not mesh.manual_axes
+        mesh = current_mesh()
+        spread = mesh is not None and mesh.size > 1
         able = not (spread or unable or triton_unavailable())
         return "triton" if prefer and able else "xla"
     if implementation not in get_args(Implementation):

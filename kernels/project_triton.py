@@ -111,7 +111,7 @@ def project_triton(
 
     batch, length, depth = x.shape
     rows, columns = batch * length, weight.shape[1]
-    tiles = tiles or _tiles_here(rows, depth, columns, gated=False)
+    tiles = tiles or tiles_here(rows, depth, columns, gated=False)
     (out,) = call(
         body.project_part,
         (x, weight),
@@ -133,7 +133,7 @@ def project_gated_triton(
 
     batch, length, depth = x.shape
     rows, columns = batch * length, weight.shape[1] // 2
-    tiles = tiles or _tiles_here(rows, depth, columns, gated=True)
+    tiles = tiles or tiles_here(rows, depth, columns, gated=True)
     (out,) = call(
         body.project_gated,
         (x, weight),
@@ -167,7 +167,8 @@ def padded(rows: int) -> int:
     return max(16, next_power_of_2(rows))
 
 
-def _tiles_here(rows: int, depth: int, columns: int, *, gated: bool) -> Tiles:
+def tiles_here(rows: int, depth: int, columns: int, *, gated: bool) -> Tiles:
+    """Return what `choose_tiles` does for the default GPU."""
     return choose_tiles(
         *(rows, depth, columns),
         gated=gated,

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import triton_on_cpu
 
-from jaxkv.kernels import project, project_triton
+from jaxkv.kernels import pointwise, project, project_triton
 from jaxkv.kernels.pointwise import join
 from jaxkv.kernels.project_triton import Tiles, choose_tiles, constants
 
@@ -107,6 +107,15 @@ def test_bad_arguments_are_named():
         project.project(x, weight.T)
     with pytest.raises(ValueError, match="gate beside up, but has 5 columns"):
         project.project_gated(x, jnp.ones((64, 5)))
+
+
+def test_what_a_named_kernel_cannot_take_is_an_error(monkeypatch):
+    monkeypatch.setattr(pointwise, "triton_unavailable", lambda: "")
+    x, weight = jnp.ones((1, 1, 64)), jnp.ones((64, 128))
+    for product in (project.project, project.project_gated):
+        with pytest.raises(NotImplementedError, match="takes one 16-bit float"):
+            product(x, weight, implementation="triton")
+        product(x, weight)
 
 
 @pytest.mark.parametrize(
