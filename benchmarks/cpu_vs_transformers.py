@@ -24,7 +24,7 @@ from jaxkv import language_model
 from jaxkv.inference import generate
 from jaxkv.models import hf_export
 from jaxkv.models.decoder import random_parameters
-from jaxkv.needle_train import CONFIG
+from jaxkv.needle.training import CONFIG
 from jaxkv.provenance import provenance, write_json
 
 RESULTS = Path(__file__).parent / "results"

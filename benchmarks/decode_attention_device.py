@@ -2,7 +2,7 @@
 
     python benchmarks/decode_attention_device.py decode_attention.json
 
-Every number is the median over calls of the loop that `jaxkv.attention_timing` has.
+Every number is the median over calls of the loop that `jaxkv.bench.attention` has.
 """
 
 import dataclasses
@@ -18,10 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 import typer
 
-from jaxkv import attention_timing as timing
+from jaxkv.bench import attention as timing
+from jaxkv.bench.measure import copy_bandwidth
 from jaxkv.kernels.decode import decode_attention
 from jaxkv.kernels.decode_triton import Tiles, choose_tiles, decode_attention_triton
-from jaxkv.measure import copy_bandwidth
 
 # batch, heads, KV heads, slots, head size, dtype, splits (None: as shipped)
 CHECKS = [

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxkv.attention_timing import Shape, make_inputs
+from jaxkv.bench.attention import Shape, make_inputs
 from jaxkv.kernels.longflow_triton import choose_tiles, longflow_attention_triton
 from jaxkv.kernels.window_scores_triton import window_scores_triton
 

@@ -2,7 +2,7 @@
 
     python benchmarks/longflow_device.py longflow.json --seconds 240
 
-Timing is that of `jaxkv bench decode-attention` (`jaxkv.attention_timing`).
+Timing is that of `jaxkv bench decode-attention` (`jaxkv.bench.attention`).
 `kernels_us` is what the profiler saw of one pass over the layers, per kernel, without
 the gaps between launches: where the loop takes much longer than their sum, it is the
 host that is timed.
@@ -21,16 +21,12 @@ import jax.numpy as jnp
 import typer
 from longflow_checks import run_checks
 
-from jaxkv import attention_timing as timing
+from jaxkv.bench import attention as timing
+from jaxkv.bench.measure import copy_bandwidth
 from jaxkv.kernels.decode_triton import decode_attention_triton
-from jaxkv.kernels.longflow_triton import (
-    Tiles,
-    choose_tiles,
-    longflow_attention_triton,
-)
+from jaxkv.kernels.longflow_triton import Tiles, choose_tiles, longflow_attention_triton
 from jaxkv.kernels.window_scores_triton import choose_tiles as choose_window_tiles
 from jaxkv.kernels.window_scores_triton import window_scores_triton
-from jaxkv.measure import copy_bandwidth
 from jaxkv.provenance import provenance, write_json
 
 # batch, slots; 32 heads, 8 KV heads, head size 128, bfloat16

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import typer
 
-from jaxkv.kernel_trace import trace_kernels
+from jaxkv.bench.kernel_trace import trace_kernels
 from jaxkv.kernels.decode_triton import num_processors, shared_memory
 from jaxkv.kernels.pointwise import join
 from jaxkv.kernels.project import project, project_gated

@@ -39,13 +39,14 @@ import typer
 from memory_watch import Memory, watched
 
 import jaxkv
-from jaxkv import evaluation, methods
+from jaxkv import registry
 from jaxkv import tasks as jaxkv_tasks
-from jaxkv.cli_flags import described
-from jaxkv.draft_timing import time_matcher
-from jaxkv.evaluation import DEVELOPMENT_SEED, QUOTING, REPORT_SEED, Cell
+from jaxkv.bench.matcher import time_matcher
+from jaxkv.bench.measure import device_memory
+from jaxkv.cli.flags import described
+from jaxkv.evaluation import card
+from jaxkv.evaluation.card import DEVELOPMENT_SEED, QUOTING, REPORT_SEED, Cell
 from jaxkv.inference import bucket
-from jaxkv.measure import device_memory
 from jaxkv.provenance import provenance, write_json
 
 FORMS = ("F1", "F2", "F3", "F4")
@@ -103,7 +104,7 @@ def table_variants(
 def chosen_evictions(names: str, prefill: str) -> dict[str, dict[str, Any]]:
     """Return the policies of the evictions that were asked for, by name."""
     try:
-        cut = methods.parse(prefill, methods.PREFILL, flag="--prefill")
+        cut = registry.parse(prefill, registry.PREFILL, flag="--prefill")
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     stream = jaxkv.StreamingLLM()
@@ -154,7 +155,7 @@ def measure(
         stats.append(out.stats)
         tokens += out.tokens
         for sample, text in zip(group, out.text, strict=True):
-            whole, part = evaluation.judge(sample, text)
+            whole, part = card.judge(sample, text)
             right.append(whole)
             scores.append(part)
     decoded = sum(len(row) for row in tokens) - len(tokens)
@@ -250,9 +251,7 @@ def draw(lm, task, length, samples, seed):
             for i in range(samples)
         ]
     cell = Cell(task=task, length=length)
-    return [
-        evaluation.draw(cell, count_tokens, seed=seed, index=i) for i in range(samples)
-    ]
+    return [card.draw(cell, count_tokens, seed=seed, index=i) for i in range(samples)]
 
 
 def measured(

@@ -20,14 +20,14 @@ import torch
 import transformers
 import typer
 
-from jaxkv import throughput
-from jaxkv.bench import batches_of
+from jaxkv.bench import throughput
+from jaxkv.bench.throughput import Work
+from jaxkv.bench.throughput_report import BENCHMARK, TRANSFORMERS
+from jaxkv.cli.bench import batches_of
 from jaxkv.models import hf_export
 from jaxkv.models.decoder import Config
 from jaxkv.models.public_shapes import SHAPES
 from jaxkv.provenance import provenance, write_json
-from jaxkv.throughput import Work
-from jaxkv.throughput_report import BENCHMARK, TRANSFORMERS
 
 
 def make_model(config: Config, dtype: str, attention: str, device: str) -> Any:

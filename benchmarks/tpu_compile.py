@@ -33,7 +33,7 @@ import typer
 from jax.experimental.topologies import get_topology_desc
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxkv import Options, generation, methods, sharding
+from jaxkv import Options, generation, registry, sharding
 from jaxkv.kernels.decode import decode_attention
 from jaxkv.kernels.longflow import longflow_attention
 from jaxkv.kernels.per_shard import partition_spec
@@ -192,8 +192,8 @@ def generate(
     )
     options = Options(
         budget=budget,
-        prefill=methods.parse(prefill, methods.PREFILL, flag="--prefill"),
-        decode=methods.parse(decode, methods.DECODE, flag="--decode"),
+        prefill=registry.parse(prefill, registry.PREFILL, flag="--prefill"),
+        decode=registry.parse(decode, registry.DECODE, flag="--decode"),
         prefill_implementation="splash",
         decode_implementation="pallas_tpu",
         scores_implementation="pallas_tpu",

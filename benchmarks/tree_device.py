@@ -24,9 +24,9 @@ import jax.numpy as jnp
 import numpy as np
 import typer
 
-from jaxkv.attention_timing import kernel_times, time_loop
+from jaxkv.bench.attention import kernel_times, time_loop
 from jaxkv.kernels.decode_triton import decode_attention_triton
-from jaxkv.kernels.tree import tree_attention
+from jaxkv.kernels.tree_attention import tree_attention
 from jaxkv.kernels.tree_triton import (
     Tiles,
     choose_tiles,

@@ -6,29 +6,29 @@ the pure functions underneath. Policies say what the cache keeps.
 
 import jaxkv._installed  # noqa: F401
 from jaxkv._version import __version__
-from jaxkv.acceptance import Conditional, Exact, FixedThreshold, TopK, Typical
-from jaxkv.basic_policies import Full, StreamingLLM
-from jaxkv.dapq import LAQ, DapQ
-from jaxkv.decode_policies import (
+from jaxkv.forward import decode_step, prefill
+from jaxkv.generation import generate_tokens
+from jaxkv.inference import Completion, Stats, generate
+from jaxkv.language_model import LanguageModel, load, save
+from jaxkv.models.checkpoint import CheckpointError
+from jaxkv.options import Options
+from jaxkv.policies.base import DecodePolicy, PrefillPolicy
+from jaxkv.policies.basic_policies import Full, StreamingLLM
+from jaxkv.policies.dapq import LAQ, DapQ
+from jaxkv.policies.decode_policies import (
     VATP,
     H2ODecode,
     LongFlow,
     RandomDecode,
     TOVADecode,
 )
-from jaxkv.draft_stats import DraftStats
-from jaxkv.drafts import Aligned, Drafter, PromptLookup, Tree
-from jaxkv.expected_attention import ExpectedAttention
-from jaxkv.generation import generate_tokens
-from jaxkv.inference import Completion, Stats, generate
-from jaxkv.language_model import LanguageModel, load, save
-from jaxkv.models.checkpoint import CheckpointError
-from jaxkv.options import Options
-from jaxkv.passes import decode_step, prefill
-from jaxkv.policies import DecodePolicy, PrefillPolicy
-from jaxkv.prompt_policies import H2O, TOVA, KNorm, PyramidKV, Random, SnapKV
-from jaxkv.rkv import RKV
+from jaxkv.policies.expected_attention import ExpectedAttention
+from jaxkv.policies.prompt_policies import H2O, TOVA, KNorm, PyramidKV, Random, SnapKV
+from jaxkv.policies.rkv import RKV
 from jaxkv.sampling import Categorical, Greedy
+from jaxkv.speculation.counts import DraftStats
+from jaxkv.speculation.drafters import Aligned, Drafter, PromptLookup, Tree
+from jaxkv.speculation.rules import Conditional, Exact, FixedThreshold, TopK, Typical
 from jaxkv.state import KVState
 
 __all__ = [

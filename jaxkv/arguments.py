@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxkv.basic_policies import Full
+from jaxkv.fields import MOST, MOST_SEED
 from jaxkv.language_model import LanguageModel
-from jaxkv.option_types import MOST, MOST_SEED
 from jaxkv.options import Options
+from jaxkv.policies.basic_policies import Full
 
 Prompts = Sequence[str] | Sequence[Sequence[int]] | str
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from jaxkv import state as kv
 from jaxkv.kernels import decode, prefill, window_scores
-from jaxkv.policies import DecodePolicy, PrefillPolicy, Prompt, Speculable
+from jaxkv.policies.base import DecodePolicy, PrefillPolicy, Prompt, Speculable
 from jaxkv.state import KVState
 from jaxkv.trees import DraftTree
 

@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxkv import speculation
-from jaxkv.likeliest import likeliest_tokens
+from jaxkv.forward import Cache, Network, decode_step, logits_at_end, read
 from jaxkv.options import Options
-from jaxkv.passes import Cache, Network, decode_step, logits_at_end, read
 from jaxkv.sampling import pick_next
-from jaxkv.speculation import Speculation
+from jaxkv.speculation import loop as speculation
+from jaxkv.speculation.likeliest import likeliest_tokens
+from jaxkv.speculation.loop import Speculation
 
 
 @jax.tree_util.register_dataclass

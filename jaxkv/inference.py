@@ -19,17 +19,17 @@ import numpy as np
 
 from jaxkv import arguments, generation
 from jaxkv import state as kv
-from jaxkv.acceptance import Exact, Rule
-from jaxkv.basic_policies import Full
-from jaxkv.draft_stats import DraftStats, draft_stats
-from jaxkv.drafts import Drafter
 from jaxkv.kernels import decode as decode_kernels
 from jaxkv.kernels import prefill as prefill_kernels
 from jaxkv.kernels import window_scores
 from jaxkv.language_model import LanguageModel
 from jaxkv.options import Options
-from jaxkv.policies import DecodePolicy, PrefillPolicy
+from jaxkv.policies.base import DecodePolicy, PrefillPolicy
+from jaxkv.policies.basic_policies import Full
 from jaxkv.sampling import Greedy, Sampler
+from jaxkv.speculation.counts import DraftStats, draft_stats
+from jaxkv.speculation.drafters import Drafter
+from jaxkv.speculation.rules import Exact, Rule
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

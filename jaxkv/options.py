@@ -2,16 +2,16 @@
 
 import dataclasses
 
-from jaxkv import speculation
-from jaxkv.acceptance import Exact, Rule
-from jaxkv.basic_policies import Full
-from jaxkv.drafts import Drafter
+from jaxkv.fields import check_types
 from jaxkv.kernels import decode as decode_kernels
 from jaxkv.kernels import prefill as prefill_kernels
 from jaxkv.kernels import window_scores
-from jaxkv.option_types import check_types
-from jaxkv.policies import DecodePolicy, PrefillPolicy
+from jaxkv.policies.base import DecodePolicy, PrefillPolicy
+from jaxkv.policies.basic_policies import Full
 from jaxkv.sampling import Greedy, Sampler
+from jaxkv.speculation import loop as speculation
+from jaxkv.speculation.drafters import Drafter
+from jaxkv.speculation.rules import Exact, Rule
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

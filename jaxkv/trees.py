@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxkv.kernels import tree, tree_write
+from jaxkv.kernels import tree_attention, tree_write
 from jaxkv.state import KVState
 
 # What is known of a drafted token; `DraftTree.kinds` holds indices into this.
@@ -139,7 +139,7 @@ def commit(
     count: jax.Array,
     position: jax.Array,
     *,
-    implementation: tree.Implementation | None = None,
+    implementation: tree_attention.Implementation | None = None,
 ) -> KVState:
     """Write accepted tokens as plain decoding would have written them one by one.
 

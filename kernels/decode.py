@@ -9,7 +9,7 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 
-from jaxkv.kernels.outputs import DecodeOutput
+from jaxkv.kernels.cache import DecodeOutput
 from jaxkv.kernels.per_shard import per_shard
 from jaxkv.kernels.shapes import check_groups, check_shape
 

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from jaxkv.kernels import attend_tpu
-from jaxkv.kernels.outputs import DecodeOutput
+from jaxkv.kernels.cache import DecodeOutput
 
 
 def decode_attention_tpu(

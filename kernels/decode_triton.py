@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxkv.kernels.outputs import DecodeOutput
+from jaxkv.kernels.cache import DecodeOutput
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxkv.kernels import decode
+from jaxkv.kernels.cache import LongFlowOutput
 from jaxkv.kernels.decode import Implementation
-from jaxkv.kernels.outputs import LongFlowOutput
 from jaxkv.kernels.per_shard import MESH_AXES, devices_per_row, per_shard
 from jaxkv.kernels.shapes import check_groups, check_shape
 from jaxkv.kernels.victims import all_heads, choose_victim

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxkv.kernels import attend_tpu, longflow
-from jaxkv.kernels.outputs import LongFlowOutput
+from jaxkv.kernels.cache import LongFlowOutput
 from jaxkv.kernels.victims import choose_victim
 
 

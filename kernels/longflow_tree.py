@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 
-from jaxkv.kernels import longflow, tree
+from jaxkv.kernels import longflow, tree_attention
 from jaxkv.kernels.shapes import check_groups, check_shape
 from jaxkv.kernels.victims import choose_victim
 
@@ -224,7 +224,9 @@ def _xla(
     """Walk the depths on one set of logits; only nodes of a depth take its answer."""
     occupied = positions >= 0
     path, on_path = _paths(parents, depths, depth)
-    old, new = tree.logits_of(tree.group(query, keys.shape[1]), key, keys, scale)
+    old, new = tree_attention.logits_of(
+        tree_attention.group(query, keys.shape[1]), key, keys, scale
+    )
     along = jnp.broadcast_to(path[:, None, :, None], (*new.shape[:4], depth + 1))
     walk = _Walk(
         path=path,
@@ -260,7 +262,7 @@ def _xla(
         is_node.astype(jnp.float32),
         precision="highest",
     )
-    out = tree.combine(old_weights, new_weights, value, values, occupied)
+    out = tree_attention.combine(old_weights, new_weights, value, values, occupied)
     return LongFlowTreeOutput(out.astype(query.dtype), slots, targets)
 
 
@@ -304,7 +306,7 @@ def _weights(walk, slots, occupied):
     alive = walk.on_path[:, None] & ~again.any(-1)
     overwritten = (own[..., None] == jnp.arange(occupied.shape[2])).any(3)
     old_alive = occupied[:, :, None] & ~overwritten
-    old, new = tree.softmax_over_both(
+    old, new = tree_attention.softmax_over_both(
         walk.old, walk.new, old_alive[:, :, :, None], alive[:, :, :, None]
     )
     return old, new, own

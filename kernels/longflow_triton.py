@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxkv.kernels import decode_triton
+from jaxkv.kernels.cache import LongFlowOutput
 from jaxkv.kernels.decode_triton import attend_constants, call, next_power_of_2
-from jaxkv.kernels.outputs import LongFlowOutput
 
 Score = Literal["l1", "l2", "attention"]
 

@@ -10,10 +10,10 @@ from typing import NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 
-from jaxkv.kernels import decode, tree
+from jaxkv.kernels import decode, tree_attention
 from jaxkv.kernels.per_shard import per_shard
 from jaxkv.kernels.shapes import check_shape
-from jaxkv.kernels.tree import Implementation
+from jaxkv.kernels.tree_attention import Implementation
 
 _INPUTS = (
     *("B T K H", "B T K H", "B K S H", "B K S H", "B K S", "B K"),
@@ -92,14 +92,14 @@ def write_path(
             f"{sizes['D+1']} nodes needs one more than nodes."
         )
     if implementation is None:
-        implementation = tree.choose(jax.default_backend())
+        implementation = tree_attention.choose(jax.default_backend())
     match implementation:
         case "reference":
             run = _reference
         case "xla":
             run = _xla
         case "triton":
-            tree.check_triton(where)
+            tree_attention.check_triton(where)
             from jaxkv.kernels.tree_triton import write_path_triton as run
         case _:
             raise ValueError(

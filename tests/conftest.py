@@ -67,7 +67,7 @@ class CommandLine:
 
     def __call__(self, *arguments):
         """Return exit code, stdout and stderr."""
-        from jaxkv import cli
+        from jaxkv.cli import main as cli
 
         code = cli.main(["--no-compilation-cache", *map(str, arguments)])
         return code, *self._capsys.readouterr()

@@ -21,7 +21,12 @@ def interpreted(file: str, *arguments: str) -> list[str]:
     """Run a test file as a worker; return the failures that its last line lists."""
     worker = subprocess.run(
         [sys.executable, file, *arguments],
-        env={**os.environ, "TRITON_INTERPRET": "1", "JAX_PLATFORMS": "cpu"},
+        env={
+            **os.environ,
+            "TRITON_INTERPRET": "1",
+            "JAX_PLATFORMS": "cpu",
+            "PYTHONPATH": str(pathlib.Path(__file__).parent),
+        },
         capture_output=True,
         text=True,
     )

@@ -1,0 +1,362 @@
+"""Times one layer's decode attention on the device, by itself.
+
+What is timed is a compiled loop over as many layers' caches as leave the second-level
+cache behind, so that keys and values come from memory as they do between the layers of
+a network; one layer's output is the next one's query, so that no two can overlap.
+
+Axis letters: `B` batch, `N` query heads, `K` key/value heads, `S` slots, `H` head size.
+"""
+
+import dataclasses
+import functools
+import itertools
+import math
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxkv.bench.kernel_trace import trace_kernels
+from jaxkv.kernels import decode, longflow
+
+CACHE_BYTES = 2e8  # far more than the second-level cache of any device
+MOST_LAYERS = 36  # so that loops over short caches compile in seconds
+LOOP_SECONDS = 0.03
+LEAST_STEP = 2e-5  # of a step, in seconds: two launches, however short the cache
+
+
+class Inputs(NamedTuple):
+    """The arguments of `kernels.decode.decode_attention`, in its order."""
+
+    query: jax.Array
+    key: jax.Array
+    value: jax.Array
+    keys: jax.Array
+    values: jax.Array
+    positions: jax.Array
+    target: jax.Array
+    position: jax.Array
+
+
+class Slots(NamedTuple):
+    """One layer's cache; what a step changes. Axes are those of `Inputs`.
+
+    `norms` is float32 `[B, K, S]`, of the values, as LongFlow keeps them.
+    """
+
+    keys: jax.Array
+    values: jax.Array
+    positions: jax.Array
+    norms: jax.Array
+    target: jax.Array
+
+    @property
+    def plain(self) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        """What plain attention takes: all but the norms."""
+        return self.keys, self.values, self.positions, self.target
+
+    def after(self, keys, values, positions) -> "Slots":
+        """Return these with what plain attention returns."""
+        return Slots(keys, values, positions, self.norms, self.target)
+
+
+class Token(NamedTuple):
+    """What a step adds, the same in every layer. Axes are those of `Inputs`.
+
+    `oldest` is the first position that may be evicted, int32 `[B]`; the last is
+    `position`.
+    """
+
+    key: jax.Array
+    value: jax.Array
+    position: jax.Array
+    oldest: jax.Array
+
+    @property
+    def bounds(self) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Position, oldest and newest, as LongFlow's operation takes them."""
+        return self.position, self.oldest, self.position
+
+
+Step = Callable[[jax.Array, Token, Slots], tuple[jax.Array, Slots]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shape:
+    """Sizes of one layer's decode attention.
+
+    Attributes:
+      batch: rows.
+      slots: of the cache.
+      heads: query heads.
+      kv_heads: key/value heads.
+      head_dim: of each.
+      dtype: of everything but positions, by name.
+    """
+
+    batch: int
+    slots: int
+    heads: int = 32
+    kv_heads: int = 8
+    head_dim: int = 128
+    dtype: str = "bfloat16"
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all keys and values."""
+        numbers = self.batch * self.kv_heads * self.slots * self.head_dim
+        return 2 * numbers * jnp.dtype(self.dtype).itemsize
+
+    @property
+    def scale(self) -> float:
+        """Factor on the logits."""
+        return self.head_dim**-0.5
+
+
+class Timing(NamedTuple):
+    """What one version of a step costs.
+
+    Attributes:
+      seconds: per layer, of each call of the loop.
+      temporaries: bytes that the compiled loop needs beside its arguments.
+      kernels_us: microseconds per layer of the longest kernels, by name, as the
+        profiler saw one pass over the layers, without the gaps between launches; empty
+        if not asked for, or where there is no GPU.
+    """
+
+    seconds: tuple[float, ...]
+    temporaries: int
+    kernels_us: dict[str, float]
+
+
+def make_inputs(shape: Shape, share: float = 1.0, seed: int = 0) -> Inputs:
+    """Return random arguments, free slots full of NaN.
+
+    Args:
+      shape: sizes.
+      share: of occupied slots. Below 1, rows and heads hold more or less of them, as
+        in a cache that is filling up.
+      seed: of all numbers.
+    """
+    rng = np.random.default_rng(seed)
+    draws = jax.random.split(jax.random.key(seed), 5)
+    cache = (shape.kv_heads, shape.slots)
+    leading = [(shape.heads,), (shape.kv_heads,), (shape.kv_heads,), cache, cache]
+    query, key, value, keys, values = (
+        jax.random.normal(
+            draw, (shape.batch, *axes, shape.head_dim), jnp.dtype(shape.dtype)
+        )
+        for draw, axes in zip(draws, leading, strict=True)
+    )
+    spread = min(share, 1 - share)
+    rows = (shape.batch, shape.kv_heads)
+    filled = shape.slots * (share + spread * rng.uniform(-1, 1, (*rows, 1)))
+    slot = np.arange(shape.slots, dtype=np.int32)
+    occupied = np.broadcast_to(slot, (*rows, shape.slots)) < filled
+    positions = jnp.asarray(np.where(occupied, slot, -1).astype(np.int32))
+    if not occupied.all():
+        free = positions[..., None] < 0
+        keys, values = (jnp.where(free, jnp.nan, x) for x in (keys, values))
+    target = jnp.asarray(rng.integers(0, shape.slots, rows), jnp.int32)
+    position = jnp.full((shape.batch,), shape.slots, jnp.int32)
+    return Inputs(query, key, value, keys, values, positions, target, position)
+
+
+def attention(query, token, slots, *, scale, implementation=None):
+    """Write and attend, without a score: a `Step`."""
+    out, *cache = decode.decode_attention(
+        query,
+        token.key,
+        token.value,
+        *slots.plain,
+        token.position,
+        scale=scale,
+        implementation=implementation,
+    )
+    return out, slots.after(*cache)
+
+
+def attend_and_choose(query, token, slots, *, scale, implementation=None):
+    """Write, attend, score and choose, as LongFlow does: a `Step`."""
+    out, *cache = longflow.longflow_attention(
+        query,
+        token.key,
+        token.value,
+        *slots,
+        *token.bounds,
+        scale=scale,
+        implementation=implementation,
+    )
+    return out, Slots(*cache)
+
+
+def cudnn(query, token, slots, *, scale):
+    """Attend by cuDNN, neither writing nor scoring: a `Step` on caches `[B, S, K, H]`.
+
+    That is the order of axes that it takes; the bytes are the same.
+    """
+    del token
+    attend = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
+    out = attend(query[:, None], slots.keys, slots.values, scale=scale)
+    return out[:, 0], slots
+
+
+def cudnn_unavailable(dtype: str) -> str:
+    """Return why `cudnn` cannot run here, or an empty string."""
+    if jax.default_backend() != "gpu":
+        return f"needs an NVIDIA GPU, but JAX runs on {jax.default_backend()}."
+    if dtype not in ("bfloat16", "float16"):
+        return f"takes bfloat16 or float16, got {dtype}."
+    return ""
+
+
+class Layers:
+    """The caches of one shape, as many as leave the second-level cache.
+
+    Attributes:
+      shape: sizes.
+      floor: seconds that reading the occupied slots of one layer takes.
+      occupied: share of the slots.
+      number: of layers.
+    """
+
+    def __init__(
+        self,
+        shape: Shape,
+        bandwidth: float,
+        *,
+        share: float = 1.0,
+        number: int | None = None,
+    ):
+        """Make them.
+
+        Args:
+          shape: sizes.
+          bandwidth: of a copy, bytes per second.
+          share: of occupied slots; see `make_inputs`.
+          number: of layers; None is as many as leave the second-level cache.
+        """
+        enough = math.ceil(CACHE_BYTES / shape.num_bytes)
+        self.shape = shape
+        self.number = number or max(1, min(MOST_LAYERS, enough))
+        inputs = [make_inputs(shape, share, seed) for seed in range(self.number)]
+        held = [np.mean(np.asarray(x.positions) >= 0) for x in inputs]
+        self.occupied = float(np.mean(held))
+        self.floor = self.occupied * shape.num_bytes / bandwidth
+        first = inputs[0]
+        self._query = first.query
+        nothing = jnp.zeros_like(first.position)
+        self._token = Token(first.key, first.value, first.position, nothing)
+        # LongFlow gives up one slot for all heads, so that these write to one.
+        self._caches = tuple(
+            Slots(
+                *(x.keys, x.values, x.positions),
+                longflow.value_norms(x.values, "l1"),
+                jnp.copy(jnp.broadcast_to(x.target[:, :1], x.target.shape)),
+            )
+            for x in inputs
+        )
+        per_pass = self.number * max(self.floor, LEAST_STEP)
+        self._passes = max(2, math.ceil(LOOP_SECONDS / per_pass))
+
+    def time(
+        self,
+        step: Step,
+        *,
+        repeats: int = 5,
+        slots_first: bool = False,
+        profile: bool = False,
+    ) -> Timing:
+        """Time one version, and keep what it leaves in the caches for the next.
+
+        Args:
+          step: does one layer.
+          repeats: timed calls of the loop, after one that warms up.
+          slots_first: hand it caches `[B, S, K, H]`.
+          profile: see `Timing.kernels_us`.
+        """
+
+        def through(state):
+            query, caches = state
+            new = []
+            for slots in caches:
+                query, slots = step(query, self._token, slots)
+                new.append(slots)
+            return query, tuple(new)
+
+        shape = self.shape
+        if slots_first:
+            self._reshape((shape.batch, shape.slots, shape.kv_heads, shape.head_dim))
+        state = self._query, self._caches
+        del self._caches  # the loop takes its buffers
+        seconds, state, temporaries = time_loop(through, state, self._passes, repeats)
+        kernels = {}
+        if profile:
+            kernels, state = kernel_times(through, state, self.number)
+        self._query, self._caches = state
+        if slots_first:
+            self._reshape((shape.batch, shape.kv_heads, shape.slots, shape.head_dim))
+        each = tuple(second / self.number for second in seconds)
+        return Timing(each, temporaries, kernels)
+
+    def _reshape(self, axes: tuple[int, ...]) -> None:
+        # The numbers are random, so it does not matter which slot they end up in.
+        self._caches = tuple(
+            slots._replace(
+                keys=slots.keys.reshape(axes), values=slots.values.reshape(axes)
+            )
+            for slots in self._caches
+        )
+
+
+def time_loop(
+    function: Callable[[Any], Any], state: Any, iterations: int, repeats: int = 5
+) -> tuple[tuple[float, ...], Any, int]:
+    """Time a function of a state in a compiled loop.
+
+    Args:
+      function: from a state to the next.
+      state: its buffers are taken.
+      iterations: of the loop.
+      repeats: timed calls of the loop, after one that warms up.
+
+    Returns:
+      Seconds per iteration of each call, the last state, and the bytes of temporaries.
+    """
+
+    def loop(state):
+        return jax.lax.fori_loop(0, iterations, lambda _, s: function(s), state)
+
+    compiled = jax.jit(loop, donate_argnums=0).lower(state).compile()
+    state = jax.block_until_ready(compiled(state))
+    seconds = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        state = jax.block_until_ready(compiled(state))
+        seconds.append((time.perf_counter() - begin) / iterations)
+    analysis = compiled.memory_analysis()
+    return tuple(seconds), state, 0 if analysis is None else analysis.temp_size_in_bytes
+
+
+def kernel_times(
+    function: Callable[[Any], Any], state: Any, per_call: int
+) -> tuple[dict[str, float], Any]:
+    """Return what the profiler sees of one call on a GPU.
+
+    Args:
+      function: from a state to the next.
+      state: its buffers are taken.
+      per_call: what the times are divided by.
+
+    Returns:
+      Microseconds of the four longest kernels by name, none without a GPU, and the
+      state.
+    """
+    compiled = jax.jit(function, donate_argnums=0).lower(state).compile()
+    state = jax.block_until_ready(compiled(state))
+    kernels, state = trace_kernels(lambda: compiled(state), per_call)
+    longest = itertools.islice(kernels.items(), 4)
+    return {name: round(kernel.us, 2) for name, kernel in longest}, state

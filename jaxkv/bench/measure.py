@@ -1,0 +1,350 @@
+"""What one decode step costs, against the fewest bytes that it could move.
+
+A step at small batch is bound by memory: it reads every weight and every key and value
+once. The floor is these bytes over the bandwidth of a plain copy, measured in the same
+process; the ratio to it says how much is left to gain.
+
+The cache is filled with random numbers instead of a prompt's, because time depends on
+the number of slots, not on what lies in them. All slots are occupied, so each step
+reads them all; the loop that is timed is the one that `jaxkv.generate` runs.
+"""
+
+import dataclasses
+import functools
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxkv import generation
+from jaxkv import state as kv
+from jaxkv.arguments import row_keys
+from jaxkv.bench.compiling import Seconds, compile_stage, program_memory
+from jaxkv.bench.kernel_trace import Kernel, trace_kernels
+from jaxkv.forward import Cache, Network
+from jaxkv.generation import Generation
+from jaxkv.models.decoder import Config
+from jaxkv.options import Options
+from jaxkv.policies.base import DecodePolicy
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecodeTiming:
+    """One batch size; times in milliseconds, memory in bytes.
+
+    Attributes:
+      batch: rows.
+      slots: of each layer, all occupied; each step reads them all.
+      steps: of one timed call.
+      calls_ms: time per step of each timed call, in the order they were made.
+      step_ms: their median.
+      tokens_per_second: over all rows, from the median.
+      state_bytes: of the whole cache, bookkeeping included.
+      weight_bytes: that a step must read; see `weight_bytes`.
+      kv_bytes: of all keys and values, which a step must read.
+      floor_ms: weights, keys and values over the copy bandwidth.
+      ratio_to_floor: `step_ms / floor_ms`.
+      trace_seconds: see `compiling.Seconds`.
+      compile_seconds: see `compiling.Seconds`.
+      program_bytes: arguments, results that share no memory with them, and
+        temporaries of the compiled loop; exact, from the compiler.
+      temp_bytes: the temporaries alone. A copied cache would show here.
+      peak_bytes: highest use of the device's memory so far in this process, making the
+        random weights included; None where the device does not tell.
+      kernels: of one step, by name, the longest first; empty if not asked for, or where
+        there is no GPU.
+    """
+
+    batch: int
+    slots: int
+    steps: int
+    calls_ms: tuple[float, ...]
+    step_ms: float
+    tokens_per_second: float
+    state_bytes: int
+    weight_bytes: int
+    kv_bytes: int
+    floor_ms: float
+    ratio_to_floor: float
+    trace_seconds: float
+    compile_seconds: float
+    program_bytes: int | None
+    temp_bytes: int | None
+    peak_bytes: int | None
+    kernels: dict[str, Kernel]
+
+
+def copy_bandwidth(num_bytes: int, repeats: int = 5, passes: int = 10) -> float:
+    """Measure a pass over the device's memory, counting bytes read plus written.
+
+    Args:
+      num_bytes: size of the array, which each pass reads and writes whole; far more
+        than any cache of the chip.
+      repeats: the median of this many calls is returned.
+      passes: of one call, so that its launch, some 5 % of one pass, does not count.
+
+    Returns:
+      Bytes per second.
+    """
+    # Random, because some chips move zeros faster.
+    array = jax.random.bits(jax.random.key(0), (num_bytes // 4,), jnp.uint32)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def call(array):
+        return jax.lax.fori_loop(
+            0, passes, lambda i, x: x ^ i.astype(jnp.uint32), array
+        )
+
+    seconds = []
+    for _ in range(repeats + 1):
+        begin = time.perf_counter()
+        array = jax.block_until_ready(call(array))
+        seconds.append(time.perf_counter() - begin)
+    return 2 * array.nbytes * passes / statistics.median(seconds[1:])
+
+
+def weight_bytes(params: Any, config: Config) -> int:
+    """Return the bytes of weights that one decode step has to read.
+
+    An embedding that is looked up costs one row per token, which is left out; a tied
+    one is the output layer as well, and is read whole.
+    """
+    total = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
+    if config.tied:
+        return total
+    embedding = params["embedding"]
+    return total - embedding.size * embedding.dtype.itemsize
+
+
+def key_value_bytes(cache: Cache) -> int:
+    """Return the bytes of all keys and values, without the bookkeeping."""
+    return sum(state.keys.nbytes + state.values.nbytes for state in cache)
+
+
+def floor_ms(num_bytes: int, bandwidth: float) -> float:
+    """Return the milliseconds that moving `num_bytes` takes at bytes per second."""
+    return 1e3 * num_bytes / bandwidth
+
+
+def full_cache(
+    config: Config, *, batch: int, slots: int, dtype: jax.typing.DTypeLike, key: Any
+) -> Cache:
+    """Return states whose slots are all occupied, slot `s` by position `s`.
+
+    All rows hold the same random numbers, so that making them needs little memory
+    beside the cache itself, which may fill the device.
+    """
+
+    @jax.jit
+    def layer(key):
+        shape = (batch, config.num_kv_heads, slots, config.head_dim)
+        row = (1, *shape[1:])
+        keys, values = jax.random.split(key)
+        order = jnp.arange(slots, dtype=jnp.int32)
+        return kv.KVState(
+            keys=jnp.broadcast_to(jax.random.normal(keys, row, dtype), shape),
+            values=jnp.broadcast_to(jax.random.normal(values, row, dtype), shape),
+            positions=jnp.broadcast_to(order, shape[:3]),
+            target=jnp.zeros(shape[:2], jnp.int32),
+        )
+
+    return tuple(layer(k) for k in jax.random.split(key, config.num_layers))
+
+
+def rewind(
+    cache: Cache,
+    *,
+    steps: int,
+    context: int,
+    policy: DecodePolicy,
+    filled: int | None = None,
+) -> Generation:
+    """Return a generation that is about to produce `steps` tokens from `context` on.
+
+    Args:
+      cache: its buffers move into the result.
+      steps: size of the output buffer.
+      context: position of the next token.
+      policy: what decodes; it begins anew, its memory included.
+      filled: how many slots are occupied, the first ones; new tokens go behind them.
+        None occupies all. Without eviction the new tokens then go to the last `steps`
+        slots, where random tokens lie already, so that the first step reads as many
+        slots as the last.
+    """
+    batch, kv_heads, slots, _ = cache[0].keys.shape
+    order = jnp.arange(slots, dtype=jnp.int32)
+    if filled is None:
+        filled = slots
+        first = 0 if policy.evicts else slots - steps
+    else:
+        first = filled % slots
+        order = jnp.where(order < filled, order, kv.FREE)
+    cache = tuple(
+        policy.begin(
+            dataclasses.replace(
+                state,
+                positions=jnp.broadcast_to(order, state.positions.shape),
+                target=jnp.full((batch, kv_heads), first, jnp.int32),
+                memory=(),
+            ),
+            jnp.full(batch, min(context, slots), jnp.int32),
+        )
+        for state in cache
+    )
+    return Generation(
+        tokens=jnp.full((batch, steps), -1, jnp.int32),
+        lengths=jnp.zeros(batch, jnp.int32),
+        done=jnp.zeros(batch, bool),
+        last=jnp.zeros(batch, jnp.int32),
+        position=jnp.full(batch, context, jnp.int32),
+        cache=cache,
+        keys=row_keys(0, batch),
+        seen=None,
+    )
+
+
+def time_decode(
+    network: Network,
+    params: Any,
+    *,
+    batch: int,
+    context: int,
+    steps: int,
+    repeats: int,
+    options: Options,
+    bandwidth: float,
+    profile: bool = False,
+) -> DecodeTiming:
+    """Time calls of `generation.advance_jit`, each of `steps` tokens per row.
+
+    Args:
+      network: static.
+      params: its parameters.
+      batch: rows.
+      context: tokens so far, the new ones included if nothing is evicted.
+      steps: of one call.
+      repeats: timed calls, after one that warms up.
+      options: static.
+      bandwidth: of a copy, bytes per second.
+      profile: see `DecodeTiming.kernels`.
+
+    Returns:
+      Times and bytes.
+
+    Raises:
+      RuntimeError: see `time_calls`.
+    """
+    config = network.config
+    cache = full_cache(
+        config,
+        batch=batch,
+        slots=options.num_slots(context - steps, steps),
+        dtype=params["embedding"].dtype,
+        key=jax.random.key(1),
+    )
+    where = dict(steps=steps, context=context, policy=options.decode)
+    state = rewind(cache, **where)
+    program, seconds = compile_steps(network, params, state, options=options)
+    calls, cache = time_calls(program, params, state.cache, repeats=repeats, **where)
+    kernels = {}
+    if profile:
+        state = jax.block_until_ready(rewind(cache, **where))
+        # Made and waited for before, so that their kernels are not among the step's.
+        ends = jax.block_until_ready(_ends(state))
+        kernels, state = trace_kernels(lambda: program(params, state, *ends), steps)
+        cache = state.cache
+    median = statistics.median(calls)
+    weights, kv_bytes = weight_bytes(params, config), key_value_bytes(cache)
+    floor = floor_ms(weights + kv_bytes, bandwidth)
+    return DecodeTiming(
+        batch=batch,
+        slots=cache[0].slots,
+        steps=steps,
+        calls_ms=calls,
+        step_ms=median,
+        tokens_per_second=1e3 * batch / median,
+        state_bytes=kv.num_bytes(cache),
+        weight_bytes=weights,
+        kv_bytes=kv_bytes,
+        floor_ms=floor,
+        ratio_to_floor=median / floor,
+        trace_seconds=seconds.trace,
+        compile_seconds=seconds.compile,
+        **program_memory(program),
+        peak_bytes=device_memory("peak_bytes_in_use"),
+        kernels=kernels,
+    )
+
+
+def compile_steps(
+    network: Network, params: Any, state: Generation, *, options: Options
+) -> tuple[Any, Seconds]:
+    """Compile `generation.advance_jit`.
+
+    Args:
+      network: static.
+      params: its parameters, or their shapes.
+      state: what it goes on from, or its shapes.
+      options: static.
+    """
+    return compile_stage(
+        lambda: generation.advance_jit.lower(
+            network, params, state, *_ends(state), options=options
+        )
+    )
+
+
+def time_calls(
+    program: Any, params: Any, cache: Cache, *, repeats: int, steps: int, **where: Any
+) -> tuple[tuple[float, ...], Cache]:
+    """Time calls of a program of `compile_steps`, each from the same state on.
+
+    Args:
+      program: compiled.
+      params: its parameters.
+      cache: its buffers are taken.
+      repeats: timed calls, after one that warms up.
+      steps: of one call.
+      **where: the other arguments of `rewind`.
+
+    Returns:
+      Milliseconds per step of each call, and the cache.
+
+    Raises:
+      RuntimeError: the loop did not produce `steps` tokens per row.
+    """
+    calls = []
+    for _ in range(repeats + 1):
+        state = jax.block_until_ready(rewind(cache, steps=steps, **where))
+        ends = _ends(state)
+        begin = time.perf_counter()
+        state = jax.block_until_ready(program(params, state, *ends))
+        calls.append(1e3 * (time.perf_counter() - begin) / steps)
+        cache = state.cache
+    if not ((state.tokens >= 0).all() and (state.lengths == steps).all()):
+        raise RuntimeError("time_calls: the loop did not produce its tokens.")
+    return tuple(calls[1:]), cache
+
+
+def _ends(state: Generation) -> tuple[jax.Array, jax.Array]:
+    """Return `until`, the whole output buffer, and the id of no stop."""
+    return jnp.int32(state.tokens.shape[1]), jnp.array([-1], jnp.int32)
+
+
+def median_seconds(call: Callable[[], Any], repeats: int) -> float:
+    """Return the median seconds of a call, after one that compiles or warms up."""
+    jax.block_until_ready(call())
+    seconds = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        jax.block_until_ready(call())
+        seconds.append(time.perf_counter() - begin)
+    return statistics.median(seconds)
+
+
+def device_memory(key: str) -> int | None:
+    """Return an entry of the device's memory statistics; None if it has no such."""
+    return (jax.devices()[0].memory_stats() or {}).get(key)

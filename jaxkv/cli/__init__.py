@@ -1,0 +1,1 @@
+"""The command `jaxkv`. Nothing imports this package."""

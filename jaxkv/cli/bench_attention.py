@@ -1,0 +1,245 @@
+"""`jaxkv bench decode-attention`: one layer's decode step, version by version."""
+
+import functools
+import statistics
+from typing import Annotated, Any
+
+import jax
+import numpy as np
+import rich.box
+import typer
+from rich.table import Table
+
+from jaxkv.bench import attention, measure
+from jaxkv.bench.attention import Layers, Shape, Step
+from jaxkv.cli import bench
+from jaxkv.kernels import decode as decode_kernels
+from jaxkv.provenance import provenance, write_json
+
+app = bench.app  # with one command more
+
+# cuDNN neither writes nor scores; `attention` writes; `longflow` does everything.
+VERSIONS = ("cudnn", "attention", "longflow")
+
+
+@app.command("decode-attention")
+def decode_attention(
+    shapes: Annotated[
+        str, typer.Option(help="Batch and slots, as in 128x3200, with commas.")
+    ] = "128x3200,64x16384,8x3200,1x3200",
+    heads: Annotated[int, typer.Option(min=1, help="Query heads.")] = 32,
+    kv_heads: Annotated[int, typer.Option(min=1, help="Key/value heads.")] = 8,
+    head_dim: Annotated[int, typer.Option(min=2, help="Size of a head.")] = 128,
+    dtype: bench.Dtype = None,
+    versions: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Of {', '.join(VERSIONS)}, with commas; default: all that run here."
+        ),
+    ] = None,
+    decode_implementation: bench.Kernel = None,
+    layers: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Caches gone through; default: more than the L2 cache holds."
+        ),
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed calls.")] = 9,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Add each kernel's time; compiles more.")
+    ] = False,
+    copy_gib: bench.CopyGib = None,
+    json_: bench.Json = False,
+    out: bench.Out = None,
+) -> None:
+    """Time one layer's decode attention on the device, against the bytes it reads.
+
+    Compiled loops go through as many layers' caches as leave the second-level cache,
+    and one layer's output is the next one's query. All ratios are of one run.
+    """
+    console = bench.console_of(json_)
+    sizes = _shapes(
+        shapes,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        dtype=bench.random_dtype(dtype).name,
+    )
+    wanted, skipped = _versions(versions, sizes[0].dtype)
+    bandwidth = measure.copy_bandwidth(bench.copy_bytes(copy_gib))
+    kernel = decode_implementation or decode_kernels.choose(jax.default_backend())
+    result = {"benchmark": "decode-attention", "decode_implementation": kernel}
+    result |= {"dtype": sizes[0].dtype, "heads": heads, "kv_heads": kv_heads}
+    result |= {"head_dim": head_dim, "repeats": repeats, "skipped": skipped}
+    result |= provenance() | {"copy_bytes_per_second": bandwidth, "rows": []}
+    for shape in sizes:
+        with console.status(f"{shape.batch}x{shape.slots}"):
+            row = time_shape(
+                shape,
+                wanted,
+                decode_implementation,
+                bandwidth=bandwidth,
+                layers=layers,
+                repeats=repeats,
+                profile=profile,
+            )
+        result["rows"].append(row)
+        if out is not None:  # a crash must not lose what was timed before it
+            write_json(out, result)
+    if not json_:
+        console.print(_table(result))
+    bench.finish(result, json_, out)
+
+
+def time_shape(
+    shape: Shape,
+    names: list[str],
+    implementation: decode_kernels.Implementation | None,
+    *,
+    bandwidth: float,
+    layers: int | None,
+    repeats: int,
+    profile: bool,
+) -> dict[str, Any]:
+    """Return what each version takes, and their ratios, ready for JSON.
+
+    Args:
+      shape: sizes.
+      names: of `VERSIONS`.
+      implementation: of our own versions; None is the best.
+      bandwidth: of a copy, bytes per second.
+      layers: whose caches are gone through; None is enough.
+      repeats: timed calls.
+      profile: add the time of each kernel.
+    """
+    caches = Layers(shape, bandwidth, number=layers)
+    row = {"batch": shape.batch, "slots": shape.slots, "layers": caches.number}
+    versions = {
+        name: _time_version(
+            caches, name, implementation, repeats=repeats, profile=profile
+        )
+        for name in names
+    }
+    row |= {"floor_ms": 1e3 * caches.floor, "versions": versions}
+    return row | _compare(versions)
+
+
+def _time_version(
+    caches: Layers,
+    name: str,
+    implementation: decode_kernels.Implementation | None,
+    *,
+    repeats: int,
+    profile: bool,
+) -> dict[str, Any]:
+    timing = caches.time(
+        _step(name, caches.shape, implementation),
+        repeats=repeats,
+        slots_first=name == "cudnn",
+        profile=profile,
+    )
+    calls = [1e3 * second for second in timing.seconds]
+    ms = statistics.median(calls)
+    found = {
+        "ms": ms,
+        "quartiles_ms": np.percentile(calls, [25, 75]).tolist(),
+        "calls_ms": calls,
+        "ratio_to_floor": ms / (1e3 * caches.floor),
+        "temporary_bytes": timing.temporaries,
+    }
+    return found | ({"kernels_us": timing.kernels_us} if profile else {})
+
+
+def _step(
+    name: str, shape: Shape, implementation: decode_kernels.Implementation | None
+) -> Step:
+    if name == "cudnn":
+        return functools.partial(attention.cudnn, scale=shape.scale)
+    step = {
+        "attention": attention.attention,
+        "longflow": attention.attend_and_choose,
+    }[name]
+    return functools.partial(step, scale=shape.scale, implementation=implementation)
+
+
+def _compare(versions: dict[str, Any]) -> dict[str, float]:
+    """Add ratios to cuDNN; return the cost of scoring and choosing, in per cent."""
+    if "cudnn" in versions:
+        for version in versions.values():
+            version["ratio_to_cudnn"] = version["ms"] / versions["cudnn"]["ms"]
+    if not {"attention", "longflow"} <= versions.keys():
+        return {}
+    alone, scored = (versions[name]["ms"] for name in ("attention", "longflow"))
+    return {"score_percent": 100 * (scored / alone - 1)}
+
+
+def _shapes(text: str, **sizes: Any) -> list[Shape]:
+    try:
+        pairs = [tuple(map(int, part.split("x"))) for part in text.split(",")]
+        shapes = [Shape(batch=batch, slots=slots, **sizes) for batch, slots in pairs]
+    except ValueError as error:
+        raise ValueError(
+            f"--shapes takes batch and slots such as 128x3200,8x3200; got {text!r}."
+        ) from error
+    if min(min(pair) for pair in pairs) < 1:
+        raise ValueError(f"--shapes: sizes must be at least 1, got {text!r}.")
+    if sizes["heads"] % sizes["kv_heads"]:
+        raise ValueError(
+            f"--heads {sizes['heads']} must be a multiple of --kv-heads "
+            f"{sizes['kv_heads']}."
+        )
+    return shapes
+
+
+def _versions(text: str | None, dtype: str) -> tuple[list[str], dict[str, str]]:
+    """Return what is timed, and why the rest is not."""
+    wanted = list(VERSIONS) if text is None else text.split(",")
+    for name in wanted:
+        if name not in VERSIONS:
+            raise ValueError(
+                f"--versions: unknown {name!r}; choose from {', '.join(VERSIONS)}."
+            )
+    reason = attention.cudnn_unavailable(dtype)
+    if not reason or "cudnn" not in wanted:
+        return wanted, {}
+    if text is not None:
+        raise NotImplementedError(f"--versions: cudnn {reason}")
+    return [name for name in wanted if name != "cudnn"], {"cudnn": reason}
+
+
+def _table(result: dict[str, Any]) -> Table:
+    notes = [
+        f"floor: keys and values at the copy bandwidth of "
+        f"{result['copy_bytes_per_second'] / 1e9:.1f} GB/s"
+    ]
+    notes += [f"{name} {reason}" for name, reason in result["skipped"].items()]
+    table = Table(
+        title=f"{result['heads']} heads, {result['kv_heads']} KV heads of "
+        f"{result['head_dim']}, {result['dtype']}, {result['decode_implementation']}, "
+        f"on {result['device']}",
+        caption="; ".join(notes),
+        box=rich.box.SIMPLE,
+    )
+    columns = ("shape", "version", "ms", "quartiles", "x floor", "x cuDNN", "score")
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in result["rows"]:
+        shape = f"{row['batch']}x{row['slots']}"
+        table.add_row(shape, "floor", f"{row['floor_ms']:.4f}", "", "1.000", "", "")
+        for name, version in row["versions"].items():
+            low, high = version["quartiles_ms"]
+            score = row.get("score_percent") if name == "longflow" else None
+            table.add_row(
+                shape,
+                name,
+                f"{version['ms']:.4f}",
+                f"{low:.4f}-{high:.4f}",
+                f"{version['ratio_to_floor']:.3f}",
+                _or_dash(version.get("ratio_to_cudnn"), ".3f"),
+                "" if score is None else f"{score:+.1f} %",
+            )
+    return table
+
+
+def _or_dash(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)

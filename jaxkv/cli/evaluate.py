@@ -1,0 +1,310 @@
+"""`jaxkv eval`: accuracy of a model, and of every way to keep its cache small."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import rich.console
+import typer
+from typer.core import TyperGroup
+
+from jaxkv.cli import flags
+from jaxkv.cli import sweep as cli_sweep
+from jaxkv.cli.sweep import Sweep, with_sweep
+from jaxkv.evaluation import card as evaluation
+from jaxkv.evaluation import card_report
+from jaxkv.evaluation import experiment as evaluation_experiment
+from jaxkv.evaluation import folder as evaluation_folder
+from jaxkv.evaluation import methods as evaluation_methods
+from jaxkv.evaluation.card import Cell
+from jaxkv.evaluation.experiment import Experiment
+from jaxkv.evaluation.questions import Match
+from jaxkv.language_model import NEEDLE
+from jaxkv.registry import PREFILL
+
+ALL = ",".join(PREFILL)
+NIAH = ("niah_single_1", "niah_single_words", "niah_single_uuid")
+
+
+class _Group(TyperGroup):
+    """`jaxkv eval MODEL` is `card`, and `jaxkv eval --task-file X` is `file`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Put the command in where none is named."""
+        if not args or (args[0] not in self.commands and args[0] != "--help"):
+            named = any(arg.partition("=")[0] == "--task-file" for arg in args)
+            args = ["file" if named else "card", *args]
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(
+    cls=_Group,
+    help="Measure how often answers are right. Without a command: card; with "
+    "--task-file: file.",
+)
+
+Methods = Annotated[
+    str,
+    typer.Option(
+        help="Methods with commas, each with its options, as in "
+        "full,streaming-llm:n_sink=2."
+    ),
+]
+Budgets = Annotated[
+    str, typer.Option(help="Tokens such as 256, percentages such as 6%, with commas.")
+]
+Lengths = Annotated[str, typer.Option(help="Tokens of samples, with commas.")]
+Tasks = Annotated[str | None, typer.Option(help="Names with commas; default: all.")]
+Samples = Annotated[int, typer.Option(min=1, help="Per task, length and depth.")]
+Development = Annotated[
+    bool,
+    typer.Option(
+        "--development", help="Draw other samples than reports do, to choose options."
+    ),
+]
+NewTokens = Annotated[
+    int | None,
+    typer.Option(min=1, help="Longest output; default: each length's longest answer."),
+]
+
+
+@app.command()
+@with_sweep
+def niah(
+    model: flags.Model = NEEDLE,
+    methods: Methods = "full,streaming-llm",
+    budgets: Budgets = "3%,6%,12.5%",
+    lengths: Lengths = "1024,2048,3072,4096,6144,8192",
+    depths: Annotated[
+        str, typer.Option(help="Places of the needle in per cent, with commas.")
+    ] = "0,10,20,30,40,50,60,70,80,90,100",
+    task: Annotated[str, typer.Option(help=f"One of {', '.join(NIAH)}.")] = NIAH[0],
+    samples: Samples = 10,
+    decode: flags.Decode = "full",
+    development: Development = False,
+    max_new_tokens: NewTokens = None,
+    *,
+    sweep: Sweep,
+) -> None:
+    """Find a needle at every length and depth; draws the heat map."""
+    if task not in NIAH:
+        raise ValueError(f"--task takes one of {', '.join(NIAH)}, got {task!r}.")
+    experiment = Experiment(
+        kind="niah",
+        cells=[
+            Cell(task=task, length=length, depth=depth)
+            for length in card_report.numbers("--lengths", lengths)
+            for depth in _depths(depths)
+        ],
+        methods=evaluation_methods.parse_prefill_methods(methods, decode=decode),
+        budgets=evaluation_methods.parse_budgets(budgets),
+        samples=samples,
+        seed=_seed(development),
+        max_new_tokens=max_new_tokens,
+        **sweep.options,
+    )
+    cli_sweep.run(model, sweep, experiment, what=lengths)
+
+
+@app.command()
+@with_sweep
+def ruler(
+    model: flags.Model = NEEDLE,
+    methods: Methods = ALL,
+    budgets: Budgets = "1.5%,3%,6%,12.5%,25%,50%",
+    lengths: Lengths = "4096,8192",
+    tasks: Tasks = None,
+    samples: Samples = 200,
+    decode: flags.Decode = "full",
+    development: Development = False,
+    max_new_tokens: NewTokens = None,
+    *,
+    sweep: Sweep,
+) -> None:
+    """RULER's tasks that need no corpus, by method and budget of the prompt."""
+    _by_length(
+        model,
+        card_report.names(tasks, evaluation.RETRIEVAL),
+        lengths,
+        kind="ruler",
+        methods=evaluation_methods.parse_prefill_methods(methods, decode=decode),
+        budgets=evaluation_methods.parse_budgets(budgets),
+        samples=samples,
+        seed=_seed(development),
+        max_new_tokens=max_new_tokens,
+        sweep=sweep,
+    )
+
+
+@app.command()
+@with_sweep
+def reasoning(
+    model: flags.Model = NEEDLE,
+    methods: Methods = "full,streaming-llm",
+    budgets: Budgets = "50%,35%,20%,15%",
+    lengths: Annotated[
+        str, typer.Option(help="Tokens of the answers, with commas.")
+    ] = "1024,2048,4096",
+    tasks: Tasks = None,
+    samples: Samples = 200,
+    prefill: flags.Prefill = "snapkv",
+    development: Development = False,
+    max_new_tokens: NewTokens = None,
+    *,
+    sweep: Sweep,
+) -> None:
+    """Long answers under a budget; percentages are of prompt and answer together."""
+    _by_length(
+        model,
+        card_report.names(tasks, evaluation.REASONING),
+        lengths,
+        kind="reasoning",
+        methods=evaluation_methods.parse_decode_methods(methods, prefill=prefill),
+        budgets=evaluation_methods.parse_budgets(budgets),
+        samples=samples,
+        seed=_seed(development),
+        max_new_tokens=max_new_tokens,
+        sweep=sweep,
+    )
+
+
+@app.command()
+@with_sweep
+def file(
+    model: flags.Model = NEEDLE,
+    task_file: Annotated[
+        Path, typer.Option(help="JSON lines in RULER's own format: input, outputs.")
+    ] = ...,
+    methods: Methods = "full",
+    budgets: Budgets = "6%,12.5%,25%,50%",
+    decode: flags.Decode = "full",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest output.")] = 128,
+    match: Annotated[
+        Match, typer.Option(help="Whether all wanted strings must occur, or any.")
+    ] = "all",
+    *,
+    sweep: Sweep,
+) -> None:
+    """Questions of your own, by method and budget of the prompt."""
+    experiment = Experiment(
+        kind="file",
+        file=task_file,
+        methods=evaluation_methods.parse_prefill_methods(methods, decode=decode),
+        budgets=evaluation_methods.parse_budgets(budgets),
+        max_new_tokens=max_new_tokens,
+        match=match,
+        **sweep.options,
+    )
+    cli_sweep.run(model, sweep, experiment, what=task_file.stem)
+
+
+@app.command()
+def card(
+    model: flags.Model = NEEDLE,
+    tasks: Tasks = None,
+    lengths: Lengths = "1024,2048,4096,8192",
+    answers: Annotated[
+        str, typer.Option(help="Tokens of the long answers, with commas.")
+    ] = "512,1024,2048,4096",
+    samples: Annotated[int, typer.Option(min=1, help="Per task and length.")] = 200,
+    batch_size: flags.BatchSize = 8,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Of the samples.")
+    ] = evaluation.REPORT_SEED,
+    budget: flags.Budget = None,
+    compression_ratio: flags.CompressionRatio = None,
+    prefill: flags.Prefill = "full",
+    decode: flags.Decode = "full",
+    dtype: flags.Dtype = None,
+    prefill_implementation: flags.PrefillImplementation = None,
+    decode_implementation: flags.DecodeImplementation = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for predictions and metrics.")
+    ] = None,
+    json_: flags.Json = False,
+) -> None:
+    """Measure how often answers are right, by task and length."""
+    arguments = flags.eviction(
+        budget=budget,
+        compression_ratio=compression_ratio,
+        prefill=prefill,
+        decode=decode,
+    ) | {
+        "prefill_implementation": prefill_implementation,
+        "decode_implementation": decode_implementation,
+    }
+    cells = card_report.cells(tasks, lengths, answers)
+    if out is not None:
+        evaluation_folder.check_writable(out)  # before the work, not after it
+    lm = flags.load_model(model, dtype)
+    report = card_report.run(
+        lm, cells, samples=samples, batch_size=batch_size, seed=seed, **arguments
+    )
+    if out is not None:
+        card_report.write(out, report)
+    if json_:
+        print(json.dumps(report.summary))
+    else:
+        rich.console.Console().print(card_report.table(report))
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="Folder of results.")],
+    baseline: Annotated[
+        str | None, typer.Option(help="A method that the others are compared with.")
+    ] = None,
+    pictures: Annotated[
+        bool, typer.Option(help="Draw the pictures too; needs matplotlib.")
+    ] = False,
+) -> None:
+    """Print the tables of a folder as Markdown, and make its metrics anew."""
+    evaluation_experiment.write_report(folder, pictures=pictures)
+    print(evaluation_experiment.markdown(folder, baseline=baseline))
+
+
+@app.command()
+def merge(
+    out: Annotated[Path, typer.Argument(help="New folder.")],
+    folders: Annotated[list[Path], typer.Argument(help="Folders of results.")],
+    pictures: Annotated[
+        bool, typer.Option(help="Draw the pictures too; needs matplotlib.")
+    ] = False,
+) -> None:
+    """Put runs that differ in methods or lengths into one folder, and report it.
+
+    So that a comparison can be shared by several processes or machines.
+    """
+    evaluation_folder.merge(out, folders)
+    evaluation_experiment.write_report(out, pictures=pictures)
+    cli_sweep.print_markdown(evaluation_experiment.markdown(out))
+
+
+def _by_length(
+    model: str, tasks: Sequence[str], lengths: str, *, sweep: Sweep, **decided: Any
+) -> None:
+    """Run every task at every length; `decided` is what else an `Experiment` takes."""
+    cells = [
+        Cell(task=task, length=length)
+        for length in card_report.numbers("--lengths", lengths)
+        for task in tasks
+    ]
+    experiment = Experiment(cells=cells, **decided, **sweep.options)
+    cli_sweep.run(model, sweep, experiment, what=lengths)
+
+
+def _seed(development: bool) -> int:
+    return evaluation.DEVELOPMENT_SEED if development else evaluation.REPORT_SEED
+
+
+def _depths(text: str) -> list[float]:
+    try:
+        depths = [float(part) / 100 for part in text.split(",")]
+    except ValueError:
+        depths = []
+    if not depths or not all(0 <= depth <= 1 for depth in depths):
+        raise ValueError(
+            f"--depths takes per cent from 0 to 100 with commas, got {text!r}."
+        )
+    return list(dict.fromkeys(depths))

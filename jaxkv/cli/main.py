@@ -1,0 +1,306 @@
+"""The command `jaxkv`: flags in, one call into the library; errors in one place.
+
+Results go to stdout, everything else to stderr. Bad input gives one line and exit code
+2; what is no user's fault keeps its traceback.
+"""
+
+import dataclasses
+import importlib.util
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import typer
+
+from jaxkv._version import __version__
+from jaxkv.arguments import encode
+from jaxkv.cli import demo as demo_
+from jaxkv.cli import evaluate, flags, generate_command, prompts, study
+from jaxkv.language_model import NEEDLE, needle_folder
+from jaxkv.models import checkpoint, hf_config, hf_weights, orbax_copy
+from jaxkv.needle import training
+
+app = typer.Typer(
+    add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
+)
+app.add_typer(evaluate.app, name="eval")
+app.add_typer(study.app, name="study")
+
+
+@dataclasses.dataclass
+class _Settings:
+    """What the error handler has to know of the flags."""
+
+    debug: bool = False
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code.
+
+    Args:
+      argv: the arguments; those of the process if None.
+    """
+    # Its advice (no torch, long prompts) is for other programs than this one.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    settings = _Settings()
+    try:
+        code = app(
+            sys.argv[1:] if argv is None else list(argv),
+            prog_name="jaxkv",
+            standalone_mode=False,
+            obj=settings,
+        )
+        sys.stdout.flush()
+        return code or 0
+    except BrokenPipeError:
+        # The reader has gone; the interpreter must not flush into nothing at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (KeyboardInterrupt, typer.Abort):
+        return 130
+    except typer.TyperException as error:
+        message = error.format_message()
+        if message:  # none where the help has been shown instead
+            _complain(message)
+        return 2
+    except Exception as error:
+        message = _message(error)
+        if message is None or settings.debug:
+            raise
+        _complain(message)
+        return 2
+
+
+def _complain(message: str) -> None:
+    print(f"jaxkv: error: {' '.join(message.split())}", file=sys.stderr)
+
+
+def _message(error: Exception) -> str | None:
+    """Return what to tell the user, or None for a fault of ours."""
+    match error:
+        case OSError() if error.strerror and error.filename:
+            return f"{error.filename}: {error.strerror}"
+        case ValueError() | NotImplementedError() | OverflowError() | OSError():
+            return str(error) or type(error).__name__
+        case MemoryError():
+            pass
+        case jax.errors.JaxRuntimeError() if "RESOURCE_EXHAUSTED" in str(error):
+            pass
+        case _:
+            return None
+    return (
+        "out of memory; lower --batch-size, --max-new-tokens or --budget, shorten the "
+        f"prompts, or take --dtype bfloat16 ({str(error)[:200]})"
+    )
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"jaxkv {__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def _start(
+    context: typer.Context,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback of an error.")
+    ] = False,
+    compilation_cache: Annotated[
+        bool, typer.Option(help="Keep compiled programs for later runs.")
+    ] = True,
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Print it."),
+    ] = False,
+) -> None:
+    """Long-context inference in JAX with a key/value cache of fixed size."""
+    context.obj.debug = debug
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+    elif context.invoked_subcommand == "bench":
+        pass  # it times compilation, and has a flag of its own for the cache
+    elif compilation_cache:
+        _use_compilation_cache()
+
+
+def _use_compilation_cache() -> None:
+    if jax.config.jax_compilation_cache_dir is not None:
+        return  # set by the user, who has set the thresholds too
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        folder = cache / "jaxkv" / "xla"
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):
+        return  # no home, or a read-only one: compile each time
+    if not os.access(folder, os.W_OK):
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    # By default only slow and large programs are kept; all of ours together are small.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+@app.command()
+def demo(
+    model: flags.Model = NEEDLE,
+    length: Annotated[
+        int, typer.Option(min=256, help="Tokens of the documents.")
+    ] = 4000,
+    budget: Annotated[
+        int | None, typer.Option(min=8, help="Of the small cache; default: an eighth.")
+    ] = None,
+    seed: flags.Seed = 0,
+    dtype: flags.Dtype = None,
+) -> None:
+    """Ask about long documents, with the full cache and with a small one."""
+    lm = flags.load_model(model, dtype)
+    demo_.run(lm, length=length, budget=budget or length // 8, seed=seed)
+
+
+@app.command()
+def generate(
+    model: flags.Model = NEEDLE,
+    prompt: flags.Prompt = None,
+    prompt_file: flags.PromptFile = None,
+    chat: flags.Chat = False,
+    max_new_tokens: flags.MaxNewTokens = 64,
+    budget: flags.Budget = None,
+    compression_ratio: flags.CompressionRatio = None,
+    prefill: flags.Prefill = "full",
+    decode: flags.Decode = "full",
+    speculate: flags.Speculate = "none",
+    accept: flags.Accept = "exact",
+    temperature: flags.Temperature = 0.0,
+    top_k: flags.TopK = None,
+    top_p: flags.TopP = None,
+    min_p: flags.MinP = None,
+    repetition_penalty: flags.RepetitionPenalty = 1.0,
+    seed: flags.Seed = 0,
+    stop_id: flags.StopId = None,
+    dtype: flags.Dtype = None,
+    batch_size: flags.BatchSize = 8,
+    prefill_implementation: flags.PrefillImplementation = None,
+    decode_implementation: flags.DecodeImplementation = None,
+    json_: flags.Json = False,
+    stream: flags.Stream = None,
+) -> None:
+    """Continue prompts; prompt number i draws with seed + i, whatever the batch."""
+    sampler = flags.sampler(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+    )
+    arguments = {
+        "max_new_tokens": max_new_tokens,
+        "sampler": sampler,
+        "stop_ids": stop_id or None,
+        "prefill_implementation": prefill_implementation,
+        "decode_implementation": decode_implementation,
+    } | flags.eviction(
+        budget=budget,
+        compression_ratio=compression_ratio,
+        prefill=prefill,
+        decode=decode,
+    )
+    arguments |= flags.speculation(
+        speculate=speculate,
+        accept=accept,
+        sampler=sampler,
+        decode=arguments["decode"],
+        budget=budget,
+    )
+    texts = prompts.read(prompt or [], prompt_file or [])
+    if stream and (json_ or len(texts) > 1):
+        raise ValueError("--stream takes one prompt and no --json.")
+    lm = flags.load_model(model, dtype)
+    # All at once, so that a bad prompt is found before a good one has cost anything.
+    ids = encode(lm, prompts.as_chat(lm, texts) if chat else texts)
+    generate_command.run(
+        lm,
+        ids,
+        batch_size=batch_size,
+        seed=seed,
+        as_json=json_,
+        stream=stream,
+        **arguments,
+    )
+
+
+@app.command()
+def train(
+    out: Annotated[Path, typer.Argument(help="Folder; a run there is gone on with.")],
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Processes that make rows; default: cores."),
+    ] = None,
+    save_every: Annotated[int, typer.Option(min=1, help="Steps between saves.")] = 1000,
+    steps_scale: Annotated[
+        float, typer.Option(help="Multiplies the recipe's steps, for quick trials.")
+    ] = 1.0,
+) -> None:
+    """Train the needle checkpoint; made for one data-centre GPU."""
+    if importlib.util.find_spec("optax") is None:
+        raise ValueError("jaxkv train needs optax; pip install 'jaxkv[train]'.")
+    if not 0 < steps_scale < 1000:
+        raise ValueError(f"--steps-scale must be above 0, got {steps_scale}.")
+
+    def scaled(steps: int) -> int:
+        return max(1, round(steps * steps_scale))
+
+    recipe = training.Recipe()
+    recipe = dataclasses.replace(
+        recipe,
+        warmup=scaled(recipe.warmup),
+        stages=tuple(
+            dataclasses.replace(stage, steps=scaled(stage.steps))
+            for stage in recipe.stages
+        ),
+    )
+    training.train(
+        recipe,
+        out,
+        tokenizer_folder=needle_folder(),
+        workers=workers or os.cpu_count() or 1,
+        save_every=save_every,
+    )
+
+
+@app.command()
+def convert(
+    model: flags.Model,
+    out: Annotated[Path, typer.Argument(help="Folder to make.")],
+    dtype: Annotated[
+        str | None, typer.Option(help="Of the copy; default: the checkpoint's.")
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an older copy.")
+    ] = False,
+) -> None:
+    """Save an Orbax copy of a checkpoint, which loads faster."""
+    # Not by way of `load`, which on a CPU would widen 16-bit weights.
+    folder = needle_folder() if model == NEEDLE else checkpoint.resolve(model)
+    if orbax_copy.is_orbax_copy(folder):
+        raise ValueError(f"{folder} is an Orbax copy already.")
+    config = hf_config.read_config(folder)
+    params = hf_weights.read_weights(folder, config, dtype=dtype)
+    orbax_copy.save_orbax(params, config, out, source=folder, overwrite=overwrite)
+
+
+@app.command(
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def bench(context: typer.Context) -> Any:
+    """Measure decoding and compiling on this device."""
+    # They measure, and are needed by nobody else.
+    from jaxkv.cli.bench_commands import app as bench_app
+
+    parent = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    parent.add_typer(bench_app, name="bench")
+    return parent(["bench", *context.args], prog_name="jaxkv", standalone_mode=False)

@@ -1,0 +1,146 @@
+"""The flags that all comparisons of `jaxkv eval` share, and how one of them is run."""
+
+import dataclasses
+import functools
+import inspect
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import jax
+import rich.console
+import rich.markdown
+import typer
+
+from jaxkv.cli import flags
+from jaxkv.evaluation import experiment as evaluation_experiment
+from jaxkv.evaluation import folder as evaluation_folder
+from jaxkv.evaluation.experiment import Experiment
+
+Out = Annotated[
+    Path | None,
+    typer.Option(help="Folder of results; default: results/KIND__LENGTHS__MODEL."),
+]
+Pictures = Annotated[
+    bool | None,
+    typer.Option(help="Draw pictures; default: where matplotlib is installed."),
+]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """What is common to all comparisons; each field is a flag.
+
+    Attributes:
+      batch_size: most prompts generated from together.
+      mixed: whether a batch may hold rows of different budgets.
+      side_by_side: programs that run at the same time.
+      seconds: after which no further batch begins.
+      characters: of each output that are kept; 0 keeps all.
+      out: folder of results.
+      pictures: whether to draw; None where matplotlib is installed.
+      dtype: of the weights.
+      prefill_implementation: attention over the prompt.
+      decode_implementation: attention over the cache.
+      as_json: print the metrics as JSON instead of tables.
+    """
+
+    batch_size: flags.BatchSize = 8
+    mixed: Annotated[
+        bool,
+        typer.Option(
+            help="Put rows of different budgets into one batch: one program for all "
+            "of them, and the same answers; not if --decode evicts."
+        ),
+    ] = True
+    side_by_side: Annotated[
+        int,
+        typer.Option(min=1, help="Programs at a time: one compiles, another computes."),
+    ] = 1
+    seconds: Annotated[
+        float | None,
+        typer.Option(min=0, help="Begin no batch after this; run again to go on."),
+    ] = None
+    characters: Annotated[
+        int, typer.Option(min=0, help="Of each output to keep in results; 0: all.")
+    ] = 2000
+    out: Out = None
+    pictures: Pictures = None
+    dtype: flags.Dtype = None
+    prefill_implementation: flags.PrefillImplementation = None
+    decode_implementation: flags.DecodeImplementation = None
+    as_json: flags.Json = False
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The fields that `Experiment` takes."""
+        names = ("batch_size", "mixed", "side_by_side", "seconds", "characters")
+        return {name: getattr(self, name) for name in names} | {
+            "arguments": {
+                "prefill_implementation": self.prefill_implementation,
+                "decode_implementation": self.decode_implementation,
+            }
+        }
+
+
+def with_sweep(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command every field of `Sweep` as a flag; it gets them as `sweep=`."""
+    hints = get_type_hints(Sweep, include_extras=True)
+    shared = [
+        inspect.Parameter(
+            field.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=field.default,
+            annotation=hints[field.name],
+        )
+        for field in dataclasses.fields(Sweep)
+    ]
+    signature = inspect.signature(command)
+    own = [p for name, p in signature.parameters.items() if name != "sweep"]
+
+    @functools.wraps(command)
+    def with_flags(**values: Any) -> None:
+        sweep = Sweep(**{field.name: values.pop(field.name) for field in shared})
+        command(**values, sweep=sweep)
+
+    with_flags.__signature__ = signature.replace(parameters=[*own, *shared])
+    return with_flags
+
+
+def run(model: str, sweep: Sweep, experiment: Experiment, *, what: str) -> None:
+    """Run an experiment in its folder and print what came out.
+
+    Args:
+      model: what to load.
+      sweep: the shared flags.
+      experiment: what to run.
+      what: lengths or the like, for the folder's default name.
+    """
+    if experiment.side_by_side > 1 and jax.default_backend() == "gpu":
+        # Seen on an H200: a thread that waits breaks the other one's graph capture.
+        raise ValueError(
+            "--side-by-side does not work on a GPU, where one program disturbs "
+            "another's launches; leave it out."
+        )
+    folder = sweep.out
+    if folder is None:
+        parts = (experiment.kind, what, model)
+        folder = Path("results") / "__".join(map(evaluation_folder.safe_name, parts))
+    evaluation_folder.check_writable(folder)  # before the work, not after it
+    lm = flags.load_model(model, sweep.dtype)
+    metrics = evaluation_experiment.run(lm, experiment, folder, pictures=sweep.pictures)
+    if sweep.as_json:
+        print(json.dumps({"folder": str(folder)} | metrics))
+    else:
+        print_markdown(evaluation_experiment.markdown(folder))
+        rich.console.Console(stderr=True).print(f"Results: {folder}", soft_wrap=True)
+
+
+def print_markdown(text: str) -> None:
+    """Print Markdown: rendered on a terminal, as it is elsewhere."""
+    console = rich.console.Console()
+    if console.is_terminal:
+        console.print(rich.markdown.Markdown(text))
+    else:
+        print(text)

@@ -1,0 +1,82 @@
+"""What commands show while they run: a progress bar, a stream of text, one line."""
+
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import rich.console
+import rich.progress
+
+from jaxkv.inference import Stats
+from jaxkv.language_model import LanguageModel
+from jaxkv.speculation.counts import together
+
+
+def progress(*, hidden: bool = False) -> rich.progress.Progress:
+    """Return a bar on stderr that leaves nothing behind, for terminals only."""
+    console = rich.console.Console(stderr=True)
+    return rich.progress.Progress(
+        rich.progress.TextColumn("{task.description}"),
+        rich.progress.BarColumn(),
+        rich.progress.MofNCompleteColumn(),
+        rich.progress.TimeElapsedColumn(),
+        console=console,
+        transient=True,
+        disable=hidden or not console.is_terminal,
+    )
+
+
+def announce(lm: LanguageModel, stats: Iterable[Stats]) -> None:
+    """Print the one line that says what ran where, on stderr."""
+    stats = list(stats)
+    device = jax.devices()[0]
+    # Prompts of other lengths may get another implementation.
+    prefill = "+".join(sorted({s.prefill_implementation for s in stats}))
+    decode = "+".join(sorted({s.decode_implementation for s in stats}))
+    drafts = [s.drafts for s in stats if s.drafts]
+    spoken = f"; {together(drafts)}" if drafts else ""
+    kind = "" if device.device_kind == device.platform else f" ({device.device_kind})"
+    print(
+        f"jaxkv: {lm.name} on {device.platform}{kind}, {lm.dtype.name}, "
+        f"prefill={prefill}, decode={decode}{spoken}",
+        file=sys.stderr,
+    )
+
+
+def megabytes(num_bytes: float) -> str:
+    """Return a size with three digits or more, in MB."""
+    return (
+        f"{num_bytes / 1e6:.3g} MB" if num_bytes < 1e8 else f"{num_bytes / 1e6:.0f} MB"
+    )
+
+
+class TextStream:
+    """Turns one row's new tokens into text as they come; an `on_tokens` of `generate`.
+
+    A token may be a part of a character, and a tokenizer may take back a space, so all
+    tokens are decoded each time and only what is settled is written.
+    """
+
+    def __init__(self, tokenizer: Any, write: Callable[[str], Any]):
+        """Write the text through `write`, without special tokens."""
+        self._tokenizer = tokenizer
+        self._write = write
+        self._tokens: list[int] = []
+        self._shown = ""
+
+    def __call__(self, rows: list[list[int]]) -> None:
+        """Take the new tokens of the only row."""
+        (new,) = rows
+        self._tokens += new
+        text = self._tokenizer.decode(self._tokens, skip_special_tokens=True)
+        self._show(text.rstrip("\N{REPLACEMENT CHARACTER}"))
+
+    def finish(self, text: str) -> None:
+        """Write what is missing of the whole text."""
+        self._show(text)
+
+    def _show(self, text: str) -> None:
+        if len(text) > len(self._shown) and text.startswith(self._shown):
+            self._write(text[len(self._shown) :])
+            self._shown = text

@@ -1,0 +1,1 @@
+"""Methods against budgets on tasks: questions, runs, folders, intervals, tables."""

@@ -1,0 +1,238 @@
+"""What an evaluation asks: samples drawn and tokenised once for all methods, or a file.
+
+A question holds its prompt as an array of token ids, so that a hundred runs over it
+cost one tokenisation.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from jaxkv.evaluation import card
+from jaxkv.evaluation.card import Cell
+from jaxkv.fields import MOST
+from jaxkv.language_model import LanguageModel
+from jaxkv.tasks import reasoning
+from jaxkv.tasks.samples import Sample, score_all
+
+Match = Literal["all", "any"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Question:
+    """A sample, ready for a model.
+
+    Attributes:
+      cell: the task and length that it belongs to.
+      index: its number within the cell.
+      ids: int32 `[P]`, the prompt.
+      sample: the text it was made of, and what is wanted.
+      answer_tokens: of the gold answer; 0 where none is known.
+      by_lines: whether the answer must be right line by line, instead of containing
+        what is wanted.
+    """
+
+    cell: Cell
+    index: int
+    ids: np.ndarray
+    sample: Sample
+    answer_tokens: int
+    by_lines: bool
+
+
+def draw(
+    lm: LanguageModel,
+    cells: Sequence[Cell],
+    *,
+    samples: int,
+    seed: int,
+    advance: Callable[[int], Any] = lambda count: None,
+) -> list[Question]:
+    """Draw the samples of all cells and tokenise their prompts, each once.
+
+    Args:
+      lm: a model with a tokenizer.
+      cells: what to ask.
+      samples: per cell.
+      seed: of the samples.
+      advance: called with the number of questions that have just been made.
+
+    Raises:
+      ValueError: the model has no tokenizer, or a cell is longer than its positions or
+        shorter than its task's smallest sample.
+    """
+    _need_tokenizer(lm)
+    longest = max((cell.length for cell in cells), default=0)
+    if longest > lm.config.max_positions:
+        # Before they are made: a length with a few noughts too many fills the memory.
+        raise ValueError(
+            f"samples of {longest} tokens exceed the {lm.config.max_positions} "
+            f"positions that {lm.name} was made for; ask for shorter ones."
+        )
+    # In one process: 4 ms a sample of 4,096 tokens, while another process would take
+    # longer to import JAX and transformers than it could save.
+    questions = []
+    for cell in cells:
+        questions += _drawn(lm.tokenizer, cell, range(samples), seed)
+        advance(samples)
+    return questions
+
+
+def _drawn(
+    tokenizer: Any, cell: Cell, indices: Sequence[int], seed: int
+) -> list[Question]:
+    count_tokens = card.counter(tokenizer)
+    samples = [
+        card.draw(cell, count_tokens, seed=seed, index=index) for index in indices
+    ]
+    rows = _encode(tokenizer, [sample.prompt for sample in samples])
+    return [
+        Question(
+            cell=cell,
+            index=index,
+            ids=ids,
+            sample=sample,
+            answer_tokens=count_tokens(sample.answer),
+            by_lines=cell.task in card.REASONING,
+        )
+        for index, ids, sample in zip(indices, rows, samples, strict=True)
+    ]
+
+
+def read_task_file(
+    lm: LanguageModel, file: Path, *, max_new_tokens: int
+) -> list[Question]:
+    """Read questions from a JSON-lines file in RULER's own format.
+
+    Each line is an object with "input" (a text) and "outputs" (the strings a right
+    answer contains); "answer_prefix" (text the answer goes on from), "index" and
+    "length" are optional, other keys are ignored. The task is the file's name.
+
+    Args:
+      lm: a model with a tokenizer.
+      file: the file.
+      max_new_tokens: longest output; such files do not say it.
+
+    Raises:
+      ValueError: a line is not such an object, or an index comes twice; the message
+        names the line.
+      OSError: the file cannot be read.
+    """
+    _need_tokenizer(lm)
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{file} is not UTF-8 text (byte {error.start}); convert it."
+        ) from error
+    records: dict[int, dict[str, Any]] = {}
+    # Not splitlines: JSON strings may hold separators that Python splits at.
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        record = _record(line, f"{file}:{number}")
+        index = record.get("index", len(records))
+        if index in records:
+            raise ValueError(
+                f"{file}:{number}: index {index} has come before; number the lines "
+                'differently or leave "index" out.'
+            )
+        records[index] = record
+    if not records:
+        raise ValueError(f"{file}: holds no line with a question.")
+    prompts = [r["input"] + r.get("answer_prefix", "") for r in records.values()]
+    rows = _encode(lm.tokenizer, prompts)
+    longest = max(map(len, rows))
+    return [
+        Question(
+            cell=Cell(task=file.stem, length=record.get("length", longest)),
+            index=index,
+            ids=ids,
+            sample=Sample(
+                task=file.stem,
+                segments=((prompt, False), ("", True)),
+                outputs=tuple(record["outputs"]),
+                max_new_tokens=max_new_tokens,
+            ),
+            answer_tokens=0,
+            by_lines=False,
+        )
+        for (index, record), prompt, ids in zip(
+            records.items(), prompts, rows, strict=True
+        )
+    ]
+
+
+def judge(question: Question, prediction: str, match: Match) -> tuple[bool, float]:
+    """Return whether an output is right as a whole, and its score in [0, 1].
+
+    With `match="any"`, one of the wanted strings is enough, as in RULER's question
+    answering.
+    """
+    if question.by_lines:
+        return reasoning.check(question.sample, prediction)
+    score = score_all(prediction, question.sample.outputs)
+    if match == "any":
+        score = float(score > 0)
+    return score == 1, score
+
+
+def _need_tokenizer(lm: LanguageModel) -> None:
+    if lm.tokenizer is None:
+        raise ValueError(f"{lm.name} has no tokenizer, and the tasks are made of text.")
+
+
+def _encode(tokenizer: Any, prompts: Sequence[str]) -> list[np.ndarray]:
+    rows = tokenizer(list(prompts))["input_ids"]
+    return [np.array(row, np.int32) for row in rows]
+
+
+def _record(line: str, where: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: not valid JSON: {error}") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"{where}: expected an object, got {type(record).__name__}.")
+    outputs = record.get("outputs")
+    if not (
+        isinstance(outputs, list)
+        and outputs
+        and all(isinstance(output, str) and output for output in outputs)
+    ):
+        raise ValueError(
+            f'{where}: "outputs" must be a list of texts, at least one, got '
+            f"{json.dumps(outputs)[:80]}."
+        )
+    for key, kind, optional in (
+        ("input", str, False),
+        ("answer_prefix", str, True),
+        ("index", int, True),
+        ("length", int, True),
+    ):
+        value = record.get(key)
+        if optional and value in (None, ""):
+            record.pop(key, None)
+        elif type(value) is not kind or value == "":
+            raise ValueError(
+                f'{where}: "{key}" must be of type {kind.__name__} and not empty, '
+                f"got {json.dumps(value)[:80]}."
+            )
+    if not 1 <= record.get("length", 1) <= MOST:
+        raise ValueError(
+            f'{where}: "length" is a number of tokens, 1 to {MOST}, got '
+            f"{record['length']}."
+        )
+    for text in (record["input"], record.get("answer_prefix", ""), *outputs):
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise ValueError(
+                f"{where}: {text[:40]!a} is no valid Unicode: it has half of a pair (a "
+                "lone surrogate)."
+            ) from None
+    return record

@@ -1,0 +1,190 @@
+"""The two ways through the network: a whole prompt, and one token after it.
+
+Both bind `attend` to a layer's state, and know nothing of loops or of how a token is
+chosen.
+
+Axis letters: `B` batch, `P` padded prompt, `V` vocabulary.
+"""
+
+import dataclasses
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from jaxkv.attention import append_tokens, attend_cache, attend_prompt, rooms
+from jaxkv.options import Options
+from jaxkv.policies.basic_policies import Full
+from jaxkv.state import KVState
+
+Cache = tuple[KVState, ...]
+
+
+class Network(Protocol):
+    """What the loops ask of a network; `jaxkv.models.decoder.Decoder` is one.
+
+    `config` has `num_layers`, `num_heads`, `num_kv_heads`, `head_dim` and `vocab_size`;
+    applied to `(tokens, positions, cache, attend)` it returns hidden states and the new
+    cache; its method `unembed` turns hidden states into logits, and `frequencies` gives
+    those of the rotation. It hashes by value.
+    """
+
+    config: Any
+
+    def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any:
+        """Run the network, as `flax.linen.Module.apply` does."""
+
+
+def prefill(
+    network: Network,
+    params: Any,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    *,
+    options: Options,
+    slots: int | tuple[int, ...],
+    keep: jax.Array | None = None,
+) -> tuple[jax.Array, Cache]:
+    """Run prompts through the network and keep what the policy keeps.
+
+    Args:
+      network: static.
+      params: its parameters.
+      tokens: int32 `[B, P]`, right-padded.
+      lengths: int32 `[B]`, at least 1.
+      options: static.
+      slots: of every layer's state, or of each layer's.
+      keep: int32 `[B]`, tokens that each row may keep of its prompt, at most
+        `options.prompt_budget`; other numbers compile nothing. None is that bound.
+
+    Returns:
+      Logits of the token after each prompt, float32 `[B, V]`, and the cache.
+
+    Raises:
+      ValueError: `keep` without a budget.
+    """
+    hidden, cache = read(
+        network, params, tokens, lengths, options=options, slots=slots, keep=keep
+    )
+    return logits_at_end(network, params, hidden, lengths), cache
+
+
+def read(
+    network: Network,
+    params: Any,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    *,
+    options: Options,
+    slots: int | tuple[int, ...],
+    keep: jax.Array | None,
+) -> tuple[jax.Array, Cache]:
+    """Do `prefill`, but return the hidden states of all positions, `[B, P', D]`.
+
+    Behind the prompts' `P` positions may stand those of pseudo tokens.
+    """
+    if keep is not None and options.budget is None:
+        raise ValueError(
+            "prefill: keep= says how much of options.budget each row uses, but that "
+            "is None; set Options(budget=), the most that any row may keep."
+        )
+    policy = Full() if options.budget is None else options.prefill
+    pseudo = policy.pseudo_tokens(
+        tokens,
+        lengths,
+        vocab_size=network.config.vocab_size,
+        draft=lambda other, steps: _draft(
+            *(network, params, tokens, lengths, keep, options, other, steps)
+        ),
+    )
+    tokens, positions = append_tokens(tokens, lengths, pseudo, offset=policy.offset)
+    attend = attend_prompt(
+        policy,
+        lengths=lengths,
+        frequencies=network.apply({"params": params}, method="frequencies"),
+        implementation=options.prefill_implementation,
+        scores_implementation=options.scores_implementation,
+    )
+    layers = network.config.num_layers
+    slots = slots if isinstance(slots, tuple) else (slots,) * layers
+    empty = rooms(
+        policy,
+        network.config,
+        lengths,
+        slots=slots,
+        budget=max(slots) if options.budget is None else options.prompt_budget,
+        keep=keep,
+        dtype=params["embedding"].dtype,
+    )
+    hidden, cache = network.apply({"params": params}, tokens, positions, empty, attend)
+    return hidden, tuple(options.decode.begin(state, lengths) for state in cache)
+
+
+def logits_at_end(
+    network: Network, params: Any, hidden: jax.Array, lengths: jax.Array
+) -> jax.Array:
+    """Return the logits of the token after each prompt, from what `read` returns."""
+    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
+    return network.apply({"params": params}, last, method="unembed")
+
+
+def _draft(network, params, tokens, lengths, keep, options, policy, steps):
+    """Decode greedily from an evicted prompt; see `policies.Draft`."""
+    options = dataclasses.replace(
+        options, budget=options.prompt_budget, prefill=policy, decode=Full()
+    )
+    slots = options.layer_slots(tokens.shape[1], steps, network.config.num_layers)
+    logits, cache = prefill(
+        network, params, tokens, lengths, options=options, slots=slots, keep=keep
+    )
+
+    def step(carry, position):
+        token, cache = carry
+        logits, cache = decode_step(
+            network, params, token, position, cache, options=options
+        )
+        token = logits.argmax(-1).astype(jnp.int32)
+        return (token, cache), token
+
+    first = logits.argmax(-1).astype(jnp.int32)
+    positions = lengths + jnp.arange(steps - 1, dtype=jnp.int32)[:, None]
+    _, rest = jax.lax.scan(step, (first, cache), positions)
+    return jnp.concatenate([first[:, None], rest.T], axis=1)
+
+
+def decode_step(
+    network: Network,
+    params: Any,
+    token: jax.Array,
+    position: jax.Array,
+    cache: Cache,
+    *,
+    options: Options,
+) -> tuple[jax.Array, Cache]:
+    """Feed one token per row and return the logits of the next.
+
+    Args:
+      network: static.
+      params: its parameters.
+      token: int32 `[B]`.
+      position: int32 `[B]`; -1 for rows that have finished: their state is unchanged
+        and their logits mean nothing.
+      cache: one state per layer.
+      options: static.
+
+    Returns:
+      Float32 logits `[B, V]` and the new cache.
+    """
+    attend = attend_cache(
+        options.decode,
+        position=position,
+        implementation=options.decode_implementation,
+    )
+    hidden, cache = network.apply(
+        {"params": params},
+        jnp.maximum(token, 0)[:, None],
+        jnp.maximum(position, 0)[:, None],
+        cache,
+        attend,
+    )
+    return network.apply({"params": params}, hidden[:, 0], method="unembed"), cache

@@ -1,0 +1,1 @@
+"""The tokenizer, the rows and the training of the shipped checkpoint."""

@@ -1,0 +1,357 @@
+"""Eviction policies: what the cache keeps of a prompt, and what a new token overwrites.
+
+A *prefill policy* turns one layer's whole prompt into a state of `budget` slots. A
+*decode policy* decides one thing, the slot that the next token overwrites; since some
+answer that out of the attention itself, a policy also says which attention runs. Both
+are frozen dataclasses, because they are static arguments of `jax.jit`; the arithmetic
+stands in plain functions beside them.
+
+Axis letters: `B` batch, `K` key/value heads, `N` query heads, `S` slots, `P` prompt,
+`H` head size.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from jaxkv import state as kv
+from jaxkv.kernels import decode, tree_attention, window_scores
+from jaxkv.state import KVState
+from jaxkv.trees import DraftTree, Pending
+
+# What a policy may ask for before a prefill: `draft(policy, steps)` are the tokens,
+# int32 `[B, steps]`, that greedy decoding gives from a prompt evicted by `policy`.
+Draft = Callable[["PrefillPolicy", int], jax.Array]
+
+
+class Prompt(NamedTuple):
+    """One layer's view of the prompt, right after its attention.
+
+    Token `t` of a row stands at index `t`: first the `lengths[b]` tokens of the prompt,
+    then `num_pseudo` pseudo tokens if the policy asked for them, then padding.
+
+    Attributes:
+      queries: `[B, T, N, H]`, rotated.
+      keys: `[B, T, K, H]`, rotated.
+      values: `[B, T, K, H]`.
+      lengths: int32 `[B]`, tokens of each prompt.
+      keep: int32 `[B]`, tokens that each row may keep in this layer.
+      frequencies: float32 `[H / 2]`, of the rotation.
+      scale: of the attention's logits, static.
+      implementation: of `window_scores`, static.
+    """
+
+    queries: jax.Array
+    keys: jax.Array
+    values: jax.Array
+    lengths: jax.Array
+    keep: jax.Array
+    frequencies: jax.Array
+    scale: float
+    implementation: window_scores.Implementation | None = None
+
+
+class PrefillPolicy(Protocol):
+    """Chooses what of a prompt enters the cache.
+
+    `WholePrompt` has the usual answers to all but `check` and `compress`.
+
+    Attributes:
+      num_pseudo: pseudo tokens that stand after each prompt while it is scored. They
+        never enter the cache, and no token of the prompt sees them.
+      offset: how far behind the prompt's end the first of them stands, in positions;
+        of a policy without pseudo tokens, how far ahead its queries are turned.
+      same_budgets: whether all layers keep equally many tokens.
+      drafts: whether the pseudo tokens are drafted from an evicted prompt, and hence
+        depend on the budget.
+    """
+
+    num_pseudo: int
+    offset: int
+    same_budgets: bool
+    drafts: bool
+
+    def check(self, budget: int) -> None:
+        """Raise ValueError if this policy cannot work with `budget` slots."""
+
+    def pseudo_tokens(
+        self, tokens: jax.Array, lengths: jax.Array, *, vocab_size: int, draft: Draft
+    ) -> jax.Array:
+        """Return the pseudo tokens of each row, int32 `[B, num_pseudo]`.
+
+        Args:
+          tokens: int32 `[B, P]`, right-padded.
+          lengths: int32 `[B]`.
+          vocab_size: of the network.
+          draft: generates from the network; see `Draft`.
+        """
+
+    def heads(self, num_heads: int, num_kv_heads: int) -> int:
+        """Return the heads of the state: KV heads, or query heads (an analysis)."""
+
+    def layer_budgets(self, budget: int, num_layers: int) -> tuple[int, ...]:
+        """Return the most tokens each layer keeps of any prompt at `budget` or less."""
+
+    def layer_keeps(
+        self, keep: jax.Array, lengths: jax.Array, num_layers: int
+    ) -> tuple[jax.Array, ...]:
+        """Return how many tokens each layer keeps of each row, int32 `[B]` each.
+
+        Args:
+          keep: int32 `[B]`, budget of each row.
+          lengths: int32 `[B]`.
+          num_layers: of the network.
+        """
+
+    def compress(self, prompt: Prompt, state: KVState, *, budget: int) -> KVState:
+        """Fill the empty `state` with tokens of `prompt`.
+
+        Args:
+          prompt: the layer's.
+          state: with at least `budget` slots.
+          budget: static, at least every entry of `prompt.keep`.
+
+        Returns:
+          The state, with at most `prompt.keep` occupied slots per head. A row that
+          fits is kept whole, in order.
+        """
+
+
+class WholePrompt:
+    """The usual answers of a prefill policy: no pseudo tokens, one budget for all."""
+
+    num_pseudo = 0
+    offset = 0
+    same_budgets = True
+    drafts = False
+
+    def pseudo_tokens(self, tokens, lengths, *, vocab_size, draft) -> jax.Array:
+        """Return no tokens."""
+        del lengths, vocab_size, draft
+        return tokens[:, :0]
+
+    def heads(self, num_heads: int, num_kv_heads: int) -> int:
+        """Return the KV heads."""
+        del num_heads
+        return num_kv_heads
+
+    def layer_budgets(self, budget: int, num_layers: int) -> tuple[int, ...]:
+        """Return the same budget for each layer."""
+        return (budget,) * num_layers
+
+    def layer_keeps(self, keep, lengths, num_layers) -> tuple[jax.Array, ...]:
+        """Return the same numbers for each layer."""
+        del lengths
+        return (keep,) * num_layers
+
+
+class DecodePolicy(Protocol):
+    """Puts one token into the cache and chooses the slot that the next one overwrites.
+
+    Attributes:
+      evicts: whether the policy overwrites occupied slots. If so the state holds
+        `budget` slots for prompt and output together; if not, it holds
+        `budget + max_new_tokens`.
+      spare: slots that prefill must leave free, because the policy can name a victim
+        only after it has seen an attention.
+    """
+
+    evicts: bool
+    spare: int
+
+    def check(self, budget: int) -> None:
+        """Raise ValueError if this policy cannot work with `budget` slots."""
+
+    def choose(self, platform: str) -> decode.Implementation:
+        """Return the implementation of `attend` that `None` stands for."""
+
+    def begin(self, state: KVState, lengths: jax.Array) -> KVState:
+        """Prepare a state that prefill has filled.
+
+        Args:
+          state: with `target` at each head's first free slot, if there is one.
+          lengths: int32 `[B]`, tokens of the prompts.
+
+        Returns:
+          The state with `target` where the first new token goes.
+        """
+
+    def attend(
+        self,
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        state: KVState,
+        position: jax.Array,
+        *,
+        implementation: decode.Implementation | None,
+    ) -> tuple[jax.Array, KVState]:
+        """Write one token per row, attend from it, and choose the next `state.target`.
+
+        Args:
+          query: `[B, N, H]`, rotated.
+          key: `[B, K, H]`, rotated.
+          value: `[B, K, H]`.
+          state: of one layer.
+          position: int32 `[B]` of the token; -1 for rows that have finished and must
+            not change.
+          implementation: of the attention.
+
+        Returns:
+          The output `[B, N, H]` and the new state. Free slots are targets before any
+          occupied one is.
+        """
+
+
+class Speculable(DecodePolicy, Protocol):
+    """A decode policy that can verify drafts: say what it would do, and do nothing.
+
+    Attributes:
+      verifies: whether it can with its options.
+    """
+
+    verifies: bool
+
+    def verify(
+        self,
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        state: KVState,
+        position: jax.Array,
+        drafts: DraftTree,
+        ancestors: jax.Array,
+        *,
+        depth: int,
+        implementation: decode.Implementation | None,
+    ) -> tuple[jax.Array, Pending]:
+        """Attend from each node as if its path had been decoded token by token.
+
+        Args:
+          query: `[B, T, N, H]`, rotated.
+          key: `[B, T, K, H]`, rotated.
+          value: `[B, T, K, H]`.
+          state: of one layer; it does not change.
+          position: int32 `[B]` of the root; -1 for finished rows, whose results mean
+            nothing.
+          drafts: the trees.
+          ancestors: bool `[B, T, T]`, from `trees.ancestors`.
+          depth: of the deepest node that a tree may have, static.
+          implementation: of `attend`; `tree.counterpart` is the one used.
+
+        Returns:
+          The output `[B, T, N, H]`, and what `trees.commit` needs.
+        """
+
+
+def verify_by_depth(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    state: KVState,
+    upcoming: jax.Array,
+    drafts: DraftTree,
+    ancestors: jax.Array,
+    *,
+    implementation: decode.Implementation | None,
+) -> tuple[jax.Array, Pending]:
+    """Do `Speculable.verify` where the slots of the next tokens are known beforehand.
+
+    Args:
+      query: `[B, T, N, H]`, rotated.
+      key: `[B, T, K, H]`, rotated.
+      value: `[B, T, K, H]`.
+      state: of one layer.
+      upcoming: int32 `[B, K, D + 2]`, the slots of the next `D + 2` tokens.
+      drafts: no deeper than `D`.
+      ancestors: bool `[B, T, T]`.
+      implementation: of `DecodePolicy.attend`; `tree.counterpart` is the one used.
+
+    Returns:
+      The output and what is pending.
+    """
+    out = tree_attention.tree_attention(
+        query,
+        key,
+        value,
+        state.keys,
+        state.values,
+        state.positions,
+        upcoming,
+        drafts.depths,
+        ancestors,
+        scale=query.shape[-1] ** -0.5,
+        implementation=tree_attention.counterpart(implementation),
+    )
+    return out, Pending(key, value, upcoming)
+
+
+def attend_and_write(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    state: KVState,
+    position: jax.Array,
+    *,
+    implementation: decode.Implementation | None,
+) -> tuple[jax.Array, KVState]:
+    """Do all of `DecodePolicy.attend` but the choice: `target` stays as it is."""
+    out, keys, values, positions = decode.decode_attention(
+        query,
+        key,
+        value,
+        state.keys,
+        state.values,
+        state.positions,
+        state.target,
+        position,
+        scale=query.shape[-1] ** -0.5,
+        implementation=implementation,
+    )
+    return out, dataclasses.replace(
+        state, keys=keys, values=values, positions=positions
+    )
+
+
+def keep_top(
+    prompt: Prompt, scores: jax.Array, state: KVState, *, budget: int
+) -> KVState:
+    """Keep each head's best tokens, shared by all scoring policies.
+
+    Args:
+      prompt: the layer's prompt; `prompt.keep` says how many tokens of each row.
+      scores: float32 `[B, heads of the state, L]` for the first `L` indices of the
+        prompt, all of its real tokens among them; what others score does not matter.
+      state: empty.
+      budget: static bound of `prompt.keep`.
+
+    Returns:
+      The filled state, its tokens in the order of their positions, so that a row that
+      fits lies as it would in a full cache. Ties favour the earlier token.
+    """
+    length = scores.shape[-1]
+    real = jnp.arange(length) < prompt.lengths[:, None]
+    scores = jnp.where(real[:, None], scores, -jnp.inf)
+    _, best = jax.lax.top_k(scores, min(budget, length, state.slots))
+    rank = jnp.arange(best.shape[-1])
+    most = jnp.minimum(prompt.keep, prompt.lengths)[:, None, None]
+    # The sentinel sorts behind every token.
+    best = jnp.sort(jnp.where(rank < most, best, length), axis=-1)
+    best = jnp.where(best < length, best, kv.FREE).astype(jnp.int32)
+    return kv.gather(state, prompt.keys, prompt.values, best)
+
+
+class PlainAttention:
+    """What most decode policies answer: plain attention, and nothing to prepare."""
+
+    def choose(self, platform: str) -> decode.Implementation:
+        """Return the implementation that `None` stands for."""
+        return decode.choose(platform)
+
+    def begin(self, state: KVState, lengths: jax.Array) -> KVState:
+        """Leave everything as it is."""
+        del lengths
+        return state

@@ -1,0 +1,183 @@
+"""The two policies that look at no attention: keep all, or the first and the last.
+
+Axis letters: `B` batch, `K` key/value heads, `S` slots, `T` nodes of a draft.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from jaxkv import state as kv
+from jaxkv.policies.base import (
+    PlainAttention,
+    Prompt,
+    WholePrompt,
+    attend_and_write,
+    keep_top,
+    verify_by_depth,
+)
+from jaxkv.state import KVState
+from jaxkv.trees import Pending
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Full(WholePrompt, PlainAttention):
+    """Keep everything: the ordinary cache, and the oracle for all other policies."""
+
+    evicts = False
+    spare = 0
+    verifies = True
+
+    def check(self, budget: int) -> None:
+        """Accept any budget; the caller sees to it that everything fits."""
+
+    def compress(self, prompt: Prompt, state: KVState, *, budget: int) -> KVState:
+        """Keep the whole prompt."""
+        del budget
+        return kv.fill(state, prompt.keys, prompt.values, prompt.lengths)
+
+    def attend(
+        self, query, key, value, state, position, *, implementation=None
+    ) -> tuple[jax.Array, KVState]:
+        """Append; see `DecodePolicy.attend`.
+
+        Prefill fills slots from the first, so without eviction the next slot is free.
+        """
+        out, state = attend_and_write(
+            query, key, value, state, position, implementation=implementation
+        )
+        target = state.target + (position[:, None] >= 0)
+        return out, dataclasses.replace(state, target=target)
+
+    def verify(
+        self,
+        query,
+        key,
+        value,
+        state,
+        position,
+        drafts,
+        ancestors,
+        *,
+        depth,
+        implementation=None,
+    ) -> tuple[jax.Array, Pending]:
+        """Append; see `Speculable.verify`."""
+        del position
+        upcoming = state.target[..., None] + jnp.arange(depth + 2, dtype=jnp.int32)
+        return verify_by_depth(
+            *(query, key, value, state, upcoming, drafts, ancestors),
+            implementation=implementation,
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StreamingLLM(WholePrompt, PlainAttention):
+    """Keep the first tokens (attention sinks) and the most recent ones.
+
+    Xiao et al., "Efficient Streaming Language Models with Attention Sinks"
+    (arXiv 2309.17453, section 3.2). Deviation: the paper renumbers positions inside
+    the cache; here, as everywhere in this library, keys keep the rotation of their
+    original position.
+
+    Attributes:
+      n_sink: how many of the first positions are never evicted.
+    """
+
+    n_sink: int = 4
+    evicts = True
+    spare = 0
+    verifies = True
+
+    def check(self, budget: int) -> None:
+        """Need room for the sinks and one recent token."""
+        if self.n_sink < 0:
+            raise ValueError(f"StreamingLLM: n_sink must be >= 0, got {self.n_sink}.")
+        if budget <= self.n_sink:
+            raise ValueError(
+                f"StreamingLLM: budget={budget} leaves no slot beside "
+                f"n_sink={self.n_sink} sinks; use a budget of at least "
+                f"{self.n_sink + 1} or fewer sinks."
+            )
+
+    def compress(self, prompt: Prompt, state: KVState, *, budget: int) -> KVState:
+        """Keep the sinks and the last `keep - n_sink` tokens of each row."""
+        batch, length, kv_heads, _ = prompt.keys.shape
+        order = jnp.arange(length, dtype=jnp.float32)
+        scores = jnp.where(order < self.n_sink, jnp.inf, order)
+        scores = jnp.broadcast_to(scores, (batch, kv_heads, length))
+        return keep_top(prompt, scores, state, budget=budget)
+
+    def begin(self, state: KVState, lengths: jax.Array) -> KVState:
+        """Aim at the oldest token that is not a sink, if no slot is free."""
+        del lengths
+        return dataclasses.replace(state, target=oldest(state, n_sink=self.n_sink))
+
+    def attend(
+        self, query, key, value, state, position, *, implementation=None
+    ) -> tuple[jax.Array, KVState]:
+        """Overwrite the oldest token that is not a sink; see `DecodePolicy.attend`."""
+        out, state = attend_and_write(
+            query, key, value, state, position, implementation=implementation
+        )
+        target = oldest(state, n_sink=self.n_sink)
+        return out, dataclasses.replace(state, target=target)
+
+    def verify(
+        self,
+        query,
+        key,
+        value,
+        state,
+        position,
+        drafts,
+        ancestors,
+        *,
+        depth,
+        implementation=None,
+    ) -> tuple[jax.Array, Pending]:
+        """Overwrite the oldest tokens in turn; see `Speculable.verify`."""
+        upcoming = next_oldest(state, position, n_sink=self.n_sink, count=depth + 2)
+        return verify_by_depth(
+            *(query, key, value, state, upcoming, drafts, ancestors),
+            implementation=implementation,
+        )
+
+
+def oldest(state: KVState, *, n_sink: int) -> jax.Array:
+    """Return the first free slot, else the oldest non-sink one, int32 `[B, K]`."""
+    return jnp.argmin(_age(state, n_sink=n_sink), axis=-1).astype(jnp.int32)
+
+
+def next_oldest(
+    state: KVState, position: jax.Array, *, n_sink: int, count: int
+) -> jax.Array:
+    """Return what `oldest` would give at each of the next writes, without writing.
+
+    Args:
+      state: of one layer.
+      position: int32 `[B]`, of the first token to be written.
+      n_sink: see `StreamingLLM`.
+      count: how many writes to look ahead.
+
+    Returns:
+      int32 `[B, K, count]`. First come the slots in the order of their age; once all of
+      them have been written, the writes go round. A token that is itself a sink keeps
+      its slot, so that the circle shrinks by it.
+    """
+    age = _age(state, n_sink=n_sink)
+    known = min(count, state.slots)
+    _, order = jax.lax.top_k(-age, known)
+    evictable = (age != jnp.iinfo(jnp.int32).max).sum(-1, keepdims=True)
+    step = jnp.arange(count, dtype=jnp.int32)
+    sinks = jnp.clip(n_sink - position, 0, count)[:, None, None]
+    circle = jnp.maximum(evictable - sinks, 1)
+    turn = jnp.where(step < sinks, step, sinks + (step - sinks) % circle)
+    return jnp.take_along_axis(order, jnp.minimum(turn, known - 1), axis=-1)
+
+
+def _age(state, *, n_sink):
+    """Return positions, with sinks as the youngest; a free slot (-1) is the oldest."""
+    is_sink = (state.positions >= 0) & (state.positions < n_sink)
+    return jnp.where(is_sink, jnp.iinfo(jnp.int32).max, state.positions)

@@ -1,0 +1,280 @@
+"""DapQ: keep what decoding will look at, as pseudo queries at its positions tell.
+
+Tian, Su, Li, Zhang, "Where Matters More Than What: Decoding-aligned KV Cache
+Compression via Position-aware Pseudo Queries" (arXiv 2603.11564). Axis letters: `B`
+batch, `P` padded prompt, `N` pseudo tokens (in shapes of tokens), `H` head size.
+"""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from jaxkv.policies.base import Draft, Prompt, WholePrompt, keep_top
+from jaxkv.policies.prompt_policies import SnapKV
+from jaxkv.policies.scoring import (
+    Granularity,
+    Pooling,
+    Reduction,
+    attention_of_window,
+    check_kept_anyway,
+    check_kernel,
+    check_room_for_window,
+    check_window,
+    keep_anyway,
+    pool,
+)
+from jaxkv.state import KVState
+
+Content = Literal[
+    "prefix_suffix", "random_tokens", "random_span", "fixed", "vocabulary"
+]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DapQ(WholePrompt):
+    """Keep the tokens that pseudo queries at the positions of the output attend to.
+
+    `N` pseudo tokens stand behind the prompt, at the positions `L ... L + N - 1` of the
+    first `N` output tokens, and run through the whole network with it (section 4.1).
+    With their queries `q_i`, `S(j) = sum_i softmax(q_i K^T / sqrt(H))_j` (equation 4;
+    over the prompt and the pseudo keys that `q_i` sees); the `budget` tokens of the
+    highest `S` stay (equation 5), and nothing of the pseudo tokens. The first output
+    token comes from the prompt's last token, and decoding goes on at position `L`.
+
+    The equations have no pooling (`literal`); the paper's tables were probably made
+    with SnapKV's (`tables`). Both are of little use to the checkpoint `needle`, so the
+    default is a setting that is, in three things: no `prefix`, fewer pseudo tokens with
+    the largest score of any in place of the sum, and wider pooling. Deviations of all:
+    selection is per key/value head, see `granularity`; contents of prompts shorter than
+    `N` wrap around.
+
+    Attributes:
+      window_size: pseudo tokens `N`.
+      prefix: `m` of the content `Fm_L(N-m)`: the first `m` and the last `N - m` tokens
+        of the prompt. Where the prompt is shorter than either part, the part goes
+        round it; where it is shorter than both together, they overlap. The first token
+        is most often the begin of the sequence: a model that was trained on rows of
+        several documents takes it for the next one's, and its pseudo tokens then look
+        at themselves instead of the prompt.
+      content: "prefix_suffix"; "random_tokens" of the prompt, drawn with replacement;
+        "random_span", consecutive tokens of the prompt; "fixed", `fixed_ids`, repeated;
+        "vocabulary", any tokens. A draw depends on the seed and the prompt's length.
+      fixed_ids: token ids of a sentence, for content "fixed".
+      seed: of the random contents.
+      offset: moves the pseudo tokens' positions from `L` to `L + offset`; where that
+        lies before the prompt, it starts at 0. They see the whole prompt all the same.
+      reduction: "max" takes `S(j) = max_i softmax(...)_j`: what a single token of the
+        output needs is not thinned out by the others, which look elsewhere.
+      pooling: of `S` along the prompt: "none", "max" or "avg".
+      kernel_size: of the pooling, odd.
+      n_recent: last tokens of the prompt that stay whatever they score.
+      n_sink: first tokens that do.
+      granularity: "kv_head" averages scores over the query heads of a key/value head.
+        "query_head" lets each query head keep tokens of its own, as the paper's code
+        does: an analysis, which stores `num_heads / num_kv_heads` times as much.
+    """
+
+    window_size: int = 8
+    prefix: int = 0
+    content: Content = "prefix_suffix"
+    fixed_ids: tuple[int, ...] = ()
+    seed: int = 0
+    offset: int = 0
+    reduction: Reduction = "max"
+    pooling: Pooling = "max"
+    kernel_size: int = 31
+    n_recent: int = 0
+    n_sink: int = 0
+    granularity: Granularity = "kv_head"
+
+    @classmethod
+    def literal(cls, **options) -> "DapQ":
+        """Return the paper's equations to the letter: F4_L28, the sum, no pooling."""
+        return cls.tables(**dict(pooling="none") | options)
+
+    @classmethod
+    def tables(cls, **options) -> "DapQ":
+        """Return what the paper's tables probably used: F4_L28, max-pooling by 7."""
+        paper = dict(window_size=32, prefix=4, reduction="sum", kernel_size=7)
+        return cls(**paper | options)
+
+    @property
+    def num_pseudo(self) -> int:
+        """All of the window."""
+        return self.window_size
+
+    def check(self, budget: int) -> None:
+        """Need pseudo tokens, something to put into them, and a slot to choose for."""
+        check_window("DapQ", self.window_size)
+        check_kernel("DapQ", self.kernel_size)
+        if not 0 <= self.prefix <= self.window_size:
+            raise ValueError(
+                f"DapQ: prefix={self.prefix} must lie between 0 and window_size="
+                f"{self.window_size}, of which it is a part."
+            )
+        if self.content == "fixed" and not self.fixed_ids:
+            raise ValueError(
+                'DapQ: content="fixed" needs fixed_ids, the token ids of a sentence.'
+            )
+        if self.fixed_ids and min(self.fixed_ids) < 0:
+            raise ValueError(
+                f"DapQ: fixed_ids are token ids, 0 or more, got {min(self.fixed_ids)}."
+            )
+        check_kept_anyway("DapQ", budget, n_sink=self.n_sink, n_recent=self.n_recent)
+
+    def heads(self, num_heads: int, num_kv_heads: int) -> int:
+        """Return the heads that keep tokens of their own."""
+        return num_heads if self.granularity == "query_head" else num_kv_heads
+
+    def pseudo_tokens(
+        self, tokens: jax.Array, lengths: jax.Array, *, vocab_size: int, draft: Draft
+    ) -> jax.Array:
+        """Return the contents, int32 `[B, N]`; see `policies.PrefillPolicy`."""
+        del draft
+        shape = (lengths.shape[0], self.window_size)
+        order = jnp.arange(self.window_size)
+        key = jax.random.key(self.seed)
+        match self.content:
+            case "fixed":
+                ids = jnp.asarray(self.fixed_ids, jnp.int32)[
+                    order % len(self.fixed_ids)
+                ]
+                return jnp.broadcast_to(ids, shape)
+            case "vocabulary":
+                ids = jax.random.randint(key, shape[1:], 0, vocab_size, jnp.int32)
+                return jnp.broadcast_to(ids, shape)
+            case "random_tokens":
+                # The same fractions for each row, whatever batch it is in.
+                index = jax.random.uniform(key, shape[1:]) * lengths[:, None]
+            case "random_span":
+                spans = jnp.maximum(lengths - self.window_size, 0) + 1
+                first = jnp.floor(jax.random.uniform(key) * spans)
+                index = first[:, None] + order
+            case _:
+                last = lengths[:, None] - self.window_size + order
+                index = jnp.where(order < self.prefix, order, last)
+        index = index.astype(jnp.int32) % lengths[:, None]
+        return jnp.take_along_axis(tokens, index, axis=1)
+
+    def compress(self, prompt: Prompt, state: KVState, *, budget: int) -> KVState:
+        """Keep the best of the prompt."""
+        scores = attention_of_pseudo(
+            prompt,
+            window=self.window_size,
+            pooling=self.pooling,
+            kernel_size=self.kernel_size,
+            granularity=self.granularity,
+            reduction=self.reduction,
+        )
+        scores = keep_anyway(
+            scores, prompt.lengths, n_sink=self.n_sink, n_recent=self.n_recent
+        )
+        return keep_top(prompt, scores, state, budget=budget)
+
+
+def attention_of_pseudo(
+    prompt: Prompt,
+    *,
+    window: int,
+    pooling: Pooling,
+    kernel_size: int,
+    granularity: Granularity = "kv_head",
+    reduction: Reduction = "sum",
+) -> jax.Array:
+    """Return what the pseudo tokens pay to each token of the prompt, pooled.
+
+    Args:
+      prompt: with `window` pseudo tokens behind each row's tokens.
+      window: their number `N`.
+      pooling: see `scoring.pool`.
+      kernel_size: of the pooling.
+      granularity: see `DapQ`.
+      reduction: see `DapQ`.
+
+    Returns:
+      Float32 `[B, heads, T - N]`, -inf beyond the prompt.
+    """
+    length = prompt.keys.shape[1] - window  # no prompt is longer
+    scores = attention_of_window(
+        prompt,
+        start=prompt.lengths,
+        window=window,
+        length=length,
+        granularity=granularity,
+        reduction=reduction,
+    )
+    real = jnp.arange(length) < prompt.lengths[:, None]
+    return pool(scores, real, pooling=pooling, kernel_size=kernel_size)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LAQ(WholePrompt):
+    """DapQ whose pseudo tokens are the output itself, as a cheap draft foresees it.
+
+    Wang et al., "Lookahead Q-Cache: Achieving More Consistent KV Cache Eviction via
+    Pseudo Query" (arXiv 2505.20334): evict with SnapKV, decode some tokens from what is
+    left, and evict anew with their queries in place of the window's. Here the draft
+    gives contents, `N` greedy tokens at the same budget, and a second prefill gives
+    the queries at the positions of the output, as DapQ does.
+
+    Deviations: the second pass computes the prompt anew, where the paper holds its
+    whole cache in between: twice the time, but no more memory. Nothing is kept
+    whatever it scores, so that it differs from DapQ in its contents only; `n_recent`
+    brings the paper's window of recent tokens back (LAQ++ lets it score as well).
+
+    Attributes:
+      window_size: drafted tokens `N`.
+      draft_window_size: of the SnapKV that the draft is evicted by.
+      pooling: of the scores, in both passes.
+      kernel_size: of the pooling, odd.
+      n_recent: last tokens of the prompt that stay whatever they score.
+    """
+
+    window_size: int = 32
+    draft_window_size: int = 32
+    pooling: Pooling = "max"
+    kernel_size: int = 7
+    n_recent: int = 0
+    drafts = True
+
+    @property
+    def num_pseudo(self) -> int:
+        """All that is drafted."""
+        return self.window_size
+
+    @property
+    def draft_policy(self) -> SnapKV:
+        """The eviction that the draft is decoded from."""
+        return SnapKV(
+            window_size=self.draft_window_size,
+            kernel_size=self.kernel_size,
+            pooling=self.pooling,
+        )
+
+    def check(self, budget: int) -> None:
+        """Need something to draft, and a budget that the draft can do with."""
+        check_window("LAQ", self.window_size)
+        check_window("LAQ", self.draft_window_size, option="draft_window_size")
+        check_kernel("LAQ", self.kernel_size)
+        check_room_for_window("LAQ", budget)  # of the draft
+        check_kept_anyway("LAQ", budget, n_recent=self.n_recent)
+
+    def pseudo_tokens(
+        self, tokens: jax.Array, lengths: jax.Array, *, vocab_size: int, draft: Draft
+    ) -> jax.Array:
+        """Draft the contents, int32 `[B, N]`; see `policies.PrefillPolicy`."""
+        del tokens, lengths, vocab_size
+        return draft(self.draft_policy, self.window_size)
+
+    def compress(self, prompt: Prompt, state: KVState, *, budget: int) -> KVState:
+        """Keep the best of the prompt."""
+        scores = attention_of_pseudo(
+            prompt,
+            window=self.window_size,
+            pooling=self.pooling,
+            kernel_size=self.kernel_size,
+        )
+        scores = keep_anyway(scores, prompt.lengths, n_recent=self.n_recent)
+        return keep_top(prompt, scores, state, budget=budget)

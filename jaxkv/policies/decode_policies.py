@@ -1,0 +1,396 @@
+"""Policies that evict while decoding: LongFlow, and the methods it is compared with.
+
+Each puts the new token into `state.target`, attends, and names the next slot: a free
+one first, else the least important one. They differ in what importance is and in what
+is never evicted. What a policy remembers of earlier steps lies in `state.memory`.
+`rkv` has R-KV; `basic_policies` has StreamingLLM; `eviction` has what they share.
+
+Axis letters: `B` batch, `K` key/value heads, `G` query heads per key/value head,
+`S` slots.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxkv.kernels import decode, longflow, longflow_tree
+from jaxkv.policies.base import PlainAttention, attend_and_write
+from jaxkv.policies.eviction import (
+    aim_at_least,
+    attend_and_sum,
+    check_room,
+    evict_in_bulk,
+    lots,
+    start_sums,
+)
+from jaxkv.state import KVState
+from jaxkv.trees import Pending
+
+
+class LongFlowMemory(NamedTuple):
+    """What LongFlow keeps beside the cache; it remembers nothing of earlier steps.
+
+    Attributes:
+      norms: float32 `[B, K, S]`, `longflow.value_norms` of the values; None where
+        several slots are freed at once, and computed then.
+      prompt: int32 `[B]`, lengths of the prompts if they are protected, else None.
+    """
+
+    norms: jax.Array | None
+    prompt: jax.Array | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LongFlow:
+    """Evict the token that contributes least to the current attention output.
+
+    Su et al., "LongFlow: Efficient KV Cache Compression for Reasoning Models" (arXiv
+    2603.11504, section 3). With `alpha` the attention weight and `v` the value of a
+    token, the paper's score is `||alpha * v||_1`, averaged over all query heads; one
+    slot is given up per layer and sequence. The defaults are the paper's method as the
+    authors' code has it, where even the token just written may be the victim.
+    Deviations, none of which changes the mathematics: float32 throughout where the
+    authors round to float16, and free slots named as such where they score 0.
+
+    A prompt that exceeds the budget goes through whichever prefill policy is chosen;
+    the authors use SnapKV with a window of 32, average pooling over 5, and one choice
+    for all heads of a layer.
+
+    Attributes:
+      score: what is least: "l1" (the paper's), "l2", "attention" (`alpha` alone) or
+        "deletion" (exactly how far the output moves without the token).
+      n_sink: how many of the first positions are never evicted.
+      n_recent: how many of the newest tokens are never evicted; 1 protects the current
+        one, as the paper's equation 3 has it.
+      protect_prompt: never evict what prefill kept of the prompt.
+      shared: one victim for all heads of a layer, or one per key/value head.
+      interval: evict every so many steps, that many tokens at once. Above 1 it costs a
+        pass over the cache at these steps, and no step chooses in between.
+    """
+
+    score: longflow.Score = "l1"
+    n_sink: int = 0
+    n_recent: int = 0
+    protect_prompt: bool = False
+    shared: bool = True
+    interval: int = 1
+    evicts = True
+
+    @classmethod
+    def paper(cls, **options) -> "LongFlow":
+        """Return the paper's method: the defaults."""
+        return cls(**options)
+
+    @classmethod
+    def recommended(cls, **options) -> "LongFlow":
+        """Return what loses least where the prompt holds what the answer needs.
+
+        The prompt and the newest 16 tokens stay. Attention to a rule or a fact of the
+        prompt is rare, so the paper's score gives it up long before it is needed again.
+        The README has the numbers. Not for prompts that fill most of the budget.
+        """
+        return cls(**dict(protect_prompt=True, n_recent=16) | options)
+
+    @property
+    def spare(self) -> int:
+        """Slots that prefill leaves free: as many as are freed at once."""
+        return self.interval
+
+    @property
+    def verifies(self) -> bool:
+        """Whether one pass can tell what single steps would evict.
+
+        Not in bulk, nor where a step's score needs the output of the one before.
+        """
+        return self.interval == 1 and self.score != "deletion"
+
+    def check(self, budget: int) -> None:
+        """Need room beside what is protected."""
+        if self.interval < 1:
+            raise ValueError(f"LongFlow: interval must be >= 1, got {self.interval}.")
+        check_room(
+            "LongFlow",
+            budget,
+            n_sink=self.n_sink,
+            n_recent=self.n_recent,
+            count=self.interval,
+        )
+
+    def choose(self, platform: str) -> decode.Implementation:
+        """Return the implementation that `None` stands for."""
+        if self.interval > 1:
+            return decode.choose(platform)
+        return longflow.choose(platform, self.score)
+
+    def begin(self, state: KVState, lengths: jax.Array) -> KVState:
+        """Take the norms of the prompt's values, and its length if it is protected."""
+        norms = prompt = None
+        if self.interval == 1:
+            norms = longflow.value_norms(state.values, self.score)
+        if self.protect_prompt:
+            # A copy, since one buffer cannot be donated in the states of all layers.
+            prompt = jnp.array(lengths, copy=True)
+        return dataclasses.replace(state, memory=LongFlowMemory(norms, prompt))
+
+    def attend(
+        self, query, key, value, state, position, *, implementation=None
+    ) -> tuple[jax.Array, KVState]:
+        """Overwrite the least contribution; see `DecodePolicy.attend`."""
+        oldest = self._oldest(state, position)
+        newest = position - self.n_recent
+        scale = query.shape[-1] ** -0.5
+        if self.interval == 1:
+            out, keys, values, positions, norms, target = longflow.longflow_attention(
+                query,
+                key,
+                value,
+                state.keys,
+                state.values,
+                state.positions,
+                state.memory.norms,
+                state.target,
+                position,
+                oldest,
+                newest,
+                scale=scale,
+                score=self.score,
+                shared=self.shared,
+                implementation=implementation,
+            )
+            return out, KVState(
+                keys=keys,
+                values=values,
+                positions=positions,
+                target=target,
+                memory=state.memory._replace(norms=norms),
+            )
+        out, state = attend_and_write(
+            query, key, value, state, position, implementation=implementation
+        )
+        arrays = query, state.keys, state.values, state.positions
+
+        def importance(rows):
+            return longflow.token_importance(
+                *(x[rows] for x in arrays),
+                scale=scale,
+                score=self.score,
+                exact=implementation == "reference",
+            )
+
+        return out, evict_in_bulk(
+            state,
+            importance,
+            position,
+            oldest,
+            newest,
+            count=self.interval,
+            shared=self.shared,
+        )
+
+    def verify(
+        self,
+        query,
+        key,
+        value,
+        state,
+        position,
+        drafts,
+        ancestors,
+        *,
+        depth,
+        implementation=None,
+    ) -> tuple[jax.Array, Pending]:
+        """Give up on each path what plain decoding would; see `Speculable.verify`."""
+        del ancestors
+        out, slots, targets = longflow_tree.longflow_tree(
+            query,
+            key,
+            value,
+            state.keys,
+            state.values,
+            state.positions,
+            state.memory.norms,
+            state.target,
+            position,
+            self._oldest(state, position),
+            drafts.parents,
+            drafts.depths,
+            n_recent=self.n_recent,
+            depth=depth,
+            scale=query.shape[-1] ** -0.5,
+            score=self.score,
+            shared=self.shared,
+            implementation=longflow_tree.counterpart(implementation),
+        )
+        norms = longflow.value_norms(value, self.score).swapaxes(1, 2)
+        memory = LongFlowMemory(norms, None)
+        return out, Pending(key, value, slots[..., :1], targets, memory)
+
+    def _oldest(self, state, position):
+        """Return the least position that may be evicted, int32 `[B]`."""
+        oldest = jnp.full_like(position, self.n_sink)
+        prompt = state.memory.prompt
+        return oldest if prompt is None else jnp.maximum(oldest, prompt)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TOVADecode(PlainAttention):
+    """Evict the token that the current one attends to least.
+
+    Oren et al., "Transformers are Multi-State RNNs" (arXiv 2401.06104, section 4): the
+    lowest attention weight of the newest query, averaged over the heads of a layer;
+    nothing is protected. This is LongFlow's op with the weight alone as the score.
+    Deviation: a prompt is cut by the prefill policy, not token by token.
+    """
+
+    evicts = True
+    spare = 1
+
+    def check(self, budget: int) -> None:
+        """Accept any budget."""
+
+    def choose(self, platform: str) -> decode.Implementation:
+        """Return the implementation that `None` stands for."""
+        return longflow.choose(platform, "attention")
+
+    def begin(self, state: KVState, lengths: jax.Array) -> KVState:
+        """Begin as LongFlow does, with ones for norms."""
+        return LongFlow(score="attention").begin(state, lengths)
+
+    def attend(
+        self, query, key, value, state, position, *, implementation=None
+    ) -> tuple[jax.Array, KVState]:
+        """Overwrite the least attended token; see `DecodePolicy.attend`."""
+        return LongFlow(score="attention").attend(
+            query, key, value, state, position, implementation=implementation
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class H2ODecode(PlainAttention):
+    """Keep the tokens that gathered the most attention, and the recent ones.
+
+    Zhang et al., "H2O: Heavy-Hitter Oracle for Efficient Generative Inference of Large
+    Language Models" (arXiv 2306.14048, section 4): importance is the sum over all steps
+    of a token's attention weight; each head evicts its own least. Deviations: the sum
+    starts after the prompt, whose own attention no decode policy sees; query heads that
+    share a key/value head are averaged, as they share what is evicted.
+
+    Attributes:
+      n_recent: how many of the newest tokens are never evicted: a number, or a fraction
+        of the slots; the paper splits the budget in halves.
+    """
+
+    n_recent: int | float = 0.5
+    evicts = True
+    spare = 1
+
+    def check(self, budget: int) -> None:
+        """Need room beside the recent tokens."""
+        check_room("H2ODecode", budget, n_recent=self.n_recent)
+
+    def begin(self, state: KVState, lengths: jax.Array) -> KVState:
+        """Start all sums at 0."""
+        del lengths
+        return start_sums(state)
+
+    def attend(
+        self, query, key, value, state, position, *, implementation=None
+    ) -> tuple[jax.Array, KVState]:
+        """Overwrite the token least attended to so far; see `DecodePolicy.attend`."""
+        out, state = attend_and_sum(
+            query, key, value, state, position, implementation=implementation
+        )
+        return out, aim_at_least(
+            state, state.memory, position, n_recent=self.n_recent, shared=False
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VATP(PlainAttention):
+    """H2O's sum of attention, times the norm of the token's value.
+
+    Guo et al., "Attention Score is Not All You Need for Token Importance Indicator in
+    KV Cache Reduction: Value Also Matters" (arXiv 2406.12335, section 4):
+    `S * ||v||_1` with H2O's `S`; the first tokens, whose values are small although all
+    depend on them, are kept. Deviations: those of `H2ODecode`.
+
+    Attributes:
+      n_sink: how many of the first positions are never evicted; the paper's is 20.
+      n_recent: as for `H2ODecode`.
+    """
+
+    n_sink: int = 20
+    n_recent: int | float = 0.5
+    evicts = True
+    spare = 1
+
+    def check(self, budget: int) -> None:
+        """Need room beside sinks and recent tokens."""
+        check_room("VATP", budget, n_sink=self.n_sink, n_recent=self.n_recent)
+
+    def begin(self, state: KVState, lengths: jax.Array) -> KVState:
+        """Start all sums at 0."""
+        del lengths
+        return start_sums(state)
+
+    def attend(
+        self, query, key, value, state, position, *, implementation=None
+    ) -> tuple[jax.Array, KVState]:
+        """Overwrite the least sum times norm; see `DecodePolicy.attend`."""
+        out, state = attend_and_sum(
+            query, key, value, state, position, implementation=implementation
+        )
+        values = jnp.where((state.positions >= 0)[..., None], state.values, 0)
+        norms = jnp.abs(values.astype(jnp.float32)).sum(-1)
+        return out, aim_at_least(
+            state,
+            state.memory * norms,
+            position,
+            n_sink=self.n_sink,
+            n_recent=self.n_recent,
+            shared=False,
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RandomDecode(PlainAttention):
+    """Evict by lot: the baseline that any score should beat.
+
+    Each token draws a number from its position and the seed when it arrives, and the
+    lowest number is evicted, in all heads and layers alike. So what is kept is at every
+    step a uniform sample of all tokens so far, and depends on no other row.
+
+    Attributes:
+      seed: other seeds, other lots.
+      n_sink: how many of the first positions are never evicted.
+      n_recent: how many of the newest tokens are never evicted.
+    """
+
+    seed: int = 0
+    n_sink: int = 0
+    n_recent: int = 0
+    evicts = True
+    spare = 1
+
+    def check(self, budget: int) -> None:
+        """Need room beside what is protected."""
+        check_room("RandomDecode", budget, n_sink=self.n_sink, n_recent=self.n_recent)
+
+    def attend(
+        self, query, key, value, state, position, *, implementation=None
+    ) -> tuple[jax.Array, KVState]:
+        """Overwrite the lowest lot; see `DecodePolicy.attend`."""
+        out, state = attend_and_write(
+            query, key, value, state, position, implementation=implementation
+        )
+        return out, aim_at_least(
+            state,
+            lots(state.positions, self.seed),
+            position,
+            n_sink=self.n_sink,
+            n_recent=self.n_recent,
+            shared=True,
+        )

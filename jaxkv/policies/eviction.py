@@ -1,0 +1,170 @@
+"""What the policies that evict while decoding have in common.
+
+Axis letters: `B` batch, `K` key/value heads, `S` slots.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxkv.kernels import decode, victims
+from jaxkv.policies.base import attend_and_write
+from jaxkv.state import KVState
+
+
+def check_room(
+    name: str,
+    budget: int,
+    *,
+    n_sink: int = 0,
+    n_recent: int | float = 0,
+    count: int = 1,
+) -> None:
+    """Raise ValueError unless `count` slots can be evicted beside what is protected."""
+    if n_sink < 0:
+        raise ValueError(f"{name}: n_sink must be >= 0, got {n_sink}.")
+    fraction = isinstance(n_recent, float | np.floating)
+    if not n_recent >= 0 or (fraction and not n_recent < 1):  # nor is NaN
+        raise ValueError(
+            f"{name}: n_recent must be a number of tokens >= 0 or a fraction of the "
+            f"budget in [0, 1), got {n_recent}."
+        )
+    recent = num_recent(n_recent, budget)
+    if budget < n_sink + recent + count:
+        raise ValueError(
+            f"{name}: budget={budget} is too small for {n_sink} sinks, {recent} recent "
+            f"tokens and {count} to evict at a time; use a budget of at least "
+            f"{n_sink + recent + count} or protect less."
+        )
+
+
+def num_recent(n_recent: int | float, slots: int) -> int:
+    """Return how many tokens `n_recent` means; a fraction is one of `slots`."""
+    fraction = isinstance(n_recent, float | np.floating)
+    return int(n_recent * slots) if fraction else n_recent
+
+
+def start_sums(state: KVState) -> KVState:
+    """Return the state with a sum of 0 per slot, float32 `[B, K, S]`, in its memory."""
+    return dataclasses.replace(
+        state, memory=jnp.zeros(state.positions.shape, jnp.float32)
+    )
+
+
+def attend_and_sum(
+    query, key, value, state, position, *, implementation
+) -> tuple[jax.Array, KVState]:
+    """Write and attend as `attend_and_write` does, and add the weights to `memory`.
+
+    The weights are XLA's whatever computes the output, averaged over the query heads of
+    a key/value head. A new token's sum starts with what it attends to itself.
+    """
+    out, state = attend_and_write(
+        query, key, value, state, position, implementation=implementation
+    )
+    weights = decode.decode_weights(
+        query,
+        state.keys,
+        state.positions,
+        scale=query.shape[-1] ** -0.5,
+        exact=implementation == "reference",
+    ).mean(axis=2)
+    new = jnp.arange(state.slots) == state.target[..., None]
+    sums = jnp.where(new, 0, state.memory) + weights
+    sums = jnp.where(position[:, None, None] >= 0, sums, state.memory)
+    return out, dataclasses.replace(state, memory=sums)
+
+
+def aim_at_least(
+    state: KVState,
+    importance: jax.Array,
+    position: jax.Array,
+    *,
+    n_sink: int = 0,
+    n_recent: int | float = 0,
+    shared: bool,
+) -> KVState:
+    """Set `target` to the next victim, except in rows that have finished.
+
+    Args:
+      state: with the new token in it.
+      importance: float32 `[B, K, S]`.
+      position: int32 `[B]` of the new token; -1 for finished rows.
+      n_sink: first positions that are protected.
+      n_recent: newest tokens that are; see `num_recent`.
+      shared: one victim for all heads.
+    """
+    victim = victims.choose_victim(
+        importance,
+        state.positions,
+        jnp.full_like(position, n_sink),
+        position - num_recent(n_recent, state.slots),
+        shared=shared,
+    )
+    target = jnp.where(position[:, None] >= 0, victim, state.target)
+    return dataclasses.replace(state, target=target)
+
+
+def evict_in_bulk(
+    state: KVState,
+    importance: Callable[[jax.Array], jax.Array],
+    position: jax.Array,
+    oldest: jax.Array,
+    newest: jax.Array,
+    *,
+    count: int,
+    shared: bool,
+    at_once: int = 8,
+) -> KVState:
+    """Free the `count` least important tokens once no slot is free, and aim at one.
+
+    Rows of prompts of different lengths are full at different steps. So importance is
+    computed for a few rows at a time, until none is full: a step costs as much as it
+    evicts, however large the batch.
+
+    Args:
+      state: with the new token in it.
+      importance: from rows, int32 `[R]`, to float32 `[R, K, S]`; called in the steps
+        that evict only.
+      position: int32 `[B]` of the new token; -1 for finished rows, which do not change.
+      oldest: int32 `[B]`, least position that may be evicted.
+      newest: int32 `[B]`, greatest position that may be evicted.
+      count: tokens to free at once.
+      shared: the same slots in all heads.
+      at_once: rows whose importance is computed together.
+    """
+    running = position >= 0
+    free, _ = victims.classes(state.positions, oldest, newest, shared=shared)
+    full = running & (~free.any(-1)).any(-1)
+
+    def evict(carry):
+        positions, full = carry
+        _, rows = jax.lax.top_k(full.astype(jnp.int32), min(at_once, len(full)))
+        before = positions[rows]
+        left = victims.free_least(
+            *(importance(rows), before, oldest[rows], newest[rows]),
+            count=count,
+            shared=shared,
+        )
+        left = jnp.where(full[rows][:, None, None], left, before)
+        return positions.at[rows].set(left), full.at[rows].set(False)
+
+    positions, _ = jax.lax.while_loop(
+        lambda carry: carry[1].any(), evict, (state.positions, full)
+    )
+    target = victims.next_free(positions, shared=shared)
+    target = jnp.where(running[:, None], target, state.target)
+    return dataclasses.replace(state, positions=positions, target=target)
+
+
+def lots(positions: jax.Array, seed: int) -> jax.Array:
+    """Return a number in [0, 1) per position, float32, the same wherever it lies."""
+    x = positions.astype(jnp.uint32) ^ jnp.uint32(seed * 0x9E3779B9 % 2**32)
+    # Murmur3's finalizer: every bit of the input changes half of the output's.
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        x = (x ^ (x >> shift)) * jnp.uint32(factor)
+    x = x ^ (x >> 16)
+    return (x >> 8).astype(jnp.float32) / 2**24

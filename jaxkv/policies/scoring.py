@@ -1,0 +1,169 @@
+"""What scoring policies share: attention of a window, pooling, and tokens kept anyway.
+
+A score says how much a token of the prompt is worth to one head; `policies.keep_top`
+does the rest. Axis letters: `B` batch, `W` window, `N` query heads, `K` key/value
+heads, `T` tokens of the buffer, `L` tokens that are scored, `H` head size.
+"""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from jaxkv.kernels.rotary import rotate
+from jaxkv.kernels.window_scores import Reduction, window_scores
+from jaxkv.policies.base import Prompt
+
+Pooling = Literal["none", "max", "avg"]
+Granularity = Literal["kv_head", "query_head"]
+
+
+def attention_of_window(
+    prompt: Prompt,
+    *,
+    start: jax.Array,
+    window: int,
+    length: int,
+    count: jax.Array | None = None,
+    granularity: Granularity = "kv_head",
+    offset: int = 0,
+    reduction: Reduction = "sum",
+) -> jax.Array:
+    """Return `S(j) = sum over the window's queries q of softmax(q K^T / sqrt(H))_j`.
+
+    Args:
+      prompt: of one layer.
+      start: int32 `[B]`, index of each row's first query.
+      window: queries `W`.
+      length: tokens `L` to score, the first ones.
+      count: int32 `[B]`, queries that each row has; None is all `W`.
+      granularity: "kv_head" averages over the query heads of a key/value head.
+      offset: positions that the queries are turned ahead by; what they see stays.
+      reduction: "max" takes the largest over the queries in place of the sum.
+
+    Returns:
+      Float32 `[B, K, L]`, or `[B, N, L]` by query head.
+    """
+    place = start[:, None] + jnp.arange(window)
+    place = jnp.minimum(place, prompt.queries.shape[1] - 1)
+    queries = jnp.take_along_axis(prompt.queries, place[..., None, None], axis=1)
+    if offset:
+        # Rotations add up: turned by the difference, a query is what its token would
+        # ask at the later position.
+        ahead = jnp.full_like(place, offset)
+        queries = rotate(queries, ahead, prompt.frequencies)
+
+    def scores(queries):
+        return window_scores(
+            queries,
+            prompt.keys,
+            start,
+            scale=prompt.scale,
+            length=length,
+            count=count,
+            reduction=reduction,
+            implementation=prompt.implementation,
+        )
+
+    if granularity == "kv_head":
+        return scores(queries)
+    # One query head of each group at a time, so that no key is repeated.
+    batch, _, heads, _ = queries.shape
+    groups = heads // prompt.keys.shape[2]
+    each = [scores(queries[:, :, group::groups]) for group in range(groups)]
+    return jnp.stack(each, axis=2).reshape(batch, heads, length)
+
+
+def pool(
+    scores: jax.Array, real: jax.Array, *, pooling: Pooling, kernel_size: int
+) -> jax.Array:
+    """Smooth scores along the prompt, so that neighbours of a good token stay with it.
+
+    Args:
+      scores: float32 `[B, heads, L]`.
+      real: bool `[B, L]`: the others neither give nor get anything.
+      pooling: "max", "avg" (what lies beyond counts as 0, as PyTorch's default has it),
+        or "none".
+      kernel_size: odd number of neighbours, the token itself included; stride 1. A
+        kernel may reach beyond the prompt, however far.
+
+    Returns:
+      Float32 `[B, heads, L]`, -inf where not `real`.
+    """
+    real = real[:, None]
+    # A wider window would hold nothing but padding more.
+    shape, strides = (1, 1, min(kernel_size, 2 * scores.shape[-1] - 1)), (1, 1, 1)
+    if pooling == "max":
+        scores = jnp.where(real, scores, -jnp.inf)
+        scores = jax.lax.reduce_window(
+            scores, -jnp.inf, jax.lax.max, shape, strides, "SAME"
+        )
+    elif pooling == "avg":
+        scores = jnp.where(real, scores, 0.0)
+        scores = jax.lax.reduce_window(scores, 0.0, jax.lax.add, shape, strides, "SAME")
+        scores = scores / kernel_size
+    return jnp.where(real, scores, -jnp.inf)
+
+
+def keep_anyway(
+    scores: jax.Array,
+    lengths: jax.Array,
+    *,
+    n_sink: int = 0,
+    n_recent: int | jax.Array = 0,
+) -> jax.Array:
+    """Give the first and the last tokens of each prompt the highest score there is.
+
+    Args:
+      scores: float32 `[B, heads, L]`.
+      lengths: int32 `[B]`.
+      n_sink: first tokens.
+      n_recent: last tokens, one number or int32 `[B]`.
+    """
+    index = jnp.arange(scores.shape[-1])
+    recent = index >= (lengths - n_recent)[:, None]
+    return jnp.where(((index < n_sink) | recent)[:, None], jnp.inf, scores)
+
+
+def check_window(name: str, size: int, *, option: str = "window_size") -> None:
+    """Raise ValueError for a window without queries, called by its `option`."""
+    if size < 1:
+        raise ValueError(f"{name}: {option} must be at least 1 query, got {size}.")
+
+
+def check_kernel(name: str, kernel_size: int) -> None:
+    """Raise ValueError for a kernel of the pooling that has no middle."""
+    if kernel_size < 1 or kernel_size % 2 == 0:
+        raise ValueError(
+            f"{name}: kernel_size must be odd and at least 1, got {kernel_size}; "
+            "an even one has no middle."
+        )
+
+
+def check_room_for_window(name: str, budget: int) -> None:
+    """Raise ValueError unless there is room for one query's token and one other."""
+    if budget < 2:
+        raise ValueError(
+            f"{name}: budget={budget} leaves no slot beside its window of at least one "
+            "token; use a budget of at least 2."
+        )
+
+
+def check_kept_anyway(name: str, budget: int, **kept: int) -> None:
+    """Raise ValueError unless a slot is left beside the tokens that are kept anyway.
+
+    Args:
+      name: of the policy.
+      budget: in tokens.
+      **kept: options that keep tokens, by their names.
+    """
+    for option, value in kept.items():
+        if value < 0:
+            raise ValueError(f"{name}: {option} must be >= 0, got {value}.")
+    total = sum(kept.values())
+    if budget <= total:
+        options = " and ".join(f"{option}={value}" for option, value in kept.items())
+        raise ValueError(
+            f"{name}: budget={budget} leaves no slot beside the tokens that {options} "
+            f"keeps anyway; use a budget of at least {total + 1}, or keep fewer."
+        )

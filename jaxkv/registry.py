@@ -1,0 +1,137 @@
+"""Methods by name, as commands take them: `full`, `streaming-llm:n_sink=2`.
+
+A method joins the command line by one line in a table here. Its options are the fields
+of its dataclass, so there is nothing else to declare.
+"""
+
+import dataclasses
+import inspect
+import json
+import typing
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from jaxkv.fields import element, kinds, words
+from jaxkv.policies.basic_policies import Full, StreamingLLM
+from jaxkv.policies.dapq import LAQ, DapQ
+from jaxkv.policies.decode_policies import (
+    VATP,
+    H2ODecode,
+    LongFlow,
+    RandomDecode,
+    TOVADecode,
+)
+from jaxkv.policies.expected_attention import ExpectedAttention
+from jaxkv.policies.prompt_policies import H2O, TOVA, KNorm, PyramidKV, Random, SnapKV
+from jaxkv.policies.rkv import RKV
+from jaxkv.speculation.drafters import Aligned, PromptLookup, Tree
+from jaxkv.speculation.rules import Conditional, Exact, FixedThreshold, TopK, Typical
+
+PREFILL: Mapping[str, type] = {
+    "full": Full,
+    "streaming-llm": StreamingLLM,
+    "dapq": DapQ,
+    "snapkv": SnapKV,
+    "pyramidkv": PyramidKV,
+    "h2o": H2O,
+    "tova": TOVA,
+    "knorm": KNorm,
+    "expected-attention": ExpectedAttention,
+    "laq": LAQ,
+    "random": Random,
+}
+DECODE: Mapping[str, type] = {
+    "full": Full,
+    "h2o": H2ODecode,
+    "longflow": LongFlow,
+    "r-kv": RKV,
+    "random": RandomDecode,
+    "streaming-llm": StreamingLLM,
+    "tova": TOVADecode,
+    "vatp": VATP,
+}
+SPECULATE: Mapping[str, type] = {
+    "prompt-lookup": PromptLookup,
+    "tree": Tree,
+    "aligned": Aligned,
+}
+ACCEPT: Mapping[str, type] = {
+    "exact": Exact,
+    "conditional": Conditional,
+    "fixed-threshold": FixedThreshold,
+    "top-k": TopK,
+    "typical": Typical,
+}
+
+
+def parse(text: str, table: Mapping[str, type], *, flag: str) -> Any:
+    """Make the method that a text such as `name:option=value,option=value` names.
+
+    Args:
+      text: values are written as in JSON, strings without quotes, and lists with
+        spaces instead of commas. A named setting of the method, such as the `tables`
+        of `DapQ.tables()`, may stand before the options: `dapq:tables,offset=2`.
+      table: names and their dataclasses.
+      flag: what the text was given for, for the messages.
+
+    Returns:
+      An instance of the dataclass.
+
+    Raises:
+      ValueError: unknown name, setting or option, or a value of the wrong type.
+    """
+    name, _, rest = text.partition(":")
+    if name not in table:
+        raise ValueError(f"{flag}: unknown {name!r}; choose one of {', '.join(table)}.")
+    hints = typing.get_type_hints(table[name])
+    fields = {f.name: hints[f.name] for f in dataclasses.fields(table[name])}
+    settings = _settings(table[name])
+    make, values = table[name], {}
+    parts = [part.strip() for part in rest.split(",") if part.strip()]
+    if parts and parts[0] in settings:
+        make = settings[parts.pop(0)]
+    for part in parts:
+        option, equals, value = (piece.strip() for piece in part.partition("="))
+        if not equals or option not in fields:
+            known = ", ".join(fields) or "none"
+            first = f", or first one of {', '.join(settings)}" if settings else ""
+            raise ValueError(
+                f"{flag}: {part!r} is no option of {name}; write option=value with "
+                f"one of its options: {known}{first}."
+            )
+        if option in values:
+            raise ValueError(f"{flag}: {option} is given twice in {text!r}.")
+        values[option] = _read(value, fields[option], f"{flag}: {name}'s {option}")
+    return make(**values)
+
+
+def _settings(method: type) -> dict[str, Callable[..., Any]]:
+    """Return the named settings of a method: its class methods."""
+    return {
+        name: getattr(method, name)
+        for name in dir(method)
+        if not name.startswith("_")
+        and isinstance(inspect.getattr_static(method, name), classmethod)
+    }
+
+
+def _read(text: str, hint: Any, what: str) -> Any:
+    try:
+        # A comma would end the option.
+        value = json.loads(",".join(text.split()) if text[:1] == "[" else text)
+    except ValueError:
+        spellings = {"none": None, "true": True, "false": False}  # Python's as well
+        value = spellings.get(text.lower(), text)
+    for kind in kinds(hint):
+        if typing.get_origin(kind) is typing.Literal:
+            if text in typing.get_args(kind):  # "none" is a choice of some
+                return text
+        elif kind is float and type(value) is int:
+            return float(value)
+        elif inner := element(kind):
+            if isinstance(value, list) and all(type(x) is inner for x in value):
+                return tuple(value)
+        elif type(value) is kind:
+            return value
+    wanted = words(hint, a_list="a list of {} such as [1 2]")
+    raise ValueError(f"{what} takes {wanted}, got {text!r}.")

@@ -1,0 +1,1 @@
+"""Draft, verify and commit several tokens in one pass."""

@@ -1,0 +1,385 @@
+"""Drafts without a draft model: what followed the same words before.
+
+Each drafter is a frozen dataclass; its `draft` runs inside the compiled loop. A
+sequence here is a possible continuation of the text; sequences are merged into a tree
+in which equal beginnings are one node.
+
+Axis letters: `B` batch, `Q` sequences, `R` their length, `T` nodes with the root.
+"""
+
+import dataclasses
+from typing import Literal, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from jaxkv.speculation import matching
+from jaxkv.speculation.matching import Context
+from jaxkv.trees import ALIGNED, SAMPLED, UNALIGNED, UNCHECKED, DraftTree
+
+# The most of each option that is a number of things. Compiling takes longer with them,
+# and merging with the square of matches times depth.
+MOST = {
+    "num_draft_tokens": 1023,
+    "depth": 64,
+    "ngram_max": 128,
+    "ngram_min": 128,
+    "max_matches": 256,
+}
+
+
+class Drafter(Protocol):
+    """Makes a tree of drafted tokens from the text so far.
+
+    Attributes:
+      num_draft_tokens: nodes of a tree, the root not counted.
+      depth: of the deepest node.
+      likeliest: whether prefill must keep the likeliest tokens of each position.
+      break_even: drafted tokens that must be accepted per step, on average, for a step
+        with a tree to pay; below it the row takes plain steps.
+    """
+
+    num_draft_tokens: int
+    depth: int
+    likeliest: bool
+    break_even: float
+
+    def check(self) -> None:
+        """Raise ValueError for options that mean nothing."""
+
+    def draft(self, context: Context) -> DraftTree:
+        """Return trees of `1 + num_draft_tokens` nodes."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PromptLookup:
+    """Copy what followed the longest match: one chain, no tree.
+
+    The matching rule is that of transformers' `prompt_lookup_num_tokens` and of vLLM's
+    "ngram": the longest n-gram within the bounds that has occurred before, the earliest
+    occurrence of it, in prompt and output.
+
+    Attributes:
+      num_draft_tokens: length of the chain.
+      ngram_max: longest n-gram that is looked up.
+      ngram_min: shortest one.
+      match: which occurrence is copied.
+      include_output: whether the output may be copied from as well.
+      break_even: see `Drafter`; 0 never falls back to plain steps.
+    """
+
+    num_draft_tokens: int = 10
+    ngram_max: int = 3
+    ngram_min: int = 1
+    match: Literal["earliest", "latest"] = "earliest"
+    include_output: bool = True
+    break_even: float = 0.2
+    likeliest = False
+
+    @property
+    def depth(self) -> int:
+        """Depth of the deepest node: a chain's length."""
+        return self.num_draft_tokens
+
+    def check(self) -> None:
+        """Need a chain and an n-gram."""
+        _check(self)
+
+    def draft(self, context: Context) -> DraftTree:
+        """Return chains; see `Drafter.draft`."""
+        if self.include_output:
+            context = matching.with_output(context)
+        ends = matching.longest_matches(
+            context,
+            longest=self.ngram_max,
+            shortest=self.ngram_min,
+            most=1,
+            order=self.match,
+        )
+        tokens, there, _ = matching.continuations(
+            context, ends, length=self.num_draft_tokens
+        )
+        node = jnp.arange(1 + self.num_draft_tokens, dtype=jnp.int32)
+        shape = (ends.shape[0], len(node))
+        return DraftTree(
+            tokens=_behind_root(_newest(context), tokens[:, 0]),
+            parents=jnp.broadcast_to(jnp.maximum(node - 1, 0), shape),
+            depths=jnp.broadcast_to(node, shape),
+            valid=_behind_root(jnp.ones(shape[0], bool), there[:, 0]),
+            kinds=jnp.full(shape, UNCHECKED, jnp.int32),
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tree:
+    """Merge what followed all longest matches into one tree, the most frequent first.
+
+    Attributes:
+      num_draft_tokens: nodes; 63 and the root make 64.
+      depth: tokens copied from each occurrence.
+      ngram_max: longest n-gram that is looked up.
+      ngram_min: shortest one.
+      max_matches: occurrences that are merged, the latest first.
+      include_output: whether the output may be copied from as well.
+      break_even: see `Drafter`; 0 never falls back to plain steps.
+    """
+
+    num_draft_tokens: int = 63
+    depth: int = 10
+    ngram_max: int = 16
+    ngram_min: int = 2
+    max_matches: int = 32
+    include_output: bool = False
+    break_even: float = 0.35
+    likeliest = False
+
+    def check(self) -> None:
+        """Need a tree and an n-gram."""
+        _check(self)
+
+    def draft(self, context: Context) -> DraftTree:
+        """Return trees; see `Drafter.draft`."""
+        context, sequences, _ = self.copied(context)
+        return merge(_newest(context), sequences, nodes=self.num_draft_tokens)
+
+    def copied(self, context: Context) -> tuple[Context, "Sequences", jax.Array]:
+        """Return the context with its pool, what may be copied, and the indices."""
+        if self.include_output:
+            context = matching.with_output(context)
+        ends = matching.longest_matches(
+            context,
+            longest=self.ngram_max,
+            shortest=self.ngram_min,
+            most=self.max_matches,
+            order="latest",
+        )
+        tokens, there, index = matching.continuations(context, ends, length=self.depth)
+        kinds = jnp.full(tokens.shape, UNCHECKED, jnp.int32)
+        copied = jnp.ones(ends.shape, bool)
+        return context, Sequences(tokens, there, kinds, copied), index
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Aligned(Tree):
+    """Add the network's own candidates where it had not expected the prompt's token.
+
+    Alignment sampling of Wang et al. (arXiv 2505.13204): during prefill the likeliest
+    tokens of every position are kept; where the prompt's token is not the likeliest,
+    up to `num_alternatives` of them join the tree beside it. Only the paper's abstract
+    was available to us; what it leaves open is our choice: candidates are the likeliest
+    tokens other than the prompt's, and they are taken from the latest occurrences.
+
+    Attributes:
+      num_alternatives: candidates beside each unexpected token, 1 or 2.
+      tail: whether the rest of the copied text follows a candidate too.
+      sources: occurrences that candidates are taken from, the latest first.
+      num_main: copied tokens that come before all candidates; None is two thirds of
+        the nodes.
+    """
+
+    num_alternatives: int = 2
+    tail: bool = False
+    sources: int = 2
+    num_main: int | None = None
+    likeliest = True
+
+    def check(self) -> None:
+        """Need a tree, an n-gram, and one or two candidates."""
+        super().check()
+        if self.num_alternatives not in (1, 2):
+            raise ValueError(
+                "Aligned: num_alternatives must be 1 or 2, "
+                f"got {self.num_alternatives}; take Tree() for none."
+            )
+        if not 1 <= self.sources <= self.max_matches:
+            raise ValueError(
+                f"Aligned: sources must be in [1, max_matches={self.max_matches}], "
+                f"got {self.sources}."
+            )
+        if self.num_main is not None and not 0 < self.num_main <= self.num_draft_tokens:
+            raise ValueError(
+                "Aligned: num_main must be in [1, num_draft_tokens="
+                f"{self.num_draft_tokens}], got {self.num_main}."
+            )
+
+    def draft(self, context: Context) -> DraftTree:
+        """Return trees; see `Drafter.draft`."""
+        context, sequences, index = self.copied(context)
+        expected = _expected(context, index)  # [B, M, R, 3]
+        known = sequences.there & (index > 0) & (index < context.prompt[:, None, None])
+        aligned = expected[..., 0] == sequences.tokens
+        kinds = jnp.where(aligned, ALIGNED, UNALIGNED)
+        sequences = sequences._replace(kinds=jnp.where(known, kinds, UNCHECKED))
+        more = self._varied(sequences, expected)
+        both = jax.tree.map(lambda a, b: jnp.concatenate([a, b], 1), sequences, more)
+        main = self.num_main
+        if main is None:
+            main = self.num_draft_tokens - self.num_draft_tokens // 3
+        return merge(_newest(context), both, nodes=self.num_draft_tokens, main=main)
+
+    def _varied(self, copied, expected):
+        """Return copies of the latest sequences with one unexpected token replaced."""
+        few = jax.tree.map(lambda x: x[:, : self.sources], copied)
+        expected = expected[:, : self.sources]
+        second = jnp.where(
+            expected[..., 1] == few.tokens, expected[..., 2], expected[..., 1]
+        )
+        candidates = jnp.stack([expected[..., 0], second], axis=-1)
+        candidates = candidates[..., : self.num_alternatives]
+        batch, sources, length, alternatives = candidates.shape
+        # Axes: row, source, which token is replaced, by which candidate, token.
+        order = jnp.arange(length)
+        here = (order[:, None] == order)[None, None, :, None]
+        unexpected = (few.kinds == UNALIGNED) & few.there
+        shape = (batch, sources, length, alternatives, length)
+
+        def spread(x):
+            return jnp.broadcast_to(x[:, :, None, None], shape)
+
+        until = (order <= order[:, None]) | self.tail
+        there = spread(few.there) & until[None, None, :, None]
+        varied = Sequences(
+            jnp.where(here, candidates[..., None], spread(few.tokens)),
+            there & unexpected[..., None, None],
+            jnp.where(here, SAMPLED, spread(few.kinds)),
+            jnp.zeros(shape[:-1], bool),
+        )
+        flat = (batch, sources * length * alternatives)
+        return Sequences(
+            *(x.reshape(*flat, length) for x in varied[:3]), varied.copied.reshape(flat)
+        )
+
+
+class Sequences(NamedTuple):
+    """Possible continuations.
+
+    Attributes:
+      tokens: int32 `[B, Q, R]`.
+      there: bool `[B, Q, R]`; where false, all later ones of the sequence are too.
+      kinds: int32 `[B, Q, R]`, indices into `trees.KINDS`.
+      copied: bool `[B, Q]`: whether the sequence occurs in the pool. Only these are
+        counted, and they come first.
+    """
+
+    tokens: jax.Array
+    there: jax.Array
+    kinds: jax.Array
+    copied: jax.Array
+
+
+def merge(
+    newest: jax.Array, sequences: Sequences, *, nodes: int, main: int | None = None
+) -> DraftTree:
+    """Merge sequences into a tree, equal beginnings being one node.
+
+    Args:
+      newest: int32 `[B]`, the token at the root.
+      sequences: the latest first; it gives a node its kind.
+      nodes: of the tree, without the root. The most frequent ones are kept; of equally
+        frequent ones the shallower, then the later occurrence.
+      main: how many copied nodes come before those that only a sequence which is not
+        copied has; None is all of them.
+
+    Returns:
+      The trees; parents come before their children.
+    """
+    batch, number, length = sequences.tokens.shape
+    first, count = _prefixes(sequences)
+    is_node = sequences.there & (first == jnp.arange(number)[:, None])
+    depth = jnp.arange(length, dtype=jnp.int32)
+    identity = depth * number + jnp.arange(number, dtype=jnp.int32)[:, None]  # [Q, R]
+    size = length * number
+    # Less is better, and no two are equal: frequent, then shallow, then late.
+    key = (number - count) * size + identity
+    never = jnp.iinfo(jnp.int32).max
+    if main is not None:
+        frequent = _ranks(jnp.where(is_node & (count > 0), key, never))
+        own = jnp.take_along_axis(frequent, first, axis=1)
+        # A node's ancestors are the earlier tokens of its own sequence.
+        kept = jnp.cumsum((count > 0) & (own >= main), axis=2) == 0
+        group = jnp.where(count > 0, jnp.where(kept, 0, 2), jnp.where(kept, 1, 3))
+        key += group * (number + 1) * size
+    rank = _ranks(jnp.where(is_node, key, never))
+
+    # Of each rank there is one node at most, so that a sum looks it up.
+    wanted = jnp.arange(nodes, dtype=jnp.int32)[:, None]
+    hit = jnp.where(is_node, rank, -1).reshape(batch, 1, size) == wanted
+    chosen = jnp.where(hit, jnp.arange(size), 0).sum(-1)  # [B, nodes], into Q * R
+    valid = hit.any(-1)
+    sequence, at = chosen // length, chosen % length
+    rows = jnp.arange(batch)[:, None]
+    above = first[rows, sequence, jnp.maximum(at - 1, 0)]
+    parent = jnp.where(at > 0, 1 + rank[rows, above, jnp.maximum(at - 1, 0)], 0)
+    root = jnp.zeros(batch, jnp.int32)
+    return DraftTree(
+        tokens=_behind_root(
+            newest, jnp.where(valid, sequences.tokens[rows, sequence, at], 0)
+        ),
+        parents=_behind_root(root, jnp.where(valid, parent, 0)),
+        depths=_behind_root(root, jnp.where(valid, at + 1, 1)),
+        valid=_behind_root(root == 0, valid),
+        kinds=_behind_root(
+            root, jnp.where(valid, sequences.kinds[rows, sequence, at], 0)
+        ),
+    )
+
+
+def _prefixes(sequences):
+    """Return of each beginning its first sequence and how many copied ones have it.
+
+    Both int32 `[B, Q, R]`; at `[b, q, r]` they speak of the first `r + 1` tokens of
+    sequence `q`.
+    """
+    tokens, there = sequences.tokens, sequences.there
+    number, length = tokens.shape[1:]
+    running, common = True, 0
+    for r in range(length):  # of elementwise operations, which become one
+        mine, held = tokens[..., r], there[..., r]
+        running &= (mine[:, :, None] == mine[:, None]) & held[:, :, None]
+        running &= held[:, None]
+        common += running.astype(jnp.int32)  # [B, Q, Q], equal tokens from the first on
+    same = common[:, :, None] > jnp.arange(length)[:, None]  # [B, Q, R, Q]
+    order = jnp.arange(number, dtype=jnp.int32)
+    first = jnp.where(same, order, number - 1).min(-1)
+    copied = same & sequences.copied[:, None, None]
+    return first, copied.sum(-1, dtype=jnp.int32)
+
+
+def _ranks(key):
+    """Return how many keys of the row are less than each, by comparing all pairs."""
+    flat = key.reshape(key.shape[0], -1)
+    ranks = (flat[:, None] < flat[:, :, None]).sum(-1, dtype=jnp.int32)
+    return ranks.reshape(key.shape)
+
+
+def _expected(context, index):
+    """Return the likeliest tokens at each index, int32 `[..., 3]`."""
+    rows = jnp.arange(index.shape[0])[:, None, None]
+    last = context.likeliest.shape[1] - 1
+    return context.likeliest[rows, jnp.clip(index, 0, last)]
+
+
+def _newest(context):
+    return jnp.take_along_axis(context.text, context.position[:, None], axis=1)[:, 0]
+
+
+def _behind_root(root, nodes):
+    """Put the root's value before those of the nodes."""
+    return jnp.concatenate([root[:, None].astype(nodes.dtype), nodes], axis=1)
+
+
+def _check(drafter):
+    name = type(drafter).__name__
+    for option in [f.name for f in dataclasses.fields(drafter) if f.name in MOST]:
+        value, most = getattr(drafter, option), MOST[option]
+        if not 1 <= value <= most:
+            raise ValueError(
+                f"{name}: {option} must be >= 1 and <= {most}, got {value}."
+            )
+    if drafter.ngram_max < drafter.ngram_min:
+        raise ValueError(
+            f"{name}: ngram_max={drafter.ngram_max} is less than "
+            f"ngram_min={drafter.ngram_min}."
+        )
+    if not drafter.break_even >= 0:  # nor is NaN
+        raise ValueError(f"{name}: break_even must be >= 0, got {drafter.break_even}.")

@@ -1,0 +1,116 @@
+"""Which path of a tree becomes output, given what the network says at each node.
+
+Axis letters: `B` batch, `T` nodes of a tree, `V` vocabulary, `E` stop ids.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxkv.sampling import Greedy, Sampler, pick_next
+from jaxkv.speculation import rules as acceptance
+from jaxkv.speculation.rules import Rule
+from jaxkv.trees import DraftTree
+
+
+class Verdict(NamedTuple):
+    """What passes.
+
+    Attributes:
+      picks: int32 `[B, T]`, the token that plain decoding chooses after each node; -1
+        at nodes that drawing has not reached.
+      end: int32 `[B]`, the last node of the longest path that passes.
+      accepted: int32 `[B]`, its depth.
+    """
+
+    picks: jax.Array
+    end: jax.Array
+    accepted: jax.Array
+
+
+def verify(
+    logits: jax.Array,
+    tree: DraftTree,
+    above: jax.Array,
+    stop_ids: jax.Array,
+    *,
+    rule: Rule,
+    sampler: Sampler,
+    position: jax.Array,
+    keys: jax.Array,
+    seen: jax.Array | None,
+    running: jax.Array,
+) -> Verdict:
+    """Choose the longest path that passes; of equals, the likeliest.
+
+    Args:
+      logits: float32 `[B, T, V]`, of the token after each node.
+      tree: the drafts.
+      above: bool `[B, T, T]`, from `trees.ancestors`.
+      stop_ids: int32 `[E]`.
+      rule: static.
+      sampler: static; greedy if the rule is lossy.
+      position: int32 `[B]`, of the root.
+      keys: PRNG keys `[B]`.
+      seen: bool `[B, V]` for the repetition penalty, or None.
+      running: bool `[B]`; what is said of the other rows means nothing.
+    """
+    if rule.exact and sampler != Greedy():
+        picks = _walk(logits, tree, sampler, position, keys, seen, running)
+    else:
+        picks = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    if rule.exact:
+        ok = tree.tokens == jnp.take_along_axis(picks, tree.parents, axis=1)
+        merit = jnp.zeros(picks.shape)
+    else:
+        view = acceptance.view(logits, tree, picks, stop_ids)
+        ok = rule.passes(view)
+        merit = jnp.log(jnp.maximum(view.probability, 1e-30))
+    return Verdict(picks, *_longest(tree, above, ok, merit))
+
+
+def _walk(logits, tree, sampler, position, keys, seen, running):
+    """Pick at the root, go to the child that was picked, and so on: int32 `[B, T]`.
+
+    One node per row at a time, because drawing at every node of a tree would cost more
+    than the network, and because a penalty must know the tokens on the way. Nodes
+    that are not reached hold -1.
+    """
+    rows = jnp.arange(tree.tokens.shape[0])
+
+    def step(carry):
+        node, going, picks, seen = carry
+        next_ = position + tree.depths[rows, node] + 1
+        token = pick_next(sampler, logits[rows, node], keys, next_, seen)
+        picks = picks.at[rows, jnp.where(going, node, picks.shape[1])].set(
+            token, mode="drop"
+        )
+        if seen is not None:
+            seen = seen.at[rows, token].max(going)
+        child = tree.valid & (tree.parents == node[:, None])
+        child &= (tree.tokens == token[:, None]) & (tree.depths > 0)
+        going &= child.any(-1)
+        node = jnp.where(going, jnp.argmax(child, axis=-1), node)
+        return node, going, picks, seen
+
+    root = jnp.zeros(rows.shape, tree.parents.dtype)
+    picks = jnp.full(tree.tokens.shape, -1, jnp.int32)
+    carry = (root, running, picks, seen)
+    return jax.lax.while_loop(lambda c: c[1].any(), step, carry)[2]
+
+
+def _longest(tree, above, ok, merit):
+    """Return the end of the longest path that passes, and its depth, int32 `[B]`.
+
+    Of equally long ones, the one whose tokens are likeliest together.
+    """
+    is_root = jnp.arange(ok.shape[1]) == 0
+    ok = (ok & tree.valid) | is_root
+    whole = ~(above & ~ok[:, None]).any(-1)
+    reached = jnp.where(whole, tree.depths, -1)
+    accepted = reached.max(-1)
+    merit = jnp.where(is_root, 0.0, merit)
+    total = jnp.where(above, merit[:, None], 0.0).sum(-1)
+    best = jnp.where(reached == accepted[:, None], total, -jnp.inf)
+    return jnp.argmax(best, axis=-1).astype(jnp.int32), accepted

@@ -1,0 +1,293 @@
+"""`jaxkv bench`: the arithmetic of the floor, and what the JSON holds."""
+
+import dataclasses
+import json
+import types
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxkv import H2ODecode, LongFlow
+from jaxkv import state as kv
+from jaxkv.bench import kernel_trace, measure
+from jaxkv.cli import bench
+from jaxkv.cli import main as cli
+from jaxkv.models import public_shapes
+from jaxkv.models.decoder import Config, Decoder, parameter_shapes, random_parameters
+from jaxkv.options import Options
+from jaxkv.policies.basic_policies import Full, StreamingLLM
+
+TINY = Config(
+    vocab_size=10,
+    hidden_size=4,
+    intermediate_size=6,
+    num_layers=2,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=2,
+    max_positions=64,
+)
+# One layer: norms 2 x 4, qkv 4 x (2 + 2) x 2, output 4 x 4, gate_up 4 x 12, down 6 x 4
+LAYER = 8 + 32 + 16 + 48 + 24
+FINAL_NORM, EMBEDDING = 4, 10 * 4
+PARAMETERS = {  # of the Hub's model cards
+    "qwen3-0.6b": 596_049_920,
+    "qwen3-1.7b": 1_720_574_976,
+    "qwen3-4b": 4_022_468_096,
+    "qwen3-8b": 8_190_735_360,
+    "llama-3.1-8b": 8_030_261_248,
+    "mistral-7b-v0.3": 7_248_023_552,
+}
+
+
+@pytest.fixture
+def tiny_shape(monkeypatch):
+    """Let a published name stand for a network that runs in no time."""
+    monkeypatch.setitem(bench.SHAPES, "qwen3-8b", TINY)
+
+
+class Result(NamedTuple):
+    exit_code: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def run(capsys):
+    """Run `jaxkv bench` in this process."""
+
+    def run(*arguments):
+        code = cli.main(["bench", *map(str, arguments)])
+        return Result(code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_weight_bytes_by_hand(tied):
+    config = dataclasses.replace(TINY, tied=tied)
+    params = random_parameters(config, jax.random.key(0), jnp.bfloat16)
+    # The head has as many entries as the embedding: either one of them is read.
+    assert measure.weight_bytes(params, config) == 2 * (
+        2 * LAYER + FINAL_NORM + EMBEDDING
+    )
+    total = sum(leaf.size for leaf in jax.tree.leaves(params))
+    assert total == 2 * LAYER + FINAL_NORM + EMBEDDING * (1 if tied else 2)
+
+
+def test_floor_by_hand():
+    assert measure.floor_ms(3_000, 1e6) == pytest.approx(3.0)
+
+
+@pytest.mark.parametrize("name", public_shapes.SHAPES)
+def test_shapes_have_the_published_number_of_parameters(name):
+    leaves = jax.tree.leaves(parameter_shapes(public_shapes.SHAPES[name]))
+    assert sum(leaf.size for leaf in leaves) == PARAMETERS[name]
+
+
+@pytest.mark.parametrize(
+    ("options", "slots", "memory"),
+    [
+        (Options(), 12, 0),
+        (Options(budget=5), 5 + 4, 0),
+        (Options(budget=6, decode=StreamingLLM()), 6, 0),
+        (
+            Options(budget=6, decode=LongFlow(protect_prompt=True)),
+            6,
+            7,
+        ),  # norms, length
+        (Options(budget=6, decode=H2ODecode()), 6, 6),  # a sum per slot
+    ],
+)
+def test_decode_timing(options, slots, memory):
+    params = random_parameters(TINY, jax.random.key(0), jnp.float32)
+    timing = measure.time_decode(
+        Decoder(TINY),
+        params,
+        batch=3,
+        context=12,
+        steps=4,
+        repeats=3,
+        options=options,
+        bandwidth=1e9,
+    )
+    assert timing.slots == slots
+    assert timing.kv_bytes == 2 * 2 * (3 * 1 * slots * 2) * 4  # layers, K and V
+    bookkeeping = 2 * 3 * (slots + 1 + memory) * 4  # positions and target
+    assert timing.state_bytes == timing.kv_bytes + bookkeeping
+    assert timing.floor_ms == pytest.approx(
+        (timing.weight_bytes + timing.kv_bytes) / 1e9 * 1e3
+    )
+    assert len(timing.calls_ms) == 3
+    assert timing.step_ms == sorted(timing.calls_ms)[1]
+    assert timing.ratio_to_floor == pytest.approx(timing.step_ms / timing.floor_ms)
+    assert timing.tokens_per_second == pytest.approx(3e3 / timing.step_ms)
+
+
+def test_every_slot_is_occupied_from_the_first_step_on():
+    cache = measure.full_cache(
+        TINY, batch=2, slots=6, dtype=jnp.float32, key=jax.random.key(0)
+    )
+    start = measure.rewind(cache, steps=4, context=6, policy=Full())
+    for state in start.cache:
+        assert (kv.occupancy(state) == 6).all()
+        assert (state.target == 2).all()  # four new tokens end at the last slot
+        assert jnp.isfinite(state.keys).all()
+    assert (start.position == 6).all()
+
+
+def test_a_policy_begins_anew_at_each_rewind():
+    cache = measure.full_cache(
+        TINY, batch=2, slots=6, dtype=jnp.float32, key=jax.random.key(0)
+    )
+    used = tuple(
+        dataclasses.replace(s, positions=s.positions + 9, memory=jnp.ones((2, 1, 6)))
+        for s in cache
+    )
+    start = measure.rewind(used, steps=4, context=6, policy=H2ODecode())
+    for state in start.cache:
+        assert (state.memory == 0).all()
+        assert (state.positions == jnp.arange(6)).all()
+        assert (state.target == 0).all()
+
+
+def test_copy_bandwidth_is_positive():
+    assert measure.copy_bandwidth(2**20, repeats=2) > 0
+
+
+def test_decode_json(run, tiny_shape, tmp_path):
+    out = tmp_path / "new" / "result.json"
+    result = run(
+        *("decode", "--shape", "qwen3-8b", "--batch", "1,2", "--context", 12),
+        *("--steps", 4, "--repeats", 2, "--copy-gib", 0.001, "--json", "--out", out),
+    )
+    assert result.exit_code == 0, result.stderr
+    content = json.loads(result.stdout)
+    assert content == json.loads(out.read_text())
+    assert list(out.parent.iterdir()) == [out]  # nothing half-written is left
+    assert content["model"] == "qwen3-8b"
+    assert content["dtype"] == "float32"
+    assert content["decode_implementation"] == "xla"
+    assert {"command", "date", "commit", "device", "versions"} <= content.keys()
+    assert content["versions"]["jax"] == jax.__version__
+    assert [row["batch"] for row in content["rows"]] == [1, 2]
+    fields = {field.name for field in dataclasses.fields(measure.DecodeTiming)}
+    assert all(row.keys() == fields for row in content["rows"])
+
+
+def test_decode_table(run, tiny_shape, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    result = run(
+        *("decode", "--shape", "qwen3-8b", "--context", 12, "--steps", 4),
+        *("--repeats", 1, "--copy-gib", 0.001, "--dtype", "bfloat16"),
+        *("--decode", "longflow:n_sink=2", "--budget", 8, "--profile"),
+    )
+    assert result.exit_code == 0, result.stderr
+    assert "LongFlow(score='l1', n_sink=2" in result.stdout
+    assert "the profiler saw no GPU" in result.stdout
+    assert "bfloat16" in result.stdout
+    assert "cache GB" in result.stdout  # no heading is cut short
+    assert "compile s" in result.stdout
+
+
+def test_kernel_table_shows_names_as_they_are(run, tiny_shape, monkeypatch):
+    def trace(call, per_call):
+        kernels = {
+            "f(int (&) [2]) [/b] [red]": kernel_trace.Kernel(us=3, launches=57),
+            "copy": kernel_trace.Kernel(us=1, launches=1 / 4),
+        }
+        return kernels, call()
+
+    monkeypatch.setattr(measure, "trace_kernels", trace)
+    monkeypatch.setenv("COLUMNS", "80")
+    result = run(
+        *("decode", "--shape", "qwen3-8b", "--context", 12, "--steps", 4),
+        *("--repeats", 1, "--copy-gib", 0.001, "--profile"),
+    )
+    assert result.exit_code == 0, result.stderr
+    rows = [line.split("  ") for line in result.stdout.splitlines()]
+    rows = [[cell.strip() for cell in row if cell.strip()] for row in rows]
+    assert ["f(int (&) [2]) [/b] [red]", "3.0", "57"] in rows
+    assert ["copy", "1.0", "0.25"] in rows
+
+
+def test_a_profile_has_nothing_but_the_steps(monkeypatch):
+    def trace(call, per_call):
+        with monkeypatch.context() as patch:
+            patch.delattr(measure, "_ends")  # which makes arrays
+            return {}, call()
+
+    monkeypatch.setattr(measure, "trace_kernels", trace)
+    measure.time_decode(
+        Decoder(TINY),
+        random_parameters(TINY, jax.random.key(0), jnp.float32),
+        batch=1,
+        context=12,
+        steps=4,
+        repeats=1,
+        options=Options(),
+        bandwidth=1e9,
+        profile=True,
+    )
+
+
+def test_kernels_of_a_trace(monkeypatch):
+    def line(name, *events):
+        events = [types.SimpleNamespace(name=n, duration_ns=ns) for n, ns in events]
+        return types.SimpleNamespace(name=name, events=events)
+
+    gpu = [
+        line("Stream #1", ("norm", 2e3), ("product", 9e3), ("norm", 4e3)),
+        line("Stream #2", ("copy", 1e3)),
+        line("XLA Ops", ("product", 9e3)),
+    ]
+    planes = [
+        types.SimpleNamespace(name="/device:GPU:0", lines=gpu),
+        types.SimpleNamespace(name="/host:CPU", lines=[line("Stream", ("x", 1e3))]),
+    ]
+    profile = types.SimpleNamespace(planes=planes)
+    monkeypatch.setattr(jax.profiler.ProfileData, "from_file", lambda file: profile)
+    kernels, result = kernel_trace.trace_kernels(lambda: jnp.ones(2), 2)
+    assert result.tolist() == [1, 1]
+    assert list(kernels) == ["product", "norm", "copy"]  # the longest first
+    assert kernels["norm"] == kernel_trace.Kernel(us=3, launches=1)
+    assert kernels["copy"] == kernel_trace.Kernel(us=0.5, launches=0.5)
+
+
+def test_compile_json(run, tiny_shape):
+    result = run(
+        *("compile", "--shape", "qwen3-8b", "--prompt", 60, "--new", 8, "--json")
+    )
+    assert result.exit_code == 0, result.stderr
+    content = json.loads(result.stdout)
+    assert (content["prompt"], content["max_out"]) == (64, 64)
+    assert content["seconds"].keys() == {"start", "advance"}
+    halves = content["seconds"].values()
+    assert content["total_seconds"] == pytest.approx(
+        sum(half["trace"] + half["compile"] for half in halves)
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--batch", "1,x"], "--batch takes numbers"),
+        (["--batch", "0"], "at least 1"),
+        (["--context", "8", "--steps", "8"], "must exceed"),
+        (["--copy-gib", "0"], "must lie between"),
+        (["--copy-gib", "nan"], "must lie between"),
+        (["--copy-gib", "1e-12"], "must lie between"),
+        (["--model", "needle"], "exclude each other"),
+        (["--decode", "streaming-llm"], "evicts and needs --budget"),
+        (["--decode-implementation", "triton"], "needs an NVIDIA GPU"),
+    ],
+)
+def test_bad_input_gets_one_line(run, tiny_shape, arguments, message):
+    quick = ("--shape", "qwen3-8b", "--context", 12, "--steps", 4, "--copy-gib", 0.001)
+    result = run("decode", *quick, *arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert result.stderr.strip().count("\n") == 0
+    assert result.stdout == ""

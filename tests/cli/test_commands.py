@@ -1,0 +1,208 @@
+"""Every command but `generate` and the comparisons, and the process around them."""
+
+import csv
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import types
+
+import jax
+import pytest
+import typer
+import yaml
+
+from jaxkv.cli import main as cli
+from jaxkv.language_model import needle_folder
+from jaxkv.needle import training
+
+PROMPT = "The magic number is"
+SMALL = ["--budget", "16", "--prefill", "streaming-llm", "--decode", "streaming-llm"]
+
+
+def records(out: str) -> list[dict]:
+    return [json.loads(line) for line in out.splitlines()]
+
+
+def test_demo(jaxkv_, tiny):
+    code, out, err = jaxkv_("demo", tiny, "--length", "500", "--seed", "1")
+    assert (code, err.count("\n")) == (0, 1)
+    assert "What is the" in out and "Find all" in out
+    assert out.count(" full ") == out.count(" small ") == 4
+    assert "lines right" in out
+    last = out.splitlines()[-1]
+    assert last.startswith("Full cache: 0 of 4 right") and last.endswith("in all.")
+
+
+def test_eval_card(jaxkv_, tiny, tmp_path):
+    out = tmp_path / "deep" / "out"
+    common = [
+        "eval",
+        "card",
+        tiny,
+        "--tasks=vt,ledger",
+        "--lengths=300",
+        "--answers=128",
+    ]
+    common += ["--samples=3", "--batch-size=2", *SMALL]
+    code, text, err = jaxkv_(*common, "--out", out)
+    assert (code, err.count("\n")) == (0, 1)
+    assert "vt" in text and "ledger" in text
+    names = {"predictions.csv", "metrics.json", "config.yaml", "run_meta.json"}
+    assert {path.name for path in out.iterdir()} == names
+    with open(out / "predictions.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    cells = [("vt", "300"), ("ledger", "128")]
+    assert [(r["task"], r["length"]) for r in rows] == [c for c in cells for _ in "123"]
+    assert len(json.loads(rows[0]["outputs"])) == 5
+    metrics, meta = (
+        json.loads((out / f"{name}.json").read_text())
+        for name in ("metrics", "run_meta")
+    )
+    config = yaml.safe_load((out / "config.yaml").read_text())
+    assert config["options"]["decode"] == {"name": "StreamingLLM", "n_sink": 4}
+    assert config["cells"][1] == {"task": "ledger", "length": 128, "depth": None}
+    assert {"command", "date", "device", "versions", "seconds"} <= set(meta)
+    # 2 layers, 2 heads, 16 slots: keys and values of 8 floats, a position; a target.
+    for row in metrics["metrics"]:
+        assert row["cache_bytes"] == 2 * 2 * (16 * (2 * 8 * 4 + 4) + 4)
+        assert (row["samples"], row["accuracy"]) == (3, 0)
+    # Without a command, `eval` is `card`.
+    printed = json.loads(jaxkv_("eval", *common[2:], "--json")[1])
+    assert printed["metrics"] == metrics["metrics"]
+    assert printed["config"] == config
+
+
+def test_convert(jaxkv_, tiny, tmp_path):
+    copy = tmp_path / "copy"
+    assert jaxkv_("convert", tiny, copy)[0] == 0
+    assert "already holds" in jaxkv_.error("convert", tiny, copy)
+    assert "copy already" in jaxkv_.error("convert", copy, tmp_path / "b")
+    assert jaxkv_("convert", tiny, copy, "--overwrite")[0] == 0
+    outputs = [
+        jaxkv_("generate", folder, "--prompt", PROMPT)[1] for folder in (tiny, copy)
+    ]
+    assert outputs[0] == outputs[1]
+
+
+def test_convert_keeps_the_dtype(jaxkv_, tiny, tmp_path):
+    half = tmp_path / "half"
+    assert jaxkv_("convert", tiny, half, "--dtype=bfloat16")[0] == 0
+    assert json.loads((half / "jaxkv.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_train(jaxkv_, tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(training, "train", lambda *a, **k: calls.append((a, k)))
+    assert jaxkv_("train", tmp_path, "--steps-scale=0.01", "--workers=3")[0] == 0
+    ((recipe, out), options) = calls[0]
+    default = training.Recipe()
+    assert [s.steps for s in recipe.stages] == [
+        round(s.steps / 100) for s in default.stages
+    ]
+    assert recipe.warmup == default.warmup // 100
+    assert dataclasses.replace(
+        recipe, stages=default.stages, warmup=default.warmup
+    ) == (default)
+    assert out == tmp_path
+    assert options == {
+        "tokenizer_folder": needle_folder(),
+        "workers": 3,
+        "save_every": 1000,
+    }
+
+
+def test_train_without_optax(jaxkv_, tmp_path, monkeypatch):
+    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda _: None)
+    error = jaxkv_.error("train", tmp_path)
+    assert "pip install 'jaxkv[train]'" in error
+
+
+@pytest.fixture
+def stub_bench(monkeypatch):
+    app = typer.Typer()
+    seen = []
+
+    @app.command()
+    def decode(batch: str = "1", json: bool = False):
+        seen.append((batch, json))
+        if batch == "0":
+            raise ValueError("batch")
+        if batch == "2":
+            raise typer.Exit(2)
+
+    stub = types.ModuleType("jaxkv.cli.bench_commands")
+    stub.app = app
+    monkeypatch.setitem(sys.modules, "jaxkv.cli.bench_commands", stub)
+    return seen
+
+
+def test_bench_is_handed_its_flags(jaxkv_, stub_bench):
+    assert jaxkv_("bench", "decode", "--batch", "1,8", "--json")[0] == 0
+    assert stub_bench == [("1,8", True)]
+    assert jaxkv_("bench", "decode", "--batch", "2")[0] == 2
+    jaxkv_.error("bench", "decode", "--batch", "0")
+    code, out, _ = jaxkv_("bench", "decode", "--help")
+    assert code == 0 and "jaxkv bench decode" in out
+
+
+@pytest.fixture
+def cache_options():
+    """The options of JAX's compilation cache, put back afterwards."""
+    names = (
+        "jax_compilation_cache_dir",
+        "jax_persistent_cache_min_compile_time_secs",
+        "jax_persistent_cache_min_entry_size_bytes",
+    )
+    before = {name: getattr(jax.config, name) for name in names}
+    yield names[0]
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+def test_a_users_compilation_cache_is_left_alone(cache_options, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "ours"))
+    jax.config.update(cache_options, str(tmp_path / "theirs"))
+    cli._use_compilation_cache()
+    assert jax.config.jax_compilation_cache_dir == str(tmp_path / "theirs")
+    assert not (tmp_path / "ours").exists()
+
+
+def test_a_home_that_cannot_be_written(cache_options, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    jax.config.update(cache_options, None)
+    cli._use_compilation_cache()
+    assert jax.config.jax_compilation_cache_dir is None
+
+
+@pytest.mark.slow
+def test_processes(tiny, tmp_path):
+    """A cold run fills the cache; a warm one meets a reader that has gone."""
+    program = [
+        sys.executable,
+        "-c",
+        "from jaxkv.cli.main import main; raise SystemExit(main())",
+    ]
+    command = [*program, "generate", str(tiny), "--prompt", PROMPT, "--json"]
+    settings = {
+        "stdin": subprocess.DEVNULL,
+        "stderr": subprocess.PIPE,
+        # Buffered, as for users; unbuffered, nothing would be left for the end.
+        "env": os.environ | {"XDG_CACHE_HOME": str(tmp_path), "PYTHONUNBUFFERED": ""},
+        "text": True,
+        # In the repository `python -c` would find the folder, not the package.
+        "cwd": tmp_path,
+    }
+    cold = subprocess.run(command, stdout=subprocess.PIPE, check=True, **settings)
+    assert len(records(cold.stdout)) == 1
+    assert cold.stderr.count("\n") == 1, cold.stderr
+    assert len(list((tmp_path / "jaxkv" / "xla").iterdir())) > 2
+    # The JSON is flushed as it is printed, the version at the end.
+    for arguments in (command, [*command[:3], "--version"]):
+        read_end, write_end = os.pipe()
+        os.close(read_end)
+        gone = subprocess.run(arguments, stdout=write_end, check=False, **settings)
+        os.close(write_end)
+        assert (gone.returncode, gone.stderr) == (1, "")

@@ -1,0 +1,215 @@
+"""Bad input of every command: one line on stderr, exit code 2, no traceback."""
+
+import io
+import shutil
+import sys
+
+import jax
+import pytest
+
+from jaxkv.cli import generate_command
+
+SMALL = ["--budget", "16", "--prefill", "streaming-llm", "--decode", "streaming-llm"]
+
+
+@pytest.fixture
+def stdin(monkeypatch):
+    def feed(content: bytes):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+
+    return feed
+
+
+BAD_GENERATE = {
+    "empty prompt": (["--prompt", ""], "--prompt 1: the prompt is empty"),
+    "blank prompt": (["--prompt", " \n"], "empty"),
+    "long prompt": (["--prompt", "a 1 " * 3000], "made for 2048; shorten"),
+    "long output": (["--prompt=x", "--max-new-tokens=9999"], "made for 2048"),
+    "no output": (["--prompt=x", "--max-new-tokens=0"], "--max-new-tokens"),
+    "small budget": (["--prompt=x", *SMALL, "--budget=4"], "at least 5"),
+    "no budget": (
+        ["--prompt=x", "--decode=streaming-llm"],
+        "--decode streaming-llm evicts and needs --budget.",
+    ),
+    "no budget of prompts": (
+        ["--prompt=x", "--prefill=snapkv"],
+        "evicts and needs --budget or --compression-ratio.",
+    ),
+    "budget without policy": (["--prompt", "a " * 50, "--budget=9"], "StreamingLLM"),
+    "zero budget": (["--prompt=x", "--budget=0"], "--budget"),
+    "two budgets": (
+        ["--prompt=x", *SMALL, "--compression-ratio=.5"],
+        "compression_ratio=, not both",
+    ),
+    "ratio": (["--prompt=x", "--compression-ratio=2"], "[0, 1)"),
+    "huge n_sink": (
+        ["--prompt=x", "--budget=16", f"--decode=streaming-llm:n_sink={2**40}"],
+        "n_sink",
+    ),
+    "policy": (["--prompt=x", "--prefill=magic"], "--prefill: unknown 'magic'"),
+    "policy's option": (["--prompt=x", "--decode=full:a=1"], "no option of full"),
+    "dtype": (["--prompt=x", "--dtype=int3"], "float32"),
+    "negative seed": (["--prompt=x", "--seed=-1"], "--seed"),
+    "word for a number": (["--prompt=x", "--seed=abc"], "--seed"),
+    "temperature": (["--prompt=x", "--temperature=-1"], "temperature must be > 0"),
+    "nan": (["--prompt=x", "--temperature=nan"], "temperature must be > 0"),
+    "top_p": (["--prompt=x", "--temperature=1", "--top-p=2"], "top_p"),
+    "top_k": (["--prompt=x", "--temperature=1", "--top-k=-2"], "top_k"),
+    "idle min_p": (["--prompt=x", "--min-p=.1"], "--min-p does nothing"),
+    "penalty": (["--prompt=x", "--repetition-penalty=0"], "repetition_penalty"),
+    "stop id": (["--prompt=x", f"--stop-id={2**40}"], "--stop-id"),
+    "triton": (["--prompt=x", "--decode-implementation=triton"], "NVIDIA GPU"),
+    "kernel": (["--prompt=x", "--decode-implementation=magic"], "implementation"),
+    "stream": (["--prompt=x", "--stream", "--json"], "--stream takes one prompt"),
+    "no file": (["--prompt-file=/no/such/file"], "/no/such/file: No such file"),
+    "folder": (["--prompt-file=/"], "/: Is a directory"),
+    "unknown flag": (["--prompt=x", "--frobnicate"], "--frobnicate"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_GENERATE)
+def test_bad_input_of_generate(jaxkv_, tiny, case):
+    arguments, message = BAD_GENERATE[case]
+    assert message in jaxkv_.error("generate", tiny, *arguments)
+
+
+BEFORE_LOADING = {
+    "prefill": (["--budget=16", f"--prefill=dapq:seed={2**64}"], "DapQ: seed must be"),
+    "decode": (["--budget=16", f"--decode=vatp:n_sink={2**40}"], "n_sink must be"),
+    "sampler": (["--temperature=1", f"--top-k={2**40}"], "top_k must be between"),
+    "drafts": ([f"--speculate=tree:depth={2**40}"], "Tree: depth must be between"),
+    "rule": (["--speculate=tree", f"--accept=top-k:k={2**40}"], "TopK: k must be"),
+    "deletion": (
+        ["--budget=16", "--decode=longflow:score=deletion", "--speculate=tree"],
+        "any score but deletion",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BEFORE_LOADING)
+def test_options_are_checked_before_a_model_is_loaded(jaxkv_, case):
+    arguments, message = BEFORE_LOADING[case]
+    error = jaxkv_.error("generate", "no/model", "--prompt=x", *arguments)
+    assert message in error
+
+
+BAD_FILES = {
+    "latin.txt": (b"caf\xe9", "latin.txt is not UTF-8 text (byte 3 is 0xe9)"),
+    "empty.txt": (b"\n", "empty.txt: the prompt is empty"),
+    "none.jsonl": (b"\n", "none.jsonl: holds no prompt"),
+    "broken.jsonl": (b'{"prompt": "a"}\n{', "broken.jsonl:2: not valid JSON"),
+    "key.jsonl": (b'{"text": "a"}', 'key.jsonl:1: expected an object with "prompt"'),
+    "list.jsonl": (b"[1]", "list.jsonl:1: expected"),
+    "bool.jsonl": (b'{"prompt": [true]}', "bool.jsonl:1: expected"),
+    "id.jsonl": (b'{"prompt": [5000]}', "outside [0, 4096)"),
+    "no_ids.jsonl": (b'{"prompt": []}', "no_ids.jsonl:1: the prompt is empty"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_bad_files(jaxkv_, tiny, tmp_path, name):
+    content, message = BAD_FILES[name]
+    (tmp_path / name).write_bytes(content)
+    flag = f"--prompt-file={tmp_path / name}"
+    assert message in jaxkv_.error("generate", tiny, flag)
+
+
+def test_bad_standard_input(jaxkv_, tiny, stdin, monkeypatch):
+    stdin(b"")
+    assert "standard input: the prompt" in jaxkv_.error("generate", tiny)
+    stdin(b"\xff")
+    assert "standard input is not UTF-8" in jaxkv_.error("generate", tiny)
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
+    assert "no prompt" in jaxkv_.error("generate", tiny)
+
+
+BAD_COMMANDS = {
+    "unknown command": (["frobnicate"], "frobnicate"),
+    "unknown model": (["generate", "no/model", "--prompt=x"], "no/model"),
+    "no model name": (["generate", "no such model", "--prompt=x"], "neither"),
+    "demo too short": (["demo", "{tiny}", "--length=100"], "--length"),
+    "unknown task": (["eval", "{tiny}", "--tasks=vt,sudoku"], "'sudoku'; choose"),
+    "bad length": (["eval", "{tiny}", "--lengths=64,-1"], "--lengths takes"),
+    "short task": (["eval", "{tiny}", "--tasks=vt", "--lengths=20"], "length >="),
+    "no samples": (["eval", "{tiny}", "--samples=0"], "--samples"),
+    "eval seed": (["eval", "{tiny}", "--seed=-3"], "--seed"),
+    "eval on a file": (["eval", "{tiny}", "--out={file}"], "File exists"),
+    "eval below a file": (["eval", "{tiny}", "--out={file}/a"], "Not a directory"),
+    "steps": (["train", "{tmp}/out", "--steps-scale=0"], "--steps-scale"),
+    "convert where": (["convert", "{tiny}"], "OUT"),
+    "convert to a file": (["convert", "{tiny}", "{file}"], "not a folder"),
+    "convert what": (["convert", "{tmp}", "{tmp}/out"], "config.json"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_COMMANDS)
+def test_bad_input_of_commands(jaxkv_, tiny, tmp_path, case):
+    arguments, message = BAD_COMMANDS[case]
+    (tmp_path / "file").write_text("")
+    places = {"tiny": tiny, "tmp": tmp_path, "file": tmp_path / "file"}
+    error = jaxkv_.error(*(argument.format(**places) for argument in arguments))
+    assert message.lower() in error.lower()
+
+
+def test_truncated_checkpoint(jaxkv_, tiny, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny, broken)
+    (shard,) = broken.glob("*.safetensors")
+    shard.write_bytes(shard.read_bytes()[:-100])
+    error = jaxkv_.error("generate", broken, "--prompt=x")
+    assert shard.name in error
+
+
+@pytest.fixture
+def failing(monkeypatch):
+    """Let the generation of every prompt raise an exception."""
+
+    def fail(error):
+        def generate(*_, **__):
+            raise error
+
+        monkeypatch.setattr(generate_command, "generate", generate)
+
+    return fail
+
+
+def test_out_of_memory_says_what_to_lower(jaxkv_, tiny, failing):
+    failing(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory\n9 GiB"))
+    error = jaxkv_.error("generate", tiny, "--prompt=x")
+    assert "out of memory; lower --batch-size" in error
+    failing(MemoryError())
+    assert "out of memory" in jaxkv_.error("generate", tiny, "--prompt=x")
+
+
+def test_full_disk(jaxkv_, tiny, failing):
+    failing(OSError(28, "No space left on device", "/full/file"))
+    error = jaxkv_.error("generate", tiny, "--prompt=x")
+    assert "/full/file: No space left on device" in error
+
+
+def test_interrupt(jaxkv_, tiny, failing):
+    failing(KeyboardInterrupt())
+    assert jaxkv_("generate", tiny, "--prompt=x") == (130, "", "")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [TypeError("ours"), KeyError("ours"), jax.errors.JaxRuntimeError("INTERNAL: ours")],
+)
+def test_faults_of_ours_keep_their_traceback(jaxkv_, tiny, failing, error):
+    failing(error)
+    with pytest.raises(type(error), match="ours"):
+        jaxkv_("generate", tiny, "--prompt=x")
+
+
+def test_debug_shows_where_an_error_comes_from(jaxkv_, tiny):
+    with pytest.raises(ValueError, match="made for 2048"):
+        jaxkv_("--debug", "generate", tiny, "--prompt=x", "--max-new-tokens=9999")
+
+
+def test_missing_device(jaxkv_, tiny, monkeypatch):
+    def devices():
+        raise RuntimeError("Unable to initialize backend 'cuda'")
+
+    monkeypatch.setattr(jax, "devices", devices)
+    assert "no device" in jaxkv_.error("generate", tiny, "--prompt=x")

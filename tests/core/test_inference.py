@@ -1,0 +1,130 @@
+"""`jaxkv.generate`: what it refuses, streaming, seeds and buckets."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+import jaxkv
+from jaxkv.evaluation import card
+from jaxkv.inference import bucket
+from jaxkv.models.decoder import Decoder
+
+
+@pytest.fixture(scope="module")
+def lm():
+    return jaxkv.load("needle")
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "message"),
+    [
+        ([], {}, "no prompts"),
+        ([""], {}, "prompt 0 is empty"),
+        ([[]], {}, "prompt 0 has no tokens"),
+        ([[5, 4096]], {}, "token ids outside"),
+        (["a"], dict(max_new_tokens=0), "max_new_tokens must be >= 1"),
+        (["a"], dict(block=0), "block must be >= 1"),
+        (["a"], dict(max_new_tokens=20_000), "positions"),
+        (["a"], dict(budget=0), "budget must be at least 1"),
+        (["a"], dict(budget=8, compression_ratio=0.5), "not both"),
+        (["a"], dict(compression_ratio=1.0), "fraction removed"),
+        (["a"], dict(seed=[1, 2]), "got 2 seeds for 1 prompts"),
+        (["a b c d e f g"], dict(budget=2), "keeps all of them"),
+        (["a"], dict(decode=jaxkv.StreamingLLM()), "needs a budget"),
+        (["a"], dict(budget=4, decode=jaxkv.StreamingLLM()), "leaves no slot"),
+        (["a"], dict(pool=[(0, 1)]), "pool= does nothing without speculate="),
+        (["a"], dict(pool=[], speculate=jaxkv.Tree()), "got 0 spans"),
+        (["a"], dict(pool=[(1, 9)], speculate=jaxkv.Tree()), "must lie within"),
+        (["a"], dict(pool=5, speculate=jaxkv.Tree()), "one span .* per prompt, got 5"),
+        (
+            ["a"],
+            dict(pool=np.array(5), speculate=jaxkv.Tree()),
+            "one span .* got array",
+        ),
+        (["a"], dict(budget=[[1], [2, 3]]), r"budget.0. must be a whole .*, got \[1\]"),
+        (["a"], dict(budget="9"), "budget must be a whole number, got '9'"),
+        (["a"], dict(seed=[[1], [2, 3]]), "got 2 seeds for 1 prompts"),
+        (["a"], dict(on_tokens=3), "on_tokens= takes a function .*, got 3"),
+        (["a"], dict(pool=[(0, 1, 2)], speculate=jaxkv.Tree()), "is two numbers"),
+        (["a"], dict(pool=[(0, 0.5)], speculate=jaxkv.Tree()), "be a whole number"),
+        (["a"], dict(pool=[None], speculate=jaxkv.Tree()), "a list of whole numbers"),
+        (["a"], dict(accept=jaxkv.TopK()), "does nothing without drafts"),
+        (
+            ["a"],
+            dict(budget=4, decode=jaxkv.StreamingLLM(n_sink=-1)),
+            "n_sink must be >= 0",
+        ),
+    ],
+)
+def test_bad_input_is_named(lm, prompts, options, message):
+    with pytest.raises(ValueError, match=message):
+        jaxkv.generate(lm, prompts, **options)
+
+
+def test_a_vocabulary_beyond_int32_is_refused(lm):
+    config = dataclasses.replace(lm.config, vocab_size=2**31)
+    large = dataclasses.replace(lm, network=Decoder(config))
+    with pytest.raises(ValueError, match="token ids are int32"):
+        jaxkv.generate(large, ["a"])
+
+
+@pytest.mark.slow
+def test_the_pool_says_what_is_copied(lm):
+    sample = card.draw(
+        card.Cell(task="quote", length=512),
+        lambda text: len(lm.tokenizer(text)["input_ids"]),
+        seed=card.DEVELOPMENT_SEED,
+        index=0,
+    )
+    length = len(lm.tokenizer(sample.prompt)["input_ids"])
+    drafts = [
+        jaxkv.generate(
+            lm,
+            sample.prompt,
+            max_new_tokens=16,
+            speculate=jaxkv.PromptLookup(include_output=False, break_even=0.0),
+            pool=[span],
+        ).stats.drafts
+        for span in ((0, 1), (0, length))
+    ]
+    assert drafts[0].drafted == 0 < drafts[1].accepted
+    assert drafts[0].steps > drafts[1].steps
+
+
+def test_streamed_blocks_are_the_output(lm):
+    prompts = ["The grass is green. The sky", "Here we go."]
+    plain = jaxkv.generate(lm, prompts, max_new_tokens=20, stop_ids=[])
+    blocks = [[], []]
+
+    def collect(new):
+        for row, tokens in zip(blocks, new, strict=True):
+            row.extend(tokens)
+
+    jaxkv.generate(
+        lm, prompts, max_new_tokens=20, stop_ids=[], on_tokens=collect, block=6
+    )
+    assert tuple(map(tuple, blocks)) == plain.tokens
+
+
+@pytest.mark.slow
+def test_seeds_decide_draws(lm):
+    sampler = jaxkv.Categorical(temperature=2.0)
+
+    def draw(prompts, seed):
+        out = jaxkv.generate(
+            lm, prompts, max_new_tokens=12, sampler=sampler, seed=seed, stop_ids=[]
+        )
+        return out.tokens
+
+    first = draw(["Here we go."] * 2, [7, 8])
+    assert first == draw(["Here we go."] * 2, [7, 8])
+    assert first[0] != first[1]
+    assert draw(["Here we go."], [8])[0] == first[1]
+
+
+def test_buckets_waste_at_most_half():
+    sizes = [bucket(n) for n in range(1, 5000)]
+    assert sizes == sorted(sizes)
+    assert all(n <= size for n, size in enumerate(sizes, 1))
+    assert all(size <= 1.5 * n for n, size in enumerate(sizes, 1) if n > 64)

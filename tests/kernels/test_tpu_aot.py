@@ -1,0 +1,106 @@
+"""Compiling for TPUs without a TPU: the real compilers, for described topologies.
+
+They come with libtpu (`pip install "jaxkv[tpu]"`, 0.5 GB), which CI installs last;
+without it all of this is skipped. What the kernels compute is tested elsewhere, in
+interpret mode; here only that they compile, in place, in the memory that there is.
+"""
+
+import importlib.util
+from pathlib import Path
+
+import jax.numpy as jnp
+import pytest
+
+pytest.importorskip("libtpu", reason="needs libtpu: pip install 'jaxkv[tpu]'")
+
+SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "tpu_compile.py"
+HBM = 16e9  # bytes of a v5e chip
+
+
+@pytest.fixture(scope="module")
+def script():
+    """The benchmark's functions; importing it sets what libtpu needs."""
+    spec = importlib.util.spec_from_file_location("tpu_compile", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def cache_bytes(record, numbers=1):
+    """Return what keys, values and so many numbers a slot take beside them."""
+    slots = record["B"] * record["K"] * record["S"]
+    return slots * (2 * 2 * record["H"] + 4 * numbers)
+
+
+@pytest.mark.parametrize("model", [1, 4])
+def test_longflow_compiles_in_place_on_every_topology(script, model):
+    """On one device, and with its heads and their shared victim spread over four."""
+    records = list(script.kernels(["longflow_attention"], model=model))
+    assert [r["kind"] for r in records] == list(script.TOPOLOGIES)
+    for record in records:
+        assert record["alias_bytes"] == cache_bytes(record, 2) / model  # norms
+        assert record["temp_bytes"] < (1e6 if model == 1 else 4e6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "part", ["decode_attention", "window_scores", "causal_attention"]
+)
+def test_other_kernels_compile_on_every_topology(script, part):
+    for record in script.kernels([part]):
+        if part == "decode_attention":
+            assert record["alias_bytes"] == cache_bytes(record)
+        # Splash may copy queries, keys and values into the order of its axes.
+        rows = 2 * record["T"] * (record["N"] + 2 * record["K"]) * record["H"]
+        assert record["temp_bytes"] < (2 * rows if part == "causal_attention" else 2e6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("score", ["l1", "l2", "attention"])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "slots", "head_dim", "dtype"),
+    [
+        (32, 8, 3201, 64, "bfloat16"),
+        (5, 1, 777, 96, "float32"),
+        (8, 8, 7, 256, "bfloat16"),
+        (32, 8, 131_072, 128, "bfloat16"),
+    ],
+)
+def test_longflow_compiles_at_odd_sizes(
+    script, score, heads, kv_heads, slots, head_dim, dtype
+):
+    from jaxkv.kernels.longflow_tpu import longflow_attention_tpu
+
+    mesh = script.sharding.make_mesh(devices=script.devices("v5e:2x2")[:1])
+    sizes = dict(B=3, N=heads, K=kv_heads, S=slots, H=head_dim)
+    floats = ["B N H", "B K H", "B K H", "B K S H", "B K S H"]
+    integers = ["B K", "B", "B", "B"]
+    arrays = [script.abstract(mesh, a, sizes, jnp.dtype(dtype)) for a in floats]
+    for kind in (jnp.int32, jnp.float32):  # positions and norms
+        arrays.append(script.abstract(mesh, "B K S", sizes, kind))
+    arrays += [script.abstract(mesh, a, sizes, jnp.int32) for a in integers]
+    record = script.compile_one(
+        lambda *x: longflow_attention_tpu(*x, scale=0.1, score=score, shared=False),
+        arrays,
+        mesh,
+        donate_argnums=(3, 4, 5, 6),
+    )
+    cache = kv_heads * slots * 3 * (2 * head_dim * jnp.dtype(dtype).itemsize + 8)
+    assert record["alias_bytes"] >= cache  # odd sizes are padded
+    assert record["temp_bytes"] < 2e6
+
+
+@pytest.mark.parametrize(
+    ("layers", "prompt", "budget"),
+    [(1, 1024, 512), pytest.param(36, 4096, 3200, marks=pytest.mark.slow)],
+)
+def test_generate_fits_a_slice_of_v5e(script, layers, prompt, budget):
+    """Qwen3-8B with LongFlow; all 36 layers are many minutes of compiling."""
+    record = script.generate(
+        layers, prompt=prompt, budget=budget, prefill="snapkv", decode="longflow"
+    )
+    print(record)
+    assert record["layers"] == layers
+    assert record["device_bytes"] < HBM
+    # Weights in bfloat16 over four devices; what is replicated is small.
+    assert record["argument_bytes"] < 2 * 8.2e9 / 4 * 1.02
