@@ -13,18 +13,20 @@ from jaxkv.language_model import LanguageModel, load, save
 from jaxkv.models.checkpoint import CheckpointError
 from jaxkv.options import Options
 from jaxkv.policies.base import DecodePolicy, PrefillPolicy
-from jaxkv.policies.basic_policies import Full, StreamingLLM
-from jaxkv.policies.dapq import LAQ, DapQ
-from jaxkv.policies.decode_policies import (
-    VATP,
-    H2ODecode,
-    LongFlow,
-    RandomDecode,
-    TOVADecode,
-)
+from jaxkv.policies.chance import Random, RandomDecode
+from jaxkv.policies.dapq import DapQ
 from jaxkv.policies.expected_attention import ExpectedAttention
-from jaxkv.policies.prompt_policies import H2O, TOVA, KNorm, PyramidKV, Random, SnapKV
+from jaxkv.policies.full import Full
+from jaxkv.policies.h2o import H2O, H2ODecode
+from jaxkv.policies.knorm import KNorm
+from jaxkv.policies.laq import LAQ
+from jaxkv.policies.longflow import LongFlow
+from jaxkv.policies.pyramidkv import PyramidKV
 from jaxkv.policies.rkv import RKV
+from jaxkv.policies.snapkv import SnapKV
+from jaxkv.policies.streaming_llm import StreamingLLM
+from jaxkv.policies.tova import TOVA, TOVADecode
+from jaxkv.policies.vatp import VATP
 from jaxkv.sampling import Categorical, Greedy
 from jaxkv.speculation.counts import DraftStats
 from jaxkv.speculation.drafters import Aligned, Drafter, PromptLookup, Tree

@@ -12,7 +12,7 @@ import numpy as np
 from jaxkv.fields import MOST, MOST_SEED
 from jaxkv.language_model import LanguageModel
 from jaxkv.options import Options
-from jaxkv.policies.basic_policies import Full
+from jaxkv.policies.full import Full
 
 Prompts = Sequence[str] | Sequence[Sequence[int]] | str
 

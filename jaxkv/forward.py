@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from jaxkv.attention import append_tokens, attend_cache, attend_prompt, rooms
 from jaxkv.options import Options
-from jaxkv.policies.basic_policies import Full
+from jaxkv.policies.full import Full
 from jaxkv.state import KVState
 
 Cache = tuple[KVState, ...]

@@ -25,7 +25,7 @@ from jaxkv.kernels import window_scores
 from jaxkv.language_model import LanguageModel
 from jaxkv.options import Options
 from jaxkv.policies.base import DecodePolicy, PrefillPolicy
-from jaxkv.policies.basic_policies import Full
+from jaxkv.policies.full import Full
 from jaxkv.sampling import Greedy, Sampler
 from jaxkv.speculation.counts import DraftStats, draft_stats
 from jaxkv.speculation.drafters import Drafter

@@ -7,7 +7,7 @@ from jaxkv.kernels import decode as decode_kernels
 from jaxkv.kernels import prefill as prefill_kernels
 from jaxkv.kernels import window_scores
 from jaxkv.policies.base import DecodePolicy, PrefillPolicy
-from jaxkv.policies.basic_policies import Full
+from jaxkv.policies.full import Full
 from jaxkv.sampling import Greedy, Sampler
 from jaxkv.speculation import loop as speculation
 from jaxkv.speculation.drafters import Drafter

@@ -15,7 +15,7 @@ from jaxkv.evaluation import card
 from jaxkv.evaluation.card import Cell
 from jaxkv.inference import Stats, generate
 from jaxkv.language_model import LanguageModel
-from jaxkv.policies.basic_policies import StreamingLLM
+from jaxkv.policies.streaming_llm import StreamingLLM
 from jaxkv.tasks.samples import Sample
 
 RETRIEVAL = ("niah_multikey", "niah_multiquery", "vt")

@@ -13,7 +13,7 @@ from jaxkv.kernels import prefill as prefill_kernels
 from jaxkv.language_model import LanguageModel, load
 from jaxkv.options import Options
 from jaxkv.policies.base import DecodePolicy
-from jaxkv.policies.basic_policies import Full
+from jaxkv.policies.full import Full
 from jaxkv.sampling import Categorical, Greedy, Sampler
 from jaxkv.speculation.rules import Exact
 

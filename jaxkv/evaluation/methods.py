@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from jaxkv import registry
 from jaxkv.options import Options
 from jaxkv.policies.base import DecodePolicy, PrefillPolicy
-from jaxkv.policies.basic_policies import Full
+from jaxkv.policies.full import Full
 
 FULL = "full"  # method and budget of the control that keeps everything
 

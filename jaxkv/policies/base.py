@@ -10,15 +10,12 @@ Axis letters: `B` batch, `K` key/value heads, `N` query heads, `S` slots, `P` pr
 `H` head size.
 """
 
-import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import jax
-import jax.numpy as jnp
 
-from jaxkv import state as kv
-from jaxkv.kernels import decode, tree_attention, window_scores
+from jaxkv.kernels import decode, window_scores
 from jaxkv.state import KVState
 from jaxkv.trees import DraftTree, Pending
 
@@ -245,103 +242,6 @@ class Speculable(DecodePolicy, Protocol):
         Returns:
           The output `[B, T, N, H]`, and what `trees.commit` needs.
         """
-
-
-def verify_by_depth(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    state: KVState,
-    upcoming: jax.Array,
-    drafts: DraftTree,
-    ancestors: jax.Array,
-    *,
-    implementation: decode.Implementation | None,
-) -> tuple[jax.Array, Pending]:
-    """Do `Speculable.verify` where the slots of the next tokens are known beforehand.
-
-    Args:
-      query: `[B, T, N, H]`, rotated.
-      key: `[B, T, K, H]`, rotated.
-      value: `[B, T, K, H]`.
-      state: of one layer.
-      upcoming: int32 `[B, K, D + 2]`, the slots of the next `D + 2` tokens.
-      drafts: no deeper than `D`.
-      ancestors: bool `[B, T, T]`.
-      implementation: of `DecodePolicy.attend`; `tree.counterpart` is the one used.
-
-    Returns:
-      The output and what is pending.
-    """
-    out = tree_attention.tree_attention(
-        query,
-        key,
-        value,
-        state.keys,
-        state.values,
-        state.positions,
-        upcoming,
-        drafts.depths,
-        ancestors,
-        scale=query.shape[-1] ** -0.5,
-        implementation=tree_attention.counterpart(implementation),
-    )
-    return out, Pending(key, value, upcoming)
-
-
-def attend_and_write(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    state: KVState,
-    position: jax.Array,
-    *,
-    implementation: decode.Implementation | None,
-) -> tuple[jax.Array, KVState]:
-    """Do all of `DecodePolicy.attend` but the choice: `target` stays as it is."""
-    out, keys, values, positions = decode.decode_attention(
-        query,
-        key,
-        value,
-        state.keys,
-        state.values,
-        state.positions,
-        state.target,
-        position,
-        scale=query.shape[-1] ** -0.5,
-        implementation=implementation,
-    )
-    return out, dataclasses.replace(
-        state, keys=keys, values=values, positions=positions
-    )
-
-
-def keep_top(
-    prompt: Prompt, scores: jax.Array, state: KVState, *, budget: int
-) -> KVState:
-    """Keep each head's best tokens, shared by all scoring policies.
-
-    Args:
-      prompt: the layer's prompt; `prompt.keep` says how many tokens of each row.
-      scores: float32 `[B, heads of the state, L]` for the first `L` indices of the
-        prompt, all of its real tokens among them; what others score does not matter.
-      state: empty.
-      budget: static bound of `prompt.keep`.
-
-    Returns:
-      The filled state, its tokens in the order of their positions, so that a row that
-      fits lies as it would in a full cache. Ties favour the earlier token.
-    """
-    length = scores.shape[-1]
-    real = jnp.arange(length) < prompt.lengths[:, None]
-    scores = jnp.where(real[:, None], scores, -jnp.inf)
-    _, best = jax.lax.top_k(scores, min(budget, length, state.slots))
-    rank = jnp.arange(best.shape[-1])
-    most = jnp.minimum(prompt.keep, prompt.lengths)[:, None, None]
-    # The sentinel sorts behind every token.
-    best = jnp.sort(jnp.where(rank < most, best, length), axis=-1)
-    best = jnp.where(best < length, best, kv.FREE).astype(jnp.int32)
-    return kv.gather(state, prompt.keys, prompt.values, best)
 
 
 class PlainAttention:

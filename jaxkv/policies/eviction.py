@@ -1,5 +1,9 @@
 """What the policies that evict while decoding have in common.
 
+Each puts the new token into `state.target`, attends, and names the next slot: a free
+one first, else the least important one. They differ in what importance is and in what
+is never evicted. What a policy remembers of earlier steps lies in `state.memory`.
+
 Axis letters: `B` batch, `K` key/value heads, `S` slots.
 """
 
@@ -10,9 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxkv.kernels import decode, victims
-from jaxkv.policies.base import attend_and_write
+from jaxkv.kernels import decode, tree_attention, victims
 from jaxkv.state import KVState
+from jaxkv.trees import DraftTree, Pending
 
 
 def check_room(
@@ -45,6 +49,75 @@ def num_recent(n_recent: int | float, slots: int) -> int:
     """Return how many tokens `n_recent` means; a fraction is one of `slots`."""
     fraction = isinstance(n_recent, float | np.floating)
     return int(n_recent * slots) if fraction else n_recent
+
+
+def attend_and_write(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    state: KVState,
+    position: jax.Array,
+    *,
+    implementation: decode.Implementation | None,
+) -> tuple[jax.Array, KVState]:
+    """Do all of `DecodePolicy.attend` but the choice: `target` stays as it is."""
+    out, keys, values, positions = decode.decode_attention(
+        query,
+        key,
+        value,
+        state.keys,
+        state.values,
+        state.positions,
+        state.target,
+        position,
+        scale=query.shape[-1] ** -0.5,
+        implementation=implementation,
+    )
+    return out, dataclasses.replace(
+        state, keys=keys, values=values, positions=positions
+    )
+
+
+def verify_by_depth(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    state: KVState,
+    upcoming: jax.Array,
+    drafts: DraftTree,
+    ancestors: jax.Array,
+    *,
+    implementation: decode.Implementation | None,
+) -> tuple[jax.Array, Pending]:
+    """Do `Speculable.verify` where the slots of the next tokens are known beforehand.
+
+    Args:
+      query: `[B, T, N, H]`, rotated.
+      key: `[B, T, K, H]`, rotated.
+      value: `[B, T, K, H]`.
+      state: of one layer.
+      upcoming: int32 `[B, K, D + 2]`, the slots of the next `D + 2` tokens.
+      drafts: no deeper than `D`.
+      ancestors: bool `[B, T, T]`.
+      implementation: of `DecodePolicy.attend`; `tree.counterpart` is the one used.
+
+    Returns:
+      The output and what is pending.
+    """
+    out = tree_attention.tree_attention(
+        query,
+        key,
+        value,
+        state.keys,
+        state.values,
+        state.positions,
+        upcoming,
+        drafts.depths,
+        ancestors,
+        scale=query.shape[-1] ** -0.5,
+        implementation=tree_attention.counterpart(implementation),
+    )
+    return out, Pending(key, value, upcoming)
 
 
 def start_sums(state: KVState) -> KVState:
@@ -158,13 +231,3 @@ def evict_in_bulk(
     target = victims.next_free(positions, shared=shared)
     target = jnp.where(running[:, None], target, state.target)
     return dataclasses.replace(state, positions=positions, target=target)
-
-
-def lots(positions: jax.Array, seed: int) -> jax.Array:
-    """Return a number in [0, 1) per position, float32, the same wherever it lies."""
-    x = positions.astype(jnp.uint32) ^ jnp.uint32(seed * 0x9E3779B9 % 2**32)
-    # Murmur3's finalizer: every bit of the input changes half of the output's.
-    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
-        x = (x ^ (x >> shift)) * jnp.uint32(factor)
-    x = x ^ (x >> 16)
-    return (x >> 8).astype(jnp.float32) / 2**24

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxkv.kernels.rotary import rotate, turn
-from jaxkv.policies.base import Prompt, WholePrompt, keep_top
-from jaxkv.policies.scoring import check_kept_anyway, keep_anyway
+from jaxkv.policies.base import Prompt, WholePrompt
+from jaxkv.policies.scoring import check_kept_anyway, keep_anyway, keep_top
 from jaxkv.state import KVState
 
 MOST_FUTURE = 1 << 16  # the angles of all of them are held at once

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxkv.kernels import decode
-from jaxkv.policies.base import PlainAttention, attend_and_write
-from jaxkv.policies.eviction import check_room, evict_in_bulk
+from jaxkv.policies.base import PlainAttention
+from jaxkv.policies.eviction import attend_and_write, check_room, evict_in_bulk
 from jaxkv.state import KVState
 
 

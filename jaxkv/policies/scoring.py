@@ -1,8 +1,12 @@
 """What scoring policies share: attention of a window, pooling, and tokens kept anyway.
 
-A score says how much a token of the prompt is worth to one head; `policies.keep_top`
-does the rest. Axis letters: `B` batch, `W` window, `N` query heads, `K` key/value
-heads, `T` tokens of the buffer, `L` tokens that are scored, `H` head size.
+A score says how much a token of the prompt is worth to one head; `keep_top` does the
+rest. Deviations that all share: selection is per key/value head, with the mean over its
+query heads (the papers' code often repeats keys first and selects per query head, which
+stores more); scores are float32; eviction happens once, at the end of prefill.
+
+Axis letters: `B` batch, `W` window, `N` query heads, `K` key/value heads, `T` tokens of
+the buffer, `L` tokens that are scored, `H` head size.
 """
 
 from typing import Literal
@@ -10,12 +14,42 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from jaxkv import state as kv
 from jaxkv.kernels.rotary import rotate
 from jaxkv.kernels.window_scores import Reduction, window_scores
 from jaxkv.policies.base import Prompt
+from jaxkv.state import KVState
 
 Pooling = Literal["none", "max", "avg"]
 Granularity = Literal["kv_head", "query_head"]
+
+
+def keep_top(
+    prompt: Prompt, scores: jax.Array, state: KVState, *, budget: int
+) -> KVState:
+    """Keep each head's best tokens, shared by all scoring policies.
+
+    Args:
+      prompt: the layer's prompt; `prompt.keep` says how many tokens of each row.
+      scores: float32 `[B, heads of the state, L]` for the first `L` indices of the
+        prompt, all of its real tokens among them; what others score does not matter.
+      state: empty.
+      budget: static bound of `prompt.keep`.
+
+    Returns:
+      The filled state, its tokens in the order of their positions, so that a row that
+      fits lies as it would in a full cache. Ties favour the earlier token.
+    """
+    length = scores.shape[-1]
+    real = jnp.arange(length) < prompt.lengths[:, None]
+    scores = jnp.where(real[:, None], scores, -jnp.inf)
+    _, best = jax.lax.top_k(scores, min(budget, length, state.slots))
+    rank = jnp.arange(best.shape[-1])
+    most = jnp.minimum(prompt.keep, prompt.lengths)[:, None, None]
+    # The sentinel sorts behind every token.
+    best = jnp.sort(jnp.where(rank < most, best, length), axis=-1)
+    best = jnp.where(best < length, best, kv.FREE).astype(jnp.int32)
+    return kv.gather(state, prompt.keys, prompt.values, best)
 
 
 def attention_of_window(
@@ -72,6 +106,41 @@ def attention_of_window(
     groups = heads // prompt.keys.shape[2]
     each = [scores(queries[:, :, group::groups]) for group in range(groups)]
     return jnp.stack(each, axis=2).reshape(batch, heads, length)
+
+
+def attention_of_last(
+    prompt: Prompt,
+    window: int,
+    *,
+    count: jax.Array | None = None,
+    offset: int = 0,
+) -> jax.Array:
+    """Return what the last tokens of each prompt pay to all: float32 `[B, K, T]`.
+
+    Args:
+      prompt: of one layer. One that is shorter than the window is a window as a whole.
+      window: how many last tokens, at most.
+      count: int32 `[B]`, how many of each row; None is `window`.
+      offset: positions that their queries are turned ahead by.
+    """
+    window = min(window, prompt.queries.shape[1])  # there are no more queries
+    own = jnp.minimum(prompt.lengths, window if count is None else count)
+    return attention_of_window(
+        prompt,
+        start=prompt.lengths - own,
+        window=window,
+        length=prompt.keys.shape[1],
+        count=own,
+        offset=offset,
+    )
+
+
+def window_of(prompt: Prompt, window_size: int) -> jax.Array:
+    """Return the tokens of each row's window, int32 `[B]`: one slot is left beside it.
+
+    With a budget of at least 2, none of them is 0.
+    """
+    return jnp.minimum(window_size, prompt.keep - 1)
 
 
 def pool(

@@ -17,7 +17,8 @@ from jaxkv.cli import main as cli
 from jaxkv.models import public_shapes
 from jaxkv.models.decoder import Config, Decoder, parameter_shapes, random_parameters
 from jaxkv.options import Options
-from jaxkv.policies.basic_policies import Full, StreamingLLM
+from jaxkv.policies.full import Full
+from jaxkv.policies.streaming_llm import StreamingLLM
 
 TINY = Config(
     vocab_size=10,

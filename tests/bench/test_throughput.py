@@ -22,8 +22,9 @@ from jaxkv.cli.bench_throughput import Timer, options_of, plan_cells, run_cells
 from jaxkv.evaluation import pictures
 from jaxkv.models.decoder import Config, random_parameters
 from jaxkv.options import Options
-from jaxkv.policies.basic_policies import Full, StreamingLLM
-from jaxkv.policies.decode_policies import LongFlow
+from jaxkv.policies.full import Full
+from jaxkv.policies.longflow import LongFlow
+from jaxkv.policies.streaming_llm import StreamingLLM
 
 TINY = Config(
     vocab_size=10,

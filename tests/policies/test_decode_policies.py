@@ -16,7 +16,8 @@ import pytest
 from jaxkv import RKV, VATP, H2ODecode, LongFlow, RandomDecode, TOVADecode
 from jaxkv import state as kv
 from jaxkv.kernels.longflow import token_importance
-from jaxkv.policies.eviction import evict_in_bulk, lots
+from jaxkv.policies.chance import lots
+from jaxkv.policies.eviction import evict_in_bulk
 
 BATCH, KV_HEADS, GROUPS, SLOTS, HEAD, STEPS, PROMPT = 2, 2, 2, 14, 8, 30, (9, 4)
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from jaxkv import RKV, VATP, H2ODecode, LongFlow, RandomDecode
-from jaxkv.policies.eviction import lots
+from jaxkv.policies.chance import lots
 
 
 def test_lots_are_uniform_and_depend_on_the_seed():

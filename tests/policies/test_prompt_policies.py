@@ -21,10 +21,10 @@ from jaxkv import (
 )
 from jaxkv import state as kv
 from jaxkv.kernels.rotary import rotate
-from jaxkv.policies.base import Prompt, keep_top
+from jaxkv.policies.base import Prompt
 from jaxkv.policies.expected_attention import expected_attention
-from jaxkv.policies.prompt_policies import attention_of_all, attention_of_last
-from jaxkv.policies.scoring import keep_anyway, pool
+from jaxkv.policies.h2o import attention_of_all
+from jaxkv.policies.scoring import attention_of_last, keep_anyway, keep_top, pool
 
 LOG = float(np.log(2.0))
 

@@ -1,6 +1,6 @@
-"""The two policies that look at no attention: keep all, or the first and the last.
+"""StreamingLLM: keep the first tokens and the most recent ones, in both phases.
 
-Axis letters: `B` batch, `K` key/value heads, `S` slots, `T` nodes of a draft.
+Xiao et al., arXiv 2309.17453. Axis letters: `B` batch, `K` key/value heads, `S` slots.
 """
 
 import dataclasses
@@ -8,68 +8,11 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from jaxkv import state as kv
-from jaxkv.policies.base import (
-    PlainAttention,
-    Prompt,
-    WholePrompt,
-    attend_and_write,
-    keep_top,
-    verify_by_depth,
-)
+from jaxkv.policies.base import PlainAttention, Prompt, WholePrompt
+from jaxkv.policies.eviction import attend_and_write, verify_by_depth
+from jaxkv.policies.scoring import keep_top
 from jaxkv.state import KVState
 from jaxkv.trees import Pending
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Full(WholePrompt, PlainAttention):
-    """Keep everything: the ordinary cache, and the oracle for all other policies."""
-
-    evicts = False
-    spare = 0
-    verifies = True
-
-    def check(self, budget: int) -> None:
-        """Accept any budget; the caller sees to it that everything fits."""
-
-    def compress(self, prompt: Prompt, state: KVState, *, budget: int) -> KVState:
-        """Keep the whole prompt."""
-        del budget
-        return kv.fill(state, prompt.keys, prompt.values, prompt.lengths)
-
-    def attend(
-        self, query, key, value, state, position, *, implementation=None
-    ) -> tuple[jax.Array, KVState]:
-        """Append; see `DecodePolicy.attend`.
-
-        Prefill fills slots from the first, so without eviction the next slot is free.
-        """
-        out, state = attend_and_write(
-            query, key, value, state, position, implementation=implementation
-        )
-        target = state.target + (position[:, None] >= 0)
-        return out, dataclasses.replace(state, target=target)
-
-    def verify(
-        self,
-        query,
-        key,
-        value,
-        state,
-        position,
-        drafts,
-        ancestors,
-        *,
-        depth,
-        implementation=None,
-    ) -> tuple[jax.Array, Pending]:
-        """Append; see `Speculable.verify`."""
-        del position
-        upcoming = state.target[..., None] + jnp.arange(depth + 2, dtype=jnp.int32)
-        return verify_by_depth(
-            *(query, key, value, state, upcoming, drafts, ancestors),
-            implementation=implementation,
-        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,93 @@
+"""LAQ: score the prompt with the queries of a drafted answer.
+
+Wang et al., arXiv 2505.20334. Axis letters: `B` batch, `N` drafted tokens.
+"""
+
+import dataclasses
+
+import jax
+
+from jaxkv.policies.base import Draft, Prompt, WholePrompt
+from jaxkv.policies.dapq import attention_of_pseudo
+from jaxkv.policies.scoring import (
+    Pooling,
+    check_kept_anyway,
+    check_kernel,
+    check_room_for_window,
+    check_window,
+    keep_anyway,
+    keep_top,
+)
+from jaxkv.policies.snapkv import SnapKV
+from jaxkv.state import KVState
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LAQ(WholePrompt):
+    """DapQ whose pseudo tokens are the output itself, as a cheap draft foresees it.
+
+    Wang et al., "Lookahead Q-Cache: Achieving More Consistent KV Cache Eviction via
+    Pseudo Query" (arXiv 2505.20334): evict with SnapKV, decode some tokens from what is
+    left, and evict anew with their queries in place of the window's. Here the draft
+    gives contents, `N` greedy tokens at the same budget, and a second prefill gives
+    the queries at the positions of the output, as DapQ does.
+
+    Deviations: the second pass computes the prompt anew, where the paper holds its
+    whole cache in between: twice the time, but no more memory. Nothing is kept
+    whatever it scores, so that it differs from DapQ in its contents only; `n_recent`
+    brings the paper's window of recent tokens back (LAQ++ lets it score as well).
+
+    Attributes:
+      window_size: drafted tokens `N`.
+      draft_window_size: of the SnapKV that the draft is evicted by.
+      pooling: of the scores, in both passes.
+      kernel_size: of the pooling, odd.
+      n_recent: last tokens of the prompt that stay whatever they score.
+    """
+
+    window_size: int = 32
+    draft_window_size: int = 32
+    pooling: Pooling = "max"
+    kernel_size: int = 7
+    n_recent: int = 0
+    drafts = True
+
+    @property
+    def num_pseudo(self) -> int:
+        """All that is drafted."""
+        return self.window_size
+
+    @property
+    def draft_policy(self) -> SnapKV:
+        """The eviction that the draft is decoded from."""
+        return SnapKV(
+            window_size=self.draft_window_size,
+            kernel_size=self.kernel_size,
+            pooling=self.pooling,
+        )
+
+    def check(self, budget: int) -> None:
+        """Need something to draft, and a budget that the draft can do with."""
+        check_window("LAQ", self.window_size)
+        check_window("LAQ", self.draft_window_size, option="draft_window_size")
+        check_kernel("LAQ", self.kernel_size)
+        check_room_for_window("LAQ", budget)  # of the draft
+        check_kept_anyway("LAQ", budget, n_recent=self.n_recent)
+
+    def pseudo_tokens(
+        self, tokens: jax.Array, lengths: jax.Array, *, vocab_size: int, draft: Draft
+    ) -> jax.Array:
+        """Draft the contents, int32 `[B, N]`; see `policies.PrefillPolicy`."""
+        del tokens, lengths, vocab_size
+        return draft(self.draft_policy, self.window_size)
+
+    def compress(self, prompt: Prompt, state: KVState, *, budget: int) -> KVState:
+        """Keep the best of the prompt."""
+        scores = attention_of_pseudo(
+            prompt,
+            window=self.window_size,
+            pooling=self.pooling,
+            kernel_size=self.kernel_size,
+        )
+        scores = keep_anyway(scores, prompt.lengths, n_recent=self.n_recent)
+        return keep_top(prompt, scores, state, budget=budget)
