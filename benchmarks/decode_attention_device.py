@@ -8,7 +8,6 @@ Every number is the median over calls of the loop that `jaxkv.bench.attention` h
 import dataclasses
 import functools
 import itertools
-import json
 import pathlib
 import statistics
 import time
@@ -22,6 +21,7 @@ from jaxkv.bench import attention as timing
 from jaxkv.bench.measure import copy_bandwidth
 from jaxkv.kernels.decode import decode_attention
 from jaxkv.kernels.decode_triton import Tiles, choose_tiles, decode_attention_triton
+from jaxkv.provenance import write_json
 
 # batch, heads, KV heads, slots, head size, dtype, splits (None: as shipped)
 CHECKS = [
@@ -141,7 +141,7 @@ def main(out: pathlib.Path, seconds: float = 55.0) -> None:
                 "{ratio:6.3f} {temporaries_mb:7.1f} {tiles}".format(**record),
                 flush=True,
             )
-            out.write_text(json.dumps(report, indent=1))
+            write_json(out, report)
             if time.perf_counter() > deadline:
                 break
     if any(x is False for record in report["checks"] for x in record.values()):

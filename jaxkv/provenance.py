@@ -46,13 +46,22 @@ def provenance() -> dict[str, Any]:
     }
 
 
-def write_json(path: str | os.PathLike[str], content: dict[str, Any]) -> None:
-    """Write JSON beside `path`, then rename, so that no half a file bears its name."""
+def write_whole(path: str | os.PathLike[str], text: str) -> None:
+    """Write a file of UTF-8 text in a folder that may be new.
+
+    The text goes to `<path>.partial`, which is then renamed. A crash before that leaves
+    the old file as it was; no half a file ever bears its name.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".partial")
-    beside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    beside.write_bytes(text.encode())
     beside.replace(path)
+
+
+def write_json(path: str | os.PathLike[str], content: dict[str, Any]) -> None:
+    """Write indented JSON by `write_whole`."""
+    write_whole(path, json.dumps(content, indent=2) + "\n")
 
 
 def _version(package: str) -> str | None:

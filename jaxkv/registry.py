@@ -107,6 +107,21 @@ def parse(text: str, table: Mapping[str, type], *, flag: str) -> Any:
     return make(**values)
 
 
+def split_methods(text: str) -> list[str]:
+    """Split `a:x=1,y=2,b` into `a:x=1,y=2` and `b`.
+
+    Methods and their options are both separated by commas; a part of the form
+    `option=value` goes on the method before it.
+    """
+    found: list[str] = []
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        if found and "=" in part.partition(":")[0]:
+            found[-1] += f",{part}"
+        else:
+            found.append(part)
+    return found
+
+
 def _settings(method: type) -> dict[str, Callable[..., Any]]:
     """Return the named settings of a method: its class methods."""
     return {

@@ -18,7 +18,7 @@ from rich.text import Text
 
 from jaxkv import registry
 from jaxkv.bench import compiling, measure
-from jaxkv.cli import flags
+from jaxkv.cli import flags, parsing
 from jaxkv.inference import bucket
 from jaxkv.kernels import decode as decode_kernels
 from jaxkv.language_model import NEEDLE, load
@@ -192,15 +192,11 @@ def console_of(json_: bool) -> Console:
 
 def batches_of(text: str, flag: str = "--batch") -> list[int]:
     """Return the batch sizes of a flag, or raise ValueError."""
-    try:
-        batches = [int(part) for part in text.split(",")]
-    except ValueError as error:
-        raise ValueError(
-            f"{flag} takes numbers such as 1,8,32; got {text!r}."
-        ) from error
-    if min(batches) < 1:
-        raise ValueError(f"{flag} must be at least 1, got {text!r}.")
-    return batches
+    return parsing.numbers(
+        text,
+        f"{flag} takes numbers such as 1,8,32;",
+        outside=f"{flag} must be at least 1,",
+    )
 
 
 def options_of(

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from jaxkv.bench import attention, measure
 from jaxkv.bench.attention import Layers, Shape, Step
-from jaxkv.cli import bench
+from jaxkv.cli import bench, parsing
 from jaxkv.kernels import decode as decode_kernels
 from jaxkv.provenance import provenance, write_json
 
@@ -174,14 +174,13 @@ def _compare(versions: dict[str, Any]) -> dict[str, float]:
 
 
 def _shapes(text: str, **sizes: Any) -> list[Shape]:
-    try:
-        pairs = [tuple(map(int, part.split("x"))) for part in text.split(",")]
-        shapes = [Shape(batch=batch, slots=slots, **sizes) for batch, slots in pairs]
-    except ValueError as error:
-        raise ValueError(
-            f"--shapes takes batch and slots such as 128x3200,8x3200; got {text!r}."
-        ) from error
-    if min(min(pair) for pair in pairs) < 1:
+    def read(part: str) -> Shape:
+        batch, slots = map(int, part.split("x"))
+        return Shape(batch=batch, slots=slots, **sizes)
+
+    takes = "--shapes takes batch and slots such as 128x3200,8x3200;"
+    shapes = parsing.values(text, read, takes)
+    if min(min(shape.batch, shape.slots) for shape in shapes) < 1:
         raise ValueError(f"--shapes: sizes must be at least 1, got {text!r}.")
     if sizes["heads"] % sizes["kv_heads"]:
         raise ValueError(
@@ -193,12 +192,8 @@ def _shapes(text: str, **sizes: Any) -> list[Shape]:
 
 def _versions(text: str | None, dtype: str) -> tuple[list[str], dict[str, str]]:
     """Return what is timed, and why the rest is not."""
-    wanted = list(VERSIONS) if text is None else text.split(",")
-    for name in wanted:
-        if name not in VERSIONS:
-            raise ValueError(
-                f"--versions: unknown {name!r}; choose from {', '.join(VERSIONS)}."
-            )
+    unknown = "--versions: unknown {!r}; choose from {}."
+    wanted = parsing.names(text, VERSIONS, unknown)
     reason = attention.cudnn_unavailable(dtype)
     if not reason or "cudnn" not in wanted:
         return wanted, {}

@@ -16,7 +16,7 @@ from jaxkv import generation
 from jaxkv.arguments import row_keys
 from jaxkv.bench import compiling, measure
 from jaxkv.bench.matcher import time_matcher
-from jaxkv.cli import bench, flags
+from jaxkv.cli import bench, flags, parsing
 from jaxkv.forward import Network
 from jaxkv.inference import bucket
 from jaxkv.options import Options
@@ -296,16 +296,14 @@ def _tree(size: int) -> FullTree:
 
 
 def _nodes(text: str) -> list[int]:
-    try:
-        sizes = [int(part) for part in text.split(",")]
-    except ValueError as error:
-        raise ValueError(
-            f"--nodes takes numbers such as 16,64; got {text!r}."
-        ) from error
     most = 1 + MOST["num_draft_tokens"]
-    if not all(2 <= size <= most for size in sizes):
-        raise ValueError(f"--nodes: a tree has 2 to {most} nodes, got {text!r}.")
-    return sizes
+    return parsing.numbers(
+        text,
+        "--nodes takes numbers such as 16,64;",
+        outside=f"--nodes: a tree has 2 to {most} nodes,",
+        least=2,
+        most=most,
+    )
 
 
 def _table(result: dict[str, Any]) -> Table:

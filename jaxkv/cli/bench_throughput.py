@@ -17,7 +17,6 @@ from jaxkv.bench import measure, throughput, throughput_picture
 from jaxkv.bench import throughput_report as report
 from jaxkv.bench.throughput import Work
 from jaxkv.cli import bench
-from jaxkv.evaluation.methods import split_methods
 from jaxkv.forward import Network
 from jaxkv.models.decoder import Config
 from jaxkv.options import Options
@@ -132,7 +131,7 @@ def options_of(names: str, work: Work, budget: int, kernel: Any) -> dict[str, Op
     if work.new <= work.steps:
         raise ValueError(f"--new {work.new} must exceed --steps {work.steps}.")
     found = {}
-    for name in split_methods(names):
+    for name in registry.split_methods(names):
         policy = registry.parse(name, registry.DECODE, flag="--methods")
         options = bench.options_of(budget if policy.evicts else None, name, kernel)
         found[name] = options

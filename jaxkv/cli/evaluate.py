@@ -9,7 +9,7 @@ import rich.console
 import typer
 from typer.core import TyperGroup
 
-from jaxkv.cli import flags
+from jaxkv.cli import flags, parsing
 from jaxkv.cli import sweep as cli_sweep
 from jaxkv.cli.sweep import Sweep, with_sweep
 from jaxkv.evaluation import card as evaluation
@@ -94,7 +94,7 @@ def niah(
         kind="niah",
         cells=[
             Cell(task=task, length=length, depth=depth)
-            for length in card_report.numbers("--lengths", lengths)
+            for length in parsing.positive("--lengths", lengths)
             for depth in _depths(depths)
         ],
         methods=evaluation_methods.parse_prefill_methods(methods, decode=decode),
@@ -125,7 +125,7 @@ def ruler(
     """RULER's tasks that need no corpus, by method and budget of the prompt."""
     _by_length(
         model,
-        card_report.names(tasks, evaluation.RETRIEVAL),
+        parsing.names(tasks, evaluation.RETRIEVAL),
         lengths,
         kind="ruler",
         methods=evaluation_methods.parse_prefill_methods(methods, decode=decode),
@@ -157,7 +157,7 @@ def reasoning(
     """Long answers under a budget; percentages are of prompt and answer together."""
     _by_length(
         model,
-        card_report.names(tasks, evaluation.REASONING),
+        parsing.names(tasks, evaluation.REASONING),
         lengths,
         kind="reasoning",
         methods=evaluation_methods.parse_decode_methods(methods, prefill=prefill),
@@ -287,7 +287,7 @@ def _by_length(
     """Run every task at every length; `decided` is what else an `Experiment` takes."""
     cells = [
         Cell(task=task, length=length)
-        for length in card_report.numbers("--lengths", lengths)
+        for length in parsing.positive("--lengths", lengths)
         for task in tasks
     ]
     experiment = Experiment(cells=cells, **decided, **sweep.options)
@@ -299,12 +299,6 @@ def _seed(development: bool) -> int:
 
 
 def _depths(text: str) -> list[float]:
-    try:
-        depths = [float(part) / 100 for part in text.split(",")]
-    except ValueError:
-        depths = []
-    if not depths or not all(0 <= depth <= 1 for depth in depths):
-        raise ValueError(
-            f"--depths takes per cent from 0 to 100 with commas, got {text!r}."
-        )
-    return list(dict.fromkeys(depths))
+    takes = "--depths takes per cent from 0 to 100 with commas,"
+    percent = parsing.numbers(text, takes, read=float, least=0, most=100)
+    return list(dict.fromkeys(number / 100 for number in percent))

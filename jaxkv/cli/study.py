@@ -6,9 +6,9 @@ from typing import Annotated, Any
 
 import typer
 
-from jaxkv.cli import flags, sweep
+from jaxkv.cli import flags, parsing, sweep
 from jaxkv.cli.terminal import progress
-from jaxkv.evaluation import card, card_report, folder, methods, position_study
+from jaxkv.evaluation import card, folder, methods, position_study
 from jaxkv.evaluation import questions as evaluation_questions
 from jaxkv.evaluation import tables as evaluation_tables
 from jaxkv.evaluation.card import Cell
@@ -59,7 +59,7 @@ def positions(
     _check(task, out)
     study = Study(
         tokens=tokens,
-        sizes=sorted(card_report.numbers("--sizes", sizes)),
+        sizes=sorted(parsing.positive("--sizes", sizes)),
         budgets=methods.parse_budgets(budgets),
         seed=seed,
     )

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import io
 import json
 import time
 from collections.abc import Sequence
@@ -10,13 +11,14 @@ from typing import Any
 
 import rich.table
 
+from jaxkv.cli import parsing
 from jaxkv.cli.flags import described
 from jaxkv.cli.terminal import announce, megabytes, progress
 from jaxkv.evaluation import card
 from jaxkv.evaluation.card import Cell, Prediction
 from jaxkv.evaluation.folder import write_yaml
 from jaxkv.language_model import LanguageModel
-from jaxkv.provenance import provenance, write_json
+from jaxkv.provenance import provenance, write_json, write_whole
 
 _COLUMNS = (
     "task",
@@ -62,38 +64,11 @@ def cells(tasks: str | None, lengths: str, answers: str) -> list[Cell]:
       ValueError: a task is unknown, or a length is no positive number.
     """
     known = card.RETRIEVAL + card.QUOTING + card.REASONING
-    wanted = names(tasks, known)
+    wanted = parsing.names(tasks, known)
     everything = card.default_cells(
-        numbers("--lengths", lengths), numbers("--answers", answers)
+        parsing.positive("--lengths", lengths), parsing.positive("--answers", answers)
     )
     return [cell for cell in everything if cell.task in wanted]
-
-
-def names(tasks: str | None, known: Sequence[str]) -> list[str]:
-    """Return the tasks that comma-separated names ask for, all if None.
-
-    Raises:
-      ValueError: one is not known.
-    """
-    if tasks is None:
-        return list(known)
-    wanted = list(dict.fromkeys(name.strip() for name in tasks.split(",")))
-    for name in wanted:
-        if name not in known:
-            raise ValueError(f"unknown task {name!r}; choose among {', '.join(known)}.")
-    return wanted
-
-
-def numbers(flag: str, text: str) -> list[int]:
-    """Return the positive numbers of a comma-separated flag.
-
-    Raises:
-      ValueError: a part is no positive number.
-    """
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise ValueError(f"{flag} takes positive numbers with commas, got {text!r}.")
-    return list(dict.fromkeys(map(int, parts)))
 
 
 def run(
@@ -152,16 +127,14 @@ def run(
 def write(folder: Path, report: Report) -> None:
     """Write predictions, configuration, circumstances, and at last the metrics.
 
-    Each file is written beside its name and then renamed; where `metrics.json` is, the
-    other three are complete.
+    Where `metrics.json` is, the other three are complete.
     """
     (folder / "metrics.json").unlink(missing_ok=True)  # of an earlier run
-    beside = folder / "predictions.csv.partial"
-    with open(beside, "w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, _COLUMNS)
-        writer.writeheader()
-        writer.writerows(map(_row, report.predictions))
-    beside.replace(folder / "predictions.csv")
+    text = io.StringIO()
+    writer = csv.DictWriter(text, _COLUMNS)
+    writer.writeheader()
+    writer.writerows(map(_row, report.predictions))
+    write_whole(folder / "predictions.csv", text.getvalue())
     write_yaml(folder / "config.yaml", report.config)
     write_json(folder / "run_meta.json", report.meta)
     write_json(folder / "metrics.json", {"metrics": report.metrics})

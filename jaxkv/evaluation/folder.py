@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from jaxkv.provenance import write_json
+from jaxkv.provenance import write_json, write_whole
 
 COLUMNS = (
     "method",
@@ -58,10 +58,8 @@ def safe_name(text: str) -> str:
 
 
 def write_yaml(path: Path, content: dict[str, Any]) -> None:
-    """Write YAML beside `path`, then rename, so that no half a file bears its name."""
-    beside = path.with_name(path.name + ".partial")
-    beside.write_text(yaml.safe_dump(_plain(content), sort_keys=False), "utf-8")
-    beside.replace(path)
+    """Write YAML, whole or not at all."""
+    write_whole(path, yaml.safe_dump(_plain(content), sort_keys=False))
 
 
 def _plain(content: Any) -> Any:
@@ -115,12 +113,11 @@ class Predictions:
         self.done.update(map(key, rows))
 
     def _rewrite(self, rows: Sequence[dict[str, Any]]) -> None:
-        beside = self._path.with_name(self._path.name + ".partial")
-        with open(beside, "w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            writer.writerows(rows)
-        beside.replace(self._path)
+        text = io.StringIO()
+        writer = csv.DictWriter(text, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+        write_whole(self._path, text.getvalue())
 
 
 def key(row: dict[str, Any]) -> Key:

@@ -80,21 +80,6 @@ def parse_budgets(text: str, *, flag: str = "--budgets") -> list[Budget]:
     return budgets
 
 
-def split_methods(text: str) -> list[str]:
-    """Split `a:x=1,y=2,b` into `a:x=1,y=2` and `b`.
-
-    Methods and their options are both separated by commas; a part of the form
-    `option=value` goes on the method before it.
-    """
-    found: list[str] = []
-    for part in filter(None, (part.strip() for part in text.split(","))):
-        if found and "=" in part.partition(":")[0]:
-            found[-1] += f",{part}"
-        else:
-            found.append(part)
-    return found
-
-
 def parse_prefill_methods(text: str, *, decode: str) -> list[Method]:
     """Read `--methods` that evict a prompt; all but `full` are followed by `decode`.
 
@@ -119,7 +104,7 @@ def parse_decode_methods(text: str, *, prefill: str) -> list[Method]:
 
 def _methods(text: str, table: Mapping[str, type], other, role: str) -> list[Method]:
     found = []
-    for name in split_methods(text):
+    for name in registry.split_methods(text):
         policy = registry.parse(name, table, flag="--methods")
         beside = {} if policy == Full() else other(policy)
         found.append(Method(name=name, **{role: policy}, **beside))

@@ -83,11 +83,6 @@ def test_methods_keep_their_options():
     # The control is the whole cache, whatever follows the other methods.
     assert [m.decode for m in found] == [jaxkv.Full(), *2 * [jaxkv.StreamingLLM()]]
     assert [m.bounded for m in found] == [False, True, True]
-    assert evaluation_methods.split_methods("a:x=1,y=2,b,c:z=3") == [
-        "a:x=1,y=2",
-        "b",
-        "c:z=3",
-    ]
     (found,) = evaluation_methods.parse_decode_methods(
         "streaming-llm:n_sink=1", prefill="streaming-llm"
     )

@@ -86,3 +86,8 @@ def test_named_settings_stand_before_the_options():
 def test_bad_text_says_what_is_wrong(text, message):
     with pytest.raises(ValueError, match=message):
         registry.parse(text, registry.DECODE, flag="--decode")
+
+
+def test_methods_are_split_from_one_another_and_keep_their_options():
+    found = registry.split_methods("a:x=1,y=2, b,,c:z=3")
+    assert found == ["a:x=1,y=2", "b", "c:z=3"]
