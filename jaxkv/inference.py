@@ -271,7 +271,7 @@ def generate(
                 backend, lm.dtype, length=padded, head_dim=lm.config.head_dim
             ),
             decode_implementation=decode_implementation
-            or options.decode.choose(backend),
+            or options.decode.default_implementation(backend),
             drafts=state.speculation
             and draft_stats(
                 state.speculation.counts, new_lengths.tolist(), lengths.tolist()

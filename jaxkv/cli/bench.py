@@ -263,7 +263,8 @@ def header_of(
         "dtype": jnp.dtype(dtype).name,
         "budget": options.budget,
         "decode": repr(options.decode),
-        "decode_implementation": kernel or options.decode.choose(jax.default_backend()),
+        "decode_implementation": kernel
+        or options.decode.default_implementation(jax.default_backend()),
     } | provenance()
 
 

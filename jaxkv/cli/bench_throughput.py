@@ -307,7 +307,7 @@ def _header(
             method: {
                 "decode": repr(option.decode),
                 "decode_implementation": option.decode_implementation
-                or option.decode.choose(jax.default_backend()),
+                or option.decode.default_implementation(jax.default_backend()),
                 "slots": option.num_slots(work.prompt, work.new),
             }
             for method, option in options.items()

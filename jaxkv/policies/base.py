@@ -162,7 +162,7 @@ class DecodePolicy(Protocol):
     def check(self, budget: int) -> None:
         """Raise ValueError if this policy cannot work with `budget` slots."""
 
-    def choose(self, platform: str) -> decode.Implementation:
+    def default_implementation(self, platform: str) -> decode.Implementation:
         """Return the implementation of `attend` that `None` stands for."""
 
     def begin(self, state: KVState, lengths: jax.Array) -> KVState:
@@ -247,7 +247,7 @@ class Speculable(DecodePolicy, Protocol):
 class PlainAttention:
     """What most decode policies answer: plain attention, and nothing to prepare."""
 
-    def choose(self, platform: str) -> decode.Implementation:
+    def default_implementation(self, platform: str) -> decode.Implementation:
         """Return the implementation that `None` stands for."""
         return decode.choose(platform)
 

@@ -104,7 +104,7 @@ class LongFlow:
             count=self.interval,
         )
 
-    def choose(self, platform: str) -> decode.Implementation:
+    def default_implementation(self, platform: str) -> decode.Implementation:
         """Return the implementation that `None` stands for."""
         if self.interval > 1:
             return decode.choose(platform)

@@ -51,7 +51,7 @@ class TOVADecode(PlainAttention):
     def check(self, budget: int) -> None:
         """Accept any budget."""
 
-    def choose(self, platform: str) -> decode.Implementation:
+    def default_implementation(self, platform: str) -> decode.Implementation:
         """Return the implementation that `None` stands for."""
         return longflow.choose(platform, "attention")
 
