@@ -13,7 +13,13 @@ import jax.numpy as jnp
 
 from jaxkv import state as kv
 from jaxkv.kernels import decode, prefill, window_scores
-from jaxkv.policies.base import DecodePolicy, PrefillPolicy, Prompt, Speculable
+from jaxkv.policies.base import (
+    DecodePolicy,
+    PrefillPolicy,
+    Prompt,
+    Speculable,
+    scale_of,
+)
 from jaxkv.state import KVState
 from jaxkv.trees import DraftTree
 
@@ -132,7 +138,7 @@ def attend_prompt(
     """
 
     def attend(q, k, v, room):
-        scale = q.shape[-1] ** -0.5
+        scale = scale_of(q)
         out = prefill.causal_attention(
             q, k, v, scale=scale, implementation=implementation
         )

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jaxkv.kernels import prefill
 from jaxkv.kernels.rotary import rotate
 from jaxkv.models.decoder import Decoder, rotary_frequencies
+from jaxkv.policies.base import scale_of
 
 
 class Recording(NamedTuple):
@@ -57,7 +58,7 @@ def record(
 
     def attend(q, k, v, state):
         del state
-        out = prefill.causal_attention(q, k, v, scale=q.shape[-1] ** -0.5)
+        out = prefill.causal_attention(q, k, v, scale=scale_of(q))
         plain = rotate(q, -positions[None], frequencies)[0].astype(jnp.float32)
         mean = jnp.where(is_prompt, plain, 0).sum(0) / length
         return out, (q[0, places], mean, k[0].swapaxes(0, 1))

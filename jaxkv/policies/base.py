@@ -24,6 +24,11 @@ from jaxkv.trees import DraftTree, Pending
 Draft = Callable[["PrefillPolicy", int], jax.Array]
 
 
+def scale_of(queries: jax.Array) -> float:
+    """Return what the logits of these queries `[..., H]` are multiplied by."""
+    return queries.shape[-1] ** -0.5
+
+
 class Prompt(NamedTuple):
     """One layer's view of the prompt, right after its attention.
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxkv.kernels import decode, tree_attention, victims
+from jaxkv.policies.base import scale_of
 from jaxkv.state import KVState
 from jaxkv.trees import DraftTree, Pending
 
@@ -70,7 +71,7 @@ def attend_and_write(
         state.positions,
         state.target,
         position,
-        scale=query.shape[-1] ** -0.5,
+        scale=scale_of(query),
         implementation=implementation,
     )
     return out, dataclasses.replace(
@@ -114,7 +115,7 @@ def verify_by_depth(
         upcoming,
         drafts.depths,
         ancestors,
-        scale=query.shape[-1] ** -0.5,
+        scale=scale_of(query),
         implementation=tree_attention.counterpart(implementation),
     )
     return out, Pending(key, value, upcoming)
@@ -142,7 +143,7 @@ def attend_and_sum(
         query,
         state.keys,
         state.positions,
-        scale=query.shape[-1] ** -0.5,
+        scale=scale_of(query),
         exact=implementation == "reference",
     ).mean(axis=2)
     new = jnp.arange(state.slots) == state.target[..., None]

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxkv.kernels import decode, longflow, longflow_tree
+from jaxkv.policies.base import scale_of
 from jaxkv.policies.eviction import attend_and_write, check_room, evict_in_bulk
 from jaxkv.state import KVState
 from jaxkv.trees import Pending
@@ -126,7 +127,7 @@ class LongFlow:
         """Overwrite the least contribution; see `DecodePolicy.attend`."""
         oldest = self._oldest(state, position)
         newest = position - self.n_recent
-        scale = query.shape[-1] ** -0.5
+        scale = scale_of(query)
         if self.interval == 1:
             out, keys, values, positions, norms, target = longflow.longflow_attention(
                 query,
@@ -205,7 +206,7 @@ class LongFlow:
             drafts.depths,
             n_recent=self.n_recent,
             depth=depth,
-            scale=query.shape[-1] ** -0.5,
+            scale=scale_of(query),
             score=self.score,
             shared=self.shared,
             implementation=longflow_tree.counterpart(implementation),

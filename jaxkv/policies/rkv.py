@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxkv.kernels import decode
-from jaxkv.policies.base import PlainAttention
+from jaxkv.policies.base import PlainAttention, scale_of
 from jaxkv.policies.eviction import attend_and_write, check_room, evict_in_bulk
 from jaxkv.state import KVState
 
@@ -92,7 +92,7 @@ class RKV(PlainAttention):
             query,
             state.keys,
             state.positions,
-            scale=query.shape[-1] ** -0.5,
+            scale=scale_of(query),
             exact=implementation == "reference",
         ).max(axis=2)
         # The scatter drops a row beyond the window: finished rows write nowhere.
