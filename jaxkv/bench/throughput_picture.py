@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxkv.evaluation import pictures
+from jaxkv import figures
 
 KINDS = (".png", ".svg", ".pdf")
 
@@ -15,7 +15,7 @@ def check(path: Path) -> None:
         raise ValueError(
             f"--picture takes a file that ends in {', '.join(KINDS)}; got {path}."
         )
-    pictures.require()
+    figures.require()
 
 
 def draw(path: Path, result: Mapping[str, Any]) -> None:
@@ -25,9 +25,7 @@ def draw(path: Path, result: Mapping[str, Any]) -> None:
       path: that `check` has passed.
       result: of `jaxkv bench throughput`.
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(layout="constrained", figsize=(7, 4.5))
+    figure = figures.empty(figsize=(7, 4.5))
     axes = figure.subplots()
     speeds: dict[str, dict[int, float]] = {}
     for row in result["rows"]:

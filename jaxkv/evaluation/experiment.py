@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import jax
 
+from jaxkv import figures
 from jaxkv.cli.flags import described
 from jaxkv.cli.terminal import announce, progress
 from jaxkv.evaluation import folder as evaluation_folder
@@ -155,7 +156,7 @@ def run(
         has run then.
     """
     if pictures:
-        evaluation_pictures.require()
+        figures.require()
     limit = experiment.seconds
     deadline = None if limit is None else time.monotonic() + limit
     clock = _Clock()
@@ -256,7 +257,7 @@ def write_report(folder: Path, *, pictures: bool | None) -> dict[str, Any]:
         evaluation_pictures.write_grids(drawn, rows)
     if pictures is False:
         return metrics
-    if pictures is None and not evaluation_pictures.available():
+    if pictures is None and not figures.available():
         _say(
             "no pictures without matplotlib; pip install 'jaxkv[plot]', then "
             f"jaxkv eval report {folder} --pictures"

@@ -1,31 +1,20 @@
 """Pictures of results: the length × depth heat map, and score against budget.
 
-matplotlib is an extra and is imported at the call. Each picture is written as PNG and
-as SVG; each heat map's grid also as CSV, which needs no matplotlib.
+Each picture is written as PNG and as SVG; each heat map's grid also as CSV, which
+needs no matplotlib.
 """
 
 import csv
-import importlib.util
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxkv import figures
 from jaxkv.evaluation import metrics
 from jaxkv.evaluation.folder import safe_name
 from jaxkv.evaluation.methods import FULL
 from jaxkv.evaluation.metrics import Rows
-
-
-def available() -> bool:
-    """Return whether matplotlib is installed."""
-    return importlib.util.find_spec("matplotlib") is not None
-
-
-def require() -> None:
-    """Raise ValueError if matplotlib is missing."""
-    if not available():
-        raise ValueError("pictures need matplotlib; pip install 'jaxkv[plot]'.")
 
 
 def grids(rows: Rows) -> dict[tuple[str, str], list[list[Any]]]:
@@ -68,7 +57,7 @@ def draw_heat_maps(folder: Path, rows: Rows, *, title: str) -> list[Path]:
     Raises:
       ValueError: matplotlib is missing.
     """
-    require()
+    figures.require()
     written = []
     for (method, budget), grid in grids(rows).items():
         (_, *lengths), *lines = grid
@@ -78,7 +67,7 @@ def draw_heat_maps(folder: Path, rows: Rows, *, title: str) -> list[Path]:
         ]
         flat = [value for line in values for value in line if value == value]
         size = (2.5 + 0.6 * len(lengths), 1.8 + 0.35 * len(lines))
-        figure = _figure(figsize=size)
+        figure = figures.empty(figsize=size)
         axes = figure.subplots()
         image = axes.imshow(values, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto")
         axes.set_xticks(range(len(lengths)), map(str, lengths), rotation=45)
@@ -89,7 +78,7 @@ def draw_heat_maps(folder: Path, rows: Rows, *, title: str) -> list[Path]:
         axes.set_title(f"{title}: {method}, budget {budget}, mean {mean:.1%}")
         figure.colorbar(image, label="score")
         name = f"heatmap__{safe_name(method)}__{safe_name(budget)}"
-        written += _save(figure, folder / name)
+        written += figures.save(figure, folder / name)
     return written
 
 
@@ -110,7 +99,7 @@ def draw_budgets(
     """
     records = metrics.macro(rows, column)
     lengths = sorted({record["length"] for record in records})
-    figure = _figure(figsize=(3 + 4.5 * len(lengths), 4.2))
+    figure = figures.empty(figsize=(3 + 4.5 * len(lengths), 4.2))
     panels = figure.subplots(1, len(lengths), squeeze=False, sharey=True)
     methods = dict.fromkeys(r["method"] for r in records if r["budget"] != FULL)
     styles = dict(zip(methods, _styles(), strict=False))
@@ -129,7 +118,7 @@ def draw_budgets(
     lines = [shown[name] for name in names]
     figure.legend(lines, names, loc="outside right upper", fontsize="small")
     figure.suptitle(title)
-    return _save(figure, folder / "budgets")
+    return figures.save(figure, folder / "budgets")
 
 
 def _styles() -> Iterator[dict[str, str]]:
@@ -167,20 +156,3 @@ def _panel(
             label=method,
             **styles[method],
         )
-
-
-def _figure(**options: Any) -> Any:
-    """Return an empty figure that no window system and no global state knows of."""
-    require()
-    from matplotlib.figure import Figure
-
-    return Figure(layout="constrained", **options)
-
-
-def _save(figure: Any, stem: Path) -> list[Path]:
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    # Not with_suffix: a name may have dots of its own.
-    files = [stem.with_name(f"{stem.name}.{kind}") for kind in ("png", "svg")]
-    for file in files:
-        figure.savefig(file, dpi=150)
-    return files

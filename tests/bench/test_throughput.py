@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
+from jaxkv import figures
 from jaxkv import state as kv
 from jaxkv.bench import measure, throughput
 from jaxkv.bench import throughput_report as report
@@ -19,7 +20,6 @@ from jaxkv.bench.throughput import Work, split, whole_seconds
 from jaxkv.cli import bench
 from jaxkv.cli import main as cli
 from jaxkv.cli.bench_throughput import Timer, options_of, plan_cells, run_cells
-from jaxkv.evaluation import pictures
 from jaxkv.models.decoder import Config, random_parameters
 from jaxkv.options import Options
 from jaxkv.policies.full import Full
@@ -388,7 +388,7 @@ def test_files_of_other_work_are_refused(run, tmp_path, content, message):
 
 
 def test_pictures_need_matplotlib(run, monkeypatch):
-    monkeypatch.setattr(pictures, "available", lambda: False)
+    monkeypatch.setattr(figures, "available", lambda: False)
     code, _, stderr = run(*QUICK, "--picture", "it.png")
     assert code == 2
     assert "pip install 'jaxkv[plot]'" in stderr

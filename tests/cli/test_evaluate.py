@@ -7,8 +7,9 @@ import pytest
 import yaml
 
 import jaxkv
+from jaxkv import figures
 from jaxkv.cli import evaluate
-from jaxkv.evaluation import card, experiment, sweep
+from jaxkv.evaluation import card, sweep
 from jaxkv.evaluation import folder as evaluation_folder
 from jaxkv.evaluation import questions as evaluation_questions
 from jaxkv.inference import Stats
@@ -204,7 +205,7 @@ def test_pictures_are_drawn_where_matplotlib_is(jaxkv_, tiny, tmp_path, reader):
 def test_without_matplotlib_one_line_says_so(
     jaxkv_, tiny, tmp_path, reader, monkeypatch
 ):
-    monkeypatch.setattr(experiment.evaluation_pictures, "available", lambda: False)
+    monkeypatch.setattr(figures, "available", lambda: False)
     flags = [*RULER, tiny, TWO, "--budgets=20%", "--out", tmp_path]
     code, _, err = jaxkv_(*flags)
     assert code == 0 and "no pictures without matplotlib; pip install" in err

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 
+from jaxkv import figures
 from jaxkv.evaluation import metrics, pictures, tables
 from jaxkv.tasks.samples import wilson
 
@@ -156,7 +157,7 @@ def test_grids(tmp_path):
 
 
 def test_missing_matplotlib_is_one_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(pictures.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(figures.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(ValueError, match=r"pip install 'jaxkv\[plot\]'"):
         pictures.draw_heat_maps(tmp_path, GRID, title="t")
     with pytest.raises(ValueError, match="pictures need matplotlib"):
@@ -182,12 +183,12 @@ def test_pictures(tmp_path):
 
 def test_a_method_looks_the_same_at_every_length(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
-    figures = []
-    monkeypatch.setattr(pictures, "_save", lambda figure, stem: figures.append(figure))
+    drawn = []
+    monkeypatch.setattr(figures, "save", lambda figure, stem: drawn.append(figure))
     some = [row(0.5, method=f"m{i}", length=100) for i in range(12)]
     some += [row(0.5, method=f"m{i}", length=200) for i in (11, 5, 12)]
     pictures.draw_budgets(tmp_path, some, title="t", column="score", label="s")
-    (figure,) = figures
+    (figure,) = drawn
     looks = {}
     for axes in figure.axes:
         for lines, name in zip(*axes.get_legend_handles_labels(), strict=True):
