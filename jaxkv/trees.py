@@ -95,6 +95,39 @@ def root_only(token: jax.Array, *, nodes: int) -> DraftTree:
     )
 
 
+def below_root(
+    newest: jax.Array,
+    *,
+    tokens: jax.Array,
+    parents: jax.Array,
+    depths: jax.Array,
+    valid: jax.Array,
+    kinds: jax.Array,
+) -> DraftTree:
+    """Return trees of the newest token and of drafted ones below it.
+
+    Args:
+      newest: int32 `[B]`.
+      tokens: int32 `[B, T - 1]`; what they and the others mean, see `DraftTree`.
+      parents: int32 `[B, T - 1]`; the root is 0, the first drafted token 1.
+      depths: int32 `[B, T - 1]`.
+      valid: bool `[B, T - 1]`.
+      kinds: int32 `[B, T - 1]`.
+    """
+
+    def below(root, nodes):
+        return jnp.concatenate([root[:, None].astype(nodes.dtype), nodes], axis=1)
+
+    zero = jnp.zeros_like(newest)
+    return DraftTree(
+        tokens=below(newest, tokens),
+        parents=below(zero, parents),
+        depths=below(zero, depths),
+        valid=below(zero == 0, valid),
+        kinds=below(zero, kinds),
+    )
+
+
 def ancestors(tree: DraftTree, *, depth: int) -> jax.Array:
     """Return bool `[B, T, T]`: at `[b, t, u]`, whether `u` is `t` or above it.
 

@@ -1,12 +1,109 @@
-"""What a run's drafts came to, as numbers to print."""
+"""What becomes of the drafts: counted inside the loop, summed up behind it.
+
+Axis letters: `B` batch, `T` nodes of a tree, `D` its depth.
+"""
 
 import dataclasses
 from collections.abc import Sequence
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
-from jaxkv.speculation.loop import Counts
-from jaxkv.trees import KINDS
+from jaxkv.trees import KINDS, DraftTree
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Counts:
+    """What happened to the drafts of each row, int32.
+
+    Attributes:
+      steps: `[B]`, decode steps, with a draft or without.
+      tree_steps: `[B]`, steps with a draft.
+      drafted: `[B, D]`, drafted tokens by depth, the first column being depth 1.
+      accepted: `[B, D]`, those that became output.
+      drafted_kinds: `[B, 4]`, by kind, see `trees.KINDS`.
+      accepted_kinds: `[B, 4]`.
+      unexpected: `[B]`, tokens of the prompt, the first left out, that the network had
+        not held likeliest; -1 if nobody asked.
+    """
+
+    steps: jax.Array
+    tree_steps: jax.Array
+    drafted: jax.Array
+    accepted: jax.Array
+    drafted_kinds: jax.Array
+    accepted_kinds: jax.Array
+    unexpected: jax.Array
+
+
+def none_yet(unexpected: jax.Array, *, depth: int) -> Counts:
+    """Return the counts before the first step.
+
+    Args:
+      unexpected: int32 `[B]`, see `Counts`.
+      depth: `D`.
+    """
+    row = jnp.zeros_like(unexpected)
+    by_depth = jnp.zeros((*row.shape, depth), jnp.int32)
+    by_kind = jnp.zeros((*row.shape, len(KINDS)), jnp.int32)
+    return Counts(
+        steps=row,
+        tree_steps=row,
+        drafted=by_depth,
+        accepted=by_depth,
+        drafted_kinds=by_kind,
+        accepted_kinds=by_kind,
+        unexpected=unexpected,
+    )
+
+
+def count_plain(counts: Counts, running: jax.Array) -> Counts:
+    """Count a step without drafts of the running rows, bool `[B]`."""
+    steps = counts.steps + running.astype(jnp.int32)
+    return dataclasses.replace(counts, steps=steps)
+
+
+def count_tree(
+    counts: Counts,
+    tree: DraftTree,
+    path: jax.Array,
+    accepted: jax.Array,
+    *,
+    running: jax.Array,
+    brings: jax.Array,
+) -> Counts:
+    """Count a step with trees.
+
+    Args:
+      counts: so far.
+      tree: the drafts.
+      path: int32 `[B, D + 1]`, the nodes that passed, from the root on.
+      accepted: int32 `[B]`, how many of them became output, the root not counted.
+      running: bool `[B]`, rows that took the step.
+      brings: bool `[B]`, those of them that brought a draft.
+    """
+    depth = jnp.arange(1, path.shape[1])
+    nodes = tree.valid & (tree.depths > 0) & brings[:, None]
+    on_path = brings[:, None] & (depth[None] <= accepted[:, None])  # [B, D]
+    path_kinds = jnp.take_along_axis(tree.kinds, path[:, 1:], axis=1)
+
+    def total(mask, of, values):
+        """Count where `mask` is true, apart for each value that `of` may have."""
+        found = mask[..., None] & (of[..., None] == values[None, None])
+        return found.sum(1, dtype=jnp.int32)
+
+    kinds = jnp.arange(len(KINDS))
+    return dataclasses.replace(
+        counts,
+        steps=counts.steps + running.astype(jnp.int32),
+        tree_steps=counts.tree_steps + brings.astype(jnp.int32),
+        drafted=counts.drafted + total(nodes, tree.depths, depth),
+        accepted=counts.accepted + on_path.astype(jnp.int32),
+        drafted_kinds=counts.drafted_kinds + total(nodes, tree.kinds, kinds),
+        accepted_kinds=counts.accepted_kinds + total(on_path, path_kinds, kinds),
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

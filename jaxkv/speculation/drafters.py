@@ -1,20 +1,22 @@
 """Drafts without a draft model: what followed the same words before.
 
-Each drafter is a frozen dataclass; its `draft` runs inside the compiled loop. A
-sequence here is a possible continuation of the text; sequences are merged into a tree
-in which equal beginnings are one node.
+Each drafter is a frozen dataclass; its `draft` runs inside the compiled loop.
+`matching` finds where the words occurred before, `merging` makes one tree of what
+followed them.
 
-Axis letters: `B` batch, `Q` sequences, `R` their length, `T` nodes with the root.
+Axis letters: `B` batch, `M` occurrences, `R` tokens copied from each.
 """
 
 import dataclasses
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, Protocol
 
 import jax
 import jax.numpy as jnp
 
+from jaxkv import trees
 from jaxkv.speculation import matching
 from jaxkv.speculation.matching import Context
+from jaxkv.speculation.merging import Sequences, merge
 from jaxkv.trees import ALIGNED, SAMPLED, UNALIGNED, UNCHECKED, DraftTree
 
 # The most of each option that is a number of things. Compiling takes longer with them,
@@ -99,14 +101,14 @@ class PromptLookup:
         tokens, there, _ = matching.continuations(
             context, ends, length=self.num_draft_tokens
         )
-        node = jnp.arange(1 + self.num_draft_tokens, dtype=jnp.int32)
-        shape = (ends.shape[0], len(node))
-        return DraftTree(
-            tokens=_behind_root(_newest(context), tokens[:, 0]),
-            parents=jnp.broadcast_to(jnp.maximum(node - 1, 0), shape),
-            depths=jnp.broadcast_to(node, shape),
-            valid=_behind_root(jnp.ones(shape[0], bool), there[:, 0]),
-            kinds=jnp.full(shape, UNCHECKED, jnp.int32),
+        before = jnp.arange(self.num_draft_tokens, dtype=jnp.int32)
+        return trees.below_root(
+            _newest(context),
+            tokens=tokens[:, 0],
+            parents=jnp.broadcast_to(before, tokens[:, 0].shape),
+            depths=jnp.broadcast_to(before + 1, tokens[:, 0].shape),
+            valid=there[:, 0],
+            kinds=jnp.full(tokens[:, 0].shape, UNCHECKED, jnp.int32),
         )
 
 
@@ -142,7 +144,7 @@ class Tree:
         context, sequences, _ = self.copied(context)
         return merge(_newest(context), sequences, nodes=self.num_draft_tokens)
 
-    def copied(self, context: Context) -> tuple[Context, "Sequences", jax.Array]:
+    def copied(self, context: Context) -> tuple[Context, Sequences, jax.Array]:
         """Return the context with its pool, what may be copied, and the indices."""
         if self.include_output:
             context = matching.with_output(context)
@@ -250,108 +252,6 @@ class Aligned(Tree):
         )
 
 
-class Sequences(NamedTuple):
-    """Possible continuations.
-
-    Attributes:
-      tokens: int32 `[B, Q, R]`.
-      there: bool `[B, Q, R]`; where false, all later ones of the sequence are too.
-      kinds: int32 `[B, Q, R]`, indices into `trees.KINDS`.
-      copied: bool `[B, Q]`: whether the sequence occurs in the pool. Only these are
-        counted, and they come first.
-    """
-
-    tokens: jax.Array
-    there: jax.Array
-    kinds: jax.Array
-    copied: jax.Array
-
-
-def merge(
-    newest: jax.Array, sequences: Sequences, *, nodes: int, main: int | None = None
-) -> DraftTree:
-    """Merge sequences into a tree, equal beginnings being one node.
-
-    Args:
-      newest: int32 `[B]`, the token at the root.
-      sequences: the latest first; it gives a node its kind.
-      nodes: of the tree, without the root. The most frequent ones are kept; of equally
-        frequent ones the shallower, then the later occurrence.
-      main: how many copied nodes come before those that only a sequence which is not
-        copied has; None is all of them.
-
-    Returns:
-      The trees; parents come before their children.
-    """
-    batch, number, length = sequences.tokens.shape
-    first, count = _prefixes(sequences)
-    is_node = sequences.there & (first == jnp.arange(number)[:, None])
-    depth = jnp.arange(length, dtype=jnp.int32)
-    identity = depth * number + jnp.arange(number, dtype=jnp.int32)[:, None]  # [Q, R]
-    size = length * number
-    # Less is better, and no two are equal: frequent, then shallow, then late.
-    key = (number - count) * size + identity
-    never = jnp.iinfo(jnp.int32).max
-    if main is not None:
-        frequent = _ranks(jnp.where(is_node & (count > 0), key, never))
-        own = jnp.take_along_axis(frequent, first, axis=1)
-        # A node's ancestors are the earlier tokens of its own sequence.
-        kept = jnp.cumsum((count > 0) & (own >= main), axis=2) == 0
-        group = jnp.where(count > 0, jnp.where(kept, 0, 2), jnp.where(kept, 1, 3))
-        key += group * (number + 1) * size
-    rank = _ranks(jnp.where(is_node, key, never))
-
-    # Of each rank there is one node at most, so that a sum looks it up.
-    wanted = jnp.arange(nodes, dtype=jnp.int32)[:, None]
-    hit = jnp.where(is_node, rank, -1).reshape(batch, 1, size) == wanted
-    chosen = jnp.where(hit, jnp.arange(size), 0).sum(-1)  # [B, nodes], into Q * R
-    valid = hit.any(-1)
-    sequence, at = chosen // length, chosen % length
-    rows = jnp.arange(batch)[:, None]
-    above = first[rows, sequence, jnp.maximum(at - 1, 0)]
-    parent = jnp.where(at > 0, 1 + rank[rows, above, jnp.maximum(at - 1, 0)], 0)
-    root = jnp.zeros(batch, jnp.int32)
-    return DraftTree(
-        tokens=_behind_root(
-            newest, jnp.where(valid, sequences.tokens[rows, sequence, at], 0)
-        ),
-        parents=_behind_root(root, jnp.where(valid, parent, 0)),
-        depths=_behind_root(root, jnp.where(valid, at + 1, 1)),
-        valid=_behind_root(root == 0, valid),
-        kinds=_behind_root(
-            root, jnp.where(valid, sequences.kinds[rows, sequence, at], 0)
-        ),
-    )
-
-
-def _prefixes(sequences):
-    """Return of each beginning its first sequence and how many copied ones have it.
-
-    Both int32 `[B, Q, R]`; at `[b, q, r]` they speak of the first `r + 1` tokens of
-    sequence `q`.
-    """
-    tokens, there = sequences.tokens, sequences.there
-    number, length = tokens.shape[1:]
-    running, common = True, 0
-    for r in range(length):  # of elementwise operations, which become one
-        mine, held = tokens[..., r], there[..., r]
-        running &= (mine[:, :, None] == mine[:, None]) & held[:, :, None]
-        running &= held[:, None]
-        common += running.astype(jnp.int32)  # [B, Q, Q], equal tokens from the first on
-    same = common[:, :, None] > jnp.arange(length)[:, None]  # [B, Q, R, Q]
-    order = jnp.arange(number, dtype=jnp.int32)
-    first = jnp.where(same, order, number - 1).min(-1)
-    copied = same & sequences.copied[:, None, None]
-    return first, copied.sum(-1, dtype=jnp.int32)
-
-
-def _ranks(key):
-    """Return how many keys of the row are less than each, by comparing all pairs."""
-    flat = key.reshape(key.shape[0], -1)
-    ranks = (flat[:, None] < flat[:, :, None]).sum(-1, dtype=jnp.int32)
-    return ranks.reshape(key.shape)
-
-
 def _expected(context, index):
     """Return the likeliest tokens at each index, int32 `[..., 3]`."""
     rows = jnp.arange(index.shape[0])[:, None, None]
@@ -361,11 +261,6 @@ def _expected(context, index):
 
 def _newest(context):
     return jnp.take_along_axis(context.text, context.position[:, None], axis=1)[:, 0]
-
-
-def _behind_root(root, nodes):
-    """Put the root's value before those of the nodes."""
-    return jnp.concatenate([root[:, None].astype(nodes.dtype), nodes], axis=1)
 
 
 def _check(drafter):

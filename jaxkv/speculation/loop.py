@@ -19,39 +19,15 @@ from jaxkv import trees
 from jaxkv.attention import attend_tree
 from jaxkv.kernels import tree_attention as tree_kernels
 from jaxkv.sampling import Greedy
+from jaxkv.speculation import counts, verdict
 from jaxkv.speculation import rules as acceptance
-from jaxkv.speculation import verdict
+from jaxkv.speculation.counts import Counts
 from jaxkv.speculation.drafters import Drafter
 from jaxkv.speculation.matching import Context
-from jaxkv.trees import KINDS, DraftTree
+from jaxkv.trees import DraftTree
 
 HOPE = 1.0  # accepted tokens per step that are expected of a row not yet tried
 _MEMORY = 0.75  # share of the old value in the running mean of accepted tokens
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Counts:
-    """What happened to the drafts of each row, int32.
-
-    Attributes:
-      steps: `[B]`, decode steps, with a draft or without.
-      tree_steps: `[B]`, steps with a draft.
-      drafted: `[B, D]`, drafted tokens by depth, the first column being depth 1.
-      accepted: `[B, D]`, those that became output.
-      drafted_kinds: `[B, 4]`, by kind, see `trees.KINDS`.
-      accepted_kinds: `[B, 4]`.
-      unexpected: `[B]`, tokens of the prompt, the first left out, that the network had
-        not held likeliest; -1 if nobody asked.
-    """
-
-    steps: jax.Array
-    tree_steps: jax.Array
-    drafted: jax.Array
-    accepted: jax.Array
-    drafted_kinds: jax.Array
-    accepted_kinds: jax.Array
-    unexpected: jax.Array
 
 
 @jax.tree_util.register_dataclass
@@ -143,9 +119,6 @@ def begin(
         unexpected = unexpected.sum(-1, dtype=jnp.int32)
     if pool is None:
         pool = jnp.stack([jnp.zeros_like(lengths), lengths], axis=1)
-    row = jnp.zeros(batch, jnp.int32)
-    by_depth = jnp.zeros((batch, drafter.depth), jnp.int32)
-    by_kind = jnp.zeros((batch, len(KINDS)), jnp.int32)
     return Speculation(
         text=text,
         prompt=lengths,
@@ -153,15 +126,7 @@ def begin(
         likeliest=likeliest,
         tree=trees.root_only(first, nodes=1 + drafter.num_draft_tokens),
         hope=jnp.full(batch, HOPE, jnp.float32),
-        counts=Counts(
-            steps=row,
-            tree_steps=row,
-            drafted=by_depth,
-            accepted=by_depth,
-            drafted_kinds=by_kind,
-            accepted_kinds=by_kind,
-            unexpected=unexpected,
-        ),
+        counts=counts.none_yet(unexpected, depth=drafter.depth),
     )
 
 
@@ -254,14 +219,13 @@ def _after_plain(before, g, running):
     first = s.tree.valid & (s.tree.depths == 1)
     drafted = running & first.any(-1)
     right = (first & (s.tree.tokens == g.last[:, None])).any(-1)
-    counts = dataclasses.replace(s.counts, steps=s.counts.steps + running)
     return dataclasses.replace(
         g,
         speculation=dataclasses.replace(
             s,
             text=s.text.at[rows, column].set(g.last, mode="drop"),
             hope=jnp.where(drafted, _mean(s.hope, right), s.hope),
-            counts=counts,
+            counts=counts.count_plain(s.counts, running),
         ),
     )
 
@@ -294,7 +258,7 @@ def _tree_step(network, params, g, until, stop_ids, *, options, running, brings)
         attend,
     )
     logits = network.apply({"params": params}, hidden, method="unembed")
-    picks, end, accepted = verdict.verify(
+    picks, end, accepted = verdict.decide(
         *(logits, tree, above, stop_ids),
         rule=options.accept,
         sampler=options.sampler,
@@ -320,7 +284,14 @@ def _tree_step(network, params, g, until, stop_ids, *, options, running, brings)
         for state, layer in zip(g.cache, pending, strict=True)
     )
     g = _emit(dataclasses.replace(g, cache=cache), new, stops, count)
-    return _count(g, tree, path, jnp.minimum(accepted, count), running, brings)
+    accepted = jnp.minimum(accepted, count)  # of these, those that became output
+    tried, s = running & brings, g.speculation
+    counted = counts.count_tree(
+        *(s.counts, tree, path, accepted), running=running, brings=tried
+    )
+    hope = jnp.where(tried, _mean(s.hope, accepted), s.hope)
+    s = dataclasses.replace(s, hope=hope, counts=counted)
+    return dataclasses.replace(g, speculation=s)
 
 
 def _emit(g, new, stops, count):
@@ -343,35 +314,4 @@ def _emit(g, new, stops, count):
         speculation=dataclasses.replace(
             s, text=s.text.at[rows, place].set(new, mode="drop")
         ),
-    )
-
-
-def _count(g, tree, path, accepted, running, brings):
-    """Count the step; `accepted` are the drafted tokens that became output."""
-    s = g.speculation
-    c = s.counts
-    tried = running & brings
-    depth = jnp.arange(1, path.shape[1])
-    nodes = tree.valid & (tree.depths > 0) & tried[:, None]
-    on_path = tried[:, None] & (depth <= accepted[:, None])  # [B, D]
-    kinds = jnp.arange(len(KINDS))
-    path_kinds = jnp.take_along_axis(tree.kinds, path[:, 1:], axis=1)
-
-    def total(mask):
-        return mask.sum(1, dtype=jnp.int32)
-
-    counts = dataclasses.replace(
-        c,
-        steps=c.steps + running,
-        tree_steps=c.tree_steps + tried,
-        drafted=c.drafted + total(nodes[..., None] & (tree.depths[..., None] == depth)),
-        accepted=c.accepted + on_path,
-        drafted_kinds=c.drafted_kinds
-        + total(nodes[..., None] & (tree.kinds[..., None] == kinds)),
-        accepted_kinds=c.accepted_kinds
-        + total(on_path[..., None] & (path_kinds[..., None] == kinds)),
-    )
-    hope = jnp.where(tried, _mean(s.hope, accepted), s.hope)
-    return dataclasses.replace(
-        g, speculation=dataclasses.replace(s, hope=hope, counts=counts)
     )

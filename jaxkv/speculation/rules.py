@@ -4,7 +4,7 @@ The exact rule changes nothing: a drafted token passes if it is the token that p
 decoding would have chosen there. The other rules are lossy on purpose: a token that is
 likely enough passes although the network would have chosen another.
 
-Axis letters: `B` batch, `T` nodes, `V` vocabulary, `E` stop ids.
+Axis letters: `B` batch, `T` nodes, `V` vocabulary.
 """
 
 import dataclasses
@@ -12,8 +12,6 @@ from typing import Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
-
-from jaxkv.trees import DraftTree
 
 
 class View(NamedTuple):
@@ -201,45 +199,6 @@ class Typical:
         """Return which tokens are typical."""
         threshold = jnp.minimum(self.epsilon, self.delta * jnp.exp(-view.entropy))
         return (view.probability > threshold) | view.chosen
-
-
-def view(
-    logits: jax.Array, tree: DraftTree, picks: jax.Array, stop_ids: jax.Array
-) -> View:
-    """Return what the network says of each drafted token.
-
-    Args:
-      logits: float32 `[B, T, V]`, of the token after each node.
-      tree: the drafts.
-      picks: int32 `[B, T]`, what plain decoding chooses after each node.
-      stop_ids: int32 `[E]`; those outside the vocabulary, such as -1, are none.
-
-    Returns:
-      The view, from each node's parent on its token.
-    """
-    rows = jnp.arange(logits.shape[0])[:, None]
-    total = jax.nn.logsumexp(logits, axis=-1)  # [B, T], by parent
-    top = logits.max(-1)
-    centred = logits - total[..., None]
-    entropy = -jnp.where(logits > -jnp.inf, jnp.exp(centred) * centred, 0.0).sum(-1)
-    real = (stop_ids >= 0) & (stop_ids < logits.shape[-1])
-    stops = jnp.where(real, logits[..., stop_ids], -jnp.inf).max(-1)
-    own = logits[rows, tree.parents, tree.tokens]
-
-    def parent(x):
-        return jnp.take_along_axis(x, tree.parents, axis=1)
-
-    # Only TopK asks for the rank; for the others the compiler drops this line.
-    rank = (logits[rows, tree.parents] > own[..., None]).sum(-1, dtype=jnp.int32)
-    return View(
-        chosen=tree.tokens == parent(picks),
-        probability=jnp.exp(own - parent(total)),
-        highest=jnp.exp(parent(top - total)),
-        entropy=parent(entropy),
-        rank=rank,
-        stop=jnp.exp(parent(stops - total)),
-        vocabulary=logits.shape[-1],
-    )
 
 
 def _reaches(view, threshold, rule):

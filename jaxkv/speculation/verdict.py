@@ -9,8 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxkv.sampling import Greedy, Sampler, pick_next
-from jaxkv.speculation import rules as acceptance
-from jaxkv.speculation.rules import Rule
+from jaxkv.speculation.rules import Rule, View
 from jaxkv.trees import DraftTree
 
 
@@ -29,7 +28,7 @@ class Verdict(NamedTuple):
     accepted: jax.Array
 
 
-def verify(
+def decide(
     logits: jax.Array,
     tree: DraftTree,
     above: jax.Array,
@@ -64,10 +63,49 @@ def verify(
         ok = tree.tokens == jnp.take_along_axis(picks, tree.parents, axis=1)
         merit = jnp.zeros(picks.shape)
     else:
-        view = acceptance.view(logits, tree, picks, stop_ids)
-        ok = rule.passes(view)
-        merit = jnp.log(jnp.maximum(view.probability, 1e-30))
+        viewed = view(logits, tree, picks, stop_ids)
+        ok = rule.passes(viewed)
+        merit = jnp.log(jnp.maximum(viewed.probability, 1e-30))
     return Verdict(picks, *_longest(tree, above, ok, merit))
+
+
+def view(
+    logits: jax.Array, tree: DraftTree, picks: jax.Array, stop_ids: jax.Array
+) -> View:
+    """Return what the network says of each drafted token.
+
+    Args:
+      logits: float32 `[B, T, V]`, of the token after each node.
+      tree: the drafts.
+      picks: int32 `[B, T]`, what plain decoding chooses after each node.
+      stop_ids: int32 `[E]`; those outside the vocabulary, such as -1, are none.
+
+    Returns:
+      The view, from each node's parent on its token.
+    """
+    rows = jnp.arange(logits.shape[0])[:, None]
+    total = jax.nn.logsumexp(logits, axis=-1)  # [B, T], by parent
+    top = logits.max(-1)
+    centred = logits - total[..., None]
+    entropy = -jnp.where(logits > -jnp.inf, jnp.exp(centred) * centred, 0.0).sum(-1)
+    real = (stop_ids >= 0) & (stop_ids < logits.shape[-1])
+    stops = jnp.where(real, logits[..., stop_ids], -jnp.inf).max(-1)
+    own = logits[rows, tree.parents, tree.tokens]
+
+    def parent(x):
+        return jnp.take_along_axis(x, tree.parents, axis=1)
+
+    # Only TopK asks for the rank; for the others the compiler drops this line.
+    rank = (logits[rows, tree.parents] > own[..., None]).sum(-1, dtype=jnp.int32)
+    return View(
+        chosen=tree.tokens == parent(picks),
+        probability=jnp.exp(own - parent(total)),
+        highest=jnp.exp(parent(top - total)),
+        entropy=parent(entropy),
+        rank=rank,
+        stop=jnp.exp(parent(stops - total)),
+        vocabulary=logits.shape[-1],
+    )
 
 
 def _walk(logits, tree, sampler, position, keys, seen, running):

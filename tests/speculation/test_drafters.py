@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from jaxkv.speculation import drafters, matching
-from jaxkv.speculation.drafters import Aligned, PromptLookup, Sequences, Tree
+from jaxkv.speculation import matching, merging
+from jaxkv.speculation.drafters import Aligned, PromptLookup, Tree
 from jaxkv.speculation.matching import Context
+from jaxkv.speculation.merging import Sequences
 from jaxkv.trees import ALIGNED, KINDS, SAMPLED, UNALIGNED, UNCHECKED
 
 WIDTH, PROMPT, ROWS = 24, 16, 3
@@ -135,7 +136,7 @@ def paths_of(tree, row=0):
     return found
 
 
-merge = jax.jit(drafters.merge, static_argnames=("nodes", "main"))
+merge = jax.jit(merging.merge, static_argnames=("nodes", "main"))
 
 
 @pytest.mark.parametrize("main", [None, 3])

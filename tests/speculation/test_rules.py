@@ -13,8 +13,8 @@ from jaxkv.speculation.rules import (
     TopK,
     Typical,
     View,
-    view,
 )
+from jaxkv.speculation.verdict import view
 from jaxkv.trees import DraftTree
 
 
