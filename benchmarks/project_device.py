@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import typer
 
 from jaxkv.bench.kernel_trace import trace_kernels
-from jaxkv.kernels.decode_triton import num_processors, shared_memory
 from jaxkv.kernels.pointwise import join
 from jaxkv.kernels.project import project, project_gated
 from jaxkv.kernels.project_triton import (
@@ -27,6 +26,7 @@ from jaxkv.kernels.project_triton import (
     project_triton,
     tiles_here,
 )
+from jaxkv.kernels.triton_call import num_processors, shared_memory
 from jaxkv.provenance import provenance, write_json
 
 # name, depth, columns, gated

@@ -21,7 +21,7 @@ key/value head, `S` slots, `H` head size.
 
 import dataclasses
 import functools
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,8 +29,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxkv.kernels import attend_tpu_body as body
-
-Score = Literal["l1", "l2", "attention"]
+from jaxkv.kernels.scores import ProductScore
 
 _LANES = body.LANES
 _MAX_BLOCK_BYTES = 1 << 20  # of keys; as much of values, and both are double-buffered
@@ -65,7 +64,7 @@ class Plan:
     block: int
     tile: int
     scale: float
-    score: Score | None
+    score: ProductScore | None
     shared: bool
     chooses: bool
 
@@ -106,7 +105,7 @@ def make_plan(
     keys: jax.Array,
     *,
     scale: float,
-    score: Score | None,
+    score: ProductScore | None,
     shared: bool = True,
     chooses: bool = True,
     block: int | None = None,

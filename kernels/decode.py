@@ -4,12 +4,14 @@ Axis letters: `B` batch, `N` query heads, `K` key/value heads, `S` slots, `H` he
 """
 
 import functools
-from typing import Literal, get_args
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
-from jaxkv.kernels.cache import DecodeOutput
+from jaxkv.kernels import dispatch
+from jaxkv.kernels.cache import DecodeOutput, write
+from jaxkv.kernels.decode_triton import decode_attention_triton
 from jaxkv.kernels.per_shard import per_shard
 from jaxkv.kernels.shapes import check_groups, check_shape
 
@@ -70,28 +72,7 @@ def decode_attention(
     check_groups(where, sizes["N"], sizes["K"])
     if implementation is None:
         implementation = choose(jax.default_backend(), query, keys)
-    match implementation:
-        case "reference":
-            run = _reference
-        case "xla":
-            run = _xla
-        case "triton":
-            reason = triton_unavailable()
-            if reason:
-                raise NotImplementedError(f'{where}: implementation="triton" {reason}')
-            from jaxkv.kernels.decode_triton import decode_attention_triton as run
-        case "pallas_tpu":
-            reason = tpu_unavailable()
-            if reason:
-                raise NotImplementedError(
-                    f'{where}: implementation="pallas_tpu" {reason}'
-                )
-            from jaxkv.kernels.decode_tpu import decode_attention_tpu as run
-        case _:
-            raise ValueError(
-                f"{where}: unknown {implementation=}; choose one of "
-                f"{', '.join(get_args(Implementation))} or None."
-            )
+    run = dispatch.resolve(where, implementation, _RUNS)
     run = per_shard(
         functools.partial(run, scale=scale),
         ("B N H", "B K H", "B K H", *_CACHE, "B K", "B"),
@@ -110,7 +91,7 @@ def choose(platform: str, query=None, keys=None) -> Implementation:
       query: `[B, N, H]`, or a `jax.ShapeDtypeStruct`.
       keys: `[B, K, S, H]`, likewise; without the two, those that every kernel takes.
     """
-    if platform == "gpu" and not triton_unavailable():
+    if platform == "gpu" and not dispatch.triton_unavailable():
         return "triton"
     if platform == "tpu":
         from jaxkv.kernels.attend_tpu import unsupported
@@ -118,78 +99,6 @@ def choose(platform: str, query=None, keys=None) -> Implementation:
         if query is None or not unsupported(query, keys):
             return "pallas_tpu"
     return "xla"
-
-
-def triton_unavailable() -> str:
-    """Return why the Triton version cannot run here, or an empty string."""
-    if jax.default_backend() != "gpu":
-        return f"needs an NVIDIA GPU, but JAX runs on {jax.default_backend()}."
-    device = jax.local_devices()[0]
-    capability = str(getattr(device, "compute_capability", "unknown"))
-    major = capability.partition(".")[0]  # AMD's are names such as gfx942
-    if not major.isdecimal() or int(major) < 8:
-        return (
-            "needs an NVIDIA GPU of compute capability 8.0 or above, but "
-            f"{device.device_kind} has {capability}."
-        )
-    try:
-        import jax_triton  # noqa: F401
-    except ImportError as error:
-        return f"needs jax-triton ({error}); pip install 'jaxkv[cuda13]'."
-    return ""
-
-
-def tpu_unavailable() -> str:
-    """Return why the Pallas versions cannot run here, or an empty string.
-
-    Under a mesh of TPU devices they can, wherever JAX itself runs: that is how a
-    program is compiled for TPUs on a machine that has none.
-    """
-    from jax.experimental.pallas import tpu
-
-    if tpu.is_tpu_device():
-        return ""
-    return (
-        f"needs a TPU, but JAX runs on {jax.default_backend()}, and no mesh of TPU "
-        "devices is set (jax.set_mesh)."
-    )
-
-
-def write(
-    key, value, keys, values, positions, target, position
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Put one token per row into its slot; rows whose position is -1 stay as they are.
-
-    Arguments are those of `decode_attention`.
-
-    Returns:
-      The new `keys`, `values` and `positions`.
-    """
-    where = place_of_token(target, position, keys.shape[2])
-    flags = dict(mode="drop", unique_indices=True)
-    return (
-        keys.at[where].set(key.astype(keys.dtype), **flags),
-        values.at[where].set(value.astype(values.dtype), **flags),
-        positions.at[where].set(
-            jnp.broadcast_to(position[:, None], target.shape), **flags
-        ),
-    )
-
-
-def place_of_token(target: jax.Array, position: jax.Array, slots: int):
-    """Return where a scatter that drops puts a token: nowhere in a finished row.
-
-    Args:
-      target: int32 `[B, K]`.
-      position: int32 `[B]`, -1 for finished rows, whose slot lies beyond the end.
-      slots: `S`, static.
-
-    Returns:
-      Indices of the axes `B`, `K` and `S`, which broadcast to `target`.
-    """
-    batch, kv_heads = target.shape
-    slot = jnp.where(position[:, None] < 0, slots, target)
-    return jnp.arange(batch)[:, None], jnp.arange(kv_heads)[None, :], slot
 
 
 def decode_logits(
@@ -313,6 +222,20 @@ def _xla(query, key, value, keys, values, positions, target, position, *, scale)
     out = weigh(weights, values, positions)
     out = out.reshape(query.shape).astype(query.dtype)
     return DecodeOutput(out, keys, values, positions)
+
+
+def _pallas_tpu(*arguments, **options):
+    from jaxkv.kernels.decode_tpu import decode_attention_tpu
+
+    return decode_attention_tpu(*arguments, **options)
+
+
+_RUNS = {
+    "reference": _reference,
+    "xla": _xla,
+    "triton": decode_attention_triton,
+    "pallas_tpu": _pallas_tpu,
+}
 
 
 def _contract(grouped, keys):

@@ -11,15 +11,14 @@ key/value head, `S` slots, `H` head size.
 """
 
 import dataclasses
-import inspect
 import math
-import warnings
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxkv.kernels.cache import DecodeOutput
+from jaxkv.kernels.triton_call import call, next_power_of_2, num_processors
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -180,53 +179,3 @@ def combine_warps(constants: dict[str, Any]) -> int:
     """Return the warps of one `combine_splits`: a thread has 16 numbers of a part."""
     numbers = constants["SPLITS_PAD"] * constants["HEAD_PAD"]
     return min(4, max(1, numbers // 512))
-
-
-def call(kernel, arrays, out_types, *, aliases, grid, **options):
-    """Launch through jax-triton, whichever side of its version 0.4.
-
-    Before 0.4 an aliased buffer is passed a second time, as the output in whose place
-    it is; from 0.4 on, once, as an input. So aliased outputs come last, and the last
-    parameters of a kernel, whose names start with an underscore, are theirs and not
-    used: from 0.4 on they get a constant.
-    """
-    import jax_triton
-
-    if "out_type" in inspect.signature(jax_triton.triton_call).parameters:
-        options |= {name: 0 for name in kernel.arg_names if name[0] == "_"}
-        options["out_type"] = out_types
-        # As before 0.4: a * b + c is rounded once. Triton is to change its default.
-        options["backend_options"] = {"enable_fp_fusion": True}
-    else:
-        options["out_shape"] = out_types
-    with warnings.catch_warnings():
-        # 0.4 would rather be given mutable references; 0.3 does not know them.
-        warnings.filterwarnings(
-            "ignore", "input_output_aliases is deprecated", DeprecationWarning
-        )
-        return jax_triton.triton_call(
-            *arrays,
-            kernel=kernel,
-            grid=grid,
-            input_output_aliases=aliases,
-            name=kernel.__name__,
-            **options,
-        )
-
-
-def num_processors() -> int:
-    """Return the number of streaming multiprocessors of the default GPU."""
-    return getattr(jax.local_devices()[0], "core_count", 132)
-
-
-def shared_memory() -> int:
-    """Return the bytes of shared memory that a program may have on the default GPU."""
-    capability = getattr(jax.local_devices()[0], "compute_capability", "9.0")
-    # CUDA C++ Programming Guide, technical specifications per compute capability.
-    large = {"8.0": 163, "8.7": 163, "9.0": 227, "10.0": 227, "10.3": 227}
-    return 1024 * large.get(str(capability), 99)
-
-
-def next_power_of_2(number: int) -> int:
-    """Return the least power of two that is not below `number`, which is positive."""
-    return 1 << (number - 1).bit_length()

@@ -184,7 +184,7 @@ def attend_split(
     # Outputs.
     out_ptr,  # [SPLITS, B, K, G, H], normalised within the split
     statistic_ptr,  # [SPLITS, B, K, G], log2 of the split's sum of exponentials
-    # The cache once more: see `decode_triton.call`.
+    # The cache once more: see `triton_call.call`.
     _keys_out_ptr,
     _values_out_ptr,
     _positions_out_ptr,

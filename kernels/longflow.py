@@ -9,19 +9,20 @@ key/value head, `S` slots, `H` head size.
 """
 
 import functools
-from typing import Literal, get_args
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
 
-from jaxkv.kernels import decode
-from jaxkv.kernels.cache import LongFlowOutput
+from jaxkv.kernels import decode, dispatch
+from jaxkv.kernels.cache import LongFlowOutput, write
 from jaxkv.kernels.decode import Implementation
+from jaxkv.kernels.decode_triton import decode_attention_triton
+from jaxkv.kernels.longflow_triton import longflow_attention_triton
 from jaxkv.kernels.per_shard import MESH_AXES, devices_per_row, per_shard
+from jaxkv.kernels.scores import Score, value_norms, write_norm
 from jaxkv.kernels.shapes import check_groups, check_shape
 from jaxkv.kernels.victims import all_heads, choose_victim
-
-Score = Literal["l1", "l2", "attention", "deletion"]
 
 # Least `1 - alpha` that a deletion is divided by: where one token has all of the
 # attention, float32 cannot tell the rest from 0.
@@ -117,17 +118,8 @@ def longflow_attention(
         )
     if implementation is None:
         implementation = choose(jax.default_backend(), score, query, keys)
-    run = {
-        "reference": _reference,
-        "xla": _xla,
-        "triton": _triton,
-        "pallas_tpu": _pallas_tpu,
-    }.get(implementation)
-    if run is None:
-        raise ValueError(
-            f"{where}: unknown {implementation=}; choose one of "
-            f"{', '.join(get_args(Implementation))} or None."
-        )
+    _refuse_deletion(implementation, score)
+    run = dispatch.resolve(where, implementation, _RUNS)
     spread = shared and devices_per_row() > 1
     run = per_shard(
         functools.partial(
@@ -158,41 +150,6 @@ def choose(platform: str, score: Score = "l1", query=None, keys=None) -> Impleme
       keys: `[B, K, S, H]`, likewise; without the two, those that every kernel takes.
     """
     return "xla" if score == "deletion" else decode.choose(platform, query, keys)
-
-
-def value_norms(values: jax.Array, score: Score) -> jax.Array:
-    """Return what turns the weight of a slot into its score, where that is a product.
-
-    Args:
-      values: `[..., H]`.
-      score: see `longflow_attention`.
-
-    Returns:
-      Float32 `[...]`: the norm of the values for "l1" and "l2", 1 for the others.
-    """
-    v = values.astype(jnp.float32)
-    match score:
-        case "l1":
-            return jnp.abs(v).sum(-1)
-        case "l2":
-            return jnp.sqrt(jnp.square(v).sum(-1))
-    return jnp.ones(v.shape[:-1], jnp.float32)
-
-
-def write_norm(
-    value: jax.Array,
-    norms: jax.Array,
-    target: jax.Array,
-    position: jax.Array,
-    score: Score,
-) -> jax.Array:
-    """Put the norms of new values `[B, K, H]` where the values go.
-
-    Other arguments are those of `longflow_attention`; returns the new `norms`.
-    """
-    place = decode.place_of_token(target, position, norms.shape[2])
-    new = value_norms(value, score)
-    return norms.at[place].set(new, mode="drop", unique_indices=True)
 
 
 def token_importance(
@@ -248,7 +205,7 @@ def _reference(
     It keeps the norms, but computes its own from the values.
     """
     norms = write_norm(value, norms, target, position, score)
-    keys, values, positions = decode.write(
+    keys, values, positions = write(
         key, value, keys, values, positions, target, position
     )
     out, weights, v = decode.attend_exactly(query, keys, values, positions, scale)
@@ -308,7 +265,7 @@ def _attend_and_score(
     norms = write_norm(value, norms, target, position, score)
     arguments = key, value, keys, values, positions, target, position
     if attend is None:
-        keys, values, positions = decode.write(*arguments)
+        keys, values, positions = write(*arguments)
     else:
         out, keys, values, positions = attend(query, *arguments, scale=scale)
     weights = decode.decode_weights(query, keys, positions, scale=scale)
@@ -324,41 +281,33 @@ def _attend_and_score(
     return LongFlowOutput(out, keys, values, positions, norms, target)
 
 
-def _triton(*arguments, score, axis, **options):
-    _refuse_deletion("triton", score)
-    reason = decode.triton_unavailable()
-    if reason:
-        raise NotImplementedError(
-            f'longflow_attention: implementation="triton" {reason}'
-        )
+def _triton(*arguments, axis, **options):
     if axis is not None:
         # The fused kernel chooses, and cannot ask other devices about their heads. So
         # it only attends, and the score costs a second pass over the keys.
-        from jaxkv.kernels.decode_triton import decode_attention_triton
-
         return _attend_and_score(
-            decode_attention_triton, *arguments, score=score, axis=axis, **options
+            decode_attention_triton, *arguments, axis=axis, **options
         )
-    from jaxkv.kernels.longflow_triton import longflow_attention_triton
-
-    return longflow_attention_triton(*arguments, score=score, **options)
+    return longflow_attention_triton(*arguments, **options)
 
 
-def _pallas_tpu(*arguments, score, **options):
-    _refuse_deletion("pallas_tpu", score)
-    reason = decode.tpu_unavailable()
-    if reason:
-        raise NotImplementedError(
-            f'longflow_attention: implementation="pallas_tpu" {reason}'
-        )
+def _pallas_tpu(*arguments, **options):
     from jaxkv.kernels.longflow_tpu import longflow_attention_tpu
 
-    return longflow_attention_tpu(*arguments, score=score, **options)
+    return longflow_attention_tpu(*arguments, **options)
+
+
+_RUNS = {
+    "reference": _reference,
+    "xla": _xla,
+    "triton": _triton,
+    "pallas_tpu": _pallas_tpu,
+}
 
 
 def _refuse_deletion(implementation, score):
     # It needs the finished output before the first score: a second pass over values.
-    if score == "deletion":
+    if score == "deletion" and implementation in ("triton", "pallas_tpu"):
         raise NotImplementedError(
             f'longflow_attention: implementation="{implementation}" does not do '
             'score="deletion"; use "xla", None, or another score.'

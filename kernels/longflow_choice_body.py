@@ -98,7 +98,7 @@ def finish_splits(
     # Outputs.
     out_ptr,  # [ROWS, HEADS, H]
     minima_ptr,  # [ROWS, BLOCKS, 2]
-    # See `decode_triton.call`.
+    # See `triton_call.call`.
     _target_out_ptr,
     _arrivals_out_ptr,
     HEADS: tl.constexpr,  # query heads that share the victim: N or G
@@ -174,7 +174,7 @@ def choose_victims(
     arrivals_ptr,  # [ROWS]
     # Outputs.
     minima_ptr,  # [ROWS, BLOCKS, 2]
-    # See `decode_triton.call`.
+    # See `triton_call.call`.
     _target_out_ptr,
     _arrivals_out_ptr,
     TARGETS: tl.constexpr,

@@ -10,8 +10,9 @@ from typing import Any, get_args
 import jax
 import jax.numpy as jnp
 
-from jaxkv.kernels import attend_tpu, longflow
+from jaxkv.kernels import attend_tpu
 from jaxkv.kernels.cache import LongFlowOutput
+from jaxkv.kernels.scores import ProductScore, write_norm
 from jaxkv.kernels.victims import choose_victim
 
 
@@ -29,7 +30,7 @@ def longflow_attention_tpu(
     newest: jax.Array,
     *,
     scale: float,
-    score: attend_tpu.Score = "l1",
+    score: ProductScore = "l1",
     shared: bool = True,
     axis: str | None = None,
     block: int | None = None,
@@ -77,10 +78,10 @@ def longflow_attention_tpu(
       ValueError: unknown score.
       NotImplementedError: dtypes or sizes that the kernel does not take.
     """
-    if score not in get_args(attend_tpu.Score):
+    if score not in get_args(ProductScore):
         raise ValueError(
             f"longflow_attention_tpu: unknown {score=}; choose one of "
-            f"{', '.join(get_args(attend_tpu.Score))}."
+            f"{', '.join(get_args(ProductScore))}."
         )
     plan = attend_tpu.make_plan(
         query,
@@ -98,7 +99,7 @@ def longflow_attention_tpu(
         (query, key, value, keys, values, positions),
         interpret=interpret,
     )
-    norms = longflow.write_norm(value, norms, target, position, score)
+    norms = write_norm(value, norms, target, position, score)
     if plan.chooses:
         target = last[:, :, 0]
     else:

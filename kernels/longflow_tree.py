@@ -10,12 +10,13 @@ Axis letters: `B` batch, `T` nodes, `N` query heads, `K` key/value heads, `G` qu
 heads per key/value head, `S` slots, `H` head size, `D` depth of the deepest node.
 """
 
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxkv.kernels import longflow, tree_attention
+from jaxkv.kernels import dispatch, longflow, tree_attention
+from jaxkv.kernels.scores import Score, value_norms
 from jaxkv.kernels.shapes import check_groups, check_shape
 from jaxkv.kernels.victims import choose_victim
 
@@ -53,7 +54,7 @@ def longflow_tree(
     n_recent: int,
     depth: int,
     scale: float,
-    score: longflow.Score = "l1",
+    score: Score = "l1",
     shared: bool = True,
     implementation: Implementation | None = None,
 ) -> LongFlowTreeOutput:
@@ -117,26 +118,8 @@ def longflow_tree(
     options = dict(
         n_recent=n_recent, depth=depth, scale=scale, score=score, shared=shared
     )
-    match implementation:
-        case "reference":
-            return _reference(*arguments, **options)
-        case "xla" | None:
-            return _xla(*arguments, **options)
-    raise ValueError(
-        f"{where}: unknown {implementation=}; choose one of "
-        f"{', '.join(get_args(Implementation))} or None."
-    )
-
-
-def counterpart(
-    implementation: longflow.Implementation | None,
-) -> Implementation | None:
-    """Return what goes with a kernel of plain decoding: its namesake, or the best one.
-
-    Args:
-      implementation: of `longflow.longflow_attention`.
-    """
-    return implementation if implementation in get_args(Implementation) else None
+    run = dispatch.resolve(where, implementation or "xla", _RUNS)
+    return run(*arguments, **options)
 
 
 def _reference(
@@ -234,7 +217,7 @@ def _xla(
         old=old,
         new=jnp.take_along_axis(new, along, axis=4),
         old_size=jnp.where(occupied, norms, 0),
-        new_size=longflow.value_norms(value, score).swapaxes(1, 2),
+        new_size=value_norms(value, score).swapaxes(1, 2),
     )
     at = jnp.broadcast_to(parents[:, None], (*target.shape, parents.shape[1]))
 
@@ -264,6 +247,9 @@ def _xla(
     )
     out = tree_attention.combine(old_weights, new_weights, value, values, occupied)
     return LongFlowTreeOutput(out.astype(query.dtype), slots, targets)
+
+
+_RUNS = {"reference": _reference, "xla": _xla}
 
 
 def _paths(parents, depths, depth):

@@ -12,16 +12,16 @@ key/value head, `S` slots, `H` head size.
 """
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxkv.kernels import decode_triton
 from jaxkv.kernels.cache import LongFlowOutput
-from jaxkv.kernels.decode_triton import attend_constants, call, next_power_of_2
-
-Score = Literal["l1", "l2", "attention"]
+from jaxkv.kernels.decode_triton import attend_constants
+from jaxkv.kernels.scores import ProductScore
+from jaxkv.kernels.triton_call import call, next_power_of_2, num_processors
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,7 +96,7 @@ def longflow_attention_triton(
     newest: jax.Array,
     *,
     scale: float,
-    score: Score = "l1",
+    score: ProductScore = "l1",
     shared: bool = True,
     tiles: Tiles | None = None,
 ) -> LongFlowOutput:
@@ -118,7 +118,7 @@ def longflow_attention_triton(
       keys: `[B, K, S, H]`.
       values: `[B, K, S, H]`; free slots of both may hold anything, NaN included.
       positions: int32 `[B, K, S]`, negative where a slot is free.
-      norms: float32 `[B, K, S]`, of the values; see `longflow.value_norms`.
+      norms: float32 `[B, K, S]`, of the values; see `scores.value_norms`.
       target: int32 `[B, K]`, the slot that the new token overwrites.
       position: int32 `[B]` of the new token; -1 for a finished row, which writes
         nothing, keeps its target, and whose output is finite but means nothing.
@@ -139,9 +139,7 @@ def longflow_attention_triton(
     batch, kv_heads, slots, head_dim = keys.shape
     heads = query.shape[1]
     sizes = heads, kv_heads, slots, head_dim
-    tiles = tiles or choose_tiles(
-        batch, *sizes, keys.dtype, decode_triton.num_processors()
-    )
+    tiles = tiles or choose_tiles(batch, *sizes, keys.dtype, num_processors())
     row_heads = score_heads(heads, kv_heads, shared)
     rows = batch * heads // row_heads
     stride, kept = score_stride(slots), tiles.programs or batch * kv_heads
@@ -218,7 +216,7 @@ def score_constants(
     head_dim: int,
     dtype: jax.typing.DTypeLike,
     scale: float,
-    score: Score,
+    score: ProductScore,
     shared: bool,
     tiles: Tiles,
     batch: int,

@@ -158,7 +158,7 @@ def score_split(
     statistic_ptr,  # [SPLITS, B, K, G]
     logits_ptr,  # [B, K, G, STRIDE]
     arrivals_ptr,  # [B, K / TARGETS]
-    # The cache once more: see `decode_triton.call`.
+    # The cache once more: see `triton_call.call`.
     _keys_out_ptr,
     _values_out_ptr,
     _positions_out_ptr,

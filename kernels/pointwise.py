@@ -10,27 +10,23 @@ Axis letters: `P` parts, `B` batch, `T` tokens, `D` hidden, `N` query heads, `K`
 key/value heads, `H` head size.
 """
 
-from typing import Literal, NamedTuple, get_args
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
-from jaxkv.kernels import rotary
-from jaxkv.kernels.decode import triton_unavailable
+from jaxkv.kernels import dispatch, rotary
+from jaxkv.kernels.cache import Heads
 from jaxkv.kernels.per_shard import current_mesh
+from jaxkv.kernels.pointwise_triton import (
+    add_rms_norm_triton,
+    split_and_rotate_triton,
+)
 from jaxkv.kernels.shapes import check_shape
 
 Implementation = Literal["xla", "triton"]
 
 _MOST_ROWS = 256  # beyond that XLA's fusions are as good
-
-
-class Heads(NamedTuple):
-    """Rotated queries `[B, T, N, H]`, rotated keys and values `[B, T, K, H]`."""
-
-    q: jax.Array
-    k: jax.Array
-    v: jax.Array
 
 
 def add_rms_norm(
@@ -63,13 +59,10 @@ def add_rms_norm(
     if delta is not None:
         arrays["delta"] = (delta, "P B T D")
     sizes = check_shape(where, **arrays)
-    few = sizes["B"] * sizes["T"] <= _MOST_ROWS
-    if resolve(where, implementation, prefer=few) == "triton":
-        from jaxkv.kernels.pointwise_triton import add_rms_norm_triton
-
-        return add_rms_norm_triton(x, delta, weight, eps=eps)
-    total = x if delta is None else x + join(delta, x.dtype)
-    return total, rms_norm(total, weight, eps)
+    if implementation is None:
+        implementation = choose(sizes["B"] * sizes["T"] <= _MOST_ROWS)
+    run = dispatch.resolve(where, implementation, _NORMS)
+    return run(x, delta, weight, eps=eps)
 
 
 def join(parts: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
@@ -124,23 +117,31 @@ def split_and_rotate(
             f"{num_kv_heads} heads of {head_dim} need "
             f"{(num_heads + 2 * num_kv_heads) * head_dim}."
         )
-    few = sizes["B"] * sizes["T"] <= _MOST_ROWS
-    if resolve(where, implementation, prefer=few) == "triton":
-        from jaxkv.kernels.pointwise_triton import split_and_rotate_triton
+    if implementation is None:
+        implementation = choose(sizes["B"] * sizes["T"] <= _MOST_ROWS)
+    run = dispatch.resolve(where, implementation, _ROTATIONS)
+    return run(
+        *(qkv, q_norm, k_norm, cos, sin),
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        eps=eps,
+        dtype=dtype,
+    )
 
-        return split_and_rotate_triton(
-            *(qkv, q_norm, k_norm, cos, sin),
-            num_heads=num_heads,
-            num_kv_heads=num_kv_heads,
-            eps=eps,
-            dtype=dtype,
-        )
-    heads = join(qkv, dtype).reshape(*cos.shape[:2], -1, head_dim)
-    q, k, v = jnp.split(heads, [num_heads, num_heads + num_kv_heads], axis=2)
-    if q_norm is not None:
-        q, k = rms_norm(q, q_norm, eps), rms_norm(k, k_norm, eps)
-    cos, sin = cos[:, :, None], sin[:, :, None]
-    return Heads(rotary.turn(q, cos, sin), rotary.turn(k, cos, sin), v)
+
+def choose(worth: bool) -> Implementation:
+    """Return the implementation that `None` stands for.
+
+    Under a mesh of several devices it is XLA's, which it cuts along with its arrays.
+    For a Triton call it would gather them on every device, the weights as well.
+
+    Args:
+      worth: whether Triton's version is the best one where it can run.
+    """
+    mesh = current_mesh()
+    spread = mesh is not None and mesh.size > 1
+    able = worth and not spread and not dispatch.triton_unavailable()
+    return "triton" if able else "xla"
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
@@ -150,35 +151,21 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     return (x32 * jax.lax.rsqrt(variance + eps)).astype(x.dtype) * weight
 
 
-def resolve(
-    where: str, implementation: str | None, *, prefer: bool, unable: str = ""
-) -> str:
-    """Return the implementation to run.
+def _add_rms_norm_xla(x, delta, weight, *, eps):
+    total = x if delta is None else x + join(delta, x.dtype)
+    return total, rms_norm(total, weight, eps)
 
-    Under a mesh of several devices the best one is XLA's, which it cuts along with its
-    arrays. For a Triton call it would gather them on every device, the weights as well.
 
-    Args:
-      where: the caller, for its errors.
-      implementation: by name, or None for the best one.
-      prefer: whether Triton's version is the best one where it can run.
-      unable: why it cannot take these arrays, or empty.
+def _split_and_rotate_xla(
+    qkv, q_norm, k_norm, cos, sin, *, num_heads, num_kv_heads, eps, dtype
+):
+    heads = join(qkv, dtype).reshape(*cos.shape[:2], -1, 2 * cos.shape[2])
+    q, k, v = jnp.split(heads, [num_heads, num_heads + num_kv_heads], axis=2)
+    if q_norm is not None:
+        q, k = rms_norm(q, q_norm, eps), rms_norm(k, k_norm, eps)
+    cos, sin = cos[:, :, None], sin[:, :, None]
+    return Heads(rotary.turn(q, cos, sin), rotary.turn(k, cos, sin), v)
 
-    Raises:
-      ValueError: the implementation is unknown.
-      NotImplementedError: it was named and cannot run here.
-    """
-    if implementation is None:
-        mesh = current_mesh()
-        spread = mesh is not None and mesh.size > 1
-        able = not (spread or unable or triton_unavailable())
-        return "triton" if prefer and able else "xla"
-    if implementation not in get_args(Implementation):
-        raise ValueError(
-            f"{where}: unknown {implementation=}; choose one of "
-            f"{', '.join(get_args(Implementation))} or None."
-        )
-    reason = (triton_unavailable() or unable) if implementation == "triton" else ""
-    if reason:
-        raise NotImplementedError(f'{where}: implementation="triton" {reason}')
-    return implementation
+
+_NORMS = {"xla": _add_rms_norm_xla, "triton": add_rms_norm_triton}
+_ROTATIONS = {"xla": _split_and_rotate_xla, "triton": split_and_rotate_triton}

@@ -7,8 +7,8 @@ it is the launch that costs, not the bytes.
 import jax
 import jax.numpy as jnp
 
-from jaxkv.kernels.decode_triton import call, next_power_of_2
-from jaxkv.kernels.pointwise import Heads
+from jaxkv.kernels.cache import Heads
+from jaxkv.kernels.triton_call import call, next_power_of_2
 
 
 def add_rms_norm_triton(

@@ -9,11 +9,12 @@ size.
 
 import functools
 import math
-from typing import Literal, get_args
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
+from jaxkv.kernels import dispatch
 from jaxkv.kernels.per_shard import per_shard
 from jaxkv.kernels.shapes import check_groups, check_shape
 
@@ -57,13 +58,7 @@ def causal_attention(
         implementation = choose(
             jax.default_backend(), query.dtype, length=sizes["T"], head_dim=sizes["H"]
         )
-    runs = dict(reference=_reference, xla=_blockwise, cudnn=_cudnn, splash=_splash)
-    if implementation not in runs:
-        raise ValueError(
-            f"{where}: unknown {implementation=}; choose one of "
-            f"{', '.join(get_args(Implementation))} or None."
-        )
-    run = functools.partial(runs[implementation], scale=scale)
+    run = functools.partial(dispatch.resolve(where, implementation, _RUNS), scale=scale)
     return per_shard(run, ("B T N H", "B T K H", "B T K H"), "B T N H")(
         query, key, value
     )
@@ -197,3 +192,6 @@ def _splash(query, key, value, scale, interpret=False):
         q.transpose(0, 2, 3, 1, 4), key.swapaxes(1, 2), value.swapaxes(1, 2)
     )  # [B, K, G, T, H]
     return out.transpose(0, 3, 1, 2, 4).reshape(query.shape)
+
+
+_RUNS = {"reference": _reference, "xla": _blockwise, "cudnn": _cudnn, "splash": _splash}

@@ -10,7 +10,13 @@ Axis letters: `P` parts, `B` batch, `T` tokens, `D` depth, `F` columns.
 import jax
 import jax.numpy as jnp
 
-from jaxkv.kernels.pointwise import Implementation, resolve
+from jaxkv.kernels import dispatch
+from jaxkv.kernels.pointwise import Implementation, choose
+from jaxkv.kernels.project_triton import (
+    project_gated_triton,
+    project_triton,
+    unsupported,
+)
 from jaxkv.kernels.shapes import check_shape
 
 
@@ -33,11 +39,7 @@ def project(
       ValueError: shapes disagree, or the implementation is unknown.
       NotImplementedError: a named implementation cannot run here.
     """
-    if _resolve("project", implementation, x, weight) == "triton":
-        from jaxkv.kernels.project_triton import project_triton
-
-        return project_triton(x, weight)
-    return _product(x, weight)[None]
+    return _run("project", implementation, x, weight, _PRODUCTS)
 
 
 def project_gated(
@@ -62,12 +64,7 @@ def project_gated(
         raise ValueError(
             f"{where}: weight holds gate beside up, but has {weight.shape[1]} columns."
         )
-    if _resolve(where, implementation, x, weight, gated=True) == "triton":
-        from jaxkv.kernels.project_triton import project_gated_triton
-
-        return project_gated_triton(x, weight)
-    gate, up = jnp.split(_product(x, weight), 2, axis=-1)
-    return jax.nn.silu(gate) * up
+    return _run(where, implementation, x, weight, _GATED)
 
 
 def _product(x: jax.Array, weight: jax.Array) -> jax.Array:
@@ -83,16 +80,23 @@ def _product(x: jax.Array, weight: jax.Array) -> jax.Array:
     return (pair @ weight)[:1]
 
 
-def _resolve(
-    where: str,
-    implementation: str | None,
-    x: jax.Array,
-    weight: jax.Array,
-    *,
-    gated: bool = False,
-) -> str:
-    from jaxkv.kernels.project_triton import unsupported
-
+def _run(where, implementation, x, weight, table):
     check_shape(where, x=(x, "B T D"), weight=(weight, "D F"))
-    unable = unsupported(x, weight, gated=gated)
-    return resolve(where, implementation, prefer=True, unable=unable)
+    reason = unsupported(x, weight, gated=table is _GATED)
+    if implementation is None:
+        implementation = choose(not reason)
+    run = dispatch.resolve(where, implementation, table, unable={"triton": reason})
+    return run(x, weight)
+
+
+def _project_xla(x, weight):
+    return _product(x, weight)[None]
+
+
+def _project_gated_xla(x, weight):
+    gate, up = jnp.split(_product(x, weight), 2, axis=-1)
+    return jax.nn.silu(gate) * up
+
+
+_PRODUCTS = {"xla": _project_xla, "triton": project_triton}
+_GATED = {"xla": _project_gated_xla, "triton": project_gated_triton}

@@ -13,7 +13,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from jaxkv.kernels.decode_triton import (
+from jaxkv.kernels.triton_call import (
     call,
     next_power_of_2,
     num_processors,

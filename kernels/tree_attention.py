@@ -8,14 +8,16 @@ Axis letters: `B` batch, `T` nodes, `N` query heads, `K` key/value heads, `S` sl
 """
 
 import functools
-from typing import Literal, get_args
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
-from jaxkv.kernels import decode
+from jaxkv.kernels import decode, dispatch
+from jaxkv.kernels.cache import write
 from jaxkv.kernels.per_shard import per_shard
 from jaxkv.kernels.shapes import check_groups, check_shape
+from jaxkv.kernels.tree_triton import tree_attention_triton
 
 Implementation = Literal["reference", "xla", "triton"]
 
@@ -74,19 +76,8 @@ def tree_attention(
     check_groups(where, sizes["N"], sizes["K"])
     if implementation is None:
         implementation = choose(jax.default_backend(), query, keys)
-    match implementation:
-        case "reference":
-            run = _reference
-        case "xla":
-            run = _xla
-        case "triton":
-            check_triton(where, query, keys)
-            from jaxkv.kernels.tree_triton import tree_attention_triton as run
-        case _:
-            raise ValueError(
-                f"{where}: unknown {implementation=}; choose one of "
-                f"{', '.join(get_args(Implementation))} or None."
-            )
+    unable = {"triton": unsupported(query, keys)}
+    run = dispatch.resolve(where, implementation, _RUNS, unable=unable)
     run = per_shard(
         functools.partial(run, scale=scale),
         (
@@ -106,19 +97,18 @@ def choose(platform: str, query=None, keys=None) -> Implementation:
       query: `[B, T, N, H]`, or a `jax.ShapeDtypeStruct`.
       keys: `[B, K, S, H]`, likewise; without the two, those that every kernel takes.
     """
-    if platform == "gpu" and not triton_unavailable(query, keys):
-        return "triton"
-    return "xla"
+    if platform != "gpu" or dispatch.triton_unavailable():
+        return "xla"
+    return "xla" if query is not None and unsupported(query, keys) else "triton"
 
 
-def triton_unavailable(query=None, keys=None) -> str:
-    """Return why the Triton version cannot run here, or an empty string.
+def unsupported(query, keys) -> str:
+    """Return why the Triton version cannot take these arrays, or an empty string.
 
-    Arguments are those of `choose`.
+    Args:
+      query: `[B, T, N, H]`; only shape and dtype are looked at.
+      keys: `[B, K, S, H]`, likewise.
     """
-    reason = decode.triton_unavailable()
-    if reason or query is None:
-        return reason
     if query.shape[-1] > 256:
         return f"takes heads of at most 256, got {query.shape[-1]}; use 'xla'."
     known = query.dtype in (jnp.float32, jnp.bfloat16, jnp.float16)
@@ -128,25 +118,6 @@ def triton_unavailable(query=None, keys=None) -> str:
             f"{query.dtype} and {keys.dtype}; use 'xla'."
         )
     return ""
-
-
-def counterpart(implementation: decode.Implementation | None) -> Implementation | None:
-    """Return what goes with a kernel of plain decoding: its namesake, or the best one.
-
-    Args:
-      implementation: of `decode.decode_attention`.
-    """
-    return implementation if implementation in get_args(Implementation) else None
-
-
-def check_triton(where: str, query=None, keys=None) -> None:
-    """Raise NotImplementedError if the Triton version of `where` cannot run.
-
-    Other arguments are those of `choose`.
-    """
-    reason = triton_unavailable(query, keys)
-    if reason:
-        raise NotImplementedError(f'{where}: implementation="triton" {reason}')
 
 
 def _reference(
@@ -160,7 +131,7 @@ def _reference(
             on_path = ancestors[:, node] & (depths == depth)
             writes = on_path.any(-1)
             at = jnp.argmax(on_path, axis=-1)[:, None, None, None]
-            held = decode.write(
+            held = write(
                 jnp.take_along_axis(key, at, axis=1)[:, 0],
                 jnp.take_along_axis(value, at, axis=1)[:, 0],
                 *held,
@@ -266,3 +237,6 @@ def _xla(
         new_alive[:, :, :, None],
     )
     return combine(*weights, value, values, positions >= 0).astype(query.dtype)
+
+
+_RUNS = {"reference": _reference, "xla": _xla, "triton": tree_attention_triton}

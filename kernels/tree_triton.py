@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxkv.kernels import decode_triton
-from jaxkv.kernels.decode_triton import call, next_power_of_2
+from jaxkv.kernels.triton_call import call, next_power_of_2, num_processors
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -120,7 +120,7 @@ def tree_attention_triton(
     kv_heads, slots = keys.shape[1:3]
     tiles = tiles or choose_tiles(
         *(batch, heads, kv_heads, nodes, slots, head_dim, keys.dtype),
-        decode_triton.num_processors(),
+        num_processors(),
     )
     part_dtype = query.dtype if tiles.splits == 1 else jnp.float32
     shape = (tiles.splits, *query.shape)

@@ -203,7 +203,7 @@ def write_path(
     path_ptr,  # [B, STEPS]
     count_ptr,  # [B]
     position_ptr,  # [B]
-    # The cache once more: see `decode_triton.call`.
+    # The cache once more: see `triton_call.call`.
     _keys_out_ptr,
     _values_out_ptr,
     _positions_out_ptr,

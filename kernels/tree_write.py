@@ -5,15 +5,17 @@ depth of the deepest node.
 """
 
 import functools
-from typing import NamedTuple, get_args
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxkv.kernels import decode, tree_attention
+from jaxkv.kernels import dispatch, tree_attention
+from jaxkv.kernels.cache import write
 from jaxkv.kernels.per_shard import per_shard
 from jaxkv.kernels.shapes import check_shape
 from jaxkv.kernels.tree_attention import Implementation
+from jaxkv.kernels.tree_triton import write_path_triton
 
 _INPUTS = (
     *("B T K H", "B T K H", "B K S H", "B K S H", "B K S", "B K"),
@@ -93,19 +95,7 @@ def write_path(
         )
     if implementation is None:
         implementation = tree_attention.choose(jax.default_backend())
-    match implementation:
-        case "reference":
-            run = _reference
-        case "xla":
-            run = _xla
-        case "triton":
-            tree_attention.check_triton(where)
-            from jaxkv.kernels.tree_triton import write_path_triton as run
-        case _:
-            raise ValueError(
-                f"{where}: unknown {implementation=}; choose one of "
-                f"{', '.join(get_args(Implementation))} or None."
-            )
+    run = dispatch.resolve(where, implementation, _RUNS)
     run = per_shard(run, _INPUTS, _INPUTS[2:6])
     return Written(*run(*arguments))
 
@@ -118,7 +108,7 @@ def _reference(
     take = functools.partial(jnp.take_along_axis, axis=1)
     for step in range(path.shape[1]):
         at = path[:, step, None, None, None]
-        cache = decode.write(
+        cache = write(
             *(take(key, at)[:, 0], take(value, at)[:, 0]),
             *cache,
             upcoming[:, :, step],
@@ -149,6 +139,9 @@ def _xla(key, value, keys, values, positions, target, upcoming, path, count, pos
         positions.at[place].set(new_positions, **flags),
         jnp.where(count[:, None] > 0, new_target, target),
     )
+
+
+_RUNS = {"reference": _reference, "xla": _xla, "triton": write_path_triton}
 
 
 def last_writes(slot: jax.Array, count: jax.Array, slots: int):

@@ -12,9 +12,10 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 
-from jaxkv.kernels.decode import tpu_unavailable, triton_unavailable
+from jaxkv.kernels import dispatch
 from jaxkv.kernels.per_shard import per_shard
 from jaxkv.kernels.shapes import check_groups, check_shape
+from jaxkv.kernels.window_scores_triton import window_scores_triton
 
 Implementation = Literal["reference", "xla", "triton", "pallas_tpu"]
 Reduction = Literal["sum", "max"]
@@ -78,28 +79,7 @@ def window_scores(
             f"{where}: unknown {reduction=}; choose one of "
             f"{', '.join(get_args(Reduction))}."
         )
-    match implementation:
-        case "reference":
-            run = _reference
-        case "xla":
-            run = _xla
-        case "triton":
-            reason = triton_unavailable()
-            if reason:
-                raise NotImplementedError(f'{where}: implementation="triton" {reason}')
-            from jaxkv.kernels.window_scores_triton import window_scores_triton as run
-        case "pallas_tpu":
-            reason = tpu_unavailable()
-            if reason:
-                raise NotImplementedError(
-                    f'{where}: implementation="pallas_tpu" {reason}'
-                )
-            from jaxkv.kernels.window_scores_tpu import window_scores_tpu as run
-        case _:
-            raise ValueError(
-                f"{where}: unknown {implementation=}; choose one of "
-                f"{', '.join(get_args(Implementation))} or None."
-            )
+    run = dispatch.resolve(where, implementation, _RUNS)
     if count is None:
         count = jnp.full(start.shape, sizes["W"], jnp.int32)
 
@@ -129,7 +109,7 @@ def choose(platform: str, query=None, key=None) -> Implementation:
       query: `[B, W, N, H]`, or a `jax.ShapeDtypeStruct`.
       key: `[B, T, K, H]`, likewise; without the two, those that every kernel takes.
     """
-    if platform == "gpu" and not triton_unavailable():
+    if platform == "gpu" and not dispatch.triton_unavailable():
         return "triton"
     if platform == "tpu":
         from jaxkv.kernels.attend_tpu import unsupported_type
@@ -215,3 +195,17 @@ def _xla(query, key, start, *, scale, length, count, reduction):
 
     out = jnp.zeros((batch, kv_heads, length), jnp.float32)
     return jax.lax.fori_loop(0, -(-length // scored), write, out)
+
+
+def _pallas_tpu(*arguments, **options):
+    from jaxkv.kernels.window_scores_tpu import window_scores_tpu
+
+    return window_scores_tpu(*arguments, **options)
+
+
+_RUNS = {
+    "reference": _reference,
+    "xla": _xla,
+    "triton": window_scores_triton,
+    "pallas_tpu": _pallas_tpu,
+}

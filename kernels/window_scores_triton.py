@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxkv.kernels.decode_triton import call, next_power_of_2, num_processors
+from jaxkv.kernels.triton_call import call, next_power_of_2, num_processors
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

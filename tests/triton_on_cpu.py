@@ -106,7 +106,7 @@ def usage(kernel, dtypes, constants, tiles, capability) -> dict[str, int]:
 
 
 def call(kernel, arrays, out_types, *, aliases, grid, **constants):
-    """Do what `decode_triton.call` does, in the interpreter, on the CPU.
+    """Do what `triton_call.call` does, in the interpreter, on the CPU.
 
     Outputs start out as NaN and -1. As with jax-triton before 0.4, a kernel gets
     aliased buffers twice. The inputs stay as they are.

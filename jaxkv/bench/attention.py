@@ -21,6 +21,7 @@ import numpy as np
 
 from jaxkv.bench.kernel_trace import trace_kernels
 from jaxkv.kernels import decode, longflow
+from jaxkv.kernels.scores import value_norms
 
 CACHE_BYTES = 2e8  # far more than the second-level cache of any device
 MOST_LAYERS = 36  # so that loops over short caches compile in seconds
@@ -254,7 +255,7 @@ class Layers:
         self._caches = tuple(
             Slots(
                 *(x.keys, x.values, x.positions),
-                longflow.value_norms(x.values, "l1"),
+                value_norms(x.values, "l1"),
                 jnp.copy(jnp.broadcast_to(x.target[:, :1], x.target.shape)),
             )
             for x in inputs

@@ -242,7 +242,7 @@ class Speculable(DecodePolicy, Protocol):
           drafts: the trees.
           ancestors: bool `[B, T, T]`, from `trees.ancestors`.
           depth: of the deepest node that a tree may have, static.
-          implementation: of `attend`; `tree.counterpart` is the one used.
+          implementation: of `attend`; its `dispatch.counterpart` is the one used.
 
         Returns:
           The output `[B, T, N, H]`, and what `trees.commit` needs.

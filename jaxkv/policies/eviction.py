@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxkv.kernels import decode, tree_attention, victims
+from jaxkv.kernels import decode, dispatch, tree_attention, victims
 from jaxkv.policies.base import scale_of
 from jaxkv.state import KVState
 from jaxkv.trees import DraftTree, Pending
@@ -100,7 +100,7 @@ def verify_by_depth(
       upcoming: int32 `[B, K, D + 2]`, the slots of the next `D + 2` tokens.
       drafts: no deeper than `D`.
       ancestors: bool `[B, T, T]`.
-      implementation: of `DecodePolicy.attend`; `tree.counterpart` is the one used.
+      implementation: of `DecodePolicy.attend`; its `dispatch.counterpart` is used.
 
     Returns:
       The output and what is pending.
@@ -116,7 +116,9 @@ def verify_by_depth(
         drafts.depths,
         ancestors,
         scale=scale_of(query),
-        implementation=tree_attention.counterpart(implementation),
+        implementation=dispatch.counterpart(
+            implementation, tree_attention.Implementation
+        ),
     )
     return out, Pending(key, value, upcoming)
 

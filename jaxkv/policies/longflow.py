@@ -9,7 +9,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxkv.kernels import decode, longflow, longflow_tree
+from jaxkv.kernels import decode, dispatch, longflow, longflow_tree
+from jaxkv.kernels.scores import Score, value_norms
 from jaxkv.policies.base import scale_of
 from jaxkv.policies.eviction import attend_and_write, check_room, evict_in_bulk
 from jaxkv.state import KVState
@@ -20,7 +21,7 @@ class LongFlowMemory(NamedTuple):
     """What LongFlow keeps beside the cache; it remembers nothing of earlier steps.
 
     Attributes:
-      norms: float32 `[B, K, S]`, `longflow.value_norms` of the values; None where
+      norms: float32 `[B, K, S]`, `scores.value_norms` of the values; None where
         several slots are freed at once, and computed then.
       prompt: int32 `[B]`, lengths of the prompts if they are protected, else None.
     """
@@ -57,7 +58,7 @@ class LongFlow:
         pass over the cache at these steps, and no step chooses in between.
     """
 
-    score: longflow.Score = "l1"
+    score: Score = "l1"
     n_sink: int = 0
     n_recent: int = 0
     protect_prompt: bool = False
@@ -115,7 +116,7 @@ class LongFlow:
         """Take the norms of the prompt's values, and its length if it is protected."""
         norms = prompt = None
         if self.interval == 1:
-            norms = longflow.value_norms(state.values, self.score)
+            norms = value_norms(state.values, self.score)
         if self.protect_prompt:
             # A copy, since one buffer cannot be donated in the states of all layers.
             prompt = jnp.array(lengths, copy=True)
@@ -209,9 +210,11 @@ class LongFlow:
             scale=scale_of(query),
             score=self.score,
             shared=self.shared,
-            implementation=longflow_tree.counterpart(implementation),
+            implementation=dispatch.counterpart(
+                implementation, longflow_tree.Implementation
+            ),
         )
-        norms = longflow.value_norms(value, self.score).swapaxes(1, 2)
+        norms = value_norms(value, self.score).swapaxes(1, 2)
         memory = LongFlowMemory(norms, None)
         return out, Pending(key, value, slots[..., :1], targets, memory)
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from jaxkv import trees
 from jaxkv.attention import attend_tree
-from jaxkv.kernels import tree_attention as tree_kernels
+from jaxkv.kernels import dispatch, tree_attention
 from jaxkv.sampling import Greedy
 from jaxkv.speculation import counts, verdict
 from jaxkv.speculation import rules as acceptance
@@ -278,7 +278,9 @@ def _tree_step(network, params, g, until, stop_ids, *, options, running, brings)
     first_stop = jnp.where(stops, order, new.shape[1]).min(-1)
     count = jnp.minimum(jnp.minimum(accepted, first_stop) + 1, until - g.lengths)
     count = jnp.where(running, count, 0)
-    how = tree_kernels.counterpart(options.decode_implementation)
+    how = dispatch.counterpart(
+        options.decode_implementation, tree_attention.Implementation
+    )
     cache = tuple(
         trees.commit(state, layer, path, count, position, implementation=how)
         for state, layer in zip(g.cache, pending, strict=True)

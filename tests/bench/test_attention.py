@@ -10,7 +10,7 @@ from jaxkv.bench import attention
 from jaxkv.bench.attention import Layers, Shape, Slots
 from jaxkv.cli import main as cli
 from jaxkv.kernels.decode import decode_attention
-from jaxkv.kernels.longflow import value_norms
+from jaxkv.kernels.scores import value_norms
 
 TINY = Shape(batch=2, slots=12, heads=4, kv_heads=2, head_dim=4, dtype="float32")
 QUICK = ["decode-attention", "--shapes", "2x8", "--heads", "4", "--kv-heads", "2"]

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxkv import sharding
 from jaxkv import state as kv
-from jaxkv.kernels import pointwise
+from jaxkv.kernels import dispatch, pointwise
 from jaxkv.kernels.per_shard import partition_spec, per_shard
 from jaxkv.models.decoder import Config, parameter_shapes
 
@@ -84,14 +84,14 @@ OPERATIONS = r"""
 import functools, re, sys
 import jax, jax.numpy as jnp, numpy as np
 from jaxkv import sharding
-from jaxkv.kernels import decode, decode_triton, longflow, longflow_tpu, longflow_triton
-from jaxkv.kernels import window_scores as windows, window_scores_triton
+from jaxkv.kernels import decode, dispatch, longflow, longflow_tpu
+from jaxkv.kernels import window_scores as windows
 from jaxkv.kernels.per_shard import partition_spec
+from jaxkv.kernels.scores import value_norms
 
 # No TPU and no GPU here: the one kernel is interpreted, and a stand-in for the other
 # looks at what it is handed, which must be one device's part.
-decode.tpu_unavailable = decode.triton_unavailable = lambda: ""
-windows.triton_unavailable = lambda: ""
+dispatch.tpu_unavailable = dispatch.triton_unavailable = lambda: ""
 longflow_tpu.longflow_attention_tpu = functools.partial(
     longflow_tpu.longflow_attention_tpu, interpret=True)
 SHAPES = []
@@ -102,10 +102,10 @@ def stand_in(function):
         return function(*arguments, **options)
     return run
 
-decode_triton.decode_attention_triton = stand_in(decode._xla)
-longflow_triton.longflow_attention_triton = stand_in(
+longflow.decode_attention_triton = stand_in(decode._xla)
+longflow.longflow_attention_triton = stand_in(
     functools.partial(longflow._xla, axis=None))
-window_scores_triton.window_scores_triton = stand_in(windows._xla)
+windows._RUNS["triton"] = stand_in(windows._xla)
 
 ALL = sys.argv[1] == "slow"
 mesh = sharding.make_mesh(data=2, model=2)
@@ -139,7 +139,7 @@ floats = [normal(B, N, H), normal(B, K, H), normal(B, K, H), normal(B, K, S, H),
           normal(B, K, S, H)]
 letters = ["B N H", "B K H", "B K H", *["B K S H"] * 2, *["B K S"] * 2, "B K",
            "B", "B", "B"]
-norms = longflow.value_norms(floats[-1], "l2")
+norms = value_norms(floats[-1], "l2")
 for shared in (True, False) if ALL else (True,):
     for implementation in ("xla", "triton") + ("pallas_tpu", "reference") * ALL:
         compare(
@@ -214,17 +214,16 @@ def test_without_a_mesh_nothing_is_wrapped():
     ("model", "best"), [(1, "triton"), (2, "xla")], ids=["alone", "spread"]
 )
 def test_no_weights_are_gathered_for_triton(model, best, monkeypatch):
-    monkeypatch.setattr(pointwise, "triton_unavailable", lambda: "")
-    assert pointwise.resolve("test", None, prefer=True) == "triton"
+    monkeypatch.setattr(dispatch, "triton_unavailable", lambda: "")
+    assert pointwise.choose(True) == "triton"
     auto = (jax.sharding.AxisType.Auto,) * 2
     mesh = AbstractMesh((1, model), ("data", "model"), axis_types=auto)
     with jax.sharding.use_abstract_mesh(mesh):
-        assert pointwise.resolve("test", None, prefer=True) == best
-        assert pointwise.resolve("test", "triton", prefer=True) == "triton"
+        assert pointwise.choose(True) == best
         inside = []
         jax.eval_shape(
             jax.shard_map(
-                lambda x: inside.append(pointwise.resolve("t", None, prefer=True)) or x,
+                lambda x: inside.append(pointwise.choose(True)) or x,
                 in_specs=P("data", "model"),
                 out_specs=P("data", "model"),
             ),

@@ -46,10 +46,6 @@ OPEN = {
     ("jaxkv.evaluation.card_report", "jaxkv.cli"),
     ("jaxkv.evaluation.experiment", "jaxkv.cli"),
 }
-OPEN_CIRCLES = {
-    frozenset({"jaxkv.kernels.longflow", "jaxkv.kernels.longflow_tpu"}),
-    frozenset({"jaxkv.kernels.pointwise", "jaxkv.kernels.pointwise_triton"}),
-}
 
 
 class Import(NamedTuple):
@@ -183,10 +179,6 @@ def test_the_core_knows_no_network_and_no_door(module):
 
 def test_no_circles():
     graph = {module: ours(module) - {module} for module in MODULES}
-    for circle in OPEN_CIRCLES:
-        for module in circle:
-            assert graph[module] & circle, "the circle is open: strike it off the list"
-            graph[module] -= circle
     graphlib.TopologicalSorter(graph).prepare()  # raises CycleError and names the cycle
 
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from jaxkv.kernels import decode, prefill
-from jaxkv.kernels.decode import decode_attention, triton_unavailable
+from jaxkv.kernels.decode import decode_attention
+from jaxkv.kernels.dispatch import triton_unavailable
 from jaxkv.kernels.prefill import causal_attention, choose
 
 HEADS = {"MHA": (4, 4), "GQA": (6, 2), "MQA": (5, 1)}

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import triton_on_cpu
 
-from jaxkv.kernels import decode_triton
 from jaxkv.kernels.decode_triton import (
     Tiles,
     attend_constants,
@@ -20,6 +19,7 @@ from jaxkv.kernels.decode_triton import (
     combine_constants,
     combine_warps,
 )
+from jaxkv.kernels.triton_call import call
 
 # heads, KV heads, slots, head size, dtype, tiles (splits, block)
 FAST = [
@@ -129,7 +129,7 @@ def test_aliased_buffers_are_passed_as_each_jax_triton_expects(version, monkeypa
     monkeypatch.setitem(sys.modules, "jax_triton", fake)
     names = ["x_ptr", "y_ptr", "_x_out_ptr", "SIZE"]
     kernel = types.SimpleNamespace(arg_names=names, __name__="kernel")
-    arrays, outs, constants = decode_triton.call(
+    arrays, outs, constants = call(
         kernel, ("x",), ("y", "x"), aliases={0: 1}, grid=(1,), SIZE=3
     )
     assert (arrays, outs) == (("x",), ("y", "x"))

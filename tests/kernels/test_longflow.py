@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxkv.kernels import longflow
-from jaxkv.kernels.longflow import longflow_attention, token_importance, value_norms
+from jaxkv.kernels import dispatch, longflow
+from jaxkv.kernels.longflow import longflow_attention, token_importance
+from jaxkv.kernels.scores import value_norms
 from jaxkv.kernels.victims import choose_victim, free_least, next_free
 
 IMPLEMENTATIONS = {
@@ -255,7 +256,7 @@ def test_refusals():
     ],
 )
 def test_choice(monkeypatch, platform, score, wanted):
-    monkeypatch.setattr(longflow.decode, "triton_unavailable", lambda: "")
+    monkeypatch.setattr(dispatch, "triton_unavailable", lambda: "")
     assert longflow.choose(platform, score) == wanted
 
 

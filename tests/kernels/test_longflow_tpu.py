@@ -14,8 +14,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from jaxkv.kernels.attend_tpu import choose_block, make_plan
 from jaxkv.kernels.decode_tpu import decode_attention_tpu
-from jaxkv.kernels.longflow import value_norms
 from jaxkv.kernels.longflow_tpu import longflow_attention_tpu
+from jaxkv.kernels.scores import value_norms
 
 SCALE = 0.09
 TOLERANCE = {"float32": 2e-6, "bfloat16": 2e-2}

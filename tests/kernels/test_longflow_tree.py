@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxkv.kernels.longflow import value_norms
 from jaxkv.kernels.longflow_tree import longflow_tree
+from jaxkv.kernels.scores import value_norms
 
 # Two paths of three and a short one, so that evictions differ from branch to branch.
 PARENTS, DEPTHS = [0, 0, 1, 0, 2, 3], [0, 1, 2, 1, 3, 2]

@@ -13,13 +13,13 @@ import pytest
 import triton_on_cpu
 
 from jaxkv.kernels import longflow_triton
-from jaxkv.kernels.longflow import value_norms
 from jaxkv.kernels.longflow_triton import (
     Tiles,
     choose_constants,
     choose_tiles,
     score_constants,
 )
+from jaxkv.kernels.scores import value_norms
 
 # heads, KV heads, slots, head size, dtype, score, shared, (splits, block, programs)
 FAST = [

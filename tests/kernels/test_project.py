@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import triton_on_cpu
 
-from jaxkv.kernels import pointwise, project, project_triton
+from jaxkv.kernels import dispatch, project, project_triton
 from jaxkv.kernels.pointwise import join
 from jaxkv.kernels.project_triton import Tiles, choose_tiles, constants
 
@@ -110,7 +110,7 @@ def test_bad_arguments_are_named():
 
 
 def test_what_a_named_kernel_cannot_take_is_an_error(monkeypatch):
-    monkeypatch.setattr(pointwise, "triton_unavailable", lambda: "")
+    monkeypatch.setattr(dispatch, "triton_unavailable", lambda: "")
     x, weight = jnp.ones((1, 1, 64)), jnp.ones((64, 128))
     for product in (project.project, project.project_gated):
         with pytest.raises(NotImplementedError, match="takes one 16-bit float"):

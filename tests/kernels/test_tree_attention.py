@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxkv import Options, generation, trees
-from jaxkv.kernels import longflow_tree, tree_write
+from jaxkv.kernels import dispatch, longflow_tree, tree_write
 from jaxkv.kernels import tree_attention as tree
 from jaxkv.kernels.tree_attention import tree_attention
 from jaxkv.kernels.tree_write import write_path
@@ -138,9 +138,9 @@ def test_bad_arguments():
 
 
 def test_what_none_stands_for(monkeypatch):
-    monkeypatch.setattr(tree.decode, "triton_unavailable", lambda: "needs a GPU.")
+    monkeypatch.setattr(dispatch, "triton_unavailable", lambda: "needs a GPU.")
     assert tree.choose("cpu") == tree.choose("gpu") == "xla"
-    monkeypatch.setattr(tree.decode, "triton_unavailable", lambda: "")
+    monkeypatch.setattr(dispatch, "triton_unavailable", lambda: "")
     assert (tree.choose("cpu"), tree.choose("gpu")) == ("xla", "triton")
 
     def chosen(head_dim, *dtypes):
@@ -156,12 +156,12 @@ def test_what_none_stands_for(monkeypatch):
 def test_triton_that_cannot_run_says_why(monkeypatch):
     inputs = make_inputs(4, 2)
     triton = dict(implementation="triton")
-    monkeypatch.setattr(tree.decode, "triton_unavailable", lambda: "needs a GPU.")
+    monkeypatch.setattr(dispatch, "triton_unavailable", lambda: "needs a GPU.")
     with pytest.raises(NotImplementedError, match=r"tree_attention: .* needs a GPU"):
         tree_attention(**inputs, scale=1.0, **triton)
     with pytest.raises(NotImplementedError, match=r"write_path: .* needs a GPU"):
         write_path(**make_writes(), **triton)
-    monkeypatch.setattr(tree.decode, "triton_unavailable", lambda: "")
+    monkeypatch.setattr(dispatch, "triton_unavailable", lambda: "")
     inputs["keys"] = inputs["keys"].astype("bfloat16")
     with pytest.raises(NotImplementedError, match="got float32 and bfloat16; use 'xla"):
         tree_attention(**inputs, scale=1.0, **triton)
@@ -172,9 +172,11 @@ def test_triton_that_cannot_run_says_why(monkeypatch):
 
 def test_what_goes_with_a_kernel_of_plain_decoding():
     decodes = ("reference", "xla", "triton", "pallas_tpu", None)
-    found = [tree.counterpart(name) for name in decodes]
+    found = [dispatch.counterpart(name, tree.Implementation) for name in decodes]
     assert found == ["reference", "xla", "triton", None, None]
-    found = [longflow_tree.counterpart(name) for name in decodes]
+    found = [
+        dispatch.counterpart(name, longflow_tree.Implementation) for name in decodes
+    ]
     assert found == ["reference", "xla", None, None, None]
 
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxkv.kernels import dispatch
 from jaxkv.kernels import window_scores as module
 from jaxkv.kernels.window_scores import choose, window_scores
 
@@ -166,8 +167,6 @@ def test_choice():
 
 def test_triton_under_vmap_runs_copy_by_copy(monkeypatch):
     """With a stand-in that knows no vmap, as Triton's calls do not."""
-    from jaxkv.kernels import window_scores as module
-    from jaxkv.kernels import window_scores_triton
 
     def no_vmap(query, key, start, *, count, **options):
         return jax.pure_callback(
@@ -178,8 +177,8 @@ def test_triton_under_vmap_runs_copy_by_copy(monkeypatch):
             *(query, key, start, count),
         )
 
-    monkeypatch.setattr(module, "triton_unavailable", lambda: "")
-    monkeypatch.setattr(window_scores_triton, "window_scores_triton", no_vmap)
+    monkeypatch.setattr(dispatch, "triton_unavailable", lambda: "")
+    monkeypatch.setitem(module._RUNS, "triton", no_vmap)
     query, key, start = inputs(SHAPES["gqa"])
     options = dict(scale=0.3, length=40)
 
