@@ -18,7 +18,7 @@ import numpy as np
 import typer
 
 from jaxkv.bench import attention as timing
-from jaxkv.bench.measure import copy_bandwidth
+from jaxkv.bench.clock import copy_bandwidth
 from jaxkv.kernels.decode import decode_attention
 from jaxkv.kernels.decode_triton import Tiles, choose_tiles, decode_attention_triton
 from jaxkv.provenance import write_json

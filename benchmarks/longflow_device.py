@@ -22,7 +22,8 @@ import typer
 from longflow_checks import run_checks
 
 from jaxkv.bench import attention as timing
-from jaxkv.bench.measure import copy_bandwidth
+from jaxkv.bench.clock import copy_bandwidth, time_loop
+from jaxkv.bench.kernel_trace import kernel_times
 from jaxkv.kernels.decode_triton import decode_attention_triton
 from jaxkv.kernels.longflow_triton import Tiles, choose_tiles, longflow_attention_triton
 from jaxkv.kernels.window_scores_triton import choose_tiles as choose_window_tiles
@@ -83,7 +84,7 @@ WINDOW_SWEEP = [
 
 
 def with_tiles(query, token, slots, *, tiles):
-    """Do one layer's step with these tiles; see `attention_timing.Step`."""
+    """Do one layer's step with these tiles; see `jaxkv.bench.attention.Step`."""
     out, *cache = longflow_attention_triton(
         *(query, token.key, token.value, *slots, *token.bounds),
         scale=SCALE,
@@ -138,13 +139,13 @@ def time_window(keys: int, changes: dict) -> dict:
         return start, k
 
     iterations = max(2, math.ceil(0.03 / (layers * 4e-5)))
-    seconds, state, _ = timing.time_loop(step, (start, k), iterations)
+    seconds, state, _ = time_loop(step, (start, k), iterations)
     us = 1e6 * statistics.median(seconds) / layers
     record = dict(keys=keys, version=str(tiles), us=us)
     # One layer of Llama-3.1-8B: 218 M weights and causal attention, at 500 TFLOP/s.
     flops = 2 * 218e6 * keys + 2 * keys**2 * 4096
     record |= dict(percent_of_prefill=100 * us / 1e6 / (flops / 500e12))
-    return record | dict(kernels_us=timing.kernel_times(step, state, layers)[0])
+    return record | dict(kernels_us=kernel_times(step, state, layers)[0])
 
 
 def versions(batch: int, slots: int) -> list:

@@ -4,7 +4,7 @@ import contextlib
 import threading
 from collections.abc import Iterator
 
-from jaxkv.bench.measure import device_memory
+from jaxkv.bench.clock import device_memory
 
 
 class Memory:

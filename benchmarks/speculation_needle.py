@@ -41,8 +41,8 @@ from memory_watch import Memory, watched
 import jaxkv
 from jaxkv import registry
 from jaxkv import tasks as jaxkv_tasks
+from jaxkv.bench.clock import device_memory
 from jaxkv.bench.matcher import time_matcher
-from jaxkv.bench.measure import device_memory
 from jaxkv.cli.flags import described
 from jaxkv.evaluation import card
 from jaxkv.evaluation.card import DEVELOPMENT_SEED, QUOTING, REPORT_SEED, Cell

@@ -24,7 +24,8 @@ import jax.numpy as jnp
 import numpy as np
 import typer
 
-from jaxkv.bench.attention import kernel_times, time_loop
+from jaxkv.bench.clock import time_loop
+from jaxkv.bench.kernel_trace import kernel_times
 from jaxkv.kernels.decode_triton import decode_attention_triton
 from jaxkv.kernels.tree_attention import tree_attention
 from jaxkv.kernels.tree_triton import (

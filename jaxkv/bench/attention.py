@@ -9,9 +9,8 @@ Axis letters: `B` batch, `N` query heads, `K` key/value heads, `S` slots, `H` he
 
 import dataclasses
 import functools
-import itertools
 import math
-import time
+import statistics
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,9 +18,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxkv.bench.kernel_trace import trace_kernels
+from jaxkv.bench import clock
+from jaxkv.bench.kernel_trace import kernel_times
 from jaxkv.kernels import decode, longflow
 from jaxkv.kernels.scores import value_norms
+
+# cuDNN neither writes nor scores; `attention` writes; `longflow` does everything.
+VERSIONS = ("cudnn", "attention", "longflow")
 
 CACHE_BYTES = 2e8  # far more than the second-level cache of any device
 MOST_LAYERS = 36  # so that loops over short caches compile in seconds
@@ -293,7 +296,9 @@ class Layers:
             self._reshape((shape.batch, shape.slots, shape.kv_heads, shape.head_dim))
         state = self._query, self._caches
         del self._caches  # the loop takes its buffers
-        seconds, state, temporaries = time_loop(through, state, self._passes, repeats)
+        seconds, state, temporaries = clock.time_loop(
+            through, state, self._passes, repeats
+        )
         kernels = {}
         if profile:
             kernels, state = kernel_times(through, state, self.number)
@@ -313,51 +318,76 @@ class Layers:
         )
 
 
-def time_loop(
-    function: Callable[[Any], Any], state: Any, iterations: int, repeats: int = 5
-) -> tuple[tuple[float, ...], Any, int]:
-    """Time a function of a state in a compiled loop.
+def time_shape(
+    shape: Shape,
+    names: list[str],
+    implementation: decode.Implementation | None,
+    *,
+    bandwidth: float,
+    layers: int | None,
+    repeats: int,
+    profile: bool,
+) -> dict[str, Any]:
+    """Return what each version takes, and their ratios, ready for JSON.
 
     Args:
-      function: from a state to the next.
-      state: its buffers are taken.
-      iterations: of the loop.
-      repeats: timed calls of the loop, after one that warms up.
-
-    Returns:
-      Seconds per iteration of each call, the last state, and the bytes of temporaries.
+      shape: sizes.
+      names: of `VERSIONS`.
+      implementation: of our own versions; None is the best.
+      bandwidth: of a copy, bytes per second.
+      layers: whose caches are gone through; None is enough.
+      repeats: timed calls.
+      profile: add the time of each kernel.
     """
-
-    def loop(state):
-        return jax.lax.fori_loop(0, iterations, lambda _, s: function(s), state)
-
-    compiled = jax.jit(loop, donate_argnums=0).lower(state).compile()
-    state = jax.block_until_ready(compiled(state))
-    seconds = []
-    for _ in range(repeats):
-        begin = time.perf_counter()
-        state = jax.block_until_ready(compiled(state))
-        seconds.append((time.perf_counter() - begin) / iterations)
-    analysis = compiled.memory_analysis()
-    return tuple(seconds), state, 0 if analysis is None else analysis.temp_size_in_bytes
+    caches = Layers(shape, bandwidth, number=layers)
+    row = {"batch": shape.batch, "slots": shape.slots, "layers": caches.number}
+    versions = {
+        name: _time_version(
+            caches, name, implementation, repeats=repeats, profile=profile
+        )
+        for name in names
+    }
+    row |= {"floor_ms": 1e3 * caches.floor, "versions": versions}
+    return row | _compare(versions)
 
 
-def kernel_times(
-    function: Callable[[Any], Any], state: Any, per_call: int
-) -> tuple[dict[str, float], Any]:
-    """Return what the profiler sees of one call on a GPU.
+def _time_version(
+    caches: Layers,
+    name: str,
+    implementation: decode.Implementation | None,
+    *,
+    repeats: int,
+    profile: bool,
+) -> dict[str, Any]:
+    if name == "cudnn":
+        step = functools.partial(cudnn, scale=caches.shape.scale)
+    else:
+        step = functools.partial(
+            attention if name == "attention" else attend_and_choose,
+            scale=caches.shape.scale,
+            implementation=implementation,
+        )
+    timing = caches.time(
+        step, repeats=repeats, slots_first=name == "cudnn", profile=profile
+    )
+    calls = [1e3 * second for second in timing.seconds]
+    ms = statistics.median(calls)
+    found = {
+        "ms": ms,
+        "quartiles_ms": np.percentile(calls, [25, 75]).tolist(),
+        "calls_ms": calls,
+        "ratio_to_floor": ms / (1e3 * caches.floor),
+        "temporary_bytes": timing.temporaries,
+    }
+    return found | ({"kernels_us": timing.kernels_us} if profile else {})
 
-    Args:
-      function: from a state to the next.
-      state: its buffers are taken.
-      per_call: what the times are divided by.
 
-    Returns:
-      Microseconds of the four longest kernels by name, none without a GPU, and the
-      state.
-    """
-    compiled = jax.jit(function, donate_argnums=0).lower(state).compile()
-    state = jax.block_until_ready(compiled(state))
-    kernels, state = trace_kernels(lambda: compiled(state), per_call)
-    longest = itertools.islice(kernels.items(), 4)
-    return {name: round(kernel.us, 2) for name, kernel in longest}, state
+def _compare(versions: dict[str, Any]) -> dict[str, float]:
+    """Add ratios to cuDNN; return the cost of scoring and choosing, in per cent."""
+    if "cudnn" in versions:
+        for version in versions.values():
+            version["ratio_to_cudnn"] = version["ms"] / versions["cudnn"]["ms"]
+    if not {"attention", "longflow"} <= versions.keys():
+        return {}
+    alone, scored = (versions[name]["ms"] for name in ("attention", "longflow"))
+    return {"score_percent": 100 * (scored / alone - 1)}

@@ -1,4 +1,4 @@
-"""How long programs take to compile, and what they need of the device's memory."""
+"""How long programs take to compile."""
 
 import functools
 import time
@@ -94,18 +94,3 @@ def compile_generate(
         )
     )
     return {"start": first, "advance": loop}
-
-
-def program_memory(program: Any) -> dict[str, int | None]:
-    """Return what the compiler says about a program's memory; None if nothing."""
-    analysis = program.memory_analysis()
-    if analysis is None:
-        return {"program_bytes": None, "temp_bytes": None}
-    temp = analysis.temp_size_in_bytes
-    return {
-        "program_bytes": analysis.argument_size_in_bytes
-        + analysis.output_size_in_bytes
-        - analysis.alias_size_in_bytes
-        + temp,
-        "temp_bytes": temp,
-    }

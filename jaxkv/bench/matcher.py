@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxkv.bench import measure
+from jaxkv.bench import clock
 from jaxkv.speculation.drafters import Drafter
 from jaxkv.speculation.matching import Context
 
@@ -47,5 +47,5 @@ def time_matcher(
 
         return jax.lax.fori_loop(0, rounds, body, jnp.int32(0))
 
-    seconds = measure.median_seconds(lambda: loop(text, likeliest), repeats)
+    seconds = clock.median_seconds(lambda: loop(text, likeliest), repeats)
     return 1e3 * seconds / rounds

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jaxkv import generation
 from jaxkv import state as kv
 from jaxkv.arguments import row_keys
-from jaxkv.bench import compiling, measure
+from jaxkv.bench import clock, compiling, decode_step
 from jaxkv.forward import Network
 from jaxkv.inference import bucket
 from jaxkv.models.decoder import Config
@@ -224,19 +224,21 @@ def time_generation(
     """
     config, dtype = network.config, params["embedding"].dtype
     slots = options.num_slots(work.prompt, work.new)
-    before = measure.device_memory("peak_bytes_in_use")
+    before = clock.device_memory("peak_bytes_in_use")
     shapes = _state_shapes(config, work, options, dtype, batch=batch)
     # Before the cache is made, because compiling tries out kernels and needs memory.
-    program, seconds = measure.compile_steps(network, params, shapes, options=options)
-    cache = measure.full_cache(
+    program, seconds = decode_step.compile_steps(
+        network, params, shapes, options=options
+    )
+    cache = decode_step.full_cache(
         config, batch=batch, slots=slots, dtype=dtype, key=jax.random.key(1)
     )
     state_bytes = kv.num_bytes(shapes.cache)
-    weights = measure.weight_bytes(params, config)
-    per_slot = measure.key_value_bytes(cache) / slots
+    weights = decode_step.weight_bytes(params, config)
+    per_slot = decode_step.key_value_bytes(cache) / slots
     ranges, records = split(work, slots), []
     for part in ranges:
-        calls, cache = measure.time_calls(
+        calls, cache = decode_step.time_calls(
             program,
             params,
             cache,
@@ -247,12 +249,12 @@ def time_generation(
             filled=part.filled,
         )
         occupied = min(part.filled + work.steps / 2, slots)
-        floor = measure.floor_ms(weights + per_slot * occupied, bandwidth)
+        floor = decode_step.floor_ms(weights + per_slot * occupied, bandwidth)
         record = dataclasses.asdict(part) | {"step_ms": statistics.median(calls)}
         records.append(record | {"calls_ms": calls, "floor_ms": floor})
     decode = whole_seconds(ranges, [record["step_ms"] for record in records])
     floor = whole_seconds(ranges, [record["floor_ms"] for record in records])
-    peak = measure.device_memory("peak_bytes_in_use")
+    peak = clock.device_memory("peak_bytes_in_use")
     return Throughput(
         batch=batch,
         slots=slots,
@@ -263,7 +265,7 @@ def time_generation(
         ratio_to_floor=decode / floor,
         ranges=tuple(records),
         state_bytes=state_bytes,
-        **compiling.program_memory(program),
+        **clock.program_memory(program),
         peak_bytes=None if peak == before else peak,
         trace_seconds=seconds.trace,
         compile_seconds=seconds.compile,
@@ -302,21 +304,21 @@ def time_prefill(
             max_out=work.new,
         )
     )
-    return measure.median_seconds(lambda: program(params, *arguments), work.repeats)
+    return clock.median_seconds(lambda: program(params, *arguments), work.repeats)
 
 
 def _state_shapes(config, work, options, dtype, *, batch):
     """Return the shapes of the state that the loop is compiled for."""
 
     def make():
-        cache = measure.full_cache(
+        cache = decode_step.full_cache(
             config,
             batch=batch,
             slots=options.num_slots(work.prompt, work.new),
             dtype=dtype,
             key=jax.random.key(0),
         )
-        return measure.rewind(
+        return decode_step.rewind(
             cache, steps=work.steps, context=work.prompt, policy=options.decode
         )
 

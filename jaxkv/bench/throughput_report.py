@@ -1,12 +1,9 @@
-"""What `jaxkv bench throughput` makes of its records: ratios, a table, sentences."""
+"""What `jaxkv bench throughput` makes of its records: ratios and sentences."""
 
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-import rich.box
-from rich.table import Table
 
 TRANSFORMERS = "transformers"
 BENCHMARK = "throughput-transformers"
@@ -78,44 +75,6 @@ def add_transformers(result: dict[str, Any], theirs: Mapping[str, Any]) -> None:
     rest = {key: value for key, value in theirs.items() if key != "rows"}
     result[TRANSFORMERS] = rest
     result["rows"] += theirs["rows"]
-
-
-def table(result: dict[str, Any]) -> Table:
-    """Return one line per method and batch."""
-    found = Table(
-        title=f"{result['model']}, {result['dtype']}, {result['prompt']} + "
-        f"{result['new']} tokens, budget {result['budget']}, on {result['device']}",
-        caption=result["sampling"],
-        box=rich.box.SIMPLE,
-        collapse_padding=True,
-    )
-    found.add_column("method", justify="right", overflow="fold")
-    columns = (
-        "batch",
-        "tokens/s",
-        "seconds",
-        "x floor",
-        "cache GB",
-        "peak GB",
-    )
-    for column in columns:
-        found.add_column(column, justify="right", no_wrap=True)
-    for row in sorted(result["rows"], key=lambda row: (row["method"], row["batch"])):
-        begin = row["method"], str(row["batch"])
-        if not row["fits"]:
-            found.add_row(*begin, "does not fit")
-            continue
-        peak = row.get("peak_bytes") or row.get("program_bytes")
-        ratio = row.get("ratio_to_floor")
-        found.add_row(
-            *begin,
-            f"{row['tokens_per_second']:.1f}",
-            f"{row['seconds']:.1f}",
-            "-" if ratio is None else f"{ratio:.2f}",
-            f"{row['state_bytes'] / 1e9:.2f}",
-            "-" if peak is None else f"{peak / 1e9:.2f}",
-        )
-    return found
 
 
 def sentences(result: dict[str, Any]) -> list[str]:

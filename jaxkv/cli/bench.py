@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from jaxkv import registry
-from jaxkv.bench import compiling, measure
+from jaxkv.bench import clock, compiling, decode_step
 from jaxkv.cli import flags, parsing
 from jaxkv.inference import bucket
 from jaxkv.kernels import decode as decode_kernels
@@ -26,10 +26,6 @@ from jaxkv.models.decoder import Config, Decoder, random_parameters
 from jaxkv.models.public_shapes import SHAPES
 from jaxkv.options import Options
 from jaxkv.provenance import provenance, write_json
-
-app = typer.Typer(
-    no_args_is_help=True, help="Measure decoding and compiling on this device."
-)
 
 ShapeName = Literal[tuple(SHAPES)]
 DtypeName = Literal["float32", "bfloat16", "float16"]
@@ -41,18 +37,10 @@ Shape = Annotated[
     ShapeName | None,
     typer.Option(help="Random weights of this shape instead; downloads nothing."),
 ]
-Budget = Annotated[
-    int | None, typer.Option(help="Tokens that each layer and head may keep.")
-]
 Dtype = Annotated[
     DtypeName | None,
     typer.Option(help="Default: the checkpoint's; float32 on CPU, else bfloat16."),
 ]
-Kernel = Annotated[
-    decode_kernels.Implementation | None,
-    typer.Option(help="Attention over the cache; default: the best one here."),
-]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 Out = Annotated[Path | None, typer.Option(help="Write the same JSON to this file.")]
 CopyGib = Annotated[
     float | None,
@@ -60,7 +48,6 @@ CopyGib = Annotated[
 ]
 
 
-@app.command()
 def decode(
     model: Model = None,
     shape: Shape = None,
@@ -70,15 +57,15 @@ def decode(
     ] = 3200,
     steps: Annotated[int, typer.Option(min=1, help="Tokens of one timed call.")] = 64,
     repeats: Annotated[int, typer.Option(min=1, help="Timed calls.")] = 5,
-    budget: Budget = None,
+    budget: flags.Budget = None,
     decode: flags.Decode = "full",
     dtype: Dtype = None,
-    decode_implementation: Kernel = None,
+    decode_implementation: flags.DecodeImplementation = None,
     profile: Annotated[
         bool, typer.Option("--profile", help="Add each kernel's time (GPUs).")
     ] = False,
     copy_gib: CopyGib = None,
-    json_: Json = False,
+    json_: flags.Json = False,
     out: Out = None,
 ) -> None:
     """Time decode steps on a full cache, against the memory they must read."""
@@ -88,14 +75,14 @@ def decode(
         raise ValueError(f"--context {context} must exceed --steps {steps}.")
     options = options_of(budget, decode, decode_implementation)
     # Before the weights, which may leave no room for it.
-    bandwidth = measure.copy_bandwidth(copy_bytes(copy_gib))
+    bandwidth = clock.copy_bandwidth(copy_bytes(copy_gib))
     with console.status("weights"):
         name, network, params = network_of(model, shape, dtype)
     rows = []
     for rows_of_batch in batches:
         with console.status(f"batch {rows_of_batch}"):
             rows.append(
-                measure.time_decode(
+                decode_step.time_decode(
                     network,
                     params,
                     batch=rows_of_batch,
@@ -119,22 +106,21 @@ def decode(
     finish(result, json_, out)
 
 
-@app.command("compile")
 def compile_(
     model: Model = None,
     shape: Shape = None,
     batch: Annotated[int, typer.Option(min=1, help="Rows.")] = 1,
     prompt: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 512,
     new: Annotated[int, typer.Option(min=1, help="Tokens of the output.")] = 64,
-    budget: Budget = None,
+    budget: flags.Budget = None,
     decode: flags.Decode = "full",
     dtype: Dtype = None,
-    decode_implementation: Kernel = None,
+    decode_implementation: flags.DecodeImplementation = None,
     compilation_cache: Annotated[
         Path | None,
         typer.Option(help="JAX's compilation cache; a second run is then warm."),
     ] = None,
-    json_: Json = False,
+    json_: flags.Json = False,
     out: Out = None,
 ) -> None:
     """Time the compilation of generate: prefill, first token and decode loop.
@@ -276,7 +262,7 @@ def _title(result: dict[str, Any]) -> str:
 
 
 def _decode_table(
-    result: dict[str, Any], rows: Sequence[measure.DecodeTiming]
+    result: dict[str, Any], rows: Sequence[decode_step.DecodeTiming]
 ) -> Table:
     table = Table(
         title=f"{_title(result)}, {rows[0].slots} slots",
@@ -311,7 +297,7 @@ def _decode_table(
     return table
 
 
-def _kernel_table(row: measure.DecodeTiming) -> Table:
+def _kernel_table(row: decode_step.DecodeTiming) -> Table:
     busy = sum(kernel.us for kernel in row.kernels.values())
     table = Table(
         title=f"batch {row.batch}: kernels of one step",

@@ -1,28 +1,19 @@
 """`jaxkv bench decode-attention`: one layer's decode step, version by version."""
 
-import functools
-import statistics
 from typing import Annotated, Any
 
 import jax
-import numpy as np
 import rich.box
 import typer
 from rich.table import Table
 
-from jaxkv.bench import attention, measure
-from jaxkv.bench.attention import Layers, Shape, Step
-from jaxkv.cli import bench, parsing
+from jaxkv.bench import attention, clock
+from jaxkv.bench.attention import VERSIONS, Shape
+from jaxkv.cli import bench, flags, parsing
 from jaxkv.kernels import decode as decode_kernels
 from jaxkv.provenance import provenance, write_json
 
-app = bench.app  # with one command more
 
-# cuDNN neither writes nor scores; `attention` writes; `longflow` does everything.
-VERSIONS = ("cudnn", "attention", "longflow")
-
-
-@app.command("decode-attention")
 def decode_attention(
     shapes: Annotated[
         str, typer.Option(help="Batch and slots, as in 128x3200, with commas.")
@@ -37,7 +28,7 @@ def decode_attention(
             help=f"Of {', '.join(VERSIONS)}, with commas; default: all that run here."
         ),
     ] = None,
-    decode_implementation: bench.Kernel = None,
+    decode_implementation: flags.DecodeImplementation = None,
     layers: Annotated[
         int | None,
         typer.Option(
@@ -49,7 +40,7 @@ def decode_attention(
         bool, typer.Option("--profile", help="Add each kernel's time; compiles more.")
     ] = False,
     copy_gib: bench.CopyGib = None,
-    json_: bench.Json = False,
+    json_: flags.Json = False,
     out: bench.Out = None,
 ) -> None:
     """Time one layer's decode attention on the device, against the bytes it reads.
@@ -66,7 +57,7 @@ def decode_attention(
         dtype=bench.random_dtype(dtype).name,
     )
     wanted, skipped = _versions(versions, sizes[0].dtype)
-    bandwidth = measure.copy_bandwidth(bench.copy_bytes(copy_gib))
+    bandwidth = clock.copy_bandwidth(bench.copy_bytes(copy_gib))
     kernel = decode_implementation or decode_kernels.choose(jax.default_backend())
     result = {"benchmark": "decode-attention", "decode_implementation": kernel}
     result |= {"dtype": sizes[0].dtype, "heads": heads, "kv_heads": kv_heads}
@@ -74,7 +65,7 @@ def decode_attention(
     result |= provenance() | {"copy_bytes_per_second": bandwidth, "rows": []}
     for shape in sizes:
         with console.status(f"{shape.batch}x{shape.slots}"):
-            row = time_shape(
+            row = attention.time_shape(
                 shape,
                 wanted,
                 decode_implementation,
@@ -89,88 +80,6 @@ def decode_attention(
     if not json_:
         console.print(_table(result))
     bench.finish(result, json_, out)
-
-
-def time_shape(
-    shape: Shape,
-    names: list[str],
-    implementation: decode_kernels.Implementation | None,
-    *,
-    bandwidth: float,
-    layers: int | None,
-    repeats: int,
-    profile: bool,
-) -> dict[str, Any]:
-    """Return what each version takes, and their ratios, ready for JSON.
-
-    Args:
-      shape: sizes.
-      names: of `VERSIONS`.
-      implementation: of our own versions; None is the best.
-      bandwidth: of a copy, bytes per second.
-      layers: whose caches are gone through; None is enough.
-      repeats: timed calls.
-      profile: add the time of each kernel.
-    """
-    caches = Layers(shape, bandwidth, number=layers)
-    row = {"batch": shape.batch, "slots": shape.slots, "layers": caches.number}
-    versions = {
-        name: _time_version(
-            caches, name, implementation, repeats=repeats, profile=profile
-        )
-        for name in names
-    }
-    row |= {"floor_ms": 1e3 * caches.floor, "versions": versions}
-    return row | _compare(versions)
-
-
-def _time_version(
-    caches: Layers,
-    name: str,
-    implementation: decode_kernels.Implementation | None,
-    *,
-    repeats: int,
-    profile: bool,
-) -> dict[str, Any]:
-    timing = caches.time(
-        _step(name, caches.shape, implementation),
-        repeats=repeats,
-        slots_first=name == "cudnn",
-        profile=profile,
-    )
-    calls = [1e3 * second for second in timing.seconds]
-    ms = statistics.median(calls)
-    found = {
-        "ms": ms,
-        "quartiles_ms": np.percentile(calls, [25, 75]).tolist(),
-        "calls_ms": calls,
-        "ratio_to_floor": ms / (1e3 * caches.floor),
-        "temporary_bytes": timing.temporaries,
-    }
-    return found | ({"kernels_us": timing.kernels_us} if profile else {})
-
-
-def _step(
-    name: str, shape: Shape, implementation: decode_kernels.Implementation | None
-) -> Step:
-    if name == "cudnn":
-        return functools.partial(attention.cudnn, scale=shape.scale)
-    step = {
-        "attention": attention.attention,
-        "longflow": attention.attend_and_choose,
-    }[name]
-    return functools.partial(step, scale=shape.scale, implementation=implementation)
-
-
-def _compare(versions: dict[str, Any]) -> dict[str, float]:
-    """Add ratios to cuDNN; return the cost of scoring and choosing, in per cent."""
-    if "cudnn" in versions:
-        for version in versions.values():
-            version["ratio_to_cudnn"] = version["ms"] / versions["cudnn"]["ms"]
-    if not {"attention", "longflow"} <= versions.keys():
-        return {}
-    alone, scored = (versions[name]["ms"] for name in ("attention", "longflow"))
-    return {"score_percent": 100 * (scored / alone - 1)}
 
 
 def _shapes(text: str, **sizes: Any) -> list[Shape]:

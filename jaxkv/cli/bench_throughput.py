@@ -1,34 +1,28 @@
 """`jaxkv bench throughput`: tokens per second of whole generations, by batch size."""
 
-import collections
 import dataclasses
-import gc
-import itertools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import jax
+import rich.box
 import typer
+from rich.table import Table
 
 from jaxkv import registry
-from jaxkv.bench import measure, throughput, throughput_picture
+from jaxkv.bench import clock, throughput_picture
+from jaxkv.bench import throughput_plan as plan
 from jaxkv.bench import throughput_report as report
-from jaxkv.bench.throughput import Work
-from jaxkv.cli import bench
-from jaxkv.forward import Network
-from jaxkv.models.decoder import Config
+from jaxkv.bench.throughput import Work, sampling
+from jaxkv.cli import bench, flags
 from jaxkv.options import Options
-from jaxkv.provenance import write_json
-
-app = bench.app  # with one command more
 
 AUTO = "auto"
 
 
-@app.command("throughput")
-def command(
+def throughput(
     model: bench.Model = None,
     shape: bench.Shape = None,
     prompt: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 512,
@@ -58,7 +52,7 @@ def command(
         int, typer.Option(min=1, help="Most rows that prefill is timed on.")
     ] = 8,
     dtype: bench.Dtype = None,
-    decode_implementation: bench.Kernel = None,
+    decode_implementation: flags.DecodeImplementation = None,
     copy_gib: bench.CopyGib = None,
     seconds: Annotated[
         float | None, typer.Option(help="Start nothing new after so long.")
@@ -70,7 +64,7 @@ def command(
     picture: Annotated[
         Path | None, typer.Option(help="Draw it: a .png, .svg or .pdf file.")
     ] = None,
-    json_: bench.Json = False,
+    json_: flags.Json = False,
     out: bench.Out = None,
 ) -> None:
     """Sample whole generations at every batch size that fits; tokens/s and memory.
@@ -90,16 +84,16 @@ def command(
         throughput_picture.check(picture)
     theirs = transformers and report.read_transformers(transformers)
     # Before the weights, which may leave no room for it.
-    bandwidth = measure.copy_bandwidth(bench.copy_bytes(copy_gib))
+    bandwidth = clock.copy_bandwidth(bench.copy_bytes(copy_gib))
     with console.status("weights"):
         name, network, params = bench.network_of(model, shape, dtype)
     result = _header(name, params, work, budget, options, bandwidth)
     if theirs is not None:
         report.add_transformers(result, theirs)
     with console.status("timing"):
-        run_cells(
-            Timer(network, params, work, bandwidth),
-            plan_cells(network.config, params, work, options, wanted),
+        plan.run_cells(
+            plan.Timer(network, params, work, bandwidth),
+            plan.plan_cells(network.config, params, work, options, wanted),
             options,
             result,
             out=out,
@@ -109,7 +103,7 @@ def command(
     if picture is not None:
         throughput_picture.draw(picture, result)
     if not json_:
-        console.print(report.table(result))
+        console.print(_table(result))
         console.print("\n".join(report.sentences(result)))
     bench.finish(result, json_, out)
 
@@ -118,7 +112,7 @@ def wanted_batches(text: str) -> list[int] | None:
     """Return the batch sizes of the flag, or None for auto; or raise ValueError."""
     if text != AUTO:
         return bench.batches_of(text, "--batches")
-    if measure.device_memory("bytes_limit") is None:
+    if clock.device_memory("bytes_limit") is None:
         raise ValueError(
             f"--batches {AUTO} needs a device that tells how much memory it has; name "
             "the batches, as in --batches 1,8."
@@ -159,133 +153,6 @@ def options_of(names: str, work: Work, budget: int, kernel: Any) -> dict[str, Op
     return found
 
 
-def plan_cells(
-    config: Config,
-    params: Any,
-    work: Work,
-    options: Mapping[str, Options],
-    wanted: Sequence[int] | None,
-) -> list[tuple[str, int, str | None]]:
-    """Return methods and batches in order, and why one does not fit.
-
-    The largest come first, method by method in turn, so that a run which is cut short
-    has them.
-
-    Args:
-      config: of the network.
-      params: its parameters.
-      work: what is generated.
-      options: of each method.
-      wanted: batch sizes; None, where the device tells its memory, for those of
-        `throughput.automatic_batches`.
-    """
-    limit = measure.device_memory("bytes_limit")
-    dtype = params["embedding"].dtype
-    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-    columns = []
-    for method, option in options.items():
-        largest = None
-        if limit is not None:
-            room = int(throughput.USABLE * limit) - weights
-            largest = throughput.largest_batch(config, work, option, dtype, room=room)
-        batches = throughput.automatic_batches(largest) if wanted is None else wanted
-        column = []
-        for batch in sorted(set(batches), reverse=True):
-            why = None
-            if largest is not None and not 0 < batch <= largest:
-                why = f"by its shapes at most {largest} rows fit {limit} bytes"
-            column.append((method, batch, why))
-        columns.append(column)
-    turns = itertools.zip_longest(*columns)
-    return [cell for turn in turns for cell in turn if cell is not None]
-
-
-class Timer:
-    """Times one method and batch after another, on one set of weights."""
-
-    def __init__(self, network: Network, params: Any, work: Work, bandwidth: float):
-        """Take what all have in common; see `throughput.time_generation`."""
-        self._network, self._params = network, params
-        self._work, self._bandwidth = work, bandwidth
-        self._prefill: dict[tuple[str, int], float] = {}
-
-    def time(
-        self, method: str, options: Options, batch: int, why: str | None
-    ) -> dict[str, Any]:
-        """Return a record, ready for JSON.
-
-        Args:
-          method: name of the options.
-          options: static.
-          batch: rows.
-          why: a reason not to try; see `plan_cells`.
-        """
-        row = {"method": method, "batch": batch}
-        if why is not None:
-            return row | {"fits": False, "why": why}
-        try:
-            found = throughput.time_generation(
-                self._network,
-                self._params,
-                batch=batch,
-                work=self._work,
-                options=options,
-                bandwidth=self._bandwidth,
-                prefill_seconds=self._prefill_seconds(method, options, batch),
-            )
-            return row | {"fits": True} | dataclasses.asdict(found)
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            return row | {"fits": False, "why": str(error).splitlines()[0][:200]}
-        finally:
-            gc.collect()  # a cache that is not freed leaves no room for the next
-
-    def _prefill_seconds(self, method: str, options: Options, batch: int) -> float:
-        rows = min(batch, self._work.prefill_rows)
-        if (method, rows) not in self._prefill:
-            self._prefill[method, rows] = throughput.time_prefill(
-                self._network, self._params, rows=rows, work=self._work, options=options
-            )
-        return self._prefill[method, rows] * batch / rows
-
-
-def run_cells(
-    timer: Timer,
-    cells: Sequence[tuple[str, int, str | None]],
-    options: Mapping[str, Options],
-    result: dict[str, Any],
-    *,
-    out: Path | None,
-    until: float | None,
-    retry: bool,
-) -> None:
-    """Time one cell after another, and save what there is after each.
-
-    Args:
-      timer: that times them.
-      cells: of `plan_cells`.
-      options: of each method.
-      result: gets records and what follows from them.
-      out: file of it.
-      until: `time.perf_counter()` from which on nothing is started.
-      retry: try 15/16 of a batch for which memory did not suffice.
-    """
-    left = collections.deque(cells)
-    while left:
-        method, batch, why = left.popleft()
-        if until is not None and time.perf_counter() > until:
-            result["not_started"].append({"method": method, "batch": batch})
-            continue
-        row = timer.time(method, options[method], batch, why)
-        if retry and why is None and not row["fits"] and batch > 8:
-            left.appendleft((method, batch * 15 // 16, None))
-        result["rows"].append(row)
-        result["ratios"] = report.ratios(result["rows"])
-        if out is not None:  # a crash must not lose what was timed before it
-            write_json(out, result)
-
-
 def _header(
     name: str,
     params: Any,
@@ -302,7 +169,7 @@ def _header(
     return header | {
         **dataclasses.asdict(work),
         "budget": budget,
-        "sampling": throughput.sampling(work),
+        "sampling": sampling(work),
         "methods": {
             method: {
                 "decode": repr(option.decode),
@@ -313,9 +180,47 @@ def _header(
             for method, option in options.items()
         },
         "copy_bytes_per_second": bandwidth,
-        "memory_limit_bytes": measure.device_memory("bytes_limit"),
+        "memory_limit_bytes": clock.device_memory("bytes_limit"),
         "parameter_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(params)),
         "not_started": [],
         "rows": [],
         "ratios": [],
     }
+
+
+def _table(result: dict[str, Any]) -> Table:
+    """Return one line per method and batch."""
+    found = Table(
+        title=f"{result['model']}, {result['dtype']}, {result['prompt']} + "
+        f"{result['new']} tokens, budget {result['budget']}, on {result['device']}",
+        caption=result["sampling"],
+        box=rich.box.SIMPLE,
+        collapse_padding=True,
+    )
+    found.add_column("method", justify="right", overflow="fold")
+    columns = (
+        "batch",
+        "tokens/s",
+        "seconds",
+        "x floor",
+        "cache GB",
+        "peak GB",
+    )
+    for column in columns:
+        found.add_column(column, justify="right", no_wrap=True)
+    for row in sorted(result["rows"], key=lambda row: (row["method"], row["batch"])):
+        begin = row["method"], str(row["batch"])
+        if not row["fits"]:
+            found.add_row(*begin, "does not fit")
+            continue
+        peak = row.get("peak_bytes") or row.get("program_bytes")
+        ratio = row.get("ratio_to_floor")
+        found.add_row(
+            *begin,
+            f"{row['tokens_per_second']:.1f}",
+            f"{row['seconds']:.1f}",
+            "-" if ratio is None else f"{ratio:.2f}",
+            f"{row['state_bytes'] / 1e9:.2f}",
+            "-" if peak is None else f"{peak / 1e9:.2f}",
+        )
+    return found

@@ -298,9 +298,21 @@ def convert(
 )
 def bench(context: typer.Context) -> Any:
     """Measure decoding and compiling on this device."""
-    # They measure, and are needed by nobody else.
-    from jaxkv.cli.bench_commands import app as bench_app
-
     parent = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    parent.add_typer(bench_app, name="bench")
+    parent.add_typer(_bench_commands(), name="bench")
     return parent(["bench", *context.args], prog_name="jaxkv", standalone_mode=False)
+
+
+def _bench_commands() -> typer.Typer:
+    # They measure, and are needed by nobody else.
+    from jaxkv.cli import bench, bench_attention, bench_speculate, bench_throughput
+
+    commands = typer.Typer(
+        no_args_is_help=True, help="Measure decoding and compiling on this device."
+    )
+    commands.command("decode")(bench.decode)
+    commands.command("compile")(bench.compile_)
+    commands.command("decode-attention")(bench_attention.decode_attention)
+    commands.command("speculate")(bench_speculate.speculate)
+    commands.command("throughput")(bench_throughput.throughput)
+    return commands

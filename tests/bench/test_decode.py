@@ -11,7 +11,7 @@ import pytest
 
 from jaxkv import H2ODecode, LongFlow
 from jaxkv import state as kv
-from jaxkv.bench import kernel_trace, measure
+from jaxkv.bench import decode_step, kernel_trace
 from jaxkv.cli import bench
 from jaxkv.cli import main as cli
 from jaxkv.models import public_shapes
@@ -71,7 +71,7 @@ def test_weight_bytes_by_hand(tied):
     config = dataclasses.replace(TINY, tied=tied)
     params = random_parameters(config, jax.random.key(0), jnp.bfloat16)
     # The head has as many entries as the embedding: either one of them is read.
-    assert measure.weight_bytes(params, config) == 2 * (
+    assert decode_step.weight_bytes(params, config) == 2 * (
         2 * LAYER + FINAL_NORM + EMBEDDING
     )
     total = sum(leaf.size for leaf in jax.tree.leaves(params))
@@ -79,7 +79,7 @@ def test_weight_bytes_by_hand(tied):
 
 
 def test_floor_by_hand():
-    assert measure.floor_ms(3_000, 1e6) == pytest.approx(3.0)
+    assert decode_step.floor_ms(3_000, 1e6) == pytest.approx(3.0)
 
 
 @pytest.mark.parametrize("name", public_shapes.SHAPES)
@@ -104,7 +104,7 @@ def test_shapes_have_the_published_number_of_parameters(name):
 )
 def test_decode_timing(options, slots, memory):
     params = random_parameters(TINY, jax.random.key(0), jnp.float32)
-    timing = measure.time_decode(
+    timing = decode_step.time_decode(
         Decoder(TINY),
         params,
         batch=3,
@@ -128,10 +128,10 @@ def test_decode_timing(options, slots, memory):
 
 
 def test_every_slot_is_occupied_from_the_first_step_on():
-    cache = measure.full_cache(
+    cache = decode_step.full_cache(
         TINY, batch=2, slots=6, dtype=jnp.float32, key=jax.random.key(0)
     )
-    start = measure.rewind(cache, steps=4, context=6, policy=Full())
+    start = decode_step.rewind(cache, steps=4, context=6, policy=Full())
     for state in start.cache:
         assert (kv.occupancy(state) == 6).all()
         assert (state.target == 2).all()  # four new tokens end at the last slot
@@ -140,22 +140,18 @@ def test_every_slot_is_occupied_from_the_first_step_on():
 
 
 def test_a_policy_begins_anew_at_each_rewind():
-    cache = measure.full_cache(
+    cache = decode_step.full_cache(
         TINY, batch=2, slots=6, dtype=jnp.float32, key=jax.random.key(0)
     )
     used = tuple(
         dataclasses.replace(s, positions=s.positions + 9, memory=jnp.ones((2, 1, 6)))
         for s in cache
     )
-    start = measure.rewind(used, steps=4, context=6, policy=H2ODecode())
+    start = decode_step.rewind(used, steps=4, context=6, policy=H2ODecode())
     for state in start.cache:
         assert (state.memory == 0).all()
         assert (state.positions == jnp.arange(6)).all()
         assert (state.target == 0).all()
-
-
-def test_copy_bandwidth_is_positive():
-    assert measure.copy_bandwidth(2**20, repeats=2) > 0
 
 
 def test_decode_json(run, tiny_shape, tmp_path):
@@ -174,7 +170,7 @@ def test_decode_json(run, tiny_shape, tmp_path):
     assert {"command", "date", "commit", "device", "versions"} <= content.keys()
     assert content["versions"]["jax"] == jax.__version__
     assert [row["batch"] for row in content["rows"]] == [1, 2]
-    fields = {field.name for field in dataclasses.fields(measure.DecodeTiming)}
+    fields = {field.name for field in dataclasses.fields(decode_step.DecodeTiming)}
     assert all(row.keys() == fields for row in content["rows"])
 
 
@@ -201,7 +197,7 @@ def test_kernel_table_shows_names_as_they_are(run, tiny_shape, monkeypatch):
         }
         return kernels, call()
 
-    monkeypatch.setattr(measure, "trace_kernels", trace)
+    monkeypatch.setattr(decode_step, "trace_kernels", trace)
     monkeypatch.setenv("COLUMNS", "80")
     result = run(
         *("decode", "--shape", "qwen3-8b", "--context", 12, "--steps", 4),
@@ -217,11 +213,11 @@ def test_kernel_table_shows_names_as_they_are(run, tiny_shape, monkeypatch):
 def test_a_profile_has_nothing_but_the_steps(monkeypatch):
     def trace(call, per_call):
         with monkeypatch.context() as patch:
-            patch.delattr(measure, "_ends")  # which makes arrays
+            patch.delattr(decode_step, "loop_ends")  # which makes arrays
             return {}, call()
 
-    monkeypatch.setattr(measure, "trace_kernels", trace)
-    measure.time_decode(
+    monkeypatch.setattr(decode_step, "trace_kernels", trace)
+    decode_step.time_decode(
         Decoder(TINY),
         random_parameters(TINY, jax.random.key(0), jnp.float32),
         batch=1,

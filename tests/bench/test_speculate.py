@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxkv.bench.tree_step import FullTree
 from jaxkv.cli import bench
 from jaxkv.cli import main as cli
-from jaxkv.cli.bench_speculate import FullTree
 from jaxkv.models.decoder import Config
 from jaxkv.speculation.matching import Context
 

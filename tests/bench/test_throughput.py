@@ -14,12 +14,13 @@ from rich.console import Console
 
 from jaxkv import figures
 from jaxkv import state as kv
-from jaxkv.bench import measure, throughput
+from jaxkv.bench import clock, decode_step, throughput
 from jaxkv.bench import throughput_report as report
 from jaxkv.bench.throughput import Work, split, whole_seconds
+from jaxkv.bench.throughput_plan import Timer, plan_cells, run_cells
 from jaxkv.cli import bench
 from jaxkv.cli import main as cli
-from jaxkv.cli.bench_throughput import Timer, options_of, plan_cells, run_cells
+from jaxkv.cli.bench_throughput import _table, options_of
 from jaxkv.models.decoder import Config, random_parameters
 from jaxkv.options import Options
 from jaxkv.policies.full import Full
@@ -111,25 +112,27 @@ def test_a_cache_that_is_full_from_the_start_has_one_range():
 
 
 def test_rewind_to_a_part_of_the_slots():
-    cache = measure.full_cache(
+    cache = decode_step.full_cache(
         TINY, batch=2, slots=6, dtype=jnp.float32, key=jax.random.key(0)
     )
-    start = measure.rewind(cache, steps=2, context=4, policy=Full(), filled=4)
+    start = decode_step.rewind(cache, steps=2, context=4, policy=Full(), filled=4)
     assert (kv.occupancy(start.cache[0]) == 4).all()
     assert (start.cache[0].target == 4).all()
     policy = LongFlow()
-    start = measure.rewind(start.cache, steps=2, context=20, policy=policy, filled=6)
+    start = decode_step.rewind(
+        start.cache, steps=2, context=20, policy=policy, filled=6
+    )
     assert (kv.occupancy(start.cache[0]) == 6).all()
     assert (start.cache[0].target == 0).all()
     assert (start.position == 20).all()
 
 
 def test_a_loop_that_stops_early_is_noticed():
-    cache = measure.full_cache(
+    cache = decode_step.full_cache(
         TINY, batch=1, slots=6, dtype=jnp.float32, key=jax.random.key(0)
     )
     with pytest.raises(RuntimeError, match="did not produce its tokens"):
-        measure.time_calls(
+        decode_step.time_calls(
             lambda params, state, until, stop_ids: state,
             *(None, cache),
             repeats=0,
@@ -171,7 +174,7 @@ def test_plan_begins_with_the_largest_and_skips_what_does_not_fit(monkeypatch):
     params = random_parameters(TINY, jax.random.key(0), jnp.float32)
     need = throughput.bytes_needed(TINY, work, Options(), jnp.float32, batch=10)
     limit = (need + sum(x.nbytes for x in jax.tree.leaves(params))) / throughput.USABLE
-    monkeypatch.setattr(measure, "device_memory", lambda key: int(limit) + 1)
+    monkeypatch.setattr(clock, "device_memory", lambda key: int(limit) + 1)
     plan = plan_cells(TINY, params, work, options, None)
     assert plan[0] == ("full", 8, None)  # a multiple of four
     assert plan[1][0] == "small"
@@ -306,9 +309,9 @@ def test_json_and_picture(run, tmp_path):
 
 def test_one_program_serves_all_ranges(run, monkeypatch):
     compiled = []
-    steps = measure.compile_steps
+    steps = decode_step.compile_steps
     monkeypatch.setattr(
-        measure,
+        decode_step,
         "compile_steps",
         lambda *a, **k: compiled.append(1) or steps(*a, **k),
     )
@@ -332,7 +335,7 @@ def test_a_long_name_leaves_room_for_the_numbers():
     row |= dict(tokens_per_second=1234.5, state_bytes=1, ratio_to_floor=2.0)
     keys = ("model", "dtype", "prompt", "new", "budget", "device", "sampling")
     console = Console(width=80, file=io.StringIO())
-    console.print(report.table(dict.fromkeys(keys, "x") | {"rows": [row]}))
+    console.print(_table(dict.fromkeys(keys, "x") | {"rows": [row]}))
     assert "tokens/s" in console.file.getvalue()
     assert "1234.5" in console.file.getvalue()
 

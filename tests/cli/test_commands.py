@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import types
 
 import jax
 import pytest
@@ -132,9 +131,7 @@ def stub_bench(monkeypatch):
         if batch == "2":
             raise typer.Exit(2)
 
-    stub = types.ModuleType("jaxkv.cli.bench_commands")
-    stub.app = app
-    monkeypatch.setitem(sys.modules, "jaxkv.cli.bench_commands", stub)
+    monkeypatch.setattr(cli, "_bench_commands", lambda: app)
     return seen
 
 

@@ -10,10 +10,7 @@ reads them all; the loop that is timed is the one that `jaxkv.generate` runs.
 """
 
 import dataclasses
-import functools
 import statistics
-import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,7 +19,8 @@ import jax.numpy as jnp
 from jaxkv import generation
 from jaxkv import state as kv
 from jaxkv.arguments import row_keys
-from jaxkv.bench.compiling import Seconds, compile_stage, program_memory
+from jaxkv.bench import clock
+from jaxkv.bench.compiling import Seconds, compile_stage
 from jaxkv.bench.kernel_trace import Kernel, trace_kernels
 from jaxkv.forward import Cache, Network
 from jaxkv.generation import Generation
@@ -75,35 +73,6 @@ class DecodeTiming:
     temp_bytes: int | None
     peak_bytes: int | None
     kernels: dict[str, Kernel]
-
-
-def copy_bandwidth(num_bytes: int, repeats: int = 5, passes: int = 10) -> float:
-    """Measure a pass over the device's memory, counting bytes read plus written.
-
-    Args:
-      num_bytes: size of the array, which each pass reads and writes whole; far more
-        than any cache of the chip.
-      repeats: the median of this many calls is returned.
-      passes: of one call, so that its launch, some 5 % of one pass, does not count.
-
-    Returns:
-      Bytes per second.
-    """
-    # Random, because some chips move zeros faster.
-    array = jax.random.bits(jax.random.key(0), (num_bytes // 4,), jnp.uint32)
-
-    @functools.partial(jax.jit, donate_argnums=0)
-    def call(array):
-        return jax.lax.fori_loop(
-            0, passes, lambda i, x: x ^ i.astype(jnp.uint32), array
-        )
-
-    seconds = []
-    for _ in range(repeats + 1):
-        begin = time.perf_counter()
-        array = jax.block_until_ready(call(array))
-        seconds.append(time.perf_counter() - begin)
-    return 2 * array.nbytes * passes / statistics.median(seconds[1:])
 
 
 def weight_bytes(params: Any, config: Config) -> int:
@@ -253,7 +222,7 @@ def time_decode(
     if profile:
         state = jax.block_until_ready(rewind(cache, **where))
         # Made and waited for before, so that their kernels are not among the step's.
-        ends = jax.block_until_ready(_ends(state))
+        ends = jax.block_until_ready(loop_ends(state))
         kernels, state = trace_kernels(lambda: program(params, state, *ends), steps)
         cache = state.cache
     median = statistics.median(calls)
@@ -273,8 +242,8 @@ def time_decode(
         ratio_to_floor=median / floor,
         trace_seconds=seconds.trace,
         compile_seconds=seconds.compile,
-        **program_memory(program),
-        peak_bytes=device_memory("peak_bytes_in_use"),
+        **clock.program_memory(program),
+        peak_bytes=clock.device_memory("peak_bytes_in_use"),
         kernels=kernels,
     )
 
@@ -292,7 +261,7 @@ def compile_steps(
     """
     return compile_stage(
         lambda: generation.advance_jit.lower(
-            network, params, state, *_ends(state), options=options
+            network, params, state, *loop_ends(state), options=options
         )
     )
 
@@ -316,35 +285,20 @@ def time_calls(
     Raises:
       RuntimeError: the loop did not produce `steps` tokens per row.
     """
-    calls = []
-    for _ in range(repeats + 1):
-        state = jax.block_until_ready(rewind(cache, steps=steps, **where))
-        ends = _ends(state)
-        begin = time.perf_counter()
-        state = jax.block_until_ready(program(params, state, *ends))
-        calls.append(1e3 * (time.perf_counter() - begin) / steps)
-        cache = state.cache
+    state = jax.block_until_ready(rewind(cache, steps=steps, **where))
+    ends = jax.block_until_ready(loop_ends(state))
+    seconds, state = clock.timed(
+        lambda state: program(params, state, *ends),
+        state,
+        repeats,
+        prepare=lambda state: rewind(state.cache, steps=steps, **where),
+        units=lambda state: steps,
+    )
     if not ((state.tokens >= 0).all() and (state.lengths == steps).all()):
         raise RuntimeError("time_calls: the loop did not produce its tokens.")
-    return tuple(calls[1:]), cache
+    return tuple(1e3 * second for second in seconds), state.cache
 
 
-def _ends(state: Generation) -> tuple[jax.Array, jax.Array]:
+def loop_ends(state: Generation) -> tuple[jax.Array, jax.Array]:
     """Return `until`, the whole output buffer, and the id of no stop."""
     return jnp.int32(state.tokens.shape[1]), jnp.array([-1], jnp.int32)
-
-
-def median_seconds(call: Callable[[], Any], repeats: int) -> float:
-    """Return the median seconds of a call, after one that compiles or warms up."""
-    jax.block_until_ready(call())
-    seconds = []
-    for _ in range(repeats):
-        begin = time.perf_counter()
-        jax.block_until_ready(call())
-        seconds.append(time.perf_counter() - begin)
-    return statistics.median(seconds)
-
-
-def device_memory(key: str) -> int | None:
-    """Return an entry of the device's memory statistics; None if it has no such."""
-    return (jax.devices()[0].memory_stats() or {}).get(key)
