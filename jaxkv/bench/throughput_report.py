@@ -1,12 +1,15 @@
-"""What `jaxkv bench throughput` makes of its records: ratios and sentences."""
+"""What `jaxkv bench throughput` makes of its records: ratios, sentences, a picture."""
 
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxkv import figures
+
 TRANSFORMERS = "transformers"
 BENCHMARK = "throughput-transformers"
+PICTURES = (".png", ".svg", ".pdf")
 
 
 def ratios(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -20,11 +23,7 @@ def ratios(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
       `method`, `against`, `equal_batch` (batch and ratio) and `best_batch` (both
       batches and the ratio).
     """
-    speeds: dict[str, dict[int, float]] = {}
-    for row in rows:
-        if row["fits"]:
-            of_method = speeds.setdefault(row["method"], {})
-            of_method[row["batch"]] = row["tokens_per_second"]
+    speeds = _speeds(rows)
     found = []
     for against in ("full", TRANSFORMERS):
         for method in speeds:
@@ -92,3 +91,59 @@ def sentences(result: dict[str, Any]) -> list[str]:
         cells = (f"{x['method']} {x['batch']}" for x in result["not_started"])
         lines.append(f"time was up before {', '.join(cells)}")
     return lines
+
+
+def check_picture(path: Path) -> None:
+    """Raise ValueError for a kind of file that is not drawn, or without matplotlib."""
+    if path.suffix not in PICTURES:
+        raise ValueError(
+            f"--picture takes a file that ends in {', '.join(PICTURES)}; got {path}."
+        )
+    figures.require()
+
+
+def draw_picture(path: Path, result: Mapping[str, Any]) -> None:
+    """Draw a line per method, and write how its best batch compares.
+
+    Args:
+      path: that `check_picture` has passed.
+      result: of `jaxkv bench throughput`.
+    """
+    figure = figures.empty(figsize=(7, 4.5))
+    axes = figure.subplots()
+    speeds = _speeds(result["rows"])
+    best = {
+        pair["method"]: f": {pair['best_batch']['ratio']:.2f} x full, each at its best"
+        for pair in result["ratios"]
+        if pair["against"] == "full"
+    }
+    for method, by_batch in speeds.items():
+        batches = sorted(by_batch)
+        heights = [by_batch[batch] for batch in batches]
+        axes.plot(batches, heights, marker="o", label=method + best.get(method, ""))
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    every = sorted({batch for by_batch in speeds.values() for batch in by_batch})
+    axes.set_xticks(every, map(str, every))
+    axes.set_xlabel("batch")
+    axes.set_ylabel("new tokens per second")
+    axes.set_title(
+        f"{result['model']}, {result['prompt']} + {result['new']} tokens, budget "
+        f"{result['budget']}\n{result['device']}, {result['dtype']}; sampled steps",
+        fontsize="medium",
+    )
+    axes.grid(alpha=0.3)
+    if speeds:
+        axes.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+
+def _speeds(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, float]]:
+    """Return the tokens per second of each method, by batch."""
+    speeds: dict[str, dict[int, float]] = {}
+    for row in rows:
+        if row["fits"]:
+            of_method = speeds.setdefault(row["method"], {})
+            of_method[row["batch"]] = row["tokens_per_second"]
+    return speeds

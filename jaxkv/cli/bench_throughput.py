@@ -12,7 +12,7 @@ import typer
 from rich.table import Table
 
 from jaxkv import registry
-from jaxkv.bench import clock, throughput_picture
+from jaxkv.bench import clock
 from jaxkv.bench import throughput_plan as plan
 from jaxkv.bench import throughput_report as report
 from jaxkv.bench.throughput import Work, sampling
@@ -81,7 +81,7 @@ def throughput(
     options = options_of(names, work, budget, decode_implementation)
     wanted = wanted_batches(batches)
     if picture is not None:
-        throughput_picture.check(picture)
+        report.check_picture(picture)
     theirs = transformers and report.read_transformers(transformers)
     # Before the weights, which may leave no room for it.
     bandwidth = clock.copy_bandwidth(bench.copy_bytes(copy_gib))
@@ -101,7 +101,7 @@ def throughput(
             retry=wanted is None,
         )
     if picture is not None:
-        throughput_picture.draw(picture, result)
+        report.draw_picture(picture, result)
     if not json_:
         console.print(_table(result))
         console.print("\n".join(report.sentences(result)))
