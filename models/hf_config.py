@@ -22,35 +22,14 @@ class _Family:
     architecture: str
     bias: Literal["never", "qkv", "by attention_bias"]
     qk_norm: bool = False
-    num_kv_heads: int | None = None  # where the key is absent; None: num_heads
-    head_dim: int | None = None  # where the key is absent; None: hidden / heads
-    max_positions: int
 
 
-# The values for absent keys are those of transformers' configuration classes.
 _FAMILIES = {
-    "llama": _Family(
-        architecture="LlamaForCausalLM", bias="by attention_bias", max_positions=2048
-    ),
-    "mistral": _Family(
-        architecture="MistralForCausalLM",
-        bias="never",
-        num_kv_heads=8,
-        max_positions=131_072,
-    ),
-    "qwen2": _Family(
-        architecture="Qwen2ForCausalLM",
-        bias="qkv",
-        num_kv_heads=32,
-        max_positions=32_768,
-    ),
+    "llama": _Family(architecture="LlamaForCausalLM", bias="by attention_bias"),
+    "mistral": _Family(architecture="MistralForCausalLM", bias="never"),
+    "qwen2": _Family(architecture="Qwen2ForCausalLM", bias="qkv"),
     "qwen3": _Family(
-        architecture="Qwen3ForCausalLM",
-        bias="by attention_bias",
-        qk_norm=True,
-        num_kv_heads=32,
-        head_dim=128,
-        max_positions=32_768,
+        architecture="Qwen3ForCausalLM", bias="by attention_bias", qk_norm=True
     ),
 }
 
@@ -60,11 +39,35 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "mlp_bias": (False,),
     "quantization_config": (),
     "partial_rotary_factor": (1,),
+    "rope_interleaved": (False,),
+    "use_mrope": (False,),
     "use_sliding_window": (False,),
     "num_experts": (0, 1),
     "num_local_experts": (0, 1),
     "is_encoder_decoder": (False,),
+    "add_cross_attention": (False,),
 }
+_READ = frozenset(
+    "architectures attention_bias head_dim hidden_size intermediate_size layer_types "
+    "max_position_embeddings model_type num_attention_heads num_hidden_layers "
+    "num_key_value_heads original_max_position_embeddings rms_norm_eps "
+    "rope_parameters rope_scaling rope_theta tie_word_embeddings vocab_size".split()
+)
+# Keys that no number of the network depends on: tokens, training, sampling, records.
+_INERT = frozenset(
+    "_attn_implementation _attn_implementation_autoset _commit_hash "
+    "_flash_attn_2_enabled _name_or_path _remove_final_layer_norm attention_dropout "
+    "attn_implementation auto_map bos_token_id custom_pipelines do_sample dtype "
+    "eos_token_id finetuning_task hidden_dropout id2label initializer_range "
+    "is_decoder is_llama_config label2id language max_length max_new_tokens "
+    "max_sequence_length max_window_layers min_length model_max_length "
+    "output_attentions output_hidden_states pad_token_id prefix pretraining_tp "
+    "problem_type repetition_penalty return_dict sep_token_id task_specific_params "
+    "temperature tokenizer_class top_k top_p torch_dtype torchscript "
+    "transformers.js_config transformers_version unsloth_fixed unsloth_version "
+    "use_cache".split()
+)
+_LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor")
 
 
 def read_config(folder: str | Path) -> Config:
@@ -119,27 +122,29 @@ def stop_ids(folder: str | Path) -> tuple[int, ...]:
 
 def _convert(raw: dict[str, Any]) -> Config:
     model_type, family = _family(raw)
-    for key, neutral in _NEUTRAL.items():
-        value = raw.get(key)
-        if value is not None and value not in neutral:
-            _unsupported(key, value, *neutral)
-    max_positions = _integer(raw, "max_position_embeddings", family.max_positions)
-    _refuse_sliding_window(raw, model_type, max_positions)
-
     hidden_size = _integer(raw, "hidden_size")
     num_heads = _integer(raw, "num_attention_heads")
+    default = _defaults(model_type, hidden_size, num_heads)
+    for key, value in raw.items():
+        _refuse_unknown(key, value, default)
+    max_positions = _integer(
+        raw, "max_position_embeddings", default["max_position_embeddings"]
+    )
+    _refuse_sliding_window(raw, model_type, default, max_positions)
     if raw.get("num_key_value_heads", 0) is None:  # null: as many as query heads
         num_kv_heads = num_heads
     else:
         num_kv_heads = _integer(
-            raw, "num_key_value_heads", family.num_kv_heads or num_heads
+            raw, "num_key_value_heads", default["num_key_value_heads"] or num_heads
         )
     if num_heads % num_kv_heads:
         raise CheckpointError(
             f"num_attention_heads={num_heads} must be a multiple of "
             f"num_key_value_heads={num_kv_heads}."
         )
-    head_dim = _integer(raw, "head_dim", family.head_dim or hidden_size // num_heads)
+    head_dim = _integer(
+        raw, "head_dim", default.get("head_dim") or hidden_size // num_heads
+    )
     if head_dim % 2:
         raise CheckpointError(f"{head_dim=} must be even for rotary positions.")
     rope_theta, rope_scaling = _rope(raw, max_positions)
@@ -155,7 +160,7 @@ def _convert(raw: dict[str, Any]) -> Config:
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
-        rms_norm_eps=_number(raw, "rms_norm_eps", 1e-6),
+        rms_norm_eps=_number(raw, "rms_norm_eps", default["rms_norm_eps"]),
         rope_theta=rope_theta,
         rope_scaling=rope_scaling,
         max_positions=max_positions,
@@ -164,6 +169,40 @@ def _convert(raw: dict[str, Any]) -> Config:
         qk_norm=family.qk_norm,
         tied=_boolean(raw, "tie_word_embeddings"),
     )
+
+
+def _defaults(model_type: str, hidden_size: int, num_heads: int) -> dict[str, Any]:
+    """Return what transformers takes for absent keys at these sizes."""
+    from transformers import CONFIG_MAPPING
+
+    try:
+        config = CONFIG_MAPPING[model_type](
+            hidden_size=hidden_size, num_attention_heads=num_heads
+        )
+    except Exception as error:  # what transformers raises differs between versions
+        message = " ".join(str(error).split())
+        raise CheckpointError(
+            f"transformers takes no {hidden_size=} with "
+            f"num_attention_heads={num_heads}: {message}"
+        ) from error
+    return config.to_dict()
+
+
+def _refuse_unknown(key: str, value: Any, default: dict[str, Any]) -> None:
+    """Raise for a key that is neither read nor known to leave the network alone."""
+    if value is None or key in _READ or key in _INERT:
+        return
+    if key in _NEUTRAL:
+        if value not in _NEUTRAL[key]:
+            _unsupported(key, value, *_NEUTRAL[key])
+    elif key in default and key != "sliding_window":  # which has a check of its own
+        if value != default[key]:
+            _unsupported(key, value, default[key])
+    elif key != "sliding_window":
+        raise CheckpointError(
+            f"{key}={value!r} is not known to jaxkv, and may change what the network "
+            "computes; take the key out if you know that it does not."
+        )
 
 
 def _family(raw: dict[str, Any]) -> tuple[str, _Family]:
@@ -186,7 +225,7 @@ def _family(raw: dict[str, Any]) -> tuple[str, _Family]:
 
 
 def _refuse_sliding_window(
-    raw: dict[str, Any], model_type: str, max_positions: int
+    raw: dict[str, Any], model_type: str, default: dict[str, Any], max_positions: int
 ) -> None:
     """Raise if any layer attends to a window only; a set but unused one is fine."""
     layer_types = raw.get("layer_types") or []
@@ -196,8 +235,7 @@ def _refuse_sliding_window(
         _unsupported("layer_types", layer_types, "'full_attention' for every layer")
     if model_type == "mistral":
         key = "sliding_window"
-        # Mistral has no switch; transformers takes 4096 where the key is absent.
-        window = raw.get(key, 4096)
+        window = raw.get(key, default[key])  # Mistral has no switch
         if window is not None and _integer({key: window}, key) < max_positions:
             _unsupported(key, window, None, f"max_position_embeddings={max_positions}")
 
@@ -214,16 +252,19 @@ def _rope(
     if rope.get("partial_rotary_factor") not in (None, 1):
         _unsupported("partial_rotary_factor", rope["partial_rotary_factor"], 1)
     kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "llama3"):
+        _unsupported(f"{key}.rope_type", kind, "default", "llama3")
+    outer = "original_max_position_embeddings"
+    read = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+    if kind == "llama3":
+        read |= {*_LLAMA3, outer}
+    for name in rope.keys() - read:
+        _unsupported(f"{key}.{name}", rope[name])
     if kind == "default":
         return theta, None
-    if kind != "llama3":
-        _unsupported(f"{key}.rope_type", kind, "default", "llama3")
     # As in transformers, the key outside the object is the stronger one.
-    outer = "original_max_position_embeddings"
     scaling = Llama3Scaling(
-        factor=_number(rope, "factor"),
-        low_freq_factor=_number(rope, "low_freq_factor"),
-        high_freq_factor=_number(rope, "high_freq_factor"),
+        **{name: _number(rope, name) for name in _LLAMA3},
         original_max_positions=_integer(
             raw if outer in raw else rope, outer, max_positions
         ),

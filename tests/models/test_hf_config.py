@@ -76,6 +76,10 @@ def test_config_of_llama(tmp_path):
         (dict(partial_rotary_factor=1.0, rope_scaling={"type": "default"}), {}),
         # Llama ignores these in transformers, too
         (dict(sliding_window=16), {}),
+        # transformers' default, nothing, and keys that no number depends on
+        (dict(chunk_size_feed_forward=0, no_such_key=None), {}),
+        (dict(attention_dropout=0.1, pretraining_tp=1, is_llama_config=True), {}),
+        (dict(rope_interleaved=False, use_mrope=False, max_window_layers=1), {}),
     ],
 )
 def test_config_keys(tmp_path, changes, expected):
@@ -156,6 +160,18 @@ def test_llama3_scaling_finds_the_original_context(tmp_path):
             dict(rope_parameters={"partial_rotary_factor": 0.5}),
             ["partial_rotary_factor=0.5"],
         ),
+        (
+            {"rope_parameters": {"rope_type": "default", "mscale": 2.0}},
+            ["rope_parameters.mscale=2.0 is not supported"],
+        ),
+        (
+            dict(rope_scaling={"type": "llama3", **SCALING, "beta_fast": 32}),
+            ["rope_scaling.beta_fast=32 is not supported"],
+        ),
+        (dict(no_such_key=0), ["no_such_key=0 is not known", "take the key out"]),
+        (dict(use_mrope=True), ["use_mrope=True", "False"]),
+        (dict(rope_interleaved=True), ["rope_interleaved=True", "False"]),
+        (dict(chunk_size_feed_forward=4), ["chunk_size_feed_forward=4", "0"]),
         (dict(num_local_experts=8), ["num_local_experts=8"]),
         (dict(num_experts=8), ["num_experts=8"]),
         (dict(is_encoder_decoder=True), ["is_encoder_decoder=True"]),
@@ -217,6 +233,16 @@ def test_llama3_scaling_finds_the_original_context(tmp_path):
 def test_config_refuses(tmp_path, changes, words):
     with raises("config.json: ", *words):
         read_config(write_config(tmp_path, **changes))
+
+
+@pytest.mark.parametrize("key", ["embedding_multiplier", "logit_scale", "no_rope"])
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3"])
+def test_no_family_takes_a_key_that_nobody_reads(tmp_path, model_type, key):
+    """Granite's, Cohere's and SmolLM3's keys in the config of another family."""
+    changes = dict(model_type=model_type, architectures=..., sliding_window=None)
+    read_config(write_config(tmp_path, **changes))
+    with raises(f"{key}=2.0 is not known"):
+        read_config(write_config(tmp_path, **changes, **{key: 2.0}))
 
 
 OPTIONAL = (
