@@ -29,19 +29,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxkv.kernels.per_shard import partition_spec
-from jaxkv.models.decoder import Config
+from jaxkv.models.decoder import Config, parameter_axes
 from jaxkv.state import KVState
-
-_COLUMNS, _ROWS = P(None, "model"), P("model", None)
-_PARAMETERS = {
-    "embedding": _ROWS,
-    "head": _COLUMNS,
-    "qkv": _COLUMNS,
-    "qkv_bias": P("model"),
-    "output": _ROWS,
-    "gate_up": _COLUMNS,
-    "down": _ROWS,
-}  # all others, norms and the output's bias, are on every device
 
 
 def make_mesh(*, data: int = 1, model: int = 1, devices: Any = None) -> Mesh:
@@ -82,10 +71,23 @@ def check(config: Config, mesh: Mesh, *, batch: int) -> None:
 
 
 def parameter_specs(params: Any) -> Any:
-    """Return the partition of every parameter, as a tree like `params`."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: _PARAMETERS.get(path[-1].key, P()), params
-    )
+    """Return the partition of every parameter, as a tree like `params`.
+
+    Raises:
+      ValueError: the network declares no mesh axes for a parameter of that name.
+    """
+    axes = parameter_axes()
+
+    def spec(path, _):
+        name = path[-1].key
+        if name not in axes:
+            raise ValueError(
+                f"sharding: the network declares no mesh axes for the parameter "
+                f"{name!r}; it does for {', '.join(sorted(axes))}."
+            )
+        return P(*axes[name])
+
+    return jax.tree_util.tree_map_with_path(spec, params)
 
 
 def state_specs(state: KVState) -> KVState:

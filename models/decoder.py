@@ -10,6 +10,7 @@ Axis letters: `B` batch, `T` tokens, `D` hidden, `N` query heads, `K` key/value 
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -23,6 +24,13 @@ from jaxkv.kernels import pointwise, project, rotary
 Attend = Callable[
     [jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]
 ]  # (q [B,T,N,H], k [B,T,K,H], v [B,T,K,H], state) -> (out [B,T,N,H], state)
+
+
+# How matrices are cut over the devices that share out the heads of a row. What leads to
+# heads and feed-forward columns is cut along its columns, what leads back along its
+# rows, so that the parts of a layer meet in two sums.
+_COLUMNS = (None, "model")
+_ROWS = ("model", None)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -102,6 +110,18 @@ def rotary_frequencies(config: Config) -> jax.Array:
     return (1 - smooth) * frequencies / scaling.factor + smooth * frequencies
 
 
+def _matrix(*axes: str | None):
+    return nn.with_partitioning(nn.initializers.normal(0.02), axes)
+
+
+def _ones(*axes: str | None):
+    return nn.with_partitioning(nn.initializers.ones, axes)
+
+
+def _zeros(*axes: str | None):
+    return nn.with_partitioning(nn.initializers.zeros, axes)
+
+
 class Layer(nn.Module):
     """One pre-norm layer; weights that are read together are stored together."""
 
@@ -135,33 +155,23 @@ class Layer(nn.Module):
         """
         c = self.config
         batch, length, _ = x.shape
-        matrix, ones, zeros = (
-            nn.initializers.normal(0.02),
-            nn.initializers.ones,
-            nn.initializers.zeros,
-        )
         how = dict(eps=c.rms_norm_eps, implementation=self.implementation)
 
-        def weight(name, depth, columns):
-            return self.param(name, matrix, (depth, columns))
-
-        def times(x, name, columns, bias):
-            parts = project.project(
-                *(x, weight(name, x.shape[-1], columns)),
-                implementation=self.implementation,
-            )
+        def times(x, name, columns, axes, bias=False):
+            weight = self.param(name, _matrix(*axes), (x.shape[-1], columns))
+            parts = project.project(x, weight, implementation=self.implementation)
             if bias:
-                bias = self.param(f"{name}_bias", zeros, (columns,))
+                bias = self.param(f"{name}_bias", _zeros(axes[1]), (columns,))
                 parts = (pointwise.join(parts, x.dtype) + bias)[None]
             return parts
 
-        norm = self.param("attention_norm", ones, (c.hidden_size,))
+        norm = self.param("attention_norm", _ones(None), (c.hidden_size,))
         x, normed = pointwise.add_rms_norm(x, delta, norm, **how)
-        qkv = times(normed, "qkv", c.qkv_size, c.qkv_bias)
+        qkv = times(normed, "qkv", c.qkv_size, _COLUMNS, c.qkv_bias)
         q_norm = k_norm = None
         if c.qk_norm:
-            q_norm = self.param("q_norm", ones, (c.head_dim,))
-            k_norm = self.param("k_norm", ones, (c.head_dim,))
+            q_norm = self.param("q_norm", _ones(None), (c.head_dim,))
+            k_norm = self.param("k_norm", _ones(None), (c.head_dim,))
         q, k, v = pointwise.split_and_rotate(
             *(qkv, q_norm, k_norm, cos, sin),
             num_heads=c.num_heads,
@@ -172,15 +182,16 @@ class Layer(nn.Module):
         with jax.named_scope("attend"):
             out, state = attend(q, k, v, state)
         out = out.reshape(batch, length, c.num_heads * c.head_dim)
-        delta = times(out, "output", c.hidden_size, c.output_bias)
+        delta = times(out, "output", c.hidden_size, _ROWS, c.output_bias)
 
-        norm = self.param("mlp_norm", ones, (c.hidden_size,))
+        norm = self.param("mlp_norm", _ones(None), (c.hidden_size,))
         x, normed = pointwise.add_rms_norm(x, delta, norm, **how)
+        shape = c.hidden_size, 2 * c.intermediate_size
+        gate_up = self.param("gate_up", _matrix(*_COLUMNS), shape)
         inner = project.project_gated(
-            *(normed, weight("gate_up", c.hidden_size, 2 * c.intermediate_size)),
-            implementation=self.implementation,
+            normed, gate_up, implementation=self.implementation
         )
-        delta = times(inner, "down", c.hidden_size, bias=False)
+        delta = times(inner, "down", c.hidden_size, _ROWS)
         return x, delta, state
 
 
@@ -202,17 +213,15 @@ class Decoder(nn.Module):
     def setup(self):
         """Declare the embedding, the layers and the output layer."""
         c = self.config
-        matrix = nn.initializers.normal(0.02)
-        self.embedding = self.param("embedding", matrix, (c.vocab_size, c.hidden_size))
+        shape = c.vocab_size, c.hidden_size
+        self.embedding = self.param("embedding", _matrix(*_ROWS), shape)
         self.layers = [
             Layer(c, self.implementation, name=f"layer_{i}")
             for i in range(c.num_layers)
         ]
-        self.final_norm = self.param(
-            "final_norm", nn.initializers.ones, (c.hidden_size,)
-        )
+        self.final_norm = self.param("final_norm", _ones(None), (c.hidden_size,))
         if not c.tied:
-            self.head = self.param("head", matrix, (c.hidden_size, c.vocab_size))
+            self.head = self.param("head", _matrix(*_COLUMNS), shape[::-1])
 
     def __call__(
         self,
@@ -270,8 +279,8 @@ class Decoder(nn.Module):
         return logits.astype(jnp.float32)
 
 
-def parameter_shapes(config: Config) -> dict[str, Any]:
-    """Return the tree of parameter shapes and float32 dtypes, without making arrays."""
+def _declared(config: Config) -> dict[str, Any]:
+    """Return the tree of parameters as declared: `nn.Partitioned` of shapes."""
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
 
     def init(tokens):
@@ -284,6 +293,29 @@ def parameter_shapes(config: Config) -> dict[str, Any]:
         )
 
     return jax.eval_shape(init, tokens)["params"]
+
+
+def parameter_shapes(config: Config) -> dict[str, Any]:
+    """Return the tree of parameter shapes and float32 dtypes, without making arrays."""
+    return nn.meta.unbox(_declared(config))
+
+
+@functools.cache
+def parameter_axes() -> dict[str, tuple[str | None, ...]]:
+    """Return the mesh axes that each parameter declares, by its name.
+
+    An entry is the axis of the mesh along which that axis of the parameter is cut, or
+    None where every device has all of it.
+    """
+    config = Config(  # every switch is on, so that every parameter is there
+        **dict(vocab_size=2, hidden_size=2, intermediate_size=2, num_layers=1),
+        **dict(num_heads=1, num_kv_heads=1, head_dim=2, tied=False),
+        **dict(qkv_bias=True, output_bias=True, qk_norm=True),
+    )
+    leaves, _ = jax.tree_util.tree_flatten_with_path(
+        _declared(config), is_leaf=lambda x: isinstance(x, nn.Partitioned)
+    )
+    return {path[-1].key: leaf.names for path, leaf in leaves}
 
 
 def random_parameters(config: Config, key: jax.Array, dtype=jnp.bfloat16):

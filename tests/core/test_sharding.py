@@ -172,7 +172,14 @@ def test_every_parameter_has_a_partition():
     assert specs["head"] == P(None, "model")
     assert layer["qkv_bias"] == P("model")
     for name in ("attention_norm", "mlp_norm", "q_norm", "k_norm", "output_bias"):
-        assert layer[name] == P()
+        assert layer[name] == P(None)
+
+
+def test_a_parameter_that_declares_no_axes_is_refused():
+    params = parameter_shapes(CONFIG)
+    params["layer_1"]["router"] = params["layer_1"]["down"]
+    with pytest.raises(ValueError, match="no mesh axes for the parameter 'router'"):
+        sharding.parameter_specs(params)
 
 
 def test_a_state_is_cut_along_rows_and_heads():
