@@ -28,47 +28,47 @@ Attend = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Room:
-    """What prefill hands to a layer in place of its state: an empty state, and limits.
+class EmptyLayer:
+    """What prefill hands to a layer in place of its state: an empty one, and limits.
 
     Attributes:
       state: empty.
       keep: int32 `[B]`, tokens that this layer may keep of each row's prompt.
-      budget: static bound of `keep`.
+      bound: of `keep`, static; at most the slots of the state.
     """
 
     state: KVState
     keep: jax.Array
-    budget: int = dataclasses.field(metadata=dict(static=True))
+    bound: int = dataclasses.field(metadata=dict(static=True))
 
 
-def rooms(
+def empty_layers(
     policy: PrefillPolicy,
     config: Any,
     lengths: jax.Array,
     *,
     slots: tuple[int, ...],
-    budget: int,
+    bound: int,
     keep: jax.Array | None,
     dtype: jax.typing.DTypeLike,
-) -> tuple[Room, ...]:
+) -> tuple[EmptyLayer, ...]:
     """Return what prefill hands to each layer.
 
     Args:
-      policy: says how layers share the budget, and which heads are stored.
-      config: of the network; see `passes.Network`.
+      policy: says how layers share a budget, and which heads are stored.
+      config: of the network; see `forward.Network`.
       lengths: int32 `[B]`.
       slots: of each layer's state.
-      budget: the most tokens that a row may keep of its prompt.
-      keep: int32 `[B]`, what each row keeps; None is `budget`.
+      bound: the most tokens that any row may keep of its prompt.
+      keep: int32 `[B]`, what each row may keep; None is `bound`.
       dtype: of keys and values.
     """
     if keep is None:
-        keep = jnp.full(lengths.shape, budget, jnp.int32)
+        keep = jnp.full(lengths.shape, bound, jnp.int32)
     keeps = policy.layer_keeps(keep, lengths, config.num_layers)
-    budgets = policy.layer_budgets(budget, config.num_layers)
+    bounds = policy.layer_budgets(bound, config.num_layers)
     return tuple(
-        Room(
+        EmptyLayer(
             state=kv.init(
                 batch=lengths.shape[0],
                 kv_heads=policy.heads(config.num_heads, config.num_kv_heads),
@@ -77,9 +77,9 @@ def rooms(
                 dtype=dtype,
             ),
             keep=kept,
-            budget=min(most, size),
+            bound=min(most, size),
         )
-        for size, kept, most in zip(slots, keeps, budgets, strict=True)
+        for size, kept, most in zip(slots, keeps, bounds, strict=True)
     )
 
 
@@ -133,11 +133,11 @@ def attend_prompt(
       scores_implementation: of `window_scores`.
 
     Returns:
-      An `attend` that takes a `Room` and gives a state. Only one layer's whole prompt
-      exists at a time, because the policy runs before the next layer does.
+      An `attend` that takes an `EmptyLayer` and gives a state. Only one layer's whole
+      prompt exists at a time, because the policy runs before the next layer does.
     """
 
-    def attend(q, k, v, room):
+    def attend(q, k, v, layer):
         scale = scale_of(q)
         out = prefill.causal_attention(
             q, k, v, scale=scale, implementation=implementation
@@ -147,12 +147,12 @@ def attend_prompt(
             keys=k,
             values=v,
             lengths=lengths,
-            keep=room.keep,
+            keep=layer.keep,
             frequencies=frequencies,
             scale=scale,
             implementation=scores_implementation,
         )
-        state = policy.compress(prompt, room.state, budget=room.budget)
+        state = policy.compress(prompt, layer.state, budget=layer.bound)
         # Nothing before decoding waits for the state. Without the barrier the compiler
         # may put all evictions last, and hold every layer's whole prompt until then.
         return jax.lax.optimization_barrier((out, state))

@@ -3,7 +3,8 @@
 Both bind `attend` to a layer's state, and know nothing of loops or of how a token is
 chosen.
 
-Axis letters: `B` batch, `P` padded prompt, `V` vocabulary.
+Axis letters: `B` batch, `P` padded prompt, `T` prompt and pseudo tokens, padded, `V`
+vocabulary, `D` hidden size.
 """
 
 import dataclasses
@@ -12,7 +13,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
-from jaxkv.attention import append_tokens, attend_cache, attend_prompt, rooms
+from jaxkv.attention import append_tokens, attend_cache, attend_prompt, empty_layers
 from jaxkv.options import Options
 from jaxkv.policies.full import Full
 from jaxkv.state import KVState
@@ -61,7 +62,7 @@ def prefill(
       Logits of the token after each prompt, float32 `[B, V]`, and the cache.
 
     Raises:
-      ValueError: `keep` without a budget.
+      ValueError: `keep` without `options.budget`.
     """
     hidden, cache = read(
         network, params, tokens, lengths, options=options, slots=slots, keep=keep
@@ -79,9 +80,23 @@ def read(
     slots: int | tuple[int, ...],
     keep: jax.Array | None,
 ) -> tuple[jax.Array, Cache]:
-    """Do `prefill`, but return the hidden states of all positions, `[B, P', D]`.
+    """Run prompts through the network, as `prefill` does, and choose no token.
 
-    Behind the prompts' `P` positions may stand those of pseudo tokens.
+    Args:
+      network: static.
+      params: its parameters.
+      tokens: int32 `[B, P]`, right-padded.
+      lengths: int32 `[B]`, at least 1.
+      options: static.
+      slots: of every layer's state, or of each layer's.
+      keep: see `prefill`.
+
+    Returns:
+      Hidden states of all positions, `[B, T, D]`, and the cache. Behind the prompts'
+      `P` positions may stand those of pseudo tokens.
+
+    Raises:
+      ValueError: `keep` without `options.budget`.
     """
     if keep is not None and options.budget is None:
         raise ValueError(
@@ -107,12 +122,12 @@ def read(
     )
     layers = network.config.num_layers
     slots = slots if isinstance(slots, tuple) else (slots,) * layers
-    empty = rooms(
+    empty = empty_layers(
         policy,
         network.config,
         lengths,
         slots=slots,
-        budget=max(slots) if options.budget is None else options.prompt_budget,
+        bound=max(slots) if options.budget is None else options.prompt_budget,
         keep=keep,
         dtype=params["embedding"].dtype,
     )
@@ -123,13 +138,23 @@ def read(
 def logits_at_end(
     network: Network, params: Any, hidden: jax.Array, lengths: jax.Array
 ) -> jax.Array:
-    """Return the logits of the token after each prompt, from what `read` returns."""
+    """Return the logits of the token after each prompt.
+
+    Args:
+      network: static.
+      params: its parameters.
+      hidden: `[B, T, D]`, from `read`.
+      lengths: int32 `[B]`, tokens of the prompts.
+
+    Returns:
+      Float32 logits `[B, V]`.
+    """
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
     return network.apply({"params": params}, last, method="unembed")
 
 
 def _draft(network, params, tokens, lengths, keep, options, policy, steps):
-    """Decode greedily from an evicted prompt; see `policies.Draft`."""
+    """Decode greedily from an evicted prompt; see `policies.base.Draft`."""
     options = dataclasses.replace(
         options, budget=options.prompt_budget, prefill=policy, decode=Full()
     )

@@ -77,7 +77,7 @@ def start(
       options: static.
       slots: of every layer's state, or of each layer's; see `Options.layer_slots`.
       max_out: size `O` of the output buffer.
-      keep: int32 `[B]` or None; see `passes.prefill`.
+      keep: int32 `[B]` or None; see `forward.prefill`.
       pool: int32 `[B, 2]`, the span of each prompt that drafts are copied from, its
         first index and the one after its last; None is all of it.
 
