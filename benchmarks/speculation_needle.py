@@ -43,10 +43,10 @@ from jaxkv import registry
 from jaxkv import tasks as jaxkv_tasks
 from jaxkv.bench.clock import device_memory
 from jaxkv.bench.matcher import time_matcher
-from jaxkv.cli.flags import described
 from jaxkv.evaluation import card
 from jaxkv.evaluation.card import DEVELOPMENT_SEED, QUOTING, REPORT_SEED, Cell
-from jaxkv.inference import bucket
+from jaxkv.options import described
+from jaxkv.planning import bucket
 from jaxkv.provenance import provenance, write_json
 
 FORMS = ("F1", "F2", "F3", "F4")

@@ -1,8 +1,7 @@
 """Checks of what callers hand to `jaxkv.generate`, before anything costs time."""
 
-import dataclasses
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -15,6 +14,14 @@ from jaxkv.options import Options
 from jaxkv.policies.full import Full
 
 Prompts = Sequence[str] | Sequence[Sequence[int]] | str
+
+_KINDS = {  # of options: a method that each must have, and an example
+    "prefill": ("compress", "DapQ()"),
+    "decode": ("attend", "LongFlow()"),
+    "sampler": ("pick", "Greedy()"),
+    "speculate": ("draft", "Aligned()"),
+    "accept": ("passes", "Exact()"),
+}
 
 
 def integer(name: str, value: Any, *, most: int = MOST) -> int:
@@ -46,9 +53,9 @@ def integers(name: str, values: Any, *, most: int = MOST) -> list[int]:
     return [integer(f"{name}[{i}]", v, most=most) for i, v in enumerate(values)]
 
 
-def _is_one(values: Any) -> bool:
-    """Return whether this has no entries; an array of no axes has `__len__` too."""
-    return not hasattr(values, "__len__") or getattr(values, "ndim", 1) == 0
+def is_collection(values: Any) -> bool:
+    """Return whether this is no single value; an array of no axes has `__len__` too."""
+    return hasattr(values, "__len__") and getattr(values, "ndim", 1) > 0
 
 
 def token_ids(index: int, prompt: Any) -> Any:
@@ -82,18 +89,20 @@ def text(index: int, prompt: str) -> str:
     return prompt
 
 
-def methods(lm: Any, **given: tuple[Any, str, str]) -> None:
-    """Check the kind of each object, by a method that it must have.
+def static_options(**given: Any) -> Options:
+    """Return the static options that `generate` was given, None being the default.
 
     Args:
-      lm: must be a language model.
-      **given: name of the argument to (value, a method of the right kind, an example).
+      **given: fields of `Options`.
+
+    Raises:
+      ValueError: an option is of another kind, such as a class instead of an instance.
     """
-    if not isinstance(lm, LanguageModel):
-        raise ValueError(
-            f"generate: the first argument is a model from jaxkv.load, got {lm!r}."
-        )
-    for name, (value, method, example) in given.items():
+    made = Options(**{name: x for name, x in given.items() if x is not None})
+    for name, (method, example) in _KINDS.items():
+        value = getattr(made, name)
+        if value is None:
+            continue  # no drafts
         if isinstance(value, type):
             raise ValueError(
                 f"generate: {name}= takes an instance, got the class "
@@ -103,13 +112,39 @@ def methods(lm: Any, **given: tuple[Any, str, str]) -> None:
             raise ValueError(
                 f"generate: {name}= takes something like {example}, got {value!r}."
             )
+    return made
+
+
+def limits(
+    max_new_tokens: int, block: int, on_tokens: Callable[..., Any] | None
+) -> tuple[int, int]:
+    """Return the longest output and the tokens between two calls of `on_tokens`.
+
+    Raises:
+      ValueError: they are no numbers above 0, or `on_tokens` cannot be called.
+    """
+    numbers = {"max_new_tokens": max_new_tokens, "block": block}
+    for name, number in numbers.items():
+        numbers[name] = integer(name, number)
+        if numbers[name] < 1:
+            raise ValueError(f"generate: {name} must be >= 1, got {number}.")
+    if on_tokens is not None and not callable(on_tokens):
+        raise ValueError(
+            "generate: on_tokens= takes a function of the rows' new tokens, got "
+            f"{on_tokens!r}."
+        )
+    return numbers["max_new_tokens"], numbers["block"]
 
 
 def encode(lm: LanguageModel, prompts: Prompts) -> list[list[int]]:
     """Return the token ids of prompts, or raise ValueError for bad ones."""
+    if not isinstance(lm, LanguageModel):
+        raise ValueError(
+            f"generate: the first argument is a model from jaxkv.load, got {lm!r}."
+        )
     if isinstance(prompts, str):
         prompts = [prompts]
-    if isinstance(prompts, bytes) or _is_one(prompts):
+    if isinstance(prompts, bytes) or not is_collection(prompts):
         raise ValueError(
             "generate: prompts must be a list of texts or of lists of token ids, got "
             f"{prompts!r}."
@@ -139,7 +174,7 @@ def encode(lm: LanguageModel, prompts: Prompts) -> list[list[int]]:
 
 def row_keys(seed: int | Sequence[int], rows: int) -> jax.Array:
     """Return one PRNG key per row: from one seed, or from one seed each."""
-    if isinstance(seed, str) or _is_one(seed):
+    if isinstance(seed, str) or not is_collection(seed):
         seed = integer("seed", seed, most=MOST_SEED)
         return jax.vmap(jax.random.fold_in, (None, 0))(
             jax.random.key(int(seed)), jnp.arange(rows)
@@ -152,60 +187,10 @@ def row_keys(seed: int | Sequence[int], rows: int) -> jax.Array:
     return jnp.stack([jax.random.fold_in(jax.random.key(s), 0) for s in seeds])
 
 
-def row_budgets(
-    budget: int | Sequence[int] | None,
-    compression_ratio: float | None,
-    ids: list[list[int]],
-    *,
-    evicts: bool,
-) -> tuple[int, ...] | None:
-    """Return the budget of each prompt, or None if everything is kept.
-
-    Args:
-      budget: see `generate`.
-      compression_ratio: see `generate`.
-      ids: the prompts.
-      evicts: whether the decode policy does.
-
-    Raises:
-      ValueError: both are given, or one that does not fit the prompts or the policy.
-    """
-    if compression_ratio is not None:
-        if budget is not None:
-            raise ValueError("generate: pass budget= or compression_ratio=, not both.")
-        if not isinstance(compression_ratio, int | float | np.number):
-            raise ValueError(
-                "generate: compression_ratio must be a number, got "
-                f"{compression_ratio!r}."
-            )
-        if not 0 <= compression_ratio < 1:
-            raise ValueError(
-                "generate: compression_ratio is the fraction removed, in [0, 1); "
-                f"got {compression_ratio}."
-            )
-        if evicts:
-            raise ValueError(
-                "generate: compression_ratio is a fraction of each prompt, but the "
-                "decode policy evicts and needs one budget for prompt and output of "
-                "all rows; pass budget= (tokens) instead."
-            )
-        return tuple(max(1, round(len(row) * (1 - compression_ratio))) for row in ids)
-    if budget is None:
-        return None
-    if isinstance(budget, str) or _is_one(budget):
-        return (integer("budget", budget),) * len(ids)
-    budgets = tuple(integers("budget", budget))
-    if len(budgets) != len(ids):
-        raise ValueError(
-            f"generate: got {len(budgets)} budgets for {len(ids)} prompts; pass one or "
-            f"{len(ids)}."
-        )
-    if evicts and len(set(budgets)) > 1:
-        raise ValueError(
-            "generate: the decode policy evicts and needs the same budget for all "
-            f"rows, got {sorted(set(budgets))}; pass one number, or decode=Full()."
-        )
-    return budgets
+def stop_ids(lm: LanguageModel, given: Sequence[int] | None) -> jax.Array:
+    """Return the ids that end a row, int32 `[E]`; -1 stands for none."""
+    stops = lm.stop_ids if given is None else integers("stop_ids", given)
+    return jnp.asarray(stops if len(stops) else [-1], int)
 
 
 def spans(
@@ -216,7 +201,7 @@ def spans(
         return None
     if options.speculate is None:
         raise ValueError("generate: pool= does nothing without speculate=.")
-    if isinstance(pool, str | bytes) or _is_one(pool):
+    if isinstance(pool, str | bytes) or not is_collection(pool):
         raise ValueError(
             "generate: pool= takes a list with one span (first token, the one after "
             f"the last) per prompt, got {pool!r}."
@@ -241,23 +226,22 @@ def spans(
     return jnp.asarray(pool, jnp.int32)
 
 
-def check(
+def check_fit(
     lm: LanguageModel,
-    ids: list[list[int]],
+    ids: Sequence[Sequence[int]],
     max_new_tokens: int,
     options: Options,
-    budgets: tuple[int, ...] | None,
-    block: int,
+    budgets: Sequence[int] | None,
 ) -> None:
-    """Raise ValueError for options that do not fit the model, prompts or budgets."""
-    if max_new_tokens < 1:
-        raise ValueError(
-            f"generate: max_new_tokens must be >= 1, got {max_new_tokens}."
-        )
-    if block < 1:
-        raise ValueError(f"generate: block must be >= 1, got {block}.")
-    for budget in {None} if budgets is None else set(budgets):
-        dataclasses.replace(options, budget=budget).check()
+    """Raise ValueError where prompts, output and options do not fit the model.
+
+    Args:
+      lm: the model.
+      ids: the prompts.
+      max_new_tokens: the longest output.
+      options: checked already.
+      budgets: of each prompt; None keeps everything.
+    """
     if lm.config.vocab_size > np.iinfo(np.int32).max:
         raise ValueError(
             f"generate: {lm.name} has a vocabulary of {lm.config.vocab_size} tokens, "

@@ -7,29 +7,28 @@ options that differ, compile anew.
 
 import contextlib
 import dataclasses
-import functools
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxkv import arguments, generation
+from jaxkv import arguments, generation, planning
 from jaxkv import state as kv
+from jaxkv.generation import Generation
 from jaxkv.kernels import decode as decode_kernels
 from jaxkv.kernels import prefill as prefill_kernels
 from jaxkv.kernels import window_scores
 from jaxkv.language_model import LanguageModel
-from jaxkv.options import Options
+from jaxkv.planning import Plan
 from jaxkv.policies.base import DecodePolicy, PrefillPolicy
-from jaxkv.policies.full import Full
-from jaxkv.sampling import Greedy, Sampler
+from jaxkv.sampling import Sampler
 from jaxkv.speculation.counts import DraftStats, draft_stats
 from jaxkv.speculation.drafters import Drafter
-from jaxkv.speculation.rules import Exact, Rule
+from jaxkv.speculation.rules import Rule
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,16 +77,6 @@ class Completion:
     lengths: tuple[int, ...]
     finish_reason: tuple[str, ...]
     stats: Stats
-
-
-def bucket(length: int) -> int:
-    """Return the padded length: the next of 64, 96, 128, 192, 256, 384, ..."""
-    size = 64
-    while size < length:
-        if size * 3 // 2 >= length:
-            return size * 3 // 2
-        size *= 2
-    return size
 
 
 def generate(
@@ -149,28 +138,7 @@ def generate(
       ValueError: bad prompts or options; the message says what to do.
       NotImplementedError: a named implementation cannot run here.
     """
-    prefill = Full() if prefill is None else prefill
-    decode = Full() if decode is None else decode
-    sampler = Greedy() if sampler is None else sampler
-    accept = Exact() if accept is None else accept
-    kinds = dict(
-        prefill=(prefill, "compress", "DapQ()"),
-        decode=(decode, "attend", "LongFlow()"),
-        sampler=(sampler, "pick", "Greedy()"),
-        accept=(accept, "passes", "Exact()"),
-    )
-    if speculate is not None:
-        kinds["speculate"] = (speculate, "draft", "Aligned()")
-    arguments.methods(lm, **kinds)
-    max_new_tokens = arguments.integer("max_new_tokens", max_new_tokens)
-    block = arguments.integer("block", block)
-    if on_tokens is not None and not callable(on_tokens):
-        raise ValueError(
-            "generate: on_tokens= takes a function of the rows' new tokens, got "
-            f"{on_tokens!r}."
-        )
-    ids = arguments.encode(lm, prompts)
-    options = Options(
+    options = arguments.static_options(
         prefill=prefill,
         decode=decode,
         sampler=sampler,
@@ -180,144 +148,126 @@ def generate(
         decode_implementation=decode_implementation,
         scores_implementation=scores_implementation,
     )
-    budgets = arguments.row_budgets(
+    max_new_tokens, block = arguments.limits(max_new_tokens, block, on_tokens)
+    ids = arguments.encode(lm, prompts)
+    budgets = planning.row_budgets(
         budget, compression_ratio, ids, evicts=options.decode.evicts
     )
-    arguments.check(lm, ids, max_new_tokens, options, budgets, block)
+    options.check(budgets)
+    arguments.check_fit(lm, ids, max_new_tokens, options, budgets)
     spans = arguments.spans(pool, ids, options)
-    lengths = np.array([len(row) for row in ids], np.int32)
-    padded = bucket(int(lengths.max()))
-    max_out = bucket(max_new_tokens)
-    options, slots, keep = _plan(
-        options, budgets, lengths, padded, max_out, lm.config.num_layers
+    stops = arguments.stop_ids(lm, stop_ids)
+    plan = planning.plan(
+        *(ids, options, budgets),
+        max_new_tokens=max_new_tokens,
+        num_layers=lm.config.num_layers,
     )
-    distinct = _distinct(ids, options, keep)
-    tokens = np.zeros((distinct, padded), np.int32)
-    for row, prompt in zip(tokens, ids, strict=False):
-        row[: len(prompt)] = prompt
-    stops = (
-        lm.stop_ids if stop_ids is None else arguments.integers("stop_ids", stop_ids)
-    )
-    stops = jnp.asarray(stops if len(stops) else [-1], int)
-
-    with _compile_seconds() as compiled:
-        begin = time.perf_counter()
-        start = functools.partial(
-            generation.start_jit
-            if distinct == len(ids)
-            else generation.start_copies_jit,
-            lm.network,
-            lm.params,
-            jnp.asarray(tokens),
-            jnp.asarray(lengths[:distinct]),
-            arguments.row_keys(seed, len(ids)),
-            stops,
-            options=options,
-            slots=slots,
-            max_out=max_out,
+    with _stopwatch() as lap:
+        state = _start(lm, plan, ids, seed, stops, spans)
+        reading = lap()
+        state = _advance(
+            *(lm, plan, state, stops, max_new_tokens), block=block, on_tokens=on_tokens
         )
-        if distinct == len(ids):
-            state = start(keep=keep, pool=spans)
-        else:
-            state = start(keep=keep.reshape(-1, distinct))
-        jax.block_until_ready(state.last)
-        first = time.perf_counter()
-        compile_prefill = sum(compiled)
-        shown = np.zeros(len(ids), int)
-        until = min(block, max_new_tokens) if on_tokens else max_new_tokens
-        while True:
-            state = generation.advance_jit(
-                lm.network, lm.params, state, jnp.int32(until), stops, options=options
-            )
-            new_lengths = np.asarray(state.lengths)
-            if on_tokens:
-                out = np.asarray(state.tokens)
-                on_tokens(
-                    [
-                        out[row, shown[row] : new_lengths[row]].tolist()
-                        for row in range(len(ids))
-                    ]
-                )
-                shown = new_lengths
-            if until == max_new_tokens or np.asarray(state.done).all():
-                break
-            until = min(until + block, max_new_tokens)
-        last = time.perf_counter()
+        decoding = lap()
+    return _completion(lm, plan, ids, state, reading, decoding)
 
-    out, done = np.asarray(state.tokens), np.asarray(state.done)
-    rows = tuple(
-        tuple(out[row, : new_lengths[row]].tolist()) for row in range(len(ids))
+
+def _start(
+    lm: LanguageModel,
+    plan: Plan,
+    ids: Sequence[Sequence[int]],
+    seed: int | Sequence[int],
+    stops: jax.Array,
+    spans: jax.Array | None,
+) -> Generation:
+    """Read the prompts, choose the first tokens, and wait for them."""
+    lengths = jnp.asarray([len(row) for row in ids[: plan.distinct]], jnp.int32)
+    args = (
+        *(lm.network, lm.params, jnp.asarray(plan.padded(ids)), lengths),
+        *(arguments.row_keys(seed, len(ids)), stops),
     )
-    decode_seconds = max(last - first - (sum(compiled) - compile_prefill), 0.0)
-    decoded = int(new_lengths.sum()) - len(ids)
+    shapes = dict(options=plan.options, slots=plan.slots, max_out=plan.max_out)
+    keep = None if plan.keep is None else jnp.asarray(plan.keep)
+    if plan.distinct == len(ids):
+        state = generation.start_jit(*args, **shapes, keep=keep, pool=spans)
+    else:
+        keep = keep.reshape(-1, plan.distinct)
+        state = generation.start_copies_jit(*args, **shapes, keep=keep)
+    jax.block_until_ready(state.last)
+    return state
+
+
+def _advance(
+    lm: LanguageModel,
+    plan: Plan,
+    state: Generation,
+    stops: jax.Array,
+    max_new_tokens: int,
+    *,
+    block: int,
+    on_tokens: Callable[[list[list[int]]], None] | None,
+) -> Generation:
+    """Decode to the end; if somebody listens, a block at a time."""
+    shown = np.zeros(len(state.lengths), int)
+    until = min(block, max_new_tokens) if on_tokens else max_new_tokens
+    while True:
+        state = generation.advance_jit(
+            *(lm.network, lm.params, state, jnp.int32(until), stops),
+            options=plan.options,
+        )
+        lengths = np.asarray(state.lengths)
+        if on_tokens:
+            rows = zip(np.asarray(state.tokens), shown, lengths, strict=True)
+            on_tokens([out[first:last].tolist() for out, first, last in rows])
+            shown = lengths
+        if until == max_new_tokens or np.asarray(state.done).all():
+            return state
+        until = min(until + block, max_new_tokens)
+
+
+def _completion(
+    lm: LanguageModel,
+    plan: Plan,
+    ids: Sequence[Sequence[int]],
+    state: Generation,
+    reading: "_Lap",
+    decoding: "_Lap",
+) -> Completion:
+    """Return the outputs as Python's own values, and what they cost."""
+    lengths = np.asarray(state.lengths).tolist()
+    out = np.asarray(state.tokens)
+    tokens = tuple(
+        tuple(row[:length].tolist()) for row, length in zip(out, lengths, strict=True)
+    )
+    text = None
+    if lm.tokenizer is not None:
+        text = tuple(lm.tokenizer.decode(t, skip_special_tokens=True) for t in tokens)
+    options, prompts = plan.options, [len(row) for row in ids]
     backend = jax.default_backend()
+    prefill = options.prefill_implementation or prefill_kernels.choose(
+        backend, lm.dtype, length=plan.prompt, head_dim=lm.config.head_dim
+    )
+    decoded, seconds = sum(lengths) - len(ids), decoding.computing
     return Completion(
-        text=None
-        if lm.tokenizer is None
-        else tuple(lm.tokenizer.decode(row, skip_special_tokens=True) for row in rows),
-        tokens=rows,
-        lengths=tuple(int(length) for length in new_lengths),
-        finish_reason=tuple("stop" if d else "length" for d in done),
+        text=text,
+        tokens=tokens,
+        lengths=tuple(lengths),
+        finish_reason=tuple("stop" if d else "length" for d in np.asarray(state.done)),
         stats=Stats(
-            prompt_tokens=tuple(int(length) for length in lengths),
+            prompt_tokens=tuple(prompts),
             cache_bytes=kv.num_bytes(state.cache),
-            slots=max(slots),
-            compile_seconds=sum(compiled),
-            prefill_seconds=max(first - begin - compile_prefill, 0.0),
-            decode_seconds=decode_seconds,
-            tokens_per_second=decoded / decode_seconds if decode_seconds else 0.0,
-            prefill_implementation=prefill_implementation
-            or prefill_kernels.choose(
-                backend, lm.dtype, length=padded, head_dim=lm.config.head_dim
-            ),
-            decode_implementation=decode_implementation
+            slots=max(plan.slots),
+            compile_seconds=reading.compiling + decoding.compiling,
+            prefill_seconds=reading.computing,
+            decode_seconds=seconds,
+            tokens_per_second=decoded / seconds if seconds else 0.0,
+            prefill_implementation=prefill,
+            decode_implementation=options.decode_implementation
             or options.decode.default_implementation(backend),
             drafts=state.speculation
-            and draft_stats(
-                state.speculation.counts, new_lengths.tolist(), lengths.tolist()
-            ),
+            and draft_stats(state.speculation.counts, lengths, prompts),
         ),
     )
-
-
-def _plan(
-    options: Options,
-    budgets: tuple[int, ...] | None,
-    lengths: np.ndarray,
-    padded: int,
-    max_out: int,
-    num_layers: int,
-) -> tuple[Options, tuple[int, ...], jax.Array | None]:
-    """Return options with their budget, the slots of each layer, and what rows keep."""
-    if budgets is None or options.decode.evicts:
-        budget = None if budgets is None else budgets[0]
-        options = dataclasses.replace(options, budget=budget)
-        return options, options.layer_slots(padded, max_out, num_layers), None
-    # The largest that shares a program with these; rows keep what they were given.
-    options = dataclasses.replace(options, budget=bucket(max(budgets)))
-    keep = np.array(budgets, np.int32)
-    keeps = options.prefill.layer_keeps(keep, lengths, num_layers)
-    slots = tuple(min(bucket(int(kept.max())), padded) + max_out for kept in keeps)
-    return options, slots, jnp.asarray(keep)
-
-
-def _distinct(
-    ids: Sequence[Sequence[int]], options: Options, keep: jax.Array | None
-) -> int:
-    """Return after how many rows the prompts repeat, so that these need reading only.
-
-    It is all rows where they do not repeat as a whole, or where more than the eviction
-    depends on the budget.
-    """
-    rows = len(ids)
-    if keep is None or options.speculate is not None or options.prefill.drafts:
-        return rows
-    for count in range(1, rows // 2 + 1):
-        if rows % count == 0 and all(
-            np.array_equal(ids[row], ids[row % count]) for row in range(count, rows)
-        ):
-            return count
-    return rows
 
 
 _COMPILING = (
@@ -327,19 +277,38 @@ _COMPILING = (
 )
 
 
+class _Lap(NamedTuple):
+    """Seconds of a phase; what is not `compiling` is `computing`."""
+
+    compiling: float
+    computing: float
+
+
 @contextlib.contextmanager
-def _compile_seconds() -> Iterator[list[float]]:
-    """Collect the durations of tracing, lowering and compiling in the context."""
+def _stopwatch() -> Iterator[Callable[[], _Lap]]:
+    """Yield a function that returns the seconds since its last call, or the start.
+
+    Tracing, lowering and compiling are told apart by JAX's own events.
+    """
     seconds: list[float] = []
     thread = threading.get_ident()
+    begin = time.perf_counter()
 
     def listen(event: str, duration: float, **_: Any) -> None:
         # Another thread may compile for a call of its own.
         if event in _COMPILING and threading.get_ident() == thread:
             seconds.append(duration)
 
+    def lap() -> _Lap:
+        nonlocal begin
+        now = time.perf_counter()
+        compiling, elapsed = sum(seconds), now - begin
+        begin = now
+        seconds.clear()
+        return _Lap(compiling, max(elapsed - compiling, 0.0))
+
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
-        yield seconds
+        yield lap
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)

@@ -1,6 +1,8 @@
 """What is static about a generation: the budget, and who decides what."""
 
 import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from jaxkv.fields import check_types
 from jaxkv.kernels import decode as decode_kernels
@@ -9,7 +11,6 @@ from jaxkv.kernels import window_scores
 from jaxkv.policies.base import DecodePolicy, PrefillPolicy
 from jaxkv.policies.full import Full
 from jaxkv.sampling import Greedy, Sampler
-from jaxkv.speculation import loop as speculation
 from jaxkv.speculation.drafters import Drafter
 from jaxkv.speculation.rules import Exact, Rule
 
@@ -21,7 +22,7 @@ class Options:
     Attributes:
       budget: tokens that a layer's cache may keep of the prompt and, if `decode`
         evicts, of prompt and output together; None keeps everything, whatever `prefill`
-        says. Rows may have less: see `prefill`.
+        says. To a program it is a bound: rows may have less, see `forward.prefill`.
       prefill: the prompt's eviction.
       decode: the output's eviction.
       sampler: how a token is chosen.
@@ -29,7 +30,7 @@ class Options:
       accept: which drafted tokens pass.
       prefill_implementation: of `kernels.prefill.causal_attention`; None is the best.
       decode_implementation: of `kernels.decode.decode_attention`, and of what goes with
-        it in `kernels.tree`; None is the best.
+        it in `kernels.tree_attention`; None is the best.
       scores_implementation: of `kernels.window_scores.window_scores`; None is the best.
     """
 
@@ -43,30 +44,76 @@ class Options:
     decode_implementation: decode_kernels.Implementation | None = None
     scores_implementation: window_scores.Implementation | None = None
 
-    def check(self) -> None:
-        """Raise ValueError for options of wrong types or at odds with each other."""
+    def check(self, budgets: Iterable[int] | None = None) -> None:
+        """Check everything that can be known without a model and its prompts.
+
+        Args:
+          budgets: those of the rows, in place of `budget`. They may be empty, where
+            prompts decide them that are not read yet.
+
+        Raises:
+          ValueError: options of wrong types, or at odds with each other.
+        """
         roles = (self.prefill, self.decode, self.sampler, self.speculate, self.accept)
         for options in (*roles, self):
             check_types(options)
         self.sampler.check()
-        speculation.check(self)
-        if self.budget is None:
+        self._check_speculation()
+        for budget in [self.budget] if budgets is None else sorted(set(budgets)):
+            self._check_budget(budget)
+
+    def _check_speculation(self) -> None:
+        """Raise ValueError where drafts go with nothing, or not with the rest."""
+        self.accept.check()
+        if self.speculate is None:
+            if self.accept != Exact():
+                raise ValueError(
+                    f"accept={type(self.accept).__name__} does nothing without drafts; "
+                    "pass speculate= too."
+                )
+            return
+        self.speculate.check()
+        if not getattr(self.decode, "verifies", False):  # many know nothing of drafts
+            raise ValueError(
+                f"{self.decode} cannot verify drafts; speculation works with Full(), "
+                "StreamingLLM(), and LongFlow() of interval 1 and any score but "
+                "deletion."
+            )
+        if not self.accept.exact and self.sampler != Greedy():
+            raise ValueError(
+                f"accept={type(self.accept).__name__} is lossy, and defined for greedy "
+                "decoding without a repetition penalty only; use Greedy() (temperature "
+                "0), or the exact rule, which draws what plain decoding draws."
+            )
+
+    def _check_budget(self, budget: int | None) -> None:
+        """Raise ValueError for a budget that the policies cannot work with."""
+        if budget is None:
             if self.decode.evicts:
                 raise ValueError(
                     f"{type(self.decode).__name__} evicts while decoding and needs a "
                     "budget; pass budget= (tokens per layer and head)."
                 )
             return
-        if self.budget < 1:
-            raise ValueError(f"budget must be at least 1 token, got {self.budget}.")
-        self.decode.check(self.budget)
-        if self.prompt_budget < 1:
+        if self.speculate is not None and self.decode.evicts:
+            path = self.speculate.depth + 1
+            if path > budget:
+                raise ValueError(
+                    f"{type(self.speculate).__name__}: a path of {path} tokens does "
+                    f"not fit into the {budget} slots of the budget; use a budget of "
+                    f"at least {path} or shorter drafts."
+                )
+        if budget < 1:
+            raise ValueError(f"budget must be at least 1 token, got {budget}.")
+        self.decode.check(budget)
+        spare = self.decode.spare
+        if budget <= spare:
             raise ValueError(
-                f"budget={self.budget} leaves nothing of the prompt, because "
-                f"{type(self.decode).__name__} keeps {self.decode.spare} of it free; "
-                f"use a budget of at least {self.decode.spare + 1}."
+                f"{budget=} leaves nothing of the prompt, because "
+                f"{type(self.decode).__name__} keeps {spare} of it free; use a budget "
+                f"of at least {spare + 1}."
             )
-        self.prefill.check(self.prompt_budget)
+        self.prefill.check(budget - spare)
         if self.decode.evicts and not self.prefill.same_budgets:
             raise ValueError(
                 f"{type(self.prefill).__name__} gives layers different budgets, but "
@@ -79,17 +126,34 @@ class Options:
         """Tokens of the prompt that a layer may keep; None for all."""
         return None if self.budget is None else self.budget - self.decode.spare
 
-    def num_slots(self, prompt: int, new: int) -> int:
-        """Return the slots of a state for `prompt` padded tokens and `new` outputs."""
+    def num_slots(self, prompt: int, new: int, *, kept: int | None = None) -> int:
+        """Return the slots of a state.
+
+        Args:
+          prompt: padded tokens.
+          new: outputs.
+          kept: tokens of the prompt that the layer may keep, if `decode` does not
+            evict; None is `budget`.
+        """
         if self.budget is None:
             return prompt + new
         if self.decode.evicts:
             return min(self.budget, prompt + new)
-        return min(self.budget, prompt) + new
+        return min(self.budget if kept is None else kept, prompt) + new
 
     def layer_slots(self, prompt: int, new: int, num_layers: int) -> tuple[int, ...]:
         """Return `num_slots` layer by layer, enough for prompts of any length."""
-        if self.budget is None or self.decode.evicts:
+        if self.budget is None:
             return (self.num_slots(prompt, new),) * num_layers
-        budgets = self.prefill.layer_budgets(self.budget, num_layers)
-        return tuple(min(budget, prompt) + new for budget in budgets)
+        bounds = self.prefill.layer_budgets(self.budget, num_layers)
+        return tuple(self.num_slots(prompt, new, kept=bound) for bound in bounds)
+
+
+def described(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return arguments of `jaxkv.generate` ready for JSON, policies with fields."""
+    return {
+        name: {"name": type(value).__name__} | dataclasses.asdict(value)
+        if dataclasses.is_dataclass(value)
+        else value
+        for name, value in arguments.items()
+    }

@@ -21,9 +21,9 @@ from jaxkv import state as kv
 from jaxkv.arguments import row_keys
 from jaxkv.bench import clock, compiling, decode_step
 from jaxkv.forward import Network
-from jaxkv.inference import bucket
 from jaxkv.models.decoder import Config
 from jaxkv.options import Options
+from jaxkv.planning import bucket
 
 # Of the device's memory, that a plan may use: allocators lose some between arrays.
 USABLE = 0.97

@@ -18,8 +18,8 @@ from jaxkv.arguments import row_keys
 from jaxkv.bench import clock, decode_step
 from jaxkv.bench.matcher import time_matcher
 from jaxkv.forward import Network
-from jaxkv.inference import bucket
 from jaxkv.options import Options
+from jaxkv.planning import bucket
 from jaxkv.speculation import loop as speculation
 from jaxkv.speculation.drafters import Aligned, Drafter, PromptLookup, Tree
 from jaxkv.speculation.matching import Context

@@ -19,12 +19,12 @@ from rich.text import Text
 from jaxkv import registry
 from jaxkv.bench import clock, compiling, decode_step
 from jaxkv.cli import flags, parsing
-from jaxkv.inference import bucket
 from jaxkv.kernels import decode as decode_kernels
 from jaxkv.language_model import NEEDLE, load
 from jaxkv.models.decoder import Config, Decoder, random_parameters
 from jaxkv.models.public_shapes import SHAPES
 from jaxkv.options import Options
+from jaxkv.planning import bucket
 from jaxkv.provenance import provenance, write_json
 
 ShapeName = Literal[tuple(SHAPES)]

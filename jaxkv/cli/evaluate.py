@@ -234,6 +234,7 @@ def card(
         "prefill_implementation": prefill_implementation,
         "decode_implementation": decode_implementation,
     }
+    flags.check(arguments)
     cells = card_report.cells(tasks, lengths, answers)
     if out is not None:
         evaluation_folder.check_writable(out)  # before the work, not after it

@@ -1,6 +1,7 @@
 """The flags that commands share, and what the library is handed for them."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -8,11 +9,11 @@ import jax
 import typer
 
 from jaxkv import registry
+from jaxkv.arguments import static_options
 from jaxkv.kernels import decode as decode_kernels
 from jaxkv.kernels import prefill as prefill_kernels
 from jaxkv.language_model import LanguageModel, load
 from jaxkv.options import Options
-from jaxkv.policies.base import DecodePolicy
 from jaxkv.policies.full import Full
 from jaxkv.sampling import Categorical, Greedy, Sampler
 from jaxkv.speculation.rules import Exact
@@ -131,8 +132,7 @@ def eviction(
     """Return the arguments of `jaxkv.generate` that say what the cache keeps.
 
     Raises:
-      ValueError: the flags contradict each other. What needs no model is found here,
-        before a checkpoint is loaded.
+      ValueError: unknown names or options, or nothing says how much to evict.
     """
     policies = {
         "prefill": registry.parse(prefill, registry.PREFILL, flag="--prefill"),
@@ -145,26 +145,14 @@ def eviction(
         raise ValueError(
             f"--prefill {prefill} --decode {decode} evicts and needs --budget{ratio}."
         )
-    arguments = {"budget": budget, **policies}
-    if compression_ratio is None:
-        Options(**arguments).check()
-    return arguments | {"compression_ratio": compression_ratio}
+    return {"budget": budget, "compression_ratio": compression_ratio, **policies}
 
 
-def speculation(
-    *, speculate: str, accept: str, sampler: Sampler, decode: DecodePolicy, budget: Any
-) -> dict[str, Any]:
+def speculation(*, speculate: str, accept: str) -> dict[str, Any]:
     """Return the arguments of `jaxkv.generate` that say how tokens are drafted.
 
-    Args:
-      speculate: the flag.
-      accept: the flag.
-      sampler: what the drafts have to go with.
-      decode: likewise.
-      budget: likewise.
-
     Raises:
-      ValueError: the flags contradict each other or what they go with.
+      ValueError: unknown names or options, or a rule that has nothing to accept.
     """
     if speculate == "none":
         drafter = None
@@ -181,11 +169,19 @@ def speculation(
             f"--accept {accept} does nothing without drafts; add --speculate "
             f"{' or '.join(registry.SPECULATE)}."
         )
-    arguments = {"speculate": drafter, "accept": rule}
-    if budget is None and decode.evicts:
-        decode = Full()  # which `eviction` has seen to
-    Options(**arguments, sampler=sampler, decode=decode, budget=budget).check()
-    return arguments
+    return {"speculate": drafter, "accept": rule}
+
+
+def check(arguments: Mapping[str, Any]) -> None:
+    """Check arguments of `jaxkv.generate`, as it does, before a checkpoint is loaded.
+
+    Raises:
+      ValueError: what needs neither a model nor its prompts is wrong.
+    """
+    names = {field.name for field in dataclasses.fields(Options)}
+    options = static_options(**{n: x for n, x in arguments.items() if n in names})
+    # A ratio makes a budget of each prompt, which `generate` checks.
+    options.check(None if arguments["compression_ratio"] is None else ())
 
 
 def sampler(
@@ -199,30 +195,17 @@ def sampler(
     """Return the sampler of the flags; a temperature of 0 is greedy.
 
     Raises:
-      ValueError: a value means nothing, or would have no effect.
+      ValueError: a value would have no effect.
     """
     cuts = {"top_k": top_k, "top_p": top_p, "min_p": min_p}
     cuts = {name: value for name, value in cuts.items() if value is not None}
     if temperature != 0:
-        chosen: Sampler = Categorical(
+        return Categorical(
             temperature=temperature, repetition_penalty=repetition_penalty, **cuts
         )
-    elif cuts:
+    if cuts:
         flag = "--" + next(iter(cuts)).replace("_", "-")
         raise ValueError(
             f"{flag} does nothing at temperature 0, which is greedy; add --temperature."
         )
-    else:
-        chosen = Greedy(repetition_penalty=repetition_penalty)
-    chosen.check()
-    return chosen
-
-
-def described(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Return arguments of `jaxkv.generate` ready for JSON, policies with fields."""
-    return {
-        name: {"name": type(value).__name__} | dataclasses.asdict(value)
-        if dataclasses.is_dataclass(value)
-        else value
-        for name, value in arguments.items()
-    }
+    return Greedy(repetition_penalty=repetition_penalty)

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from jaxkv.bench.matcher import time_matcher
-from jaxkv.cli.flags import described
 from jaxkv.cli.terminal import TextStream, announce, progress
-from jaxkv.inference import Completion, bucket, generate
+from jaxkv.inference import Completion, generate
 from jaxkv.language_model import LanguageModel
+from jaxkv.options import described
+from jaxkv.planning import bucket
 from jaxkv.provenance import provenance
 
 _BLOCK = 16  # tokens between two pieces of streamed text

@@ -189,32 +189,27 @@ def generate(
     stream: flags.Stream = None,
 ) -> None:
     """Continue prompts; prompt number i draws with seed + i, whatever the batch."""
-    sampler = flags.sampler(
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-    )
     arguments = {
         "max_new_tokens": max_new_tokens,
-        "sampler": sampler,
+        "sampler": flags.sampler(
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+        ),
         "stop_ids": stop_id or None,
         "prefill_implementation": prefill_implementation,
         "decode_implementation": decode_implementation,
-    } | flags.eviction(
-        budget=budget,
-        compression_ratio=compression_ratio,
-        prefill=prefill,
-        decode=decode,
-    )
-    arguments |= flags.speculation(
-        speculate=speculate,
-        accept=accept,
-        sampler=sampler,
-        decode=arguments["decode"],
-        budget=budget,
-    )
+        **flags.eviction(
+            budget=budget,
+            compression_ratio=compression_ratio,
+            prefill=prefill,
+            decode=decode,
+        ),
+        **flags.speculation(speculate=speculate, accept=accept),
+    }
+    flags.check(arguments)
     texts = prompts.read(prompt or [], prompt_file or [])
     if stream and (json_ or len(texts) > 1):
         raise ValueError("--stream takes one prompt and no --json.")

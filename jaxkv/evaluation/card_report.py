@@ -12,12 +12,12 @@ from typing import Any
 import rich.table
 
 from jaxkv.cli import parsing
-from jaxkv.cli.flags import described
 from jaxkv.cli.terminal import announce, megabytes, progress
 from jaxkv.evaluation import card
 from jaxkv.evaluation.card import Cell, Prediction
 from jaxkv.evaluation.folder import write_yaml
 from jaxkv.language_model import LanguageModel
+from jaxkv.options import described
 from jaxkv.provenance import provenance, write_json, write_whole
 
 _COLUMNS = (

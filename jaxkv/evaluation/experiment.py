@@ -14,7 +14,6 @@ from typing import Any, Literal
 import jax
 
 from jaxkv import figures
-from jaxkv.cli.flags import described
 from jaxkv.cli.terminal import announce, progress
 from jaxkv.evaluation import folder as evaluation_folder
 from jaxkv.evaluation import metrics as evaluation_metrics
@@ -28,6 +27,7 @@ from jaxkv.evaluation.questions import Match, Question
 from jaxkv.evaluation.sweep import Batch, Unit
 from jaxkv.inference import Stats
 from jaxkv.language_model import LanguageModel
+from jaxkv.options import described
 from jaxkv.provenance import provenance, write_json
 
 Kind = Literal["niah", "ruler", "reasoning", "file"]

@@ -16,16 +16,17 @@ from typing import Any
 
 import numpy as np
 
-from jaxkv.arguments import check as check_arguments
+from jaxkv.arguments import check_fit
 from jaxkv.evaluation import folder
 from jaxkv.evaluation import methods as evaluation_methods
 from jaxkv.evaluation.card import Cell
 from jaxkv.evaluation.folder import Key
 from jaxkv.evaluation.methods import FULL, Budget, Method
 from jaxkv.evaluation.questions import Match, Question, judge
-from jaxkv.inference import Stats, bucket, generate
+from jaxkv.inference import Stats, generate
 from jaxkv.language_model import LanguageModel
 from jaxkv.options import Options
+from jaxkv.planning import bucket
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -227,9 +228,7 @@ def check_positions(lm: LanguageModel, units: Sequence[Unit]) -> None:
         options = Options(prefill=method.prefill, decode=method.decode)
         budgets = None if row.tokens is None else (row.tokens,)
         try:
-            check_arguments(
-                lm, [row.question.ids], unit.max_new_tokens, options, budgets, block=1
-            )
+            check_fit(lm, [row.question.ids], unit.max_new_tokens, options, budgets)
         except ValueError as error:
             raise ValueError(f"{method.name} at {row.budget}: {error}") from error
 

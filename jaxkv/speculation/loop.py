@@ -18,9 +18,7 @@ import jax.numpy as jnp
 from jaxkv import trees
 from jaxkv.attention import attend_tree
 from jaxkv.kernels import dispatch, tree_attention
-from jaxkv.sampling import Greedy
 from jaxkv.speculation import counts, verdict
-from jaxkv.speculation import rules as acceptance
 from jaxkv.speculation.counts import Counts
 from jaxkv.speculation.drafters import Drafter
 from jaxkv.speculation.matching import Context
@@ -53,38 +51,6 @@ class Speculation:
     tree: DraftTree
     hope: jax.Array
     counts: Counts
-
-
-def check(options: Any) -> None:
-    """Raise ValueError where `options.Options` cannot be speculated with."""
-    drafter, rule, decode = options.speculate, options.accept, options.decode
-    rule.check()
-    if drafter is None:
-        if rule != acceptance.Exact():
-            raise ValueError(
-                f"accept={type(rule).__name__} does nothing without drafts; pass "
-                "speculate= too."
-            )
-        return
-    drafter.check()
-    if not getattr(decode, "verifies", False):  # many know nothing of drafts
-        raise ValueError(
-            f"{decode} cannot verify drafts; speculation works with Full(), "
-            "StreamingLLM(), and LongFlow() of interval 1 and any score but deletion."
-        )
-    if not rule.exact and options.sampler != Greedy():
-        raise ValueError(
-            f"accept={type(rule).__name__} is lossy, and defined for greedy decoding "
-            "without a repetition penalty only; use Greedy() (temperature 0), or the "
-            "exact rule, which draws what plain decoding draws."
-        )
-    longest = drafter.depth + 1
-    if decode.evicts and options.budget is not None and longest > options.budget:
-        raise ValueError(
-            f"{type(drafter).__name__}: a path of {longest} tokens does not fit into "
-            f"the {options.budget} slots of the budget; use a budget of at least "
-            f"{longest} or shorter drafts."
-        )
 
 
 def begin(

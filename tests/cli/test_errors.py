@@ -52,7 +52,7 @@ BAD_GENERATE = {
     "negative seed": (["--prompt=x", "--seed=-1"], "--seed"),
     "word for a number": (["--prompt=x", "--seed=abc"], "--seed"),
     "temperature": (["--prompt=x", "--temperature=-1"], "temperature must be > 0"),
-    "nan": (["--prompt=x", "--temperature=nan"], "temperature must be > 0"),
+    "nan": (["--prompt=x", "--temperature=nan"], "temperature takes a number, got nan"),
     "top_p": (["--prompt=x", "--temperature=1", "--top-p=2"], "top_p"),
     "top_k": (["--prompt=x", "--temperature=1", "--top-k=-2"], "top_k"),
     "idle min_p": (["--prompt=x", "--min-p=.1"], "--min-p does nothing"),

@@ -1,4 +1,4 @@
-"""`jaxkv.generate`: what it refuses, streaming, seeds and buckets."""
+"""`jaxkv.generate`: what it refuses, streaming, seeds."""
 
 import dataclasses
 
@@ -7,7 +7,6 @@ import pytest
 
 import jaxkv
 from jaxkv.evaluation import card
-from jaxkv.inference import bucket
 from jaxkv.models.decoder import Decoder
 
 
@@ -121,10 +120,3 @@ def test_seeds_decide_draws(lm):
     assert first == draw(["Here we go."] * 2, [7, 8])
     assert first[0] != first[1]
     assert draw(["Here we go."], [8])[0] == first[1]
-
-
-def test_buckets_waste_at_most_half():
-    sizes = [bucket(n) for n in range(1, 5000)]
-    assert sizes == sorted(sizes)
-    assert all(n <= size for n, size in enumerate(sizes, 1))
-    assert all(size <= 1.5 * n for n, size in enumerate(sizes, 1) if n > 64)

@@ -9,8 +9,8 @@ import pytest
 
 import jaxkv
 from jaxkv import generation
-from jaxkv.inference import bucket
 from jaxkv.models.decoder import Config, Decoder, random_parameters
+from jaxkv.planning import bucket
 
 CONFIG = Config(
     vocab_size=61,
