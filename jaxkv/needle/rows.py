@@ -38,12 +38,12 @@ NO_QUESTIONS = ("ledger", "machine")
 
 
 def _fast(tokenizer: Any) -> Any:
-    """Returns the `tokenizers.Tokenizer` inside a transformers tokenizer."""
+    """Return the `tokenizers.Tokenizer` inside a transformers tokenizer."""
     return getattr(tokenizer, "backend_tokenizer", tokenizer)
 
 
 class _Encoder:
-    """Turns text and samples into token ids."""
+    """Turn text and samples into token ids."""
 
     def __init__(self, tokenizer: Any):
         self._tokenizer = _fast(tokenizer)
@@ -65,7 +65,7 @@ class _Encoder:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def sample(self, sample: Sample, *, chat: bool) -> tuple[list[int], list[float]]:
-        """Returns ids and weights; weights[i] is that of predicting ids[i].
+        """Return ids and weights; weights[i] is that of predicting ids[i].
 
         The segments are tokenised one by one, as at inference.
         """
@@ -101,7 +101,7 @@ def _draw(
     split: Split,
     chat: bool,
 ) -> tuple[list[int], list[float]]:
-    """Draws a sample of at most `room` tokens, all special tokens included."""
+    """Draw a sample of at most `room` tokens, all special tokens included."""
     size = room
     # Two in five samples are shorter than the room there is: easy cases at every
     # row length.
@@ -141,7 +141,7 @@ def row(
     split: Split,
     chat: float,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Draws one row: samples one after the other, then padding.
+    """Draw one row: samples one after the other, then padding.
 
     Returns:
       tokens uint16[length + 1] and weights float16[length + 1].
@@ -179,10 +179,10 @@ def rows(
     split: Split = "train",
     chat: float = 0.1,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Draws training rows.
+    """Draw training rows.
 
     A row holds one sample of about `length` tokens or several shorter ones, each as
-    ``<s> question answer </s> question answer </s> ...``. Row i depends on `seed`
+    `<s> question answer </s> question answer </s> ...`. Row i depends on `seed`
     and `start + i` alone, so any process can make any shard.
 
     Args:

@@ -1,9 +1,9 @@
-"""Builds the tokenizer of the checkpoint shipped with the package.
+"""Build the tokenizer of the checkpoint shipped with the package.
 
 Byte-level BPE with 4,096 tokens. A digit is always a token of its own, so that
 numbers and UUIDs have one spelling in tokens wherever they stand behind a space.
 
-Run as ``python -m jaxkv.needle.tokenizer OUT_DIR``.
+Run as `python -m jaxkv.needle.tokenizer OUT_DIR`.
 """
 
 import json
@@ -45,7 +45,7 @@ def _rough_count(text: str) -> int:
 
 
 def training_texts(seed: int = 0) -> Iterator[str]:
-    """Yields the text the vocabulary is learned from; train split only."""
+    """Yield the text the vocabulary is learned from; train split only."""
     # So many pseudo-words that every syllable is merged before a pair of letters
     # that runs over two syllables: a name then has one token a syllable.
     rng = np.random.default_rng(seed)
@@ -70,7 +70,7 @@ def training_texts(seed: int = 0) -> Iterator[str]:
 
 
 def build(texts: Iterator[str] | None = None) -> tokenizers.Tokenizer:
-    """Trains the tokenizer; the same texts give the same tokenizer."""
+    """Train the tokenizer; the same texts give the same tokenizer."""
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -102,7 +102,7 @@ def build(texts: Iterator[str] | None = None) -> tokenizers.Tokenizer:
 
 
 def save(tokenizer: tokenizers.Tokenizer, folder: str | pathlib.Path) -> None:
-    """Writes the files `transformers.AutoTokenizer.from_pretrained` reads."""
+    """Write the files `transformers.AutoTokenizer.from_pretrained` reads."""
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -128,7 +128,7 @@ def save(tokenizer: tokenizers.Tokenizer, folder: str | pathlib.Path) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    """Builds the tokenizer and writes it to the folder named."""
+    """Build the tokenizer and write it to the folder named."""
     if len(arguments) != 1:
         raise SystemExit(
             f"Expected one argument, the folder to write to, got {arguments}. "

@@ -37,7 +37,7 @@ def make(
     split: Split = "eval",
     **options,
 ) -> Sample:
-    """Draws one sample of a task.
+    """Draw one sample of a task.
 
     Args:
       task: A key of `TASKS`.

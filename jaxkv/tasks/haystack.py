@@ -28,7 +28,7 @@ class Ask:
 
 
 def make_noise(budget: int, count_tokens: CountTokens, first: int) -> list[str]:
-    """Returns as many noise sentences as `budget` tokens hold."""
+    """Return as many noise sentences as `budget` tokens hold."""
     sentences = [NOISE[(first + i) % len(NOISE)] for i in range(len(NOISE))]
     # A sentence stands after a space or, behind a needle, after a line break.
     costs = [max(count_tokens(" " + s), count_tokens(s)) for s in sentences]
@@ -49,7 +49,7 @@ def hide(
     noise: Sequence[str],
     depth: float | None = None,
 ) -> str:
-    """Puts needles, in their order, on lines of their own between noise sentences.
+    """Put needles, in their order, on lines of their own between noise sentences.
 
     Each needle's depth is uniform over the gaps between sentences, unless it is given.
     """
@@ -82,7 +82,7 @@ def fit_questions(
     in_noise: bool,
     count_tokens: CountTokens,
 ) -> tuple[list[Ask], int]:
-    """Keeps the first asks that leave room for a haystack.
+    """Keep the first asks that leave room for a haystack.
 
     Returns:
       The asks kept, at least one, and the tokens still free.
@@ -107,7 +107,7 @@ def fit_questions(
 def fill(
     lines: Sequence[str], left: int, count_tokens: CountTokens, *, in_noise: bool
 ) -> tuple[list[str], int]:
-    """Takes lines while they fit; returns them and the tokens still free."""
+    """Take lines while they fit; return them and the tokens still free."""
     taken: list[str] = []
     for line in lines:
         cost = _line_cost(line, count_tokens, in_noise=in_noise)
@@ -119,7 +119,7 @@ def fill(
 
 
 def interleave(rng: np.random.Generator, chains: Sequence[Sequence[str]]) -> list[str]:
-    """Mixes chains at random; the lines of one chain keep their order."""
+    """Mix chains at random; the lines of one chain keep their order."""
     order = np.repeat(np.arange(len(chains)), [len(chain) for chain in chains])
     rng.shuffle(order)
     ahead = [iter(chain) for chain in chains]

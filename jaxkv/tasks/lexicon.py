@@ -1,8 +1,8 @@
 """Words, names, numbers and identifiers the synthetic tasks are built from.
 
-Every drawing function takes a ``numpy.random.Generator`` and returns distinct
-strings. A key of the ``"eval"`` split never occurs in the ``"train"`` split: a word
-belongs to ``"eval"`` exactly when ``zlib.crc32(word) % 8 == 0``.
+Every drawing function takes a `numpy.random.Generator` and returns distinct
+strings. A key of the `eval` split never occurs in the `train` split: a word
+belongs to `eval` exactly when `zlib.crc32(word) % 8 == 0`.
 """
 
 import uuid
@@ -92,12 +92,12 @@ UPPERCASE = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 def split_of(word: str) -> Split:
-    """Returns the split a word belongs to; one word in eight is ``"eval"``."""
+    """Return the split a word belongs to; one word in eight is `eval`."""
     return "eval" if zlib.crc32(word.encode()) % 8 == 0 else "train"
 
 
 def of_split(words: Iterable[str], split: Split) -> tuple[str, ...]:
-    """Returns the words of one split, in the given order."""
+    """Return the words of one split, in the given order."""
     return tuple(word for word in words if split_of(word) == split)
 
 
@@ -108,17 +108,17 @@ _POOLS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 
 def adjectives(split: Split) -> tuple[str, ...]:
-    """Returns the adjectives of a split."""
+    """Return the adjectives of a split."""
     return _POOLS[split][0]
 
 
 def nouns(split: Split) -> tuple[str, ...]:
-    """Returns the nouns of a split."""
+    """Return the nouns of a split."""
     return _POOLS[split][1]
 
 
 def _distinct(draw: Callable[[int], Iterable[str]], count: int) -> list[str]:
-    """Calls ``draw(n)`` until ``count`` distinct strings came; keeps their order."""
+    """Call `draw(n)` until `count` distinct strings came; keep their order."""
     found: dict[str, None] = {}
     for _ in range(64):
         found.update(dict.fromkeys(draw(count - len(found) + 2)))
@@ -137,7 +137,7 @@ def names(
     *,
     syllables: tuple[int, int] = (2, 3),
 ) -> list[str]:
-    """Draws distinct pseudo-words such as "kimalo".
+    """Draw distinct pseudo-words such as "kimalo".
 
     Args:
       rng: Source of randomness.
@@ -163,7 +163,7 @@ def names(
 
 
 def strange(rng: np.random.Generator, count: int) -> list[str]:
-    """Draws words of three to nine random small letters, for training to copy."""
+    """Draw words of three to nine random small letters, for training to copy."""
     letters = rng.integers(0, 26, size=(count, 9)).tolist()
     sizes = rng.integers(3, 10, size=count).tolist()
     return [
@@ -175,7 +175,7 @@ def strange(rng: np.random.Generator, count: int) -> list[str]:
 def word_keys(
     rng: np.random.Generator, count: int, split: Split, *, invented: bool = False
 ) -> list[str]:
-    """Draws distinct "adjective-noun" keys; both words belong to the split.
+    """Draw distinct "adjective-noun" keys; both words belong to the split.
 
     Args:
       rng: Source of randomness.
@@ -199,7 +199,7 @@ def word_keys(
 
 
 def numbers(rng: np.random.Generator, count: int, *, digits: int = 7) -> list[str]:
-    """Draws distinct decimal numbers without leading zeros."""
+    """Draw distinct decimal numbers without leading zeros."""
     low, high = 10 ** (digits - 1), 10**digits
     return _distinct(
         lambda n: map(str, rng.integers(low, high, size=n).tolist()), count
@@ -209,7 +209,7 @@ def numbers(rng: np.random.Generator, count: int, *, digits: int = 7) -> list[st
 def uuids(
     rng: np.random.Generator, count: int, split: Split | None = None
 ) -> list[str]:
-    """Draws distinct version-4 UUIDs; of one split if it is given."""
+    """Draw distinct version-4 UUIDs; of one split if it is given."""
     surplus = 9 if split == "eval" else 1.2 if split else 1
 
     def draw(n: int) -> Iterable[str]:
@@ -225,7 +225,7 @@ def uuids(
 
 
 def variables(rng: np.random.Generator, count: int, split: Split) -> list[str]:
-    """Draws distinct variable names of five capital letters, such as "QKZTA"."""
+    """Draw distinct variable names of five capital letters, such as "QKZTA"."""
     surplus = 9 if split == "eval" else 1.2
 
     def draw(n: int) -> Iterable[str]:

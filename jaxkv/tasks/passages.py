@@ -24,7 +24,7 @@ Weights = tuple[tuple[Source, float], ...]
 
 
 def _blocks_of(text: str, most: int = 600) -> Iterator[str]:
-    """Cuts a text into blocks of 120 to `most` characters without blank lines."""
+    """Cut a text into blocks of 120 to `most` characters without blank lines."""
     for paragraph in re.split(r"\n\s*\n", text):
         held: list[str] = []
         size = 0
@@ -41,7 +41,7 @@ def _blocks_of(text: str, most: int = 600) -> Iterator[str]:
 
 @functools.cache
 def stdlib_documents(split: Split) -> tuple[tuple[str, ...], ...]:
-    """Returns the blocks of the standard library's top-level modules of a split."""
+    """Return the blocks of the standard library's top-level modules of a split."""
     documents = []
     folder = sysconfig.get_path("stdlib")
     for path in sorted(pathlib.Path(folder).glob("*.py")):
@@ -53,7 +53,7 @@ def stdlib_documents(split: Split) -> tuple[tuple[str, ...], ...]:
 
 @functools.cache
 def topic_documents(split: Split) -> tuple[tuple[str, ...], ...]:
-    """Returns the blocks of the help topics of a split; empty if there are none."""
+    """Return the blocks of the help topics of a split; empty if there are none."""
     try:
         topics = importlib.import_module("pydoc_data.topics").topics
     except (ImportError, AttributeError):
@@ -120,7 +120,7 @@ def _code(rng: np.random.Generator, split: Split) -> str:
 def _vocabulary(
     rng: np.random.Generator, split: Split
 ) -> tuple[Sequence[str], Sequence[str]]:
-    """Returns adjectives and nouns; in training often ones that mean nothing.
+    """Return adjectives and nouns; in training often ones that mean nothing.
 
     A model that sees the same few hundred words in every passage learns to recall
     them instead of copying them.
@@ -155,7 +155,7 @@ CODE_SOURCES: Weights = (
 
 
 def blocks(rng: np.random.Generator, sources: Weights, split: Split) -> Iterator[str]:
-    """Yields blocks of one source drawn by weight, without end and without repeats.
+    """Yield blocks of one source drawn by weight, without end and without repeats.
 
     Files and topics are read from a random place on, block after block.
     """

@@ -43,7 +43,7 @@ def _document(
     count_tokens: CountTokens,
     usable=lambda block: True,
 ) -> _Document:
-    """Collects blocks until `room` tokens are used up.
+    """Collect blocks until `room` tokens are used up.
 
     Args:
       rng: Source of randomness.
@@ -104,7 +104,7 @@ def quote(
     split: Split,
     questions: int = 1,
 ) -> Sample:
-    """Repeats one numbered section of a document word for word."""
+    """Repeat one numbered section of a document word for word."""
     head = _wording(rng, QUOTE_HEADS, split)
     form = "\n\nRepeat section {0} word for word.\nSection {0}:"
     document = _document(
@@ -129,7 +129,7 @@ def quote(
 
 
 def _cut(rng: np.random.Generator, block: str, document: str) -> tuple[str, str] | None:
-    """Cuts a block in two at a space between words.
+    """Cut a block in two at a space between words.
 
     Returns:
       The words before the cut, a piece the document has only once, and the rest of
@@ -156,7 +156,7 @@ def go_on(
     questions: int = 1,
     sources: passages.Weights = passages.SOURCES,
 ) -> Sample:
-    """Goes on word for word, to the passage's end, from words inside a passage.
+    """Go on word for word, to the passage's end, from words inside a passage.
 
     With sources of code alone it is the completion of code that stands in the context.
     """
@@ -200,7 +200,7 @@ _IDENTIFIER = re.compile(r"\b[A-Za-z_][A-Za-z0-9_]{2,}\b")
 
 
 def _repeated(block: str) -> list[str]:
-    """Returns the identifiers a block has twice to six times."""
+    """Return the identifiers a block has twice to six times."""
     words = _IDENTIFIER.findall(block)
     return sorted({word for word in words if 2 <= words.count(word) <= 6})
 
@@ -213,7 +213,7 @@ def edit(
     split: Split,
     questions: int = 1,
 ) -> Sample:
-    """Repeats one numbered section with one identifier renamed."""
+    """Repeat one numbered section with one identifier renamed."""
     head = _wording(rng, QUOTE_HEADS, split)
     form = "\n\nRepeat section {0} with every `{1}` changed to `{2}`.\nSection {0}:"
     new_names = lexicon.names(rng, questions, split, syllables=(2, 3))

@@ -76,7 +76,7 @@ def ledger(
     count_tokens: CountTokens,
     split: Split,
 ) -> Sample:
-    """Copies a list of entries and keeps its running total.
+    """Copy a list of entries and keep its running total.
 
     Args:
       rng: Source of randomness.
@@ -130,7 +130,7 @@ def machine(
     split: Split,
     states: int | None = None,
 ) -> Sample:
-    """Runs a state machine whose next state depends on the parity of a total.
+    """Run a state machine whose next state depends on the parity of a total.
 
     Both columns of next states are permutations, so that the walk over (state,
     total) is one too: it comes back late, and the answer cannot be had by copying
@@ -213,7 +213,7 @@ def machine(
 def _longest_walk(
     rng: np.random.Generator, adds: list[int]
 ) -> tuple[list[int], list[int], int, int]:
-    """Draws next states and a start, the one of four tries that repeats last.
+    """Draw next states and a start, the one of four tries that repeats last.
 
     Returns:
       Next states after an even total, those after an odd total, the start total and
@@ -240,7 +240,7 @@ def _longest_walk(
 
 
 def check(sample: Sample, prediction: str) -> tuple[bool, float]:
-    """Compares an answer with the gold one, line by line.
+    """Compare an answer with the gold one, line by line.
 
     Args:
       sample: A ledger or machine sample.

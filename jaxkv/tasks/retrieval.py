@@ -83,7 +83,7 @@ def _niah(
     needles_only: bool = False,
     depth: float | None = None,
 ) -> Sample:
-    """Draws a needle-in-a-haystack sample.
+    """Draw a needle-in-a-haystack sample.
 
     Args:
       task: Name of the task.
@@ -209,12 +209,12 @@ def niah_multikey(
 
 
 def niah_multikey_needles(rng: np.random.Generator, **size) -> Sample:
-    """A haystack of nothing but needles: word keys, seven-digit values."""
+    """Draw a haystack of nothing but needles: word keys, seven-digit values."""
     return _niah("niah_multikey_needles", rng, needles_only=True, **size)
 
 
 def niah_multikey_uuid(rng: np.random.Generator, **size) -> Sample:
-    """A haystack of nothing but needles: UUID keys, UUID values."""
+    """Draw a haystack of nothing but needles: UUID keys, UUID values."""
     task = "niah_multikey_uuid"
     return _niah(task, rng, key="uuid", value="uuid", needles_only=True, **size)
 

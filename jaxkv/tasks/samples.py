@@ -56,7 +56,7 @@ class Sample:
 def assemble(
     task: str, context: str, exchanges: Sequence[Exchange], count_tokens: CountTokens
 ) -> Sample:
-    """Puts the questions behind the context."""
+    """Put the questions behind the context."""
     segments: list[tuple[str, bool]] = []
     for exchange in exchanges:
         segments += [(exchange.question, False), (exchange.answer, True)]
@@ -72,7 +72,7 @@ def assemble(
 
 
 def too_short(task: str, length: int, least: int) -> ValueError:
-    """Returns the error for a `length` the smallest sample does not fit in."""
+    """Return the error for a `length` the smallest sample does not fit in."""
     return ValueError(
         f"Task {task!r} expected length >= {least} tokens for its smallest sample, "
         f"got {length}. Ask for a longer sample or fewer questions."
@@ -80,13 +80,13 @@ def too_short(task: str, length: int, least: int) -> ValueError:
 
 
 def score_all(prediction: str, outputs: Sequence[str]) -> float:
-    """Returns the fraction of `outputs` found in the prediction, ignoring case."""
+    """Return the fraction of `outputs` found in the prediction, ignoring case."""
     text = prediction.lower()
     return sum(output.lower() in text for output in outputs) / len(outputs)
 
 
 def exact(prediction: str, outputs: Sequence[str]) -> bool:
-    """Returns whether the prediction contains all of `outputs`, ignoring case."""
+    """Return whether the prediction contains all of `outputs`, ignoring case."""
     return score_all(prediction, outputs) == 1.0
 
 
