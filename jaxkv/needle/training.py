@@ -14,7 +14,7 @@ import json
 import multiprocessing
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -270,7 +270,6 @@ def train(
       save_every: steps between saved states.
       log_every: steps between lines of the log.
     """
-    import optax
     import orbax.checkpoint as ocp
 
     optimizer = make_optimizer(recipe)
@@ -285,18 +284,7 @@ def train(
     if first:
         state = manager.restore(first, args=ocp.args.StandardRestore(state))
 
-    @functools.partial(jax.jit, donate_argnums=0)
-    def step_fn(state, tokens, weights):
-        gradient = jax.value_and_grad(
-            functools.partial(loss, recipe.config), has_aux=True
-        )
-        (value, measures), grads = gradient(state["params"], tokens, weights)
-        updates, optimizer_state = optimizer.update(
-            grads, state["optimizer"], state["params"]
-        )
-        new = optax.apply_updates(state["params"], updates)
-        return {"params": new, "optimizer": optimizer_state}, {"loss": value} | measures
-
+    step_fn = _step_of(recipe, optimizer)
     begin = time.perf_counter()
     window: list[dict[str, jax.Array]] = []
     data = batches(recipe, tokenizer_folder, first=first, workers=workers)
@@ -335,6 +323,25 @@ def train(
     write_checkpoint(
         recipe.config, state["params"], out / "checkpoint", tokenizer_folder
     )
+
+
+def _step_of(recipe: Recipe, optimizer: Any) -> Callable[..., Any]:
+    """Return the compiled training step: state and batch in, state and measures out."""
+    import optax
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step_fn(state, tokens, weights):
+        gradient = jax.value_and_grad(
+            functools.partial(loss, recipe.config), has_aux=True
+        )
+        (value, measures), grads = gradient(state["params"], tokens, weights)
+        updates, optimizer_state = optimizer.update(
+            grads, state["optimizer"], state["params"]
+        )
+        new = optax.apply_updates(state["params"], updates)
+        return {"params": new, "optimizer": optimizer_state}, {"loss": value} | measures
+
+    return step_fn
 
 
 def write_checkpoint(

@@ -7,6 +7,7 @@ partly in the prompt (the amount, the next state) and partly in the line before 
 
 import dataclasses
 import itertools
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -171,24 +172,7 @@ def machine(
         prompt=count_tokens(table) + question_cost,
         answer=count_tokens("\ntotal 48\n"),
     )
-    # Pieces start with a space or a line break, so their counts add up.
-    name_cost = [count_tokens(" " + name) for name in names]
-    fixed = count_tokens(" +7") + count_tokens(" 48") + count_tokens(" even")
-    fixed += count_tokens("\n") + count_tokens(".")
-    lines: list[str] = []
-    state, total = first, start
-    while True:
-        total = (total + adds[state]) % 100
-        parity, after = ("odd", odd[state]) if total % 2 else ("even", even[state])
-        step = len(lines) + 1
-        room = room.after(
-            answer=fixed + len(str(step)) + name_cost[state] + name_cost[after]
-        )
-        if not room.enough:
-            break
-        done = f"{names[state]} +{adds[state]} {total:02d}"
-        lines.append(f"{done} {parity} {names[after]}")
-        state, last = after, total
+    lines, last = _steps(names, adds, even, odd, start, first, room, count_tokens)
     if not lines:
         raise too_short(
             "machine", min(length or 1 << 30, answer_tokens or 1 << 30), 256
@@ -208,6 +192,37 @@ def machine(
         [Exchange(question=question, answer=answer, outputs=(answer.strip(),))],
         count_tokens,
     )
+
+
+def _steps(
+    names: Sequence[str],
+    adds: Sequence[int],
+    even: Sequence[int],
+    odd: Sequence[int],
+    total: int,
+    state: int,
+    room: _Room,
+    count_tokens: CountTokens,
+) -> tuple[list[str], int]:
+    """Run the machine while its lines fit; return them and the last total."""
+    # Pieces start with a space or a line break, so their counts add up.
+    name_cost = [count_tokens(" " + name) for name in names]
+    fixed = count_tokens(" +7") + count_tokens(" 48") + count_tokens(" even")
+    fixed += count_tokens("\n") + count_tokens(".")
+    lines: list[str] = []
+    last = total
+    while True:
+        total = (total + adds[state]) % 100
+        parity, after = ("odd", odd[state]) if total % 2 else ("even", even[state])
+        step = len(lines) + 1
+        room = room.after(
+            answer=fixed + len(str(step)) + name_cost[state] + name_cost[after]
+        )
+        if not room.enough:
+            return lines, last
+        done = f"{names[state]} +{adds[state]} {total:02d}"
+        lines.append(f"{done} {parity} {names[after]}")
+        state, last = after, total
 
 
 def _longest_walk(

@@ -7,7 +7,7 @@ arXiv:2404.06654), those of its tasks that need no corpus. The introductions are
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import numpy as np
@@ -115,35 +115,9 @@ def _niah(
     form = _wording(rng, NIAH_QUESTIONS, split)
     asks = []
     for start in range(0, wanted, asked):
-        group = keys[start : start + asked]
-        held = [
-            contents[i * values : (i + 1) * values] for i in range(start, start + asked)
-        ]
-        plural = asked * values > 1
-        what = f"special magic {value}s" if plural else f"special magic {value}"
-        flat = [content for row in held for content in row]
-        asks.append(
-            haystack.Ask(
-                exchange=Exchange(
-                    question="\n"
-                    + form.format(
-                        ask=f"What are all the {what}"
-                        if plural
-                        else f"What is the {what}",
-                        what=what,
-                        keys=_listed(group),
-                        verb="are" if plural else "is",
-                    ),
-                    answer=" " + ", ".join(flat),
-                    outputs=tuple(flat),
-                ),
-                needles=tuple(
-                    needle(name, content)
-                    for name, row in zip(group, held, strict=True)
-                    for content in row
-                ),
-            )
-        )
+        names = keys[start : start + asked]
+        held = [contents[i * values :][:values] for i in range(start, start + asked)]
+        asks.append(_ask(form, value, names, held, needle))
     head = _wording(rng, NIAH_HEADS, split).format(kind=value) + "\n"
     asks, left = haystack.fit_questions(
         task,
@@ -154,12 +128,7 @@ def _niah(
         count_tokens=count_tokens,
     )
     extra, left = haystack.fill(
-        [
-            needle(name, content)
-            for name, content in zip(
-                keys[wanted:], contents[wanted * values :], strict=True
-            )
-        ],
+        list(map(needle, keys[wanted:], contents[wanted * values :])),
         left,
         count_tokens,
         in_noise=not needles_only,
@@ -180,6 +149,37 @@ def _niah(
             rng, needles, haystack.make_noise(left, count_tokens, first), depth
         )
     return assemble(task, head + text, [ask.exchange for ask in asks], count_tokens)
+
+
+def _ask(
+    form: str,
+    value: Kind,
+    names: Sequence[str],
+    held: Sequence[Sequence[str]],
+    needle: Callable[[str, str], str],
+) -> haystack.Ask:
+    """Return the question for the values `held` by these keys, and its needles."""
+    flat = [content for row in held for content in row]
+    plural = len(flat) > 1
+    what = f"special magic {value}s" if plural else f"special magic {value}"
+    question = form.format(
+        ask=f"What are all the {what}" if plural else f"What is the {what}",
+        what=what,
+        keys=_listed(names),
+        verb="are" if plural else "is",
+    )
+    return haystack.Ask(
+        exchange=Exchange(
+            question="\n" + question,
+            answer=" " + ", ".join(flat),
+            outputs=tuple(flat),
+        ),
+        needles=tuple(
+            needle(name, content)
+            for name, row in zip(names, held, strict=True)
+            for content in row
+        ),
+    )
 
 
 # Each takes the keywords of `tasks.make` (length, count_tokens, split) and the number

@@ -154,5 +154,5 @@ def test_row_errors_say_what_to_do():
     with pytest.raises(ValueError, match="mixture"):
         rows.rows(tokenizer(), length=512, count=1, seed=0, mixture={"x": 1.0})
     other = tokenizers.Tokenizer(tokenizers.models.BPE())
-    with pytest.raises(ValueError, match="jaxkv.needle.tokenizer"):
+    with pytest.raises(ValueError, match=r"jaxkv\.needle\.tokenizer"):
         rows.rows(other, length=512, count=1, seed=0)
