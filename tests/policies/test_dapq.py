@@ -7,41 +7,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
+from tiny import FAST, NETWORK
 
 from jaxkv import LAQ, DapQ, Options, SnapKV, forward, generation
 from jaxkv import state as kv
 from jaxkv.attention import append_tokens
-from jaxkv.models.decoder import Config, Decoder, random_parameters
 from jaxkv.policies.base import Prompt
 
-CONFIG = Config(
-    vocab_size=61,
-    hidden_size=32,
-    intermediate_size=48,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    qk_norm=True,
-    tied=True,
-)
-NETWORK = Decoder(CONFIG)
 PROMPT, NEW, BUDGET = 24, 4, 8
 LENGTHS = [PROMPT, 3, 13]
 SMALL = DapQ(window_size=6, prefix=2, reduction="sum", kernel_size=3)
-FAST = {"xla_backend_optimization_level": 0}  # to compile; nothing here runs long
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def params():
-    drawn = random_parameters(CONFIG, jax.random.key(0), jnp.float32)
-    return jax.tree.map(lambda x: 12 * x if x.ndim == 2 else x, drawn)
+    return tiny.params()
 
 
 def prompts(seed=0):
-    rng = np.random.default_rng(seed)
-    tokens = rng.integers(0, CONFIG.vocab_size, size=(len(LENGTHS), PROMPT))
-    return jnp.asarray(tokens, jnp.int32), jnp.asarray(LENGTHS, jnp.int32)
+    return tiny.prompts(seed, LENGTHS, PROMPT)
 
 
 @functools.cache
