@@ -1,0 +1,382 @@
+"""The laws of the design, each a function that raises AssertionError if it is broken.
+
+They say nothing about which tokens a policy keeps, so that they hold for all. The tests
+in `laws/` hold every policy of the registry to them, and then break the library on
+purpose, to see that the laws notice.
+
+A law of a prompt's eviction takes a policy, one of decoding takes options. All run the
+tiny network; inside `jax.disable_jit()` they do so operation by operation.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tiny import CONFIG, FAST, NETWORK, params, prompts
+
+from jaxkv import Options, forward, generation
+from jaxkv import state as kv
+from jaxkv.policies.full import Full
+from jaxkv.speculation.drafters import Tree
+
+PROMPT, NEW = 24, 16
+LENGTHS = (PROMPT, 3, 13)
+SMALL = (9, 6, 7)  # what each row may keep of its prompt, where little is kept
+CLOSE = dict(rtol=2e-4, atol=2e-4)
+DRAFTER = Tree(
+    num_draft_tokens=7,
+    depth=3,
+    ngram_max=2,
+    ngram_min=1,
+    max_matches=3,
+    include_output=True,
+    break_even=0.0,
+)
+
+_prefill = jax.jit(
+    forward.prefill,
+    static_argnames=("network", "options", "slots"),
+    compiler_options=FAST,
+)
+_decode_step = jax.jit(
+    forward.decode_step,
+    static_argnames=("network", "options"),
+    compiler_options=FAST,
+)
+_generate = jax.jit(
+    generation.generate_tokens,
+    static_argnames=("network", "options", "slots", "max_out"),
+    compiler_options=FAST,
+)
+
+
+def may_keep(policy, keep=SMALL):
+    """Return what each row may keep of its prompt; a policy that cuts none keeps it."""
+    return (PROMPT,) * len(keep) if isinstance(policy, Full) else keep
+
+
+def prefill(policy, tokens, lengths=LENGTHS, keep=SMALL):
+    """Return the first logits and the cache; a policy of None has no budget."""
+    options = Options(budget=PROMPT, prefill=policy) if policy else Options()
+    options.check()
+    as_array = functools.partial(jnp.asarray, dtype=jnp.int32)
+    return _prefill(
+        *(NETWORK, params(), tokens, as_array(lengths)),
+        options=options,
+        slots=options.layer_slots(PROMPT, NEW, CONFIG.num_layers),
+        keep=as_array(may_keep(policy, keep)) if policy else None,
+    )
+
+
+def generate(options, tokens, lengths, *, new=NEW, stop_ids=(-1,), seed=0, keys=None):
+    """Return the `generation.Output` of `new` tokens."""
+    options.check()
+    if keys is None:
+        keys = jax.random.split(jax.random.key(seed), len(lengths))
+    return _generate(
+        *(NETWORK, params(), tokens, lengths, keys),
+        jnp.asarray(stop_ids, jnp.int32),
+        jnp.int32(new),
+        options=options,
+        slots=options.layer_slots(PROMPT, NEW, CONFIG.num_layers),
+        max_out=NEW,
+    )
+
+
+def with_budget(options, small):
+    """Return the options with a budget of `small`, or whatever a full prompt needs."""
+    if not isinstance(options.prefill, Full):
+        return dataclasses.replace(options, budget=small)
+    budget = PROMPT + options.decode.spare if options.decode.evicts else None
+    return dataclasses.replace(options, budget=budget)
+
+
+def by_position(state, array):
+    """Return `[B, heads, slots, ...]` in the order of the tokens, free slots last."""
+    positions = np.asarray(state.positions)
+    order = np.argsort(np.where(positions >= 0, positions, PROMPT + NEW), axis=-1)
+    order = order.reshape(order.shape + (1,) * (array.ndim - order.ndim))
+    return np.take_along_axis(np.asarray(array), order, axis=2)
+
+
+def assert_same_tokens_are_held(one, two):
+    """Compare caches token by token, wherever these lie; heads may be repeated."""
+    for a, b in zip(one, two, strict=True):
+        repeat = b.keys.shape[1] // a.keys.shape[1]
+        slots = min(a.slots, b.slots)
+        old, new = (by_position(x, x.positions) for x in (a, b))
+        old = old.repeat(repeat, axis=1)
+        held = old[:, :, :slots] >= 0
+        np.testing.assert_array_equal(old[:, :, :slots], new[:, :, :slots])
+        assert (old[:, :, slots:] < 0).all() and (new[:, :, slots:] < 0).all()
+        for field in ("keys", "values"):
+            x = by_position(a, getattr(a, field)).repeat(repeat, axis=1)[:, :, :slots]
+            y = by_position(b, getattr(b, field))[:, :, :slots]
+            np.testing.assert_allclose(x[held], y[held], **CLOSE, err_msg=field)
+
+
+# The prompt's eviction.
+
+
+def prompt_at_full_budget_is_exact(policy, tokens):
+    """What fits is kept whole, and in order; the first logits are the full cache's."""
+    want_logits, want = prefill(None, tokens)
+    logits, got = prefill(policy, tokens, keep=(PROMPT,) * len(LENGTHS))
+    np.testing.assert_allclose(logits, want_logits, **CLOSE)
+    assert_same_tokens_are_held(want, got)
+    for state in got:
+        order = np.arange(PROMPT)
+        whole = np.where(order < np.asarray(LENGTHS)[:, None], order, kv.FREE)
+        held = np.asarray(state.positions)[:, :, :PROMPT]
+        np.testing.assert_array_equal(held, np.broadcast_to(whole[:, None], held.shape))
+
+
+def prompt_is_bounded(policy, tokens):
+    """Each row keeps as many tokens as it may, in order, and aims behind them."""
+    _, cache = prefill(policy, tokens)
+    keep = np.asarray(may_keep(policy))
+    keeps = policy.layer_keeps(keep, np.asarray(LENGTHS), len(cache))
+    for state, keep in zip(cache, keeps, strict=True):
+        want = np.minimum(keep, LENGTHS)[:, None]
+        count = np.asarray(kv.occupancy(state))
+        np.testing.assert_array_equal(count, np.broadcast_to(want, count.shape))
+        np.testing.assert_array_equal(state.target, count)  # the first free slot
+        for row in np.asarray(state.positions).reshape(-1, state.slots):
+            assert (np.diff(row[row >= 0]) > 0).all()  # in order, hence unique
+
+
+def prompt_in_a_batch_equals_singles(policy, tokens):
+    """What a row keeps depends on no other row, and not on its padding."""
+    _, together = prefill(policy, tokens)
+    others = prompts(7, LENGTHS, PROMPT)[0].at[1].set(tokens[1])
+    _, apart = prefill(policy, others, lengths=(5, 3, PROMPT), keep=(5, 6, 8))
+    _, padded = prefill(policy, tokens.at[2, LENGTHS[2] :].set(60))
+    for old, new, same in zip(together, apart, padded, strict=True):
+        np.testing.assert_array_equal(old.positions[1], new.positions[1])
+        np.testing.assert_array_equal(old.positions, same.positions)
+
+
+def pseudo_tokens_leave_no_trace(policy, tokens):
+    """First logits are the full cache's; what is kept is the prompt's own."""
+    want_logits, want = prefill(None, tokens)
+    logits, got = prefill(policy, tokens)
+    np.testing.assert_allclose(logits, want_logits, **CLOSE)
+    for old, new in zip(want, got, strict=True):
+        repeat = new.keys.shape[1] // old.keys.shape[1]
+        positions = np.asarray(new.positions)
+        assert (positions < np.asarray(LENGTHS)[:, None, None]).all()
+        held = positions >= 0
+        for field in ("keys", "values"):
+            whole = np.asarray(getattr(old, field)).repeat(repeat, axis=1)
+            where = np.maximum(positions, 0)[..., None]
+            whole = np.take_along_axis(whole, where, axis=2)
+            kept = np.asarray(getattr(new, field))
+            np.testing.assert_allclose(whole[held], kept[held], **CLOSE)
+
+
+def prompt_is_not_recompiled(policy, tokens):
+    """Other prompts, other budgets and equal options compile nothing."""
+    prefill(policy, tokens)
+    compiled = _prefill._cache_size()
+    equal = dataclasses.replace(policy)
+    prefill(equal, tokens[::-1], lengths=(20, 20, 20), keep=(10, 11, 12))
+    assert _prefill._cache_size() == compiled
+
+
+# Decoding.
+
+
+def full_budget_is_exact(options, tokens, lengths):
+    """With room for all, tokens and cache are those of the full cache."""
+    plain = generate(Options(sampler=options.sampler), tokens, lengths)
+    whole = isinstance(options.prefill, Full) and not options.decode.evicts
+    budget = None if whole else PROMPT + NEW
+    got = generate(dataclasses.replace(options, budget=budget), tokens, lengths)
+    np.testing.assert_array_equal(got.tokens, plain.tokens)
+    assert_same_tokens_are_held(plain.cache, got.cache)
+
+
+def decoding_equals_recomputation(tokens, lengths, *, new=8):
+    """The full cache gives what the network gives that reads all tokens anew."""
+    out = np.asarray(generate(Options(), tokens, lengths, new=new).tokens)
+    for row, length in enumerate(np.asarray(lengths)):
+        known = np.asarray(tokens)[row, :length].tolist()
+        for step in range(new):
+            padded = np.zeros((1, PROMPT + NEW), np.int32)
+            padded[0, : len(known)] = known
+            logits, _ = _prefill(
+                *(NETWORK, params(), jnp.asarray(padded)),
+                jnp.asarray([len(known)], jnp.int32),
+                options=Options(prefill_implementation="reference"),
+                slots=PROMPT + NEW,
+            )
+            assert int(logits[0].argmax()) == out[row, step]
+            known.append(int(out[row, step]))
+
+
+def bounded(options, tokens, lengths):
+    """Never more tokens than the budget, each once, the newest among them."""
+    for state in generate(options, tokens, lengths).cache:
+        held = np.asarray(state.positions)
+        if options.decode.evicts:
+            assert (held >= 0).sum(-1).max() <= options.budget
+        assert held.max() < int(lengths.max()) + NEW
+        for row in held.reshape(-1, held.shape[-1]):
+            real = row[row >= 0]
+            assert len(set(real.tolist())) == len(real)
+        newest = np.asarray(lengths) + NEW - 2  # the last one that was fed
+        assert (held == newest[:, None, None]).any(-1).all()
+
+
+def batch_equals_singles(options, tokens, lengths, seed):
+    """Each row gets what it gets alone, with its own PRNG key."""
+    keys = jax.random.split(jax.random.key(seed), len(lengths))
+    together = generate(options, tokens, lengths, keys=keys).tokens
+    for row in range(len(lengths)):
+        one = slice(row, row + 1)
+        alone = generate(options, tokens[one], lengths[one], keys=keys[one])
+        np.testing.assert_array_equal(alone.tokens[0], together[row])
+
+
+def exact_speculation_equals_plain(options, tokens, lengths, seed):
+    """Whatever is drafted, tokens and cache are those of plain decoding."""
+    keys = jax.random.split(jax.random.key(seed), len(lengths))
+    plain = generate(options, tokens, lengths, keys=keys)
+    drafted = dataclasses.replace(options, speculate=DRAFTER)
+    got = generate(drafted, tokens, lengths, keys=keys)
+    np.testing.assert_array_equal(got.tokens, plain.tokens)
+    assert_same_tokens_are_held(plain.cache, got.cache)
+
+
+def stop_ids_end_rows_apart(tokens, lengths):
+    """A row ends behind the first stop id it gives, and the others go on."""
+    free = np.asarray(generate(Options(), tokens, lengths).tokens)
+    stop = (int(free[0, 4]), int(free[1, 9]))
+    out = generate(Options(), tokens, lengths, stop_ids=stop)
+    for row in range(len(free)):
+        hits = np.flatnonzero(np.isin(free[row], stop))
+        end = hits[0] + 1 if len(hits) else NEW
+        assert int(out.lengths[row]) == end
+        assert bool(out.stopped[row]) == bool(len(hits))
+        np.testing.assert_array_equal(out.tokens[row, :end], free[row, :end])
+        assert (np.asarray(out.tokens)[row, end:] == -1).all()
+
+
+def not_recompiled(options, tokens, lengths):
+    """Other prompts, another number of tokens and equal options compile nothing."""
+    generate(options, tokens, lengths, new=3)
+    compiled = _generate._cache_size()
+    policies = {
+        field: dataclasses.replace(getattr(options, field))
+        for field in ("prefill", "decode", "sampler")
+    }
+    other = dataclasses.replace(options, **policies)
+    generate(other, tokens[::-1], lengths[::-1], new=NEW)
+    assert _generate._cache_size() == compiled
+
+
+# One decode step. The state is what a few steps have left, so it remembers something.
+
+
+def state_of(options, seed=0):
+    """Return tokens, their positions and the cache, at the beginning of a step."""
+    tokens, lengths = prompts(seed, LENGTHS, PROMPT)
+    new = 4
+    out = generate(options, tokens, lengths, new=new)
+    return out.tokens[:, new - 1], lengths + new - 1, out.cache
+
+
+def step(options, token, position, cache):
+    """Return logits and the new cache."""
+    return _decode_step(NETWORK, params(), token, position, cache, options=options)
+
+
+def by_slot(state, change):
+    """Return the memory with what it holds for each slot, on its last axis, changed."""
+    batch, heads, slots = state.positions.shape
+
+    def per_slot(x):
+        return x.shape[:2] == (batch, heads) and x.shape[2:][-1:] == (slots,)
+
+    return jax.tree.map(lambda x: change(x) if per_slot(x) else x, state.memory)
+
+
+def next_victim(state):
+    """Return the position of the token that is overwritten next, -1 if it is none."""
+    return np.take_along_axis(
+        np.asarray(state.positions), np.asarray(state.target)[..., None], axis=2
+    )
+
+
+def order_free(options, seed):
+    """Permuting the slots changes neither the logits nor which token goes next."""
+    token, position, cache = state_of(options)
+    order = np.random.default_rng(seed).permutation(cache[0].slots)
+    place = jnp.asarray(np.argsort(order), jnp.int32)
+    permuted = tuple(
+        dataclasses.replace(
+            s,
+            keys=s.keys[:, :, order],
+            values=s.values[:, :, order],
+            positions=s.positions[:, :, order],
+            target=place[s.target],
+            memory=by_slot(s, lambda x: x[..., order]),
+        )
+        for s in cache
+    )
+    plain, after = step(options, token, position, cache)
+    other, moved = step(options, token, position, permuted)
+    np.testing.assert_allclose(plain, other, **CLOSE)
+    if options.decode.evicts:
+        for one, two in zip(after, moved, strict=True):
+            np.testing.assert_array_equal(next_victim(one), next_victim(two))
+
+
+def free_slots_are_never_read(options):
+    """What lies in them may be NaN."""
+    token, position, cache = state_of(
+        dataclasses.replace(options, decode_implementation=None)
+    )
+    assert all((~kv.occupied(s)).any() for s in cache)
+    poisoned = tuple(
+        dataclasses.replace(
+            s,
+            keys=jnp.where(kv.occupied(s)[..., None], s.keys, jnp.nan),
+            values=jnp.where(kv.occupied(s)[..., None], s.values, jnp.nan),
+            memory=by_slot(s, functools.partial(_poison, kv.occupied(s))),
+        )
+        for s in cache
+    )
+    plain, _ = step(options, token, position, cache)
+    other, _ = step(options, token, position, poisoned)
+    np.testing.assert_array_equal(plain, other)
+
+
+def _poison(occupied, x):
+    held = occupied.reshape(*occupied.shape[:2], *(1,) * (x.ndim - 3), -1)
+    return jnp.where(held, x, jnp.nan)
+
+
+def pure(options):
+    """The same again gives the same; no input changes, nor any shape or dtype."""
+    token, position, cache = state_of(options)
+    before = jax.tree.map(np.asarray, cache)
+    first, after = step(options, token, position, cache)
+    second, _ = step(options, token, position, cache)
+    np.testing.assert_array_equal(first, second)
+    jax.tree.map(np.testing.assert_array_equal, before, cache)
+    assert jax.tree.structure(after) == jax.tree.structure(cache)
+    for old, new in zip(jax.tree.leaves(cache), jax.tree.leaves(after), strict=True):
+        assert (old.shape, old.dtype) == (new.shape, new.dtype)
+
+
+def finished_rows_do_not_change(options):
+    """Their state stays bit for bit, and their logits are finite."""
+    token, position, cache = state_of(options)
+    logits, after = step(options, token, position.at[1].set(-1), cache)
+    assert np.isfinite(logits).all()
+    jax.tree.map(
+        lambda old, new: np.testing.assert_array_equal(old[1], new[1]), cache, after
+    )
