@@ -10,7 +10,7 @@ import pytest
 import tiny
 from tiny import FAST, NETWORK
 
-from jaxkv import LAQ, DapQ, Options, SnapKV, forward, generation
+from jaxkv import LAQ, DapQ, Options, forward
 from jaxkv import state as kv
 from jaxkv.attention import append_tokens
 from jaxkv.policies.base import Prompt
@@ -252,39 +252,6 @@ def test_each_option_changes_what_is_kept(change):
         assert (positions(dataclasses.replace(laq, **change)) == after).all()
     if "n_sink" in change:
         assert after[:, :3].tolist() == [[0, 1, 2]] * 2
-
-
-@pytest.mark.slow
-def test_laq_drafts_what_greedy_decoding_gives(params):
-    """Its pseudo tokens are the output of generation from SnapKV's cache."""
-    tokens, lengths = prompts(4)
-    policy = LAQ(window_size=4, draft_window_size=3, kernel_size=3)
-    assert policy.draft_policy == SnapKV(window_size=3, kernel_size=3)
-    options = Options(budget=BUDGET, prefill=policy.draft_policy)
-    out = generation.generate_jit(
-        NETWORK,
-        params,
-        tokens,
-        lengths,
-        jax.random.split(jax.random.key(0), 3),
-        jnp.asarray([-1], jnp.int32),
-        jnp.int32(4),
-        options=options,
-        slots=options.num_slots(PROMPT, 4),
-        max_out=4,
-    )
-    _, cache = program(policy)(params, tokens, lengths)
-    fixed = tuple(np.asarray(out.tokens)[0].tolist())
-    same = DapQ(
-        window_size=4,
-        content="fixed",
-        fixed_ids=fixed,
-        reduction="sum",
-        kernel_size=3,
-    )
-    _, want = program(same)(params, tokens, lengths)
-    for a, b in zip(cache, want, strict=True):
-        np.testing.assert_array_equal(a.positions[0], b.positions[0])
 
 
 def test_keep_needs_a_budget(params):
