@@ -1,27 +1,46 @@
-"""Whether options are of the types that their dataclass declares.
+"""Whether options are of the types, and in the bounds, that their dataclass declares.
 
-The checks of the classes themselves compare numbers, and arrays take what they let
-pass. So this comes first, and they need not ask what a value is.
+A bound stands beside its field: `window_size: Annotated[int, Ge(1)] = 32`, in the words
+of `annotated_types`. The `check` of a class compares fields with each other and with
+the budget. It comes after this, and need not ask what a value is.
 """
 
 import dataclasses
+import math
+import operator
 import types
 import typing
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from annotated_types import Ge, Gt, Le, Lt, Predicate
 
 MOST = 2**31 - 1  # what fits int32
 MOST_SEED = 2**63 - 1
+BOUNDS = {  # how a bound is kept, and its words
+    Ge: (operator.ge, "at least"),
+    Gt: (operator.gt, "above"),
+    Le: (operator.le, "at most"),
+    Lt: (operator.lt, "below"),
+}
+
+
+def odd(number: int) -> bool:
+    """Return whether a number is odd, as a size with a middle must be."""
+    return number % 2 == 1
+
+
+OddSize = Annotated[int, Predicate(odd), Ge(1)]
 
 
 def check_types(options: Any) -> None:
-    """Raise ValueError for an option that is not of the type of its annotation.
+    """Raise ValueError for an option that is not what its annotation says.
 
     Checked are annotations made of int, float, bool, None, Literal and `tuple[x, ...]`
     of them; others are left to the class. Neither a truth value nor NaN is a number. A
     float may be given as a whole number, and NumPy's scalars are taken as Python's.
-    Whole numbers must fit int32, a `seed` int64. Infinity is left to the class.
+    Whole numbers must fit int32, a `seed` int64. Infinity is a number; `Lt(math.inf)`
+    refuses it. Of the bounds, `Ge`, `Gt`, `Le`, `Lt` and `Predicate` are known.
 
     Args:
       options: a dataclass that can be hashed; anything else that can has no annotations
@@ -39,6 +58,8 @@ def check_types(options: Any) -> None:
                 raise ValueError(
                     f"{name} must be between -{most} and {most}, got {number}."
                 )
+        for number in _beyond(value, hint):
+            raise ValueError(f"{name} must be {bounds(hint)}, got {number}.")
     try:
         hash(options)
     except TypeError as error:
@@ -53,7 +74,7 @@ def _fields(options: Any) -> list[tuple[str, Any]]:
     if not dataclasses.is_dataclass(options):
         return []
     try:
-        hints = typing.get_type_hints(type(options))
+        hints = typing.get_type_hints(type(options), include_extras=True)
     except Exception:  # whatever the text of an annotation raises when it is evaluated
         return []
     names = (field.name for field in dataclasses.fields(options))
@@ -61,9 +82,19 @@ def _fields(options: Any) -> list[tuple[str, Any]]:
 
 
 def kinds(hint: Any) -> tuple[Any, ...]:
-    """Return the parts of a union, or what is none as the only part."""
+    """Return the parts of a union, or what is none as the only part, without bounds."""
+    return tuple(kind for kind, _ in _bounded(hint))
+
+
+def _bounded(hint: Any) -> list[tuple[Any, tuple[Any, ...]]]:
+    """Return the parts of a union, each with its bounds."""
     union = isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
-    return typing.get_args(hint) if union else (hint,)
+    parts = typing.get_args(hint) if union else (hint,)
+    split = [
+        typing.get_args(part) if typing.get_origin(part) is Annotated else (part,)
+        for part in parts
+    ]
+    return [(kind, tuple(found)) for kind, *found in split]
 
 
 def element(kind: Any) -> Any:
@@ -95,7 +126,53 @@ def words(hint: Any, a_list: str = "a tuple of {}") -> str:
     return " or ".join(filter(None, [", ".join(found[:-1]), found[-1]]))
 
 
+def bounds(hint: Any) -> str:
+    """Return the bounds of an annotation in words, such as "odd and at least 1"."""
+    found = []
+    for kind, limits in _bounded(hint):
+        if inner := element(kind):
+            found.append((inner, bounds(inner)))
+        elif limits:
+            found.append((kind, " and ".join(map(_limit, limits))))
+    if len(found) == 1:
+        return found[0][1]
+    return " or ".join(f"a {_noun(kind)} of {limit}" for kind, limit in found)
+
+
+def _limit(limit: Any) -> str:
+    if isinstance(limit, Predicate):
+        return limit.func.__name__
+    (value,) = dataclasses.astuple(limit)
+    return "finite" if value == math.inf else f"{BOUNDS[type(limit)][1]} {value}"
+
+
+def _beyond(value: Any, hint: Any) -> list[Any]:
+    """Return the numbers in a value that are out of the bounds of each of their kinds.
+
+    The value is of the type of its annotation.
+    """
+    beyond: list[Any] = []
+    for kind, limits in _bounded(hint):
+        if not _fits_kind(value, kind):
+            continue
+        if inner := element(kind):
+            beyond += [number for x in value for number in _beyond(x, inner)]
+        elif all(_keeps(value, limit) for limit in limits):
+            return []
+        else:
+            beyond = [value]
+    return beyond
+
+
+def _keeps(value: Any, limit: Any) -> bool:
+    if isinstance(limit, Predicate):
+        return limit.func(value)
+    (bound,) = dataclasses.astuple(limit)
+    return bool(BOUNDS[type(limit)][0](value, bound))
+
+
 def _noun(kind: Any) -> str:
+    kind = kinds(kind)[0]
     known = {int: "whole number", float: "number", bool: "truth value"}
     return known.get(kind) or getattr(kind, "__name__", str(kind))
 

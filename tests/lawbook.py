@@ -188,12 +188,13 @@ def prompt_is_not_recompiled(policy, tokens):
 # Decoding.
 
 
-def full_budget_is_exact(options, tokens, lengths):
+def full_budget_is_exact(options, tokens, lengths, *, new=NEW):
     """With room for all, tokens and cache are those of the full cache."""
-    plain = generate(Options(sampler=options.sampler), tokens, lengths)
+    plain = generate(Options(sampler=options.sampler), tokens, lengths, new=new)
     whole = isinstance(options.prefill, Full) and not options.decode.evicts
     budget = None if whole else PROMPT + NEW
-    got = generate(dataclasses.replace(options, budget=budget), tokens, lengths)
+    options = dataclasses.replace(options, budget=budget)
+    got = generate(options, tokens, lengths, new=new)
     np.testing.assert_array_equal(got.tokens, plain.tokens)
     assert_same_tokens_are_held(plain.cache, got.cache)
 
@@ -230,22 +231,22 @@ def bounded(options, tokens, lengths):
         assert (held == newest[:, None, None]).any(-1).all()
 
 
-def batch_equals_singles(options, tokens, lengths, seed):
+def batch_equals_singles(options, tokens, lengths, seed, *, new=NEW):
     """Each row gets what it gets alone, with its own PRNG key."""
     keys = jax.random.split(jax.random.key(seed), len(lengths))
-    together = generate(options, tokens, lengths, keys=keys).tokens
+    together = generate(options, tokens, lengths, keys=keys, new=new).tokens
     for row in range(len(lengths)):
         one = slice(row, row + 1)
-        alone = generate(options, tokens[one], lengths[one], keys=keys[one])
+        alone = generate(options, tokens[one], lengths[one], keys=keys[one], new=new)
         np.testing.assert_array_equal(alone.tokens[0], together[row])
 
 
-def exact_speculation_equals_plain(options, tokens, lengths, seed):
+def exact_speculation_equals_plain(options, tokens, lengths, seed, *, new=NEW):
     """Whatever is drafted, tokens and cache are those of plain decoding."""
     keys = jax.random.split(jax.random.key(seed), len(lengths))
-    plain = generate(options, tokens, lengths, keys=keys)
+    plain = generate(options, tokens, lengths, keys=keys, new=new)
     drafted = dataclasses.replace(options, speculate=DRAFTER)
-    got = generate(drafted, tokens, lengths, keys=keys)
+    got = generate(drafted, tokens, lengths, keys=keys, new=new)
     np.testing.assert_array_equal(got.tokens, plain.tokens)
     assert_same_tokens_are_held(plain.cache, got.cache)
 

@@ -4,9 +4,11 @@ No paper: the floor of all comparisons.
 """
 
 import dataclasses
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
+from annotated_types import Ge
 
 from jaxkv.policies.base import PlainAttention, Prompt, WholePrompt
 from jaxkv.policies.eviction import aim_at_least, attend_and_write, check_room
@@ -57,8 +59,8 @@ class RandomDecode(PlainAttention):
     """
 
     seed: int = 0
-    n_sink: int = 0
-    n_recent: int = 0
+    n_sink: Annotated[int, Ge(0)] = 0
+    n_recent: Annotated[int, Ge(0)] = 0
     evicts = True
     spare = 1
 

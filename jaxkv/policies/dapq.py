@@ -6,11 +6,13 @@ batch, `P` padded prompt, `N` pseudo tokens (in shapes of tokens), `H` head size
 """
 
 import dataclasses
-from typing import Literal
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
+from annotated_types import Ge
 
+from jaxkv.fields import OddSize
 from jaxkv.policies.base import Draft, Prompt, WholePrompt
 from jaxkv.policies.scoring import (
     Granularity,
@@ -18,8 +20,6 @@ from jaxkv.policies.scoring import (
     Reduction,
     attention_of_window,
     check_kept_anyway,
-    check_kernel,
-    check_window,
     keep_anyway,
     keep_top,
     pool,
@@ -75,17 +75,17 @@ class DapQ(WholePrompt):
         does: an analysis, which stores `num_heads / num_kv_heads` times as much.
     """
 
-    window_size: int = 8
-    prefix: int = 0
+    window_size: Annotated[int, Ge(1)] = 8
+    prefix: Annotated[int, Ge(0)] = 0
     content: Content = "prefix_suffix"
-    fixed_ids: tuple[int, ...] = ()
+    fixed_ids: tuple[Annotated[int, Ge(0)], ...] = ()
     seed: int = 0
     offset: int = 0
     reduction: Reduction = "max"
     pooling: Pooling = "max"
-    kernel_size: int = 31
-    n_recent: int = 0
-    n_sink: int = 0
+    kernel_size: OddSize = 31
+    n_recent: Annotated[int, Ge(0)] = 0
+    n_sink: Annotated[int, Ge(0)] = 0
     granularity: Granularity = "kv_head"
 
     @classmethod
@@ -105,10 +105,8 @@ class DapQ(WholePrompt):
         return self.window_size
 
     def check(self, budget: int) -> None:
-        """Need pseudo tokens, something to put into them, and a slot to choose for."""
-        check_window("DapQ", self.window_size)
-        check_kernel("DapQ", self.kernel_size)
-        if not 0 <= self.prefix <= self.window_size:
+        """Need something to put into the pseudo tokens, and a slot to choose for."""
+        if self.prefix > self.window_size:
             raise ValueError(
                 f"DapQ: prefix={self.prefix} must lie between 0 and window_size="
                 f"{self.window_size}, of which it is a part."
@@ -116,10 +114,6 @@ class DapQ(WholePrompt):
         if self.content == "fixed" and not self.fixed_ids:
             raise ValueError(
                 'DapQ: content="fixed" needs fixed_ids, the token ids of a sentence.'
-            )
-        if self.fixed_ids and min(self.fixed_ids) < 0:
-            raise ValueError(
-                f"DapQ: fixed_ids are token ids, 0 or more, got {min(self.fixed_ids)}."
             )
         check_kept_anyway("DapQ", budget, n_sink=self.n_sink, n_recent=self.n_recent)
 

@@ -9,15 +9,19 @@ Axis letters: `B` batch, `K` key/value heads, `S` slots.
 
 import dataclasses
 from collections.abc import Callable
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from annotated_types import Ge, Lt
 
 from jaxkv.kernels import decode, dispatch, tree_attention, victims
 from jaxkv.policies.base import scale_of
 from jaxkv.state import KVState
 from jaxkv.trees import DraftTree, Pending
+
+Recent = Annotated[int, Ge(0)] | Annotated[float, Ge(0), Lt(1)]  # tokens, or a fraction
 
 
 def check_room(
@@ -25,18 +29,10 @@ def check_room(
     budget: int,
     *,
     n_sink: int = 0,
-    n_recent: int | float = 0,
+    n_recent: Recent = 0,
     count: int = 1,
 ) -> None:
     """Raise ValueError unless `count` slots can be evicted beside what is protected."""
-    if n_sink < 0:
-        raise ValueError(f"{name}: n_sink must be >= 0, got {n_sink}.")
-    fraction = isinstance(n_recent, float | np.floating)
-    if not n_recent >= 0 or (fraction and not n_recent < 1):  # nor is NaN
-        raise ValueError(
-            f"{name}: n_recent must be a number of tokens >= 0 or a fraction of the "
-            f"budget in [0, 1), got {n_recent}."
-        )
     recent = num_recent(n_recent, budget)
     if budget < n_sink + recent + count:
         raise ValueError(
@@ -46,7 +42,7 @@ def check_room(
         )
 
 
-def num_recent(n_recent: int | float, slots: int) -> int:
+def num_recent(n_recent: Recent, slots: int) -> int:
     """Return how many tokens `n_recent` means; a fraction is one of `slots`."""
     fraction = isinstance(n_recent, float | np.floating)
     return int(n_recent * slots) if fraction else n_recent
@@ -160,7 +156,7 @@ def aim_at_least(
     position: jax.Array,
     *,
     n_sink: int = 0,
-    n_recent: int | float = 0,
+    n_recent: Recent = 0,
     shared: bool,
 ) -> KVState:
     """Set `target` to the next victim, except in rows that have finished.

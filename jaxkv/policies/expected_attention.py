@@ -5,9 +5,12 @@ Axis letters: `B` batch, `N` query heads, `K` key/value heads, `G = N / K`, `T` 
 """
 
 import dataclasses
+import math
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
+from annotated_types import Ge, Le, Lt
 
 from jaxkv.kernels.rotary import rotate, turn
 from jaxkv.policies.base import Prompt, WholePrompt
@@ -41,24 +44,14 @@ class ExpectedAttention(WholePrompt):
       epsilon: see above; with more of it, norms of values count more.
     """
 
-    n_future_positions: int = 512
-    n_sink: int = 4
+    n_future_positions: Annotated[int, Ge(1), Le(MOST_FUTURE)] = 512
+    n_sink: Annotated[int, Ge(0)] = 4
     use_covariance: bool = True
     use_value_norm: bool = True
-    epsilon: float = 0.0
+    epsilon: Annotated[float, Ge(0), Lt(math.inf)] = 0.0
 
     def check(self, budget: int) -> None:
-        """Need a future, and a slot beside the sinks."""
-        if not 1 <= self.n_future_positions <= MOST_FUTURE:
-            raise ValueError(
-                "ExpectedAttention: n_future_positions must be between 1 and "
-                f"{MOST_FUTURE}, got {self.n_future_positions}."
-            )
-        if not 0 <= self.epsilon < float("inf"):
-            raise ValueError(
-                "ExpectedAttention: epsilon must be >= 0 and finite, got "
-                f"{self.epsilon}."
-            )
+        """Need a slot beside the sinks."""
         check_kept_anyway("ExpectedAttention", budget, n_sink=self.n_sink)
 
     def compress(self, prompt: Prompt, state: KVState, *, budget: int) -> KVState:

@@ -5,12 +5,15 @@ batch, `K` key/value heads, `T` tokens.
 """
 
 import dataclasses
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
+from annotated_types import Ge
 
 from jaxkv.policies.base import PlainAttention, Prompt, WholePrompt
 from jaxkv.policies.eviction import (
+    Recent,
     aim_at_least,
     attend_and_sum,
     check_room,
@@ -21,7 +24,6 @@ from jaxkv.policies.scoring import (
     attention_of_window,
     check_kept_anyway,
     check_room_for_window,
-    check_window,
     keep_anyway,
     keep_top,
     window_of,
@@ -46,14 +48,13 @@ class H2O(WholePrompt):
         recent tokens, as in the paper.
     """
 
-    window_size: int | None = 32
+    window_size: Annotated[int, Ge(1)] | None = 32
 
     def check(self, budget: int) -> None:
         """Need a slot for a heavy hitter and one for a recent token."""
         if self.window_size is None:
             check_kept_anyway("H2O", budget, n_recent=1)
             return
-        check_window("H2O", self.window_size)
         check_room_for_window("H2O", budget)
 
     def compress(self, prompt: Prompt, state: KVState, *, budget: int) -> KVState:
@@ -109,7 +110,7 @@ class H2ODecode(PlainAttention):
         of the slots; the paper splits the budget in halves.
     """
 
-    n_recent: int | float = 0.5
+    n_recent: Recent = 0.5
     evicts = True
     spare = 1
 

@@ -4,17 +4,18 @@ Wang et al., arXiv 2505.20334. Axis letters: `B` batch, `N` drafted tokens.
 """
 
 import dataclasses
+from typing import Annotated
 
 import jax
+from annotated_types import Ge
 
+from jaxkv.fields import OddSize
 from jaxkv.policies.base import Draft, Prompt, WholePrompt
 from jaxkv.policies.dapq import attention_of_pseudo
 from jaxkv.policies.scoring import (
     Pooling,
     check_kept_anyway,
-    check_kernel,
     check_room_for_window,
-    check_window,
     keep_anyway,
     keep_top,
 )
@@ -45,11 +46,11 @@ class LAQ(WholePrompt):
       n_recent: last tokens of the prompt that stay whatever they score.
     """
 
-    window_size: int = 32
-    draft_window_size: int = 32
+    window_size: Annotated[int, Ge(1)] = 32
+    draft_window_size: Annotated[int, Ge(1)] = 32
     pooling: Pooling = "max"
-    kernel_size: int = 7
-    n_recent: int = 0
+    kernel_size: OddSize = 7
+    n_recent: Annotated[int, Ge(0)] = 0
     drafts = True
 
     @property
@@ -67,10 +68,7 @@ class LAQ(WholePrompt):
         )
 
     def check(self, budget: int) -> None:
-        """Need something to draft, and a budget that the draft can do with."""
-        check_window("LAQ", self.window_size)
-        check_window("LAQ", self.draft_window_size, option="draft_window_size")
-        check_kernel("LAQ", self.kernel_size)
+        """Need a budget that the draft can do with."""
         check_room_for_window("LAQ", budget)  # of the draft
         check_kept_anyway("LAQ", budget, n_recent=self.n_recent)
 

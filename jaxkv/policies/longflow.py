@@ -4,10 +4,11 @@ Su et al., arXiv 2603.11504. Axis letters: `B` batch, `K` key/value heads, `S` s
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from annotated_types import Ge
 
 from jaxkv.kernels import decode, dispatch, longflow, longflow_tree
 from jaxkv.kernels.scores import Score, value_norms
@@ -59,11 +60,11 @@ class LongFlow:
     """
 
     score: Score = "l1"
-    n_sink: int = 0
-    n_recent: int = 0
+    n_sink: Annotated[int, Ge(0)] = 0
+    n_recent: Annotated[int, Ge(0)] = 0
     protect_prompt: bool = False
     shared: bool = True
-    interval: int = 1
+    interval: Annotated[int, Ge(1)] = 1
     evicts = True
 
     @classmethod
@@ -96,8 +97,6 @@ class LongFlow:
 
     def check(self, budget: int) -> None:
         """Need room beside what is protected."""
-        if self.interval < 1:
-            raise ValueError(f"LongFlow: interval must be >= 1, got {self.interval}.")
         check_room(
             "LongFlow",
             budget,

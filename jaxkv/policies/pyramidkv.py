@@ -4,10 +4,12 @@ Cai et al., arXiv 2406.02069.
 """
 
 import dataclasses
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from annotated_types import Ge
 
 from jaxkv.policies.snapkv import SnapKV
 
@@ -36,14 +38,8 @@ class PyramidKV(SnapKV):
       beta: how steep the pyramid is; 1 is flat.
     """
 
-    beta: int = 20
+    beta: Annotated[int, Ge(1)] = 20
     same_budgets = False
-
-    def check(self, budget: int) -> None:
-        """Need what SnapKV needs, and a slope."""
-        super().check(budget)
-        if self.beta < 1:
-            raise ValueError(f"PyramidKV: beta must be at least 1, got {self.beta}.")
 
     def layer_budgets(self, budget: int, num_layers: int) -> tuple[int, ...]:
         """Bound what `layer_keeps` gives for any prompt and any smaller budget.

@@ -5,10 +5,13 @@ Axis letters: `B` batch, `K` key/value heads, `S` slots, `W` observation window,
 """
 
 import dataclasses
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
+from annotated_types import Ge, Le
 
+from jaxkv.fields import OddSize
 from jaxkv.kernels import decode
 from jaxkv.policies.base import PlainAttention, scale_of
 from jaxkv.policies.eviction import attend_and_write, check_room, evict_in_bulk
@@ -45,10 +48,10 @@ class RKV(PlainAttention):
       threshold: cosine similarity from which on keys count as similar.
     """
 
-    mix_lambda: float = 0.1
-    window_size: int = 8
-    kernel_size: int = 7
-    buffer: int = 128
+    mix_lambda: Annotated[float, Ge(0), Le(1)] = 0.1
+    window_size: Annotated[int, Ge(1)] = 8
+    kernel_size: OddSize = 7
+    buffer: Annotated[int, Ge(1)] = 128
     threshold: float = 0.5
     evicts = True
 
@@ -59,19 +62,6 @@ class RKV(PlainAttention):
 
     def check(self, budget: int) -> None:
         """Need room for window and buffer."""
-        for name in ("window_size", "buffer"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"RKV: {name} must be >= 1, got {getattr(self, name)}."
-                )
-        if self.kernel_size < 1 or self.kernel_size % 2 == 0:
-            raise ValueError(
-                f"RKV: kernel_size must be odd and >= 1, got {self.kernel_size}."
-            )
-        if not 0 <= self.mix_lambda <= 1:
-            raise ValueError(
-                f"RKV: mix_lambda must lie in [0, 1], got {self.mix_lambda}."
-            )
         check_room("RKV", budget, n_recent=self.window_size, count=self.buffer)
 
     def begin(self, state: KVState, lengths: jax.Array) -> KVState:

@@ -4,16 +4,17 @@ Li et al., arXiv 2404.14469.
 """
 
 import dataclasses
+from typing import Annotated
 
 import jax.numpy as jnp
+from annotated_types import Ge
 
+from jaxkv.fields import OddSize
 from jaxkv.policies.base import Prompt, WholePrompt
 from jaxkv.policies.scoring import (
     Pooling,
     attention_of_last,
-    check_kernel,
     check_room_for_window,
-    check_window,
     keep_anyway,
     keep_top,
     pool,
@@ -42,10 +43,10 @@ class SnapKV(WholePrompt):
         DapQ's idea without pseudo tokens, with the prompt's end as the content.
     """
 
-    window_size: int = 32
-    kernel_size: int = 7
+    window_size: Annotated[int, Ge(1)] = 32
+    kernel_size: OddSize = 7
     pooling: Pooling = "max"
-    offset: int = 0
+    offset: Annotated[int, Ge(0)] = 0
 
     @classmethod
     def longbench(cls, **options) -> "SnapKV":
@@ -59,15 +60,7 @@ class SnapKV(WholePrompt):
 
     def check(self, budget: int) -> None:
         """Need a window, and a slot beside it."""
-        name = type(self).__name__
-        check_window(name, self.window_size)
-        check_kernel(name, self.kernel_size)
-        if self.offset < 0:
-            raise ValueError(
-                f"{name}: offset must be >= 0, got {self.offset}; queries are turned "
-                "ahead, to positions of the output."
-            )
-        check_room_for_window(name, budget)
+        check_room_for_window(type(self).__name__, budget)
 
     def compress(self, prompt: Prompt, state: KVState, *, budget: int) -> KVState:
         """Keep the window, and the best of what lies before it."""

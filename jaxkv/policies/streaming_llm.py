@@ -4,9 +4,11 @@ Xiao et al., arXiv 2309.17453. Axis letters: `B` batch, `K` key/value heads, `S`
 """
 
 import dataclasses
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
+from annotated_types import Ge
 
 from jaxkv.policies.base import PlainAttention, Prompt, WholePrompt
 from jaxkv.policies.eviction import attend_and_write, verify_by_depth
@@ -28,15 +30,13 @@ class StreamingLLM(WholePrompt, PlainAttention):
       n_sink: how many of the first positions are never evicted.
     """
 
-    n_sink: int = 4
+    n_sink: Annotated[int, Ge(0)] = 4
     evicts = True
     spare = 0
     verifies = True
 
     def check(self, budget: int) -> None:
         """Need room for the sinks and one recent token."""
-        if self.n_sink < 0:
-            raise ValueError(f"StreamingLLM: n_sink must be >= 0, got {self.n_sink}.")
         if budget <= self.n_sink:
             raise ValueError(
                 f"StreamingLLM: budget={budget} leaves no slot beside "

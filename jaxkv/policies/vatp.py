@@ -4,12 +4,15 @@ Guo et al., arXiv 2406.12335.
 """
 
 import dataclasses
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
+from annotated_types import Ge
 
 from jaxkv.policies.base import PlainAttention
 from jaxkv.policies.eviction import (
+    Recent,
     aim_at_least,
     attend_and_sum,
     check_room,
@@ -32,8 +35,8 @@ class VATP(PlainAttention):
       n_recent: as for `H2ODecode`.
     """
 
-    n_sink: int = 20
-    n_recent: int | float = 0.5
+    n_sink: Annotated[int, Ge(0)] = 20
+    n_recent: Recent = 0.5
     evicts = True
     spare = 1
 

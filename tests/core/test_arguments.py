@@ -33,7 +33,7 @@ BAD = {
     ),
     "negative pseudo tokens": (
         dict(budget=2, prefill=jaxkv.DapQ(content="fixed", fixed_ids=(-1,))),
-        "fixed_ids are token ids, 0 or more",
+        "fixed_ids must be at least 0",
     ),
     "temperature": (
         dict(sampler=jaxkv.Categorical(temperature=1e-45)),

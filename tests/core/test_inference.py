@@ -52,7 +52,7 @@ def lm():
         (
             ["a"],
             dict(budget=4, decode=jaxkv.StreamingLLM(n_sink=-1)),
-            "n_sink must be >= 0",
+            "n_sink must be at least 0",
         ),
     ],
 )

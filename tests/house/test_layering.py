@@ -32,11 +32,11 @@ MAY_IMPORT = {  # other layers; circles and the core have tests of their own
 }
 THIRD_PARTY = {  # others: whatever pyproject.toml declares
     "kernels": {"jax", "numpy", "jax_triton", "triton"},
-    "policies": {"jax", "numpy"},
-    "speculation": {"jax", "numpy"},
+    "policies": {"annotated_types", "jax", "numpy"},
+    "speculation": {"annotated_types", "jax", "numpy"},
     "tasks": {"numpy"},
 }
-CORE_THIRD_PARTY = {"jax", "numpy"}
+CORE_THIRD_PARTY = {"annotated_types", "jax", "numpy"}
 # Any layer may import these two; they import nothing of ours.
 BASE = {"jaxkv._installed", "jaxkv._version"}
 

@@ -263,7 +263,7 @@ FAULTS = {
 def check(fault):
     """Hold the fault's policy to its law."""
     given = inspect.signature(fault.law).parameters
-    arguments = {"tokens": TOKENS, "lengths": ROWS, "seed": 0}
+    arguments = {"tokens": TOKENS, "lengths": ROWS, "seed": 0, "new": 4}
     if "policy" in given:
         arguments["policy"] = PREFILL[fault.policy]
     if "options" in given:
