@@ -5,7 +5,6 @@ Results go to stdout, everything else to stderr. Bad input gives one line and ex
 """
 
 import dataclasses
-import importlib.util
 import os
 import sys
 from collections.abc import Sequence
@@ -17,11 +16,9 @@ import typer
 
 from jaxkv._version import __version__
 from jaxkv.arguments import encode
+from jaxkv.cli import checkpoints, evaluate, flags, generate_command, prompts, study
 from jaxkv.cli import demo as demo_
-from jaxkv.cli import evaluate, flags, generate_command, prompts, study
-from jaxkv.language_model import NEEDLE, needle_folder
-from jaxkv.models import checkpoint, hf_config, hf_weights, orbax_copy
-from jaxkv.needle import training
+from jaxkv.language_model import NEEDLE
 
 app = typer.Typer(
     add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
@@ -227,64 +224,8 @@ def generate(
     )
 
 
-@app.command()
-def train(
-    out: Annotated[Path, typer.Argument(help="Folder; a run there is gone on with.")],
-    workers: Annotated[
-        int | None,
-        typer.Option(min=1, help="Processes that make rows; default: cores."),
-    ] = None,
-    save_every: Annotated[int, typer.Option(min=1, help="Steps between saves.")] = 1000,
-    steps_scale: Annotated[
-        float, typer.Option(help="Multiplies the recipe's steps, for quick trials.")
-    ] = 1.0,
-) -> None:
-    """Train the needle checkpoint; made for one data-centre GPU."""
-    if importlib.util.find_spec("optax") is None:
-        raise ValueError("jaxkv train needs optax; pip install 'jaxkv[train]'.")
-    if not 0 < steps_scale < 1000:
-        raise ValueError(f"--steps-scale must be above 0, got {steps_scale}.")
-
-    def scaled(steps: int) -> int:
-        return max(1, round(steps * steps_scale))
-
-    recipe = training.Recipe()
-    recipe = dataclasses.replace(
-        recipe,
-        warmup=scaled(recipe.warmup),
-        stages=tuple(
-            dataclasses.replace(stage, steps=scaled(stage.steps))
-            for stage in recipe.stages
-        ),
-    )
-    training.train(
-        recipe,
-        out,
-        tokenizer_folder=needle_folder(),
-        workers=workers or os.cpu_count() or 1,
-        save_every=save_every,
-    )
-
-
-@app.command()
-def convert(
-    model: flags.Model,
-    out: Annotated[Path, typer.Argument(help="Folder to make.")],
-    dtype: Annotated[
-        str | None, typer.Option(help="Of the copy; default: the checkpoint's.")
-    ] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an older copy.")
-    ] = False,
-) -> None:
-    """Save an Orbax copy of a checkpoint, which loads faster."""
-    # Not by way of `load`, which on a CPU would widen 16-bit weights.
-    folder = needle_folder() if model == NEEDLE else checkpoint.resolve(model)
-    if orbax_copy.is_orbax_copy(folder):
-        raise ValueError(f"{folder} is an Orbax copy already.")
-    config = hf_config.read_config(folder)
-    params = hf_weights.read_weights(folder, config, dtype=dtype)
-    orbax_copy.save_orbax(params, config, out, source=folder, overwrite=overwrite)
+app.command()(checkpoints.train)
+app.command()(checkpoints.convert)
 
 
 @app.command(

@@ -12,6 +12,7 @@ import pytest
 import typer
 import yaml
 
+from jaxkv.cli import checkpoints
 from jaxkv.cli import main as cli
 from jaxkv.language_model import needle_folder
 from jaxkv.needle import training
@@ -113,7 +114,7 @@ def test_train(jaxkv_, tmp_path, monkeypatch):
 
 
 def test_train_without_optax(jaxkv_, tmp_path, monkeypatch):
-    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(checkpoints.importlib.util, "find_spec", lambda _: None)
     error = jaxkv_.error("train", tmp_path)
     assert "pip install 'jaxkv[train]'" in error
 
