@@ -23,7 +23,7 @@ import typer
 from jaxkv.bench import throughput
 from jaxkv.bench.throughput import Work
 from jaxkv.bench.throughput_report import BENCHMARK, TRANSFORMERS
-from jaxkv.cli.bench import batches_of
+from jaxkv.cli.bench_flags import batches_of
 from jaxkv.models import hf_export
 from jaxkv.models.decoder import Config
 from jaxkv.models.public_shapes import SHAPES

@@ -5,8 +5,7 @@ import dataclasses
 import gc
 import itertools
 import time
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,7 +16,6 @@ from jaxkv.bench.throughput import Work
 from jaxkv.forward import Network
 from jaxkv.models.decoder import Config
 from jaxkv.options import Options
-from jaxkv.provenance import write_json
 
 
 def plan_cells(
@@ -117,7 +115,7 @@ def run_cells(
     options: Mapping[str, Options],
     result: dict[str, Any],
     *,
-    out: Path | None,
+    save: Callable[[dict[str, Any]], None],
     until: float | None,
     retry: bool,
 ) -> None:
@@ -128,7 +126,7 @@ def run_cells(
       cells: of `plan_cells`.
       options: of each method.
       result: gets records and what follows from them.
-      out: file of it.
+      save: is handed the result after each cell.
       until: `time.perf_counter()` from which on nothing is started.
       retry: try 15/16 of a batch for which memory did not suffice.
     """
@@ -143,5 +141,4 @@ def run_cells(
             left.appendleft((method, batch * 15 // 16, None))
         result["rows"].append(row)
         result["ratios"] = report.ratios(result["rows"])
-        if out is not None:  # a crash must not lose what was timed before it
-            write_json(out, result)
+        save(result)  # a crash must not lose what was timed before it

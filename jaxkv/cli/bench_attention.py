@@ -9,19 +9,23 @@ from rich.table import Table
 
 from jaxkv.bench import attention, clock
 from jaxkv.bench.attention import VERSIONS, Shape
-from jaxkv.cli import bench, flags, parsing
+from jaxkv.cli import bench_flags, flags, parsing
+from jaxkv.cli.bench_flags import Output
+from jaxkv.cli.groups import grouped
 from jaxkv.kernels import decode as decode_kernels
-from jaxkv.provenance import provenance, write_json
+from jaxkv.provenance import provenance
 
 
+@grouped
 def decode_attention(
+    *,
     shapes: Annotated[
         str, typer.Option(help="Batch and slots, as in 128x3200, with commas.")
     ] = "128x3200,64x16384,8x3200,1x3200",
     heads: Annotated[int, typer.Option(min=1, help="Query heads.")] = 32,
     kv_heads: Annotated[int, typer.Option(min=1, help="Key/value heads.")] = 8,
     head_dim: Annotated[int, typer.Option(min=2, help="Size of a head.")] = 128,
-    dtype: bench.Dtype = None,
+    dtype: bench_flags.Dtype = None,
     versions: Annotated[
         str | None,
         typer.Option(
@@ -39,32 +43,30 @@ def decode_attention(
     profile: Annotated[
         bool, typer.Option("--profile", help="Add each kernel's time; compiles more.")
     ] = False,
-    copy_gib: bench.CopyGib = None,
-    json_: flags.Json = False,
-    out: bench.Out = None,
+    copy_gib: bench_flags.CopyGib = None,
+    output: Output,
 ) -> None:
     """Time one layer's decode attention on the device, against the bytes it reads.
 
     Compiled loops go through as many layers' caches as leave the second-level cache,
     and one layer's output is the next one's query. All ratios are of one run.
     """
-    console = bench.console_of(json_)
     sizes = _shapes(
         shapes,
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
-        dtype=bench.random_dtype(dtype).name,
+        dtype=bench_flags.random_dtype(dtype).name,
     )
     wanted, skipped = _versions(versions, sizes[0].dtype)
-    bandwidth = clock.copy_bandwidth(bench.copy_bytes(copy_gib))
+    bandwidth = clock.copy_bandwidth(bench_flags.copy_bytes(copy_gib))
     kernel = decode_implementation or decode_kernels.choose(jax.default_backend())
     result = {"benchmark": "decode-attention", "decode_implementation": kernel}
     result |= {"dtype": sizes[0].dtype, "heads": heads, "kv_heads": kv_heads}
     result |= {"head_dim": head_dim, "repeats": repeats, "skipped": skipped}
     result |= provenance() | {"copy_bytes_per_second": bandwidth, "rows": []}
     for shape in sizes:
-        with console.status(f"{shape.batch}x{shape.slots}"):
+        with output.console.status(f"{shape.batch}x{shape.slots}"):
             row = attention.time_shape(
                 shape,
                 wanted,
@@ -75,11 +77,8 @@ def decode_attention(
                 profile=profile,
             )
         result["rows"].append(row)
-        if out is not None:  # a crash must not lose what was timed before it
-            write_json(out, result)
-    if not json_:
-        console.print(_table(result))
-    bench.finish(result, json_, out)
+        output.save(result)  # a crash must not lose what was timed before it
+    output.finish(result, _table(result))
 
 
 def _shapes(text: str, **sizes: Any) -> list[Shape]:

@@ -7,13 +7,16 @@ import typer
 from rich.table import Table
 
 from jaxkv.bench.tree_step import TreeWork, full_tree, time_batch, time_prefill
-from jaxkv.cli import bench, flags, parsing
+from jaxkv.cli import parsing
+from jaxkv.cli.bench_flags import Decoding, Output, Source, batches_of, header_of
+from jaxkv.cli.groups import grouped
 from jaxkv.speculation.drafters import MOST
 
 
+@grouped
 def speculate(
-    model: bench.Model = None,
-    shape: bench.Shape = None,
+    *,
+    source: Source,
     batch: Annotated[str, typer.Option(help="Rows; several with commas.")] = "1",
     nodes: Annotated[
         str, typer.Option(help="Nodes of the trees with their root, with commas.")
@@ -26,12 +29,8 @@ def speculate(
     ] = 8192,
     steps: Annotated[int, typer.Option(min=1, help="Steps of one timed call.")] = 32,
     repeats: Annotated[int, typer.Option(min=1, help="Timed calls.")] = 5,
-    budget: flags.Budget = None,
-    decode: flags.Decode = "full",
-    dtype: bench.Dtype = None,
-    decode_implementation: flags.DecodeImplementation = None,
-    json_: flags.Json = False,
-    out: bench.Out = None,
+    decoding: Decoding,
+    output: Output,
 ) -> None:
     """Time a step with a full tree against a plain one, matching, and prefill.
 
@@ -40,16 +39,15 @@ def speculate(
     is what a drafter's `break_even` should be for trees of this size on this device.
     Where drafts are given up, a step costs a plain one and a draft.
     """
-    console = bench.console_of(json_)
     sizes = _nodes(nodes)
-    batches = bench.batches_of(batch)
+    batches = batches_of(batch)
     if context <= steps:
         raise ValueError(f"--context {context} must exceed --steps {steps}.")
-    options = bench.options_of(budget, decode, decode_implementation)
+    options, console = decoding.options, output.console
     for size in sizes:
         dataclasses.replace(options, speculate=full_tree(size)).check()
     with console.status("weights"):
-        name, network, params = bench.network_of(model, shape, dtype)
+        name, network, params = source.load(decoding.dtype)
     work = TreeWork(
         nodes=tuple(sizes),
         **dict(context=context, prompt=prompt, steps=steps, repeats=repeats),
@@ -62,16 +60,14 @@ def speculate(
             )
     with console.status("prefill"):
         prefill = time_prefill(network, params, prompt=prompt, repeats=repeats)
-    result = bench.header_of("speculate", name, options, params["embedding"].dtype) | {
+    result = header_of("speculate", name, options, params["embedding"].dtype) | {
         "context": context,
         "steps": steps,
         "prompt": prompt,
         "rows": rows,
         "prefill": prefill,
     }
-    if not json_:
-        console.print(_table(result))
-    bench.finish(result, json_, out)
+    output.finish(result, _table(result))
 
 
 def _nodes(text: str) -> list[int]:

@@ -16,15 +16,18 @@ from jaxkv.bench import clock
 from jaxkv.bench import throughput_plan as plan
 from jaxkv.bench import throughput_report as report
 from jaxkv.bench.throughput import Work, sampling
-from jaxkv.cli import bench, flags
+from jaxkv.cli import bench_flags, flags
+from jaxkv.cli.bench_flags import Output, Source
+from jaxkv.cli.groups import grouped
 from jaxkv.options import Options
 
 AUTO = "auto"
 
 
+@grouped
 def throughput(
-    model: bench.Model = None,
-    shape: bench.Shape = None,
+    *,
+    source: Source,
     prompt: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 512,
     new: Annotated[int, typer.Option(min=2, help="Tokens of each output.")] = 16_000,
     budget: Annotated[
@@ -51,9 +54,9 @@ def throughput(
     prefill_rows: Annotated[
         int, typer.Option(min=1, help="Most rows that prefill is timed on.")
     ] = 8,
-    dtype: bench.Dtype = None,
+    dtype: bench_flags.Dtype = None,
     decode_implementation: flags.DecodeImplementation = None,
-    copy_gib: bench.CopyGib = None,
+    copy_gib: bench_flags.CopyGib = None,
     seconds: Annotated[
         float | None, typer.Option(help="Start nothing new after so long.")
     ] = None,
@@ -64,8 +67,7 @@ def throughput(
     picture: Annotated[
         Path | None, typer.Option(help="Draw it: a .png, .svg or .pdf file.")
     ] = None,
-    json_: flags.Json = False,
-    out: bench.Out = None,
+    output: Output,
 ) -> None:
     """Sample whole generations at every batch size that fits; tokens/s and memory.
 
@@ -73,20 +75,20 @@ def throughput(
     XLA_PYTHON_CLIENT_MEM_FRACTION says how much memory there is to fill.
     """
     begin = time.perf_counter()
-    console = bench.console_of(json_)
     work = Work(
         **dict(prompt=prompt, new=new, ranges=ranges, steps=steps, repeats=repeats),
         prefill_rows=prefill_rows,
     )
+    console = output.console
     options = options_of(names, work, budget, decode_implementation)
     wanted = wanted_batches(batches)
     if picture is not None:
         report.check_picture(picture)
     theirs = transformers and report.read_transformers(transformers)
     # Before the weights, which may leave no room for it.
-    bandwidth = clock.copy_bandwidth(bench.copy_bytes(copy_gib))
+    bandwidth = clock.copy_bandwidth(bench_flags.copy_bytes(copy_gib))
     with console.status("weights"):
-        name, network, params = bench.network_of(model, shape, dtype)
+        name, network, params = source.load(dtype)
     result = _header(name, params, work, budget, options, bandwidth)
     if theirs is not None:
         report.add_transformers(result, theirs)
@@ -96,22 +98,19 @@ def throughput(
             plan.plan_cells(network.config, params, work, options, wanted),
             options,
             result,
-            out=out,
+            save=output.save,
             until=None if seconds is None else begin + seconds,
             retry=wanted is None,
         )
     if picture is not None:
         report.draw_picture(picture, result)
-    if not json_:
-        console.print(_table(result))
-        console.print("\n".join(report.sentences(result)))
-    bench.finish(result, json_, out)
+    output.finish(result, _table(result), "\n".join(report.sentences(result)))
 
 
 def wanted_batches(text: str) -> list[int] | None:
     """Return the batch sizes of the flag, or None for auto; or raise ValueError."""
     if text != AUTO:
-        return bench.batches_of(text, "--batches")
+        return bench_flags.batches_of(text, "--batches")
     if clock.device_memory("bytes_limit") is None:
         raise ValueError(
             f"--batches {AUTO} needs a device that tells how much memory it has; name "
@@ -127,7 +126,9 @@ def options_of(names: str, work: Work, budget: int, kernel: Any) -> dict[str, Op
     found = {}
     for name in registry.split_methods(names):
         policy = registry.parse(name, registry.DECODE, flag="--methods")
-        options = bench.options_of(budget if policy.evicts else None, name, kernel)
+        options = bench_flags.options_of(
+            budget if policy.evicts else None, name, kernel
+        )
         found[name] = options
         if not policy.evicts:
             continue
@@ -163,7 +164,7 @@ def _header(
 ) -> dict[str, Any]:
     """Return what the result begins with."""
     dtype = params["embedding"].dtype
-    header = bench.header_of("throughput", name, Options(), dtype)
+    header = bench_flags.header_of("throughput", name, Options(), dtype)
     for key in ("decode", "decode_implementation"):
         del header[key]  # each method has its own
     return header | {
@@ -171,12 +172,8 @@ def _header(
         "budget": budget,
         "sampling": sampling(work),
         "methods": {
-            method: {
-                "decode": repr(option.decode),
-                "decode_implementation": option.decode_implementation
-                or option.decode.default_implementation(jax.default_backend()),
-                "slots": option.num_slots(work.prompt, work.new),
-            }
+            method: bench_flags.decoding_of(option)
+            | {"slots": option.num_slots(work.prompt, work.new)}
             for method, option in options.items()
         },
         "copy_bytes_per_second": bandwidth,

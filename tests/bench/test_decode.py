@@ -12,7 +12,6 @@ import pytest
 from jaxkv import H2ODecode, LongFlow
 from jaxkv import state as kv
 from jaxkv.bench import decode_step, kernel_trace
-from jaxkv.cli import bench
 from jaxkv.cli import main as cli
 from jaxkv.models import public_shapes
 from jaxkv.models.decoder import Config, Decoder, parameter_shapes, random_parameters
@@ -46,7 +45,7 @@ PARAMETERS = {  # of the Hub's model cards
 @pytest.fixture
 def tiny_shape(monkeypatch):
     """Let a published name stand for a network that runs in no time."""
-    monkeypatch.setitem(bench.SHAPES, "qwen3-8b", TINY)
+    monkeypatch.setitem(public_shapes.SHAPES, "qwen3-8b", TINY)
 
 
 class Result(NamedTuple):

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from jaxkv.bench.tree_step import FullTree
-from jaxkv.cli import bench
 from jaxkv.cli import main as cli
+from jaxkv.models import public_shapes
 from jaxkv.models.decoder import Config
 from jaxkv.speculation.matching import Context
 
@@ -29,7 +29,7 @@ QUICK += ["--steps", "4", "--repeats", "1", "--nodes", "4"]
 @pytest.fixture
 def run(capsys, monkeypatch):
     """Run `jaxkv bench` in this process, on a network that runs in no time."""
-    monkeypatch.setitem(bench.SHAPES, "qwen3-8b", TINY)
+    monkeypatch.setitem(public_shapes.SHAPES, "qwen3-8b", TINY)
 
     def run(*arguments):
         code = cli.main(["bench", *arguments])

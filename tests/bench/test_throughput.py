@@ -18,9 +18,9 @@ from jaxkv.bench import clock, decode_step, throughput
 from jaxkv.bench import throughput_report as report
 from jaxkv.bench.throughput import Work, split, whole_seconds
 from jaxkv.bench.throughput_plan import Timer, plan_cells, run_cells
-from jaxkv.cli import bench
 from jaxkv.cli import main as cli
 from jaxkv.cli.bench_throughput import _table, options_of
+from jaxkv.models import public_shapes
 from jaxkv.models.decoder import Config, random_parameters
 from jaxkv.options import Options
 from jaxkv.policies.full import Full
@@ -45,7 +45,7 @@ QUICK += ["--ranges", "3", "--copy-gib", "0.01"]
 @pytest.fixture
 def run(capsys, monkeypatch):
     """Run `jaxkv bench` in this process, on a network that runs in no time."""
-    monkeypatch.setitem(bench.SHAPES, "qwen3-8b", TINY)
+    monkeypatch.setitem(public_shapes.SHAPES, "qwen3-8b", TINY)
 
     def run(*arguments):
         code = cli.main(["bench", *map(str, arguments)])
@@ -219,10 +219,13 @@ def test_less_is_tried_where_the_estimate_was_too_bold(monkeypatch):
     result = {"rows": [], "not_started": []}
     cells = [("full", 68, None), ("full", 64, None), ("full", 900, "no room")]
     options = {"full": Options()}
-    run_cells(Bold(), cells, options, result, out=None, until=None, retry=True)
+    saved = []
+    rest = dict(save=lambda result: saved.append(len(result["rows"])), until=None)
+    run_cells(Bold(), cells, options, result, **rest, retry=True)
+    assert saved == [1, 2, 3, 4, 5, 6]  # after each cell, for a crash to lose no other
     assert [batch for _, batch in tried] == [68, 63, 59, 64, 60, 900]
     tried.clear()
-    run_cells(Bold(), cells, options, result, out=None, until=None, retry=False)
+    run_cells(Bold(), cells, options, result, **rest, retry=False)
     assert [batch for _, batch in tried] == [68, 64, 900]
 
 
