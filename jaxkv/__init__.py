@@ -4,7 +4,7 @@
 the pure functions underneath. Policies say what the cache keeps.
 """
 
-import jaxkv._installed  # noqa: F401
+import jaxkv._clone  # noqa: F401
 from jaxkv._version import __version__
 from jaxkv.forward import decode_step, prefill
 from jaxkv.generation import generate_tokens
