@@ -5,9 +5,13 @@ Axis letters: `B` batch, `V` vocabulary.
 """
 
 import dataclasses
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
+from annotated_types import Ge, Gt, Le
+
+Positive = Annotated[float, Gt(0)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -18,11 +22,11 @@ class Greedy:
       repetition_penalty: see `penalize`; 1.0 is off.
     """
 
-    repetition_penalty: float = 1.0
+    repetition_penalty: Positive = 1.0
 
     def check(self) -> None:
-        """Raise ValueError for options that mean nothing."""
-        _check_penalty(self.repetition_penalty)
+        """Raise ValueError for numbers that float32 does not hold."""
+        _check_float32("repetition_penalty", self.repetition_penalty)
 
     def pick(self, logits: jax.Array, keys: jax.Array) -> jax.Array:
         """Return int32 tokens `[B]` for logits `[B, V]`; the keys are not used."""
@@ -35,35 +39,24 @@ class Categorical:
     """Draw from the softmax, after cutting its tail.
 
     Attributes:
-      temperature: divides the logits.
+      temperature: divides the logits; `Greedy` is the limit of 0.
       top_k: keep this many tokens; 0 keeps all.
       top_p: keep the most likely tokens whose probabilities first reach this sum.
       min_p: drop tokens less likely than this times the most likely one.
       repetition_penalty: see `penalize`; 1.0 is off.
     """
 
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
+    temperature: Positive = 1.0
+    top_k: Annotated[int, Ge(0)] = 0
+    top_p: Annotated[float, Gt(0), Le(1)] = 1.0
+    min_p: Annotated[float, Ge(0), Le(1)] = 0.0
+    repetition_penalty: Positive = 1.0
 
     def check(self) -> None:
-        """Raise ValueError for options that mean nothing."""
-        _check_penalty(self.repetition_penalty)
-        if not self.temperature > 0:
-            raise ValueError(
-                f"temperature must be > 0, got {self.temperature}; "
-                "use Greedy() for the limit of 0."
-            )
+        """Raise ValueError for numbers that float32 does not hold."""
+        _check_float32("repetition_penalty", self.repetition_penalty)
         _check_float32("temperature", self.temperature)
-        if self.top_k < 0:
-            raise ValueError(f"top_k must be >= 0 (0 keeps all), got {self.top_k}.")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}.")
         _check_float32("top_p", self.top_p)
-        if not 0 <= self.min_p <= 1:
-            raise ValueError(f"min_p must be in [0, 1], got {self.min_p}.")
 
     def pick(self, logits: jax.Array, keys: jax.Array) -> jax.Array:
         """Draw int32 tokens `[B]` for logits `[B, V]` with one key per row."""
@@ -136,12 +129,6 @@ def _keep_top_p(logits, top_p):
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
     ranked = jnp.where(before >= top_p, -jnp.inf, ranked)
     return jnp.take_along_axis(ranked, jnp.argsort(order, axis=-1), axis=-1)
-
-
-def _check_penalty(penalty):
-    if not penalty > 0:
-        raise ValueError(f"repetition_penalty must be > 0 (1 is off), got {penalty}.")
-    _check_float32("repetition_penalty", penalty)
 
 
 def _check_float32(name, value):

@@ -10,7 +10,7 @@ from jaxkv.bench.tree_step import TreeWork, full_tree, time_batch, time_prefill
 from jaxkv.cli import parsing
 from jaxkv.cli.bench_flags import Decoding, Output, Source, batches_of, header_of
 from jaxkv.cli.groups import grouped
-from jaxkv.speculation.drafters import MOST
+from jaxkv.speculation.drafters import MOST_NODES
 
 
 @grouped
@@ -71,7 +71,7 @@ def speculate(
 
 
 def _nodes(text: str) -> list[int]:
-    most = 1 + MOST["num_draft_tokens"]
+    most = 1 + MOST_NODES
     return parsing.numbers(
         text,
         "--nodes takes numbers such as 16,64;",

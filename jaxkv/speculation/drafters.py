@@ -8,10 +8,11 @@ Axis letters: `B` batch, `M` occurrences, `R` tokens copied from each.
 """
 
 import dataclasses
-from typing import Literal, Protocol
+from typing import Annotated, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
+from annotated_types import Ge, Le
 
 from jaxkv import trees
 from jaxkv.speculation import matching
@@ -19,15 +20,14 @@ from jaxkv.speculation.matching import Context
 from jaxkv.speculation.merging import Sequences, merge
 from jaxkv.trees import ALIGNED, SAMPLED, UNALIGNED, UNCHECKED, DraftTree
 
-# The most of each option that is a number of things. Compiling takes longer with them,
-# and merging with the square of matches times depth.
-MOST = {
-    "num_draft_tokens": 1023,
-    "depth": 64,
-    "ngram_max": 128,
-    "ngram_min": 128,
-    "max_matches": 256,
-}
+# Compiling takes longer with more of them, and merging with the square of matches times
+# depth.
+MOST_NODES = 1023
+Nodes = Annotated[int, Ge(1), Le(MOST_NODES)]
+Depth = Annotated[int, Ge(1), Le(64)]
+Ngram = Annotated[int, Ge(1), Le(128)]
+Matches = Annotated[int, Ge(1), Le(256)]
+Tokens = Annotated[float, Ge(0)]
 
 
 class Drafter(Protocol):
@@ -70,12 +70,12 @@ class PromptLookup:
       break_even: see `Drafter`; 0 never falls back to plain steps.
     """
 
-    num_draft_tokens: int = 10
-    ngram_max: int = 3
-    ngram_min: int = 1
+    num_draft_tokens: Nodes = 10
+    ngram_max: Ngram = 3
+    ngram_min: Ngram = 1
     match: Literal["earliest", "latest"] = "earliest"
     include_output: bool = True
-    break_even: float = 0.2
+    break_even: Tokens = 0.2
     likeliest = False
 
     @property
@@ -126,13 +126,13 @@ class Tree:
       break_even: see `Drafter`; 0 never falls back to plain steps.
     """
 
-    num_draft_tokens: int = 63
-    depth: int = 10
-    ngram_max: int = 16
-    ngram_min: int = 2
-    max_matches: int = 32
+    num_draft_tokens: Nodes = 63
+    depth: Depth = 10
+    ngram_max: Ngram = 16
+    ngram_min: Ngram = 2
+    max_matches: Matches = 32
     include_output: bool = False
-    break_even: float = 0.35
+    break_even: Tokens = 0.35
     likeliest = False
 
     def check(self) -> None:
@@ -179,26 +179,21 @@ class Aligned(Tree):
         the nodes.
     """
 
-    num_alternatives: int = 2
+    num_alternatives: Annotated[int, Ge(1), Le(2)] = 2
     tail: bool = False
-    sources: int = 2
-    num_main: int | None = None
+    sources: Annotated[int, Ge(1)] = 2
+    num_main: Annotated[int, Ge(1)] | None = None
     likeliest = True
 
     def check(self) -> None:
-        """Need a tree, an n-gram, and one or two candidates."""
+        """Need what `Tree` needs, and parts no larger than the whole."""
         super().check()
-        if self.num_alternatives not in (1, 2):
-            raise ValueError(
-                "Aligned: num_alternatives must be 1 or 2, "
-                f"got {self.num_alternatives}; take Tree() for none."
-            )
-        if not 1 <= self.sources <= self.max_matches:
+        if self.sources > self.max_matches:
             raise ValueError(
                 f"Aligned: sources must be in [1, max_matches={self.max_matches}], "
                 f"got {self.sources}."
             )
-        if self.num_main is not None and not 0 < self.num_main <= self.num_draft_tokens:
+        if self.num_main is not None and self.num_main > self.num_draft_tokens:
             raise ValueError(
                 "Aligned: num_main must be in [1, num_draft_tokens="
                 f"{self.num_draft_tokens}], got {self.num_main}."
@@ -265,16 +260,8 @@ def _newest(context):
 
 def _check(drafter):
     name = type(drafter).__name__
-    for option in [f.name for f in dataclasses.fields(drafter) if f.name in MOST]:
-        value, most = getattr(drafter, option), MOST[option]
-        if not 1 <= value <= most:
-            raise ValueError(
-                f"{name}: {option} must be >= 1 and <= {most}, got {value}."
-            )
     if drafter.ngram_max < drafter.ngram_min:
         raise ValueError(
             f"{name}: ngram_max={drafter.ngram_max} is less than "
             f"ngram_min={drafter.ngram_min}."
         )
-    if not drafter.break_even >= 0:  # nor is NaN
-        raise ValueError(f"{name}: break_even must be >= 0, got {drafter.break_even}.")

@@ -8,10 +8,14 @@ Axis letters: `B` batch, `T` nodes, `V` vocabulary.
 """
 
 import dataclasses
-from typing import Literal, NamedTuple, Protocol
+import math
+from typing import Annotated, Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+from annotated_types import Ge, Le, Lt
+
+Probability = Annotated[float, Ge(0), Le(1)]
 
 
 class View(NamedTuple):
@@ -82,13 +86,12 @@ class FixedThreshold:
       eos_guard: also ask that no stop id is likelier.
     """
 
-    threshold: float = 0.1
+    threshold: Probability = 0.1
     eos_guard: bool = True
     exact = False
 
     def check(self) -> None:
-        """Need a probability."""
-        _check_probability("FixedThreshold", "threshold", self.threshold)
+        """Accept what the annotations accept."""
 
     def passes(self, view: View) -> jax.Array:
         """Return which tokens are likely enough."""
@@ -120,21 +123,14 @@ class Conditional:
     """
 
     form: Literal["F1", "F2", "F3", "F4"] = "F2"
-    alpha: float = 0.1
-    beta: float | None = None
-    tau_min: float = 0.0
+    alpha: Annotated[float, Ge(0), Lt(math.inf)] = 0.1
+    beta: Probability | None = None
+    tau_min: Probability = 0.0
     eos_guard: bool = True
     exact = False
 
     def check(self) -> None:
-        """Need numbers that can be thresholds."""
-        if not 0 <= self.alpha < float("inf"):
-            raise ValueError(
-                f"Conditional: alpha must be >= 0 and finite, got {self.alpha}."
-            )
-        _check_probability("Conditional", "tau_min", self.tau_min)
-        if self.beta is not None:
-            _check_probability("Conditional", "beta", self.beta)
+        """Accept what the annotations accept."""
 
     def passes(self, view: View) -> jax.Array:
         """Return which tokens reach the threshold."""
@@ -161,13 +157,11 @@ class TopK:
       k: how many pass.
     """
 
-    k: int = 2
+    k: Annotated[int, Ge(1)] = 2
     exact = False
 
     def check(self) -> None:
-        """Need at least one."""
-        if self.k < 1:
-            raise ValueError(f"TopK: k must be >= 1, got {self.k}.")
+        """Accept what the annotations accept."""
 
     def passes(self, view: View) -> jax.Array:
         """Return which tokens are among the likeliest."""
@@ -186,14 +180,12 @@ class Typical:
       delta: scale of the threshold that depends on the entropy.
     """
 
-    epsilon: float = 0.09
-    delta: float = 0.3
+    epsilon: Probability = 0.09
+    delta: Probability = 0.3
     exact = False
 
     def check(self) -> None:
-        """Need probabilities."""
-        _check_probability("Typical", "epsilon", self.epsilon)
-        _check_probability("Typical", "delta", self.delta)
+        """Accept what the annotations accept."""
 
     def passes(self, view: View) -> jax.Array:
         """Return which tokens are typical."""
@@ -205,8 +197,3 @@ def _reaches(view, threshold, rule):
     if rule.eos_guard:
         threshold = jnp.maximum(threshold, view.stop)
     return view.probability >= threshold
-
-
-def _check_probability(rule, option, value):
-    if not 0 <= value <= 1:
-        raise ValueError(f"{rule}: {option} must be in [0, 1], got {value}.")

@@ -51,7 +51,7 @@ BAD_GENERATE = {
     "dtype": (["--prompt=x", "--dtype=int3"], "float32"),
     "negative seed": (["--prompt=x", "--seed=-1"], "--seed"),
     "word for a number": (["--prompt=x", "--seed=abc"], "--seed"),
-    "temperature": (["--prompt=x", "--temperature=-1"], "temperature must be > 0"),
+    "temperature": (["--prompt=x", "--temperature=-1"], "temperature must be above 0"),
     "nan": (["--prompt=x", "--temperature=nan"], "temperature takes a number, got nan"),
     "top_p": (["--prompt=x", "--temperature=1", "--top-p=2"], "top_p"),
     "top_k": (["--prompt=x", "--temperature=1", "--top-k=-2"], "top_k"),

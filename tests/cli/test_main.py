@@ -113,7 +113,7 @@ def test_drafts_change_nothing_and_are_told_of(jaxkv_, tiny):
     [
         (["--speculate", "magic"], "unknown 'magic'; choose one of none, prompt"),
         (["--speculate", "none:depth=3"], "unknown 'none:depth=3'; choose one of none"),
-        (["--speculate", "tree:depth=0"], "depth must be >= 1"),
+        (["--speculate", "tree:depth=0"], "depth must be at least 1"),
         (["--accept", "top-k"], "does nothing without drafts; add --speculate"),
         (["--speculate=tree", "--decode=h2o", "--budget=64"], "cannot verify drafts"),
         (["--accept", "typical:mass=1"], "no option of typical"),

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxkv import Categorical, Greedy
+from jaxkv.fields import check_types
 from jaxkv.sampling import penalize
 
 LOGITS = jnp.log(jnp.array([[0.5, 0.25, 0.15, 0.1]]))
@@ -97,14 +98,14 @@ def test_penalty_agrees_with_transformers(seed, penalty):
 @pytest.mark.parametrize(
     ("sampler", "message"),
     [
-        (Categorical(temperature=0), "temperature must be > 0"),
-        (Categorical(temperature=float("nan")), "temperature must be > 0"),
-        (Categorical(top_k=-1), "top_k must be >= 0"),
-        (Categorical(top_p=0), "top_p must be in"),
-        (Categorical(min_p=2), "min_p must be in"),
-        (Greedy(repetition_penalty=0), "repetition_penalty must be > 0"),
+        (Categorical(temperature=0), "temperature must be above 0, got 0"),
+        (Categorical(temperature=float("nan")), "temperature takes a number, got nan"),
+        (Categorical(top_k=-1), "top_k must be at least 0"),
+        (Categorical(top_p=0), "top_p must be above 0 and at most 1"),
+        (Categorical(min_p=2), "min_p must be at least 0 and at most 1"),
+        (Greedy(repetition_penalty=0), "repetition_penalty must be above 0"),
     ],
 )
 def test_options_that_mean_nothing(sampler, message):
     with pytest.raises(ValueError, match=message):
-        sampler.check()
+        check_types(sampler)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
+from jaxkv.fields import check_types
 from jaxkv.speculation import matching, merging
 from jaxkv.speculation.drafters import Aligned, PromptLookup, Tree
 from jaxkv.speculation.matching import Context
@@ -326,23 +327,25 @@ def test_aligned(tail, seed):
 @pytest.mark.parametrize(
     ("drafter", "message"),
     [
-        (PromptLookup(num_draft_tokens=0), "num_draft_tokens must be >= 1"),
-        (PromptLookup(ngram_min=0), "ngram_min must be >= 1"),
+        (PromptLookup(num_draft_tokens=0), "num_draft_tokens must be at least 1"),
+        (PromptLookup(ngram_min=0), "ngram_min must be at least 1"),
         (PromptLookup(ngram_max=1, ngram_min=2), "less than"),
         (PromptLookup(break_even=-1.0), "break_even"),
-        (Tree(depth=0), "depth must be >= 1"),
-        (Tree(max_matches=0), "max_matches must be >= 1"),
-        (Tree(max_matches=257), "max_matches must be >= 1 and <= 256, got 257"),
-        (Tree(num_draft_tokens=10**9), "num_draft_tokens must be .* <= 1023"),
-        (Tree(depth=65), "depth must be .* <= 64"),
-        (PromptLookup(ngram_max=129), "ngram_max must be .* <= 128"),
-        (Tree(break_even=float("nan")), "break_even must be >= 0, got nan"),
-        (Aligned(num_alternatives=3), "1 or 2"),
-        (Aligned(sources=0), "sources must be in"),
+        (Tree(depth=0), "depth must be at least 1"),
+        (Tree(max_matches=0), "max_matches must be at least 1"),
+        (Tree(max_matches=257), "be at least 1 and at most 256, got 257"),
+        (Tree(num_draft_tokens=10**9), "num_draft_tokens must be .* at most 1023"),
+        (Tree(depth=65), "depth must be .* at most 64"),
+        (PromptLookup(ngram_max=129), "ngram_max must be .* at most 128"),
+        (Tree(break_even=float("nan")), "break_even takes a number, got nan"),
+        (Aligned(num_alternatives=3), "num_alternatives must be .* at most 2"),
+        (Aligned(sources=0), "sources must be at least 1"),
+        (Aligned(sources=33), "sources must be in .1, max_matches=32., got 33"),
         (Aligned(num_main=64), "num_main must be in"),
     ],
 )
 def test_bad_options(drafter, message):
     with pytest.raises(ValueError, match=message):
+        check_types(drafter)
         drafter.check()
     type(drafter)().check()

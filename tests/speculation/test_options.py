@@ -21,8 +21,8 @@ class Unable:
     ("options", "message"),
     [
         (Options(accept=Conditional()), "does nothing without drafts"),
-        (Options(speculate=Tree(depth=0)), "depth must be >= 1"),
-        (Options(speculate=Tree(), accept=TopK(k=0)), "k must be >= 1"),
+        (Options(speculate=Tree(depth=0)), "depth must be at least 1"),
+        (Options(speculate=Tree(), accept=TopK(k=0)), "k must be at least 1"),
         (
             Options(speculate=Tree(), decode=Unable()),
             r"Unable\(\) cannot verify drafts",

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxkv.fields import check_types
 from jaxkv.speculation.rules import (
     Conditional,
     Exact,
@@ -122,18 +123,18 @@ def test_forms_that_the_digest_finds_degenerate():
 @pytest.mark.parametrize(
     ("rule", "message"),
     [
-        (Conditional(alpha=-0.1), "alpha must be >= 0"),
-        (Conditional(alpha=float("nan")), "alpha must be >= 0 and finite, got nan"),
-        (Conditional(alpha=float("inf")), "alpha must be >= 0 and finite, got inf"),
-        (Conditional(beta=1.5), "beta must be in"),
-        (Conditional(tau_min=-1), "tau_min must be in"),
-        (FixedThreshold(threshold=2), "threshold must be in"),
-        (FixedThreshold(threshold=float("nan")), "threshold must be in"),
-        (TopK(k=0), "k must be >= 1"),
-        (Typical(epsilon=-1), "epsilon must be in"),
-        (Typical(delta=2), "delta must be in"),
+        (Conditional(alpha=-0.1), "alpha must be at least 0 and finite, got -0.1"),
+        (Conditional(alpha=float("nan")), "alpha takes a number, got nan"),
+        (Conditional(alpha=float("inf")), "at least 0 and finite, got inf"),
+        (Conditional(beta=1.5), "beta must be at least 0 and at most 1"),
+        (Conditional(tau_min=-1), "tau_min must be at least 0"),
+        (FixedThreshold(threshold=2), "threshold must be .* at most 1, got 2"),
+        (FixedThreshold(threshold=float("nan")), "threshold takes a number, got nan"),
+        (TopK(k=0), "k must be at least 1"),
+        (Typical(epsilon=-1), "epsilon must be at least 0"),
+        (Typical(delta=2), "delta must be .* at most 1"),
     ],
 )
 def test_bad_options(rule, message):
     with pytest.raises(ValueError, match=message):
-        rule.check()
+        check_types(rule)
