@@ -15,8 +15,7 @@ import jax
 import typer
 
 from jaxkv._version import __version__
-from jaxkv.arguments import encode
-from jaxkv.cli import checkpoints, evaluate, flags, generate_command, prompts, study
+from jaxkv.cli import checkpoints, evaluate, flags, generate, study
 from jaxkv.cli import demo as demo_
 from jaxkv.language_model import NEEDLE
 
@@ -158,72 +157,7 @@ def demo(
     demo_.run(lm, length=length, budget=budget or length // 8, seed=seed)
 
 
-@app.command()
-def generate(
-    model: flags.Model = NEEDLE,
-    prompt: flags.Prompt = None,
-    prompt_file: flags.PromptFile = None,
-    chat: flags.Chat = False,
-    max_new_tokens: flags.MaxNewTokens = 64,
-    budget: flags.Budget = None,
-    compression_ratio: flags.CompressionRatio = None,
-    prefill: flags.Prefill = "full",
-    decode: flags.Decode = "full",
-    speculate: flags.Speculate = "none",
-    accept: flags.Accept = "exact",
-    temperature: flags.Temperature = 0.0,
-    top_k: flags.TopK = None,
-    top_p: flags.TopP = None,
-    min_p: flags.MinP = None,
-    repetition_penalty: flags.RepetitionPenalty = 1.0,
-    seed: flags.Seed = 0,
-    stop_id: flags.StopId = None,
-    dtype: flags.Dtype = None,
-    batch_size: flags.BatchSize = 8,
-    prefill_implementation: flags.PrefillImplementation = None,
-    decode_implementation: flags.DecodeImplementation = None,
-    json_: flags.Json = False,
-    stream: flags.Stream = None,
-) -> None:
-    """Continue prompts; prompt number i draws with seed + i, whatever the batch."""
-    arguments = {
-        "max_new_tokens": max_new_tokens,
-        "sampler": flags.sampler(
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-        ),
-        "stop_ids": stop_id or None,
-        "prefill_implementation": prefill_implementation,
-        "decode_implementation": decode_implementation,
-        **flags.eviction(
-            budget=budget,
-            compression_ratio=compression_ratio,
-            prefill=prefill,
-            decode=decode,
-        ),
-        **flags.speculation(speculate=speculate, accept=accept),
-    }
-    flags.check(arguments)
-    texts = prompts.read(prompt or [], prompt_file or [])
-    if stream and (json_ or len(texts) > 1):
-        raise ValueError("--stream takes one prompt and no --json.")
-    lm = flags.load_model(model, dtype)
-    # All at once, so that a bad prompt is found before a good one has cost anything.
-    ids = encode(lm, prompts.as_chat(lm, texts) if chat else texts)
-    generate_command.run(
-        lm,
-        ids,
-        batch_size=batch_size,
-        seed=seed,
-        as_json=json_,
-        stream=stream,
-        **arguments,
-    )
-
-
+app.command()(generate.generate)
 app.command()(checkpoints.train)
 app.command()(checkpoints.convert)
 

@@ -7,7 +7,7 @@ import sys
 import jax
 import pytest
 
-from jaxkv.cli import generate_command
+from jaxkv import inference
 
 SMALL = ["--budget", "16", "--prefill", "streaming-llm", "--decode", "streaming-llm"]
 
@@ -168,7 +168,7 @@ def failing(monkeypatch):
         def generate(*_, **__):
             raise error
 
-        monkeypatch.setattr(generate_command, "generate", generate)
+        monkeypatch.setattr(inference, "generate", generate)
 
     return fail
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 import jaxkv
-from jaxkv.cli import generate_command
+from jaxkv.cli import generate
 from jaxkv.cli.terminal import TextStream
 
 PROMPT = "The magic number is"
@@ -197,7 +197,7 @@ def test_stop_id(jaxkv_, tiny, tiny_lm):
 def test_streamed_text_is_the_whole_text(jaxkv_, tiny, monkeypatch):
     common = ["generate", tiny, "--prompt", PROMPT, "--temperature", "2", "--seed", "3"]
     pieces = []
-    monkeypatch.setattr(generate_command, "_write", pieces.append)
+    monkeypatch.setattr(generate, "_write", pieces.append)
     assert jaxkv_(*common, "--stream")[0] == 0
     streamed = list(pieces)
     pieces.clear()
