@@ -5,6 +5,7 @@ import os
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import importlib.metadata
 import itertools
 import random
 import sys
@@ -16,6 +17,24 @@ import numpy as np
 import pytest
 
 jax.config.update("jax_enable_x64", False)
+
+ON_CPU = os.environ["JAX_PLATFORMS"] == "cpu"
+# Tests compile thousands of programs and run each for a moment, so that compiling is
+# what costs. XLA reads this when JAX starts; so do the processes that tests start.
+QUICK_TO_COMPILE = [
+    "--xla_backend_optimization_level=0",
+    "--xla_llvm_disable_expensive_passes=true",
+    "--xla_cpu_parallel_codegen_split_count=1",  # one module, not one per core
+]
+if importlib.metadata.version("jaxlib").startswith("0.10."):  # gone in newer ones
+    QUICK_TO_COMPILE.append("--xla_cpu_use_fusion_emitters=false")
+if ON_CPU:
+    own = os.environ.get("XLA_FLAGS", "")  # a flag given by hand comes last and wins
+    os.environ["XLA_FLAGS"] = " ".join([*QUICK_TO_COMPILE, own])
+
+# Each compiled program maps some memory, and Linux allows a process 65,530 maps: one
+# that asks for more ends in a segmentation fault. A module stays far from it.
+MOST_MAPS = 65_530 // 4
 
 # Tests may import the modules beside them, also where pytest imports by path.
 sys.path.append(str(Path(__file__).parent))
@@ -37,10 +56,43 @@ def pytest_configure(config):
     config.addinivalue_line("filterwarnings", r"error:::jaxkv(\..*)?$")
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config):
+    """Share the whole suite among workers; files and folders by name, and GPUs, not."""
+    whole = config.args_source is not pytest.Config.ArgsSource.ARGS
+    return min(os.cpu_count() or 1, 8) if whole and ON_CPU else 0
+
+
 def pytest_runtest_setup(item):
     """Skip tests marked `gpu` where JAX runs on something else."""
     if item.get_closest_marker("gpu") and jax.default_backend() != "gpu":
         pytest.skip("needs a GPU; on a machine with one, set JAX_PLATFORMS=cuda,cpu")
+
+
+def memory_maps() -> int | None:
+    """Return how many memory maps this process has, None where nothing tells."""
+    maps = Path("/proc/self/maps")
+    return maps.read_bytes().count(b"\n") if maps.exists() else None
+
+
+def check_maps(where: str, most: int = MOST_MAPS) -> None:
+    """Raise where a module has left more memory maps than a run can afford."""
+    maps = memory_maps()
+    if maps is not None and maps > most:
+        raise RuntimeError(
+            f"{maps} memory maps after {where}, more than {most}: split the module, "
+            "or let go of what it has compiled"
+        )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_are_let_go(request):
+    """Let go of the compiled programs of a module when its last test has run."""
+    yield
+    try:
+        check_maps(request.node.nodeid)
+    finally:
+        jax.clear_caches()
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,29 @@
+"""The suite itself: quick to compile, and bounded in what it keeps."""
+
+import mmap
+import os
+
+import conftest
+import pytest
+
+
+def test_memory_maps_are_counted():
+    before = conftest.memory_maps()
+    if before is None:
+        pytest.skip("no /proc here")
+    # Neighbours with the same rights would be one map.
+    held = [
+        mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ | (i % 2) * mmap.PROT_WRITE)
+        for i in range(40)
+    ]
+    assert conftest.memory_maps() > before + 10
+    with pytest.raises(RuntimeError, match="memory maps after a module, more than 10"):
+        conftest.check_maps("a module", most=10)
+    conftest.check_maps("a module")
+    del held
+
+
+@pytest.mark.skipif(not conftest.ON_CPU, reason="the flags are those of the CPU")
+def test_programs_are_compiled_quickly():
+    flags = os.environ["XLA_FLAGS"].split()
+    assert set(conftest.QUICK_TO_COMPILE) <= set(flags)
