@@ -6,7 +6,7 @@ function; the network calls it once per layer and knows nothing else.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,21 @@ from jaxkv.state import KVState
 from jaxkv.trees import DraftTree
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
+
+
+class Network(Protocol):
+    """What the loops ask of a network; `jaxkv.models.decoder.Decoder` is one.
+
+    `config` has `num_layers`, `num_heads`, `num_kv_heads`, `head_dim` and `vocab_size`;
+    applied to `(tokens, positions, cache, attend)` it returns hidden states and the new
+    cache; its method `unembed` turns hidden states into logits, and `frequencies` gives
+    those of the rotation. It hashes by value.
+    """
+
+    config: Any
+
+    def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any:
+        """Run the network, as `flax.linen.Module.apply` does."""
 
 
 @jax.tree_util.register_dataclass
@@ -56,7 +71,7 @@ def empty_layers(
 
     Args:
       policy: says how layers share a budget, and which heads are stored.
-      config: of the network; see `forward.Network`.
+      config: of the network; see `Network`.
       lengths: int32 `[B]`.
       slots: of each layer's state.
       bound: the most tokens that any row may keep of its prompt.

@@ -8,32 +8,21 @@ vocabulary, `D` hidden size.
 """
 
 import dataclasses
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxkv.attention import append_tokens, attend_cache, attend_prompt, empty_layers
+from jaxkv.attention import (
+    Network,
+    append_tokens,
+    attend_cache,
+    attend_prompt,
+    empty_layers,
+)
 from jaxkv.options import Options
 from jaxkv.policies.full import Full
-from jaxkv.state import KVState
-
-Cache = tuple[KVState, ...]
-
-
-class Network(Protocol):
-    """What the loops ask of a network; `jaxkv.models.decoder.Decoder` is one.
-
-    `config` has `num_layers`, `num_heads`, `num_kv_heads`, `head_dim` and `vocab_size`;
-    applied to `(tokens, positions, cache, attend)` it returns hidden states and the new
-    cache; its method `unembed` turns hidden states into logits, and `frequencies` gives
-    those of the rotation. It hashes by value.
-    """
-
-    config: Any
-
-    def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any:
-        """Run the network, as `flax.linen.Module.apply` does."""
+from jaxkv.state import Cache
 
 
 def prefill(

@@ -9,46 +9,23 @@ Axis letters: `B` batch, `P` padded prompt, `V` vocabulary, `O` output buffer.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxkv.forward import Cache, Network, decode_step, logits_at_end, read
+from jaxkv.attention import Network
+from jaxkv.forward import decode_step, logits_at_end, read
 from jaxkv.options import Options
-from jaxkv.sampling import pick_next
+from jaxkv.sampling import Sampler, pick_next
+from jaxkv.sequences import Generation, append
 from jaxkv.speculation import loop as speculation
 from jaxkv.speculation.likeliest import likeliest_tokens
 from jaxkv.speculation.loop import Speculation
+from jaxkv.state import Cache
 
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Generation:
-    """A batch of sequences in the middle of being generated: the loop's carry.
-
-    Attributes:
-      tokens: int32 `[B, O]`, the output so far, a stop id included; -1 beyond it.
-      lengths: int32 `[B]`, tokens of the output so far.
-      done: bool `[B]`, rows that ended by a stop id.
-      last: int32 `[B]`, the newest token, which the cache does not hold yet.
-      position: int32 `[B]`, the newest token's position.
-      cache: one state per layer.
-      keys: PRNG keys `[B]`, one per row; a token's key is the row's, folded with the
-        token's position, so what a row gets depends on no other row.
-      seen: bool `[B, V]` for the repetition penalty, or None if it is off.
-      speculation: drafts and their statistics, or None if there are none.
-    """
-
-    tokens: jax.Array
-    lengths: jax.Array
-    done: jax.Array
-    last: jax.Array
-    position: jax.Array
-    cache: Cache
-    keys: jax.Array
-    seen: jax.Array | None
-    speculation: Speculation | None = None
+Running = Generation[Speculation | None]
 
 
 def start(
@@ -64,7 +41,7 @@ def start(
     max_out: int,
     keep: jax.Array | None = None,
     pool: jax.Array | None = None,
-) -> Generation:
+) -> Running:
     """Prefill and choose the first token.
 
     Args:
@@ -94,22 +71,19 @@ def start(
         real = jnp.arange(length) < lengths[:, None]
         seen = jnp.zeros(logits.shape, bool)
         seen = seen.at[jnp.arange(batch)[:, None], tokens].max(real)
-    generation = _emit(
-        Generation(
-            tokens=jnp.full((batch, max_out), -1, jnp.int32),
-            lengths=jnp.zeros(batch, jnp.int32),
-            done=jnp.zeros(batch, bool),
-            last=jnp.zeros(batch, jnp.int32),
-            position=lengths - 1,
-            cache=cache,
-            keys=keys,
-            seen=seen,
-        ),
-        logits,
-        jnp.ones(batch, bool),
-        stop_ids,
-        options.sampler,
+    generation = Generation(
+        tokens=jnp.full((batch, max_out), -1, jnp.int32),
+        lengths=jnp.zeros(batch, jnp.int32),
+        done=jnp.zeros(batch, bool),
+        last=jnp.zeros(batch, jnp.int32),
+        position=lengths - 1,
+        cache=cache,
+        rngs=keys,
+        seen=seen,
+        speculation=None,
     )
+    every = jnp.ones(batch, bool)
+    generation = _choose(generation, logits, every, stop_ids, options.sampler)
     if options.speculate is None:
         return generation
     likeliest = None
@@ -137,7 +111,7 @@ def start_copies(
     slots: int | tuple[int, ...],
     max_out: int,
     keep: jax.Array,
-) -> Generation:
+) -> Running:
     """Prefill each prompt once, and begin as many outputs as it has budgets.
 
     Arguments are those of `start`, but for these:
@@ -170,12 +144,12 @@ def start_copies(
 def advance(
     network: Network,
     params: Any,
-    generation: Generation,
+    generation: Running,
     until: jax.Array,
     stop_ids: jax.Array,
     *,
     options: Options,
-) -> Generation:
+) -> Running:
     """Decode until every row has stopped or has `until` tokens.
 
     Args:
@@ -190,26 +164,70 @@ def advance(
       The state of the loop.
     """
 
-    def active(g):
+    drafter = options.speculate
+
+    def running(g):
         return ~g.done & (g.lengths < until)
 
-    def step(g):
-        running = active(g)
-        position = jnp.where(running, g.position, -1)
+    def plain_step(g):
+        rows = running(g)
+        position = jnp.where(rows, g.position, -1)
         logits, cache = decode_step(
             network, params, g.last, position, g.cache, options=options
         )
         g = dataclasses.replace(g, cache=cache)
-        return _emit(g, logits, running, stop_ids, options.sampler)
+        return _choose(g, logits, rows, stop_ids, options.sampler)
 
-    if options.speculate is not None:
-        return speculation.advance(
-            *(network, params, generation, until, stop_ids),
-            options=options,
-            active=active,
-            plain_step=step,
-        )
-    return jax.lax.while_loop(lambda g: active(g).any(), step, generation)
+    def drafting_step(g):
+        rows = running(g)
+        g = speculation.draft(drafter, g)
+        brings = rows & speculation.worth_trying(drafter, g)
+        pays = speculation.pays(drafter, options.accept, g, rows, brings)
+
+        def with_trees(g):
+            return speculation.tree_step(
+                *(network, params, g, until, stop_ids, rows, brings),
+                depth=drafter.depth,
+                policy=options.decode,
+                rule=options.accept,
+                sampler=options.sampler,
+                implementation=options.decode_implementation,
+            )
+
+        def without(g):
+            return speculation.learn(plain_step(g), rows)
+
+        return _if(~pays, without, _if(pays, with_trees, g))
+
+    step = plain_step if drafter is None else drafting_step
+    return jax.lax.while_loop(lambda g: running(g).any(), step, generation)
+
+
+def _if(
+    condition: jax.Array, step: Callable[[Running], Running], g: Running
+) -> Running:
+    """Return `step(g)` or `g`; a loop of one round, because a branch copies the cache.
+
+    The buffers of a branch's result are not those of its arguments, while a loop's are.
+    """
+    once = (condition, g)
+
+    def body(carry):
+        return jnp.zeros_like(carry[0]), step(carry[1])
+
+    return jax.lax.while_loop(lambda carry: carry[0], body, once)[1]
+
+
+def _choose(
+    g: Running,
+    logits: jax.Array,
+    rows: jax.Array,
+    stop_ids: jax.Array,
+    sampler: Sampler,
+) -> Running:
+    """Choose the next token of some rows, bool `[B]`, and append it."""
+    token = pick_next(sampler, logits, g.rngs, g.position + 1, g.seen)
+    return append(g, token[:, None], rows.astype(jnp.int32), stop_ids)
 
 
 class Output(NamedTuple):
@@ -262,24 +280,6 @@ def generate_tokens(
         network, params, generation, max_new_tokens, stop_ids, options=options
     )
     return Output(end.tokens, end.lengths, end.done, end.cache)
-
-
-def _emit(g, logits, running, stop_ids, sampler):
-    """Choose the next token of the running rows and append it to their output."""
-    rows = jnp.arange(logits.shape[0])
-    position = g.position + 1
-    picked = pick_next(sampler, logits, g.keys, position, g.seen)
-    token = jnp.where(running, picked, g.last)
-    column = jnp.where(running, g.lengths, g.tokens.shape[1])
-    return dataclasses.replace(
-        g,
-        tokens=g.tokens.at[rows, column].set(token, mode="drop"),
-        lengths=g.lengths + running,
-        done=g.done | (running & (token[:, None] == stop_ids).any(-1)),
-        last=token,
-        position=jnp.where(running, position, g.position),
-        seen=None if g.seen is None else g.seen.at[rows, token].max(running),
-    )
 
 
 start_jit = jax.jit(start, static_argnames=("network", "options", "slots", "max_out"))

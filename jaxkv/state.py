@@ -51,6 +51,9 @@ class KVState:
         return self.keys.shape[2]
 
 
+Cache = tuple[KVState, ...]  # one state per layer
+
+
 def init(
     *, batch: int, kv_heads: int, slots: int, head_dim: int, dtype: jax.typing.DTypeLike
 ) -> KVState:
@@ -144,6 +147,6 @@ def first_free(state: KVState) -> jax.Array:
     return jnp.argmax(~occupied(state), axis=-1).astype(jnp.int32)
 
 
-def num_bytes(cache: tuple[KVState, ...]) -> int:
+def num_bytes(cache: Cache) -> int:
     """Return the bytes that a cache occupies, bookkeeping included."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jaxkv import generation
 from jaxkv.arguments import row_keys
-from jaxkv.forward import Network
+from jaxkv.attention import Network
 from jaxkv.models.decoder import parameter_shapes
 from jaxkv.options import Options
 

@@ -19,14 +19,15 @@ import jax.numpy as jnp
 from jaxkv import generation
 from jaxkv import state as kv
 from jaxkv.arguments import row_keys
+from jaxkv.attention import Network
 from jaxkv.bench import clock
 from jaxkv.bench.compiling import Seconds, compile_stage
 from jaxkv.bench.kernel_trace import Kernel, trace_kernels
-from jaxkv.forward import Cache, Network
-from jaxkv.generation import Generation
 from jaxkv.models.decoder import Config
 from jaxkv.options import Options
 from jaxkv.policies.base import DecodePolicy
+from jaxkv.sequences import Generation
+from jaxkv.state import Cache
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -130,7 +131,7 @@ def rewind(
     context: int,
     policy: DecodePolicy,
     filled: int | None = None,
-) -> Generation:
+) -> Generation[None]:
     """Return a generation that is about to produce `steps` tokens from `context` on.
 
     Args:
@@ -170,8 +171,9 @@ def rewind(
         last=jnp.zeros(batch, jnp.int32),
         position=jnp.full(batch, context, jnp.int32),
         cache=cache,
-        keys=row_keys(0, batch),
+        rngs=row_keys(0, batch),
         seen=None,
+        speculation=None,
     )
 
 
@@ -249,7 +251,7 @@ def time_decode(
 
 
 def compile_steps(
-    network: Network, params: Any, state: Generation, *, options: Options
+    network: Network, params: Any, state: Generation[None], *, options: Options
 ) -> tuple[Any, Seconds]:
     """Compile `generation.advance_jit`.
 
@@ -299,6 +301,6 @@ def time_calls(
     return tuple(1e3 * second for second in seconds), state.cache
 
 
-def loop_ends(state: Generation) -> tuple[jax.Array, jax.Array]:
+def loop_ends(state: Generation[None]) -> tuple[jax.Array, jax.Array]:
     """Return `until`, the whole output buffer, and the id of no stop."""
     return jnp.int32(state.tokens.shape[1]), jnp.array([-1], jnp.int32)

@@ -19,8 +19,8 @@ import jax.numpy as jnp
 from jaxkv import generation
 from jaxkv import state as kv
 from jaxkv.arguments import row_keys
+from jaxkv.attention import Network
 from jaxkv.bench import clock, compiling, decode_step
-from jaxkv.forward import Network
 from jaxkv.models.decoder import Config
 from jaxkv.options import Options
 from jaxkv.planning import bucket

@@ -10,10 +10,10 @@ from typing import Any
 
 import jax
 
+from jaxkv.attention import Network
 from jaxkv.bench import clock, throughput
 from jaxkv.bench import throughput_report as report
 from jaxkv.bench.throughput import Work
-from jaxkv.forward import Network
 from jaxkv.models.decoder import Config
 from jaxkv.options import Options
 

@@ -15,9 +15,9 @@ import numpy as np
 
 from jaxkv import generation
 from jaxkv.arguments import row_keys
+from jaxkv.attention import Network
 from jaxkv.bench import clock, decode_step
 from jaxkv.bench.matcher import time_matcher
-from jaxkv.forward import Network
 from jaxkv.options import Options
 from jaxkv.planning import bucket
 from jaxkv.speculation import loop as speculation

@@ -8,9 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxkv.attention import Network
+
 
 def likeliest_tokens(
-    network: Any, params: Any, hidden: jax.Array, *, chunk: int = 512
+    network: Network, params: Any, hidden: jax.Array, *, chunk: int = 512
 ) -> jax.Array:
     """Return the three tokens held likeliest at each position of a prompt.
 

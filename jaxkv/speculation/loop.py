@@ -1,27 +1,56 @@
-"""Speculative decoding inside the loop: draft, verify, accept, commit.
+"""Speculative decoding: several tokens from one pass through the network.
 
-A step feeds the newest token and a tree of drafted ones through the network at once,
-and emits as many tokens as pass, and one more. Where no row has a draft, or where
-drafts keep failing, it is an ordinary decode step.
+After "Alignment-Augmented Speculative Decoding with Alignment Sampling and Conditional
+Verification" (Wang et al., arXiv 2505.13204), of which only the abstract was available
+to us; what it leaves open is our choice. One step, for all rows together:
 
-Axis letters: `B` batch, `T` nodes of a tree, `D` its depth, `V` vocabulary, `W` width
-of the text, `P` padded prompt.
+    tree    <- drafter.draft(text)            what followed the same words before
+    if the trees promise less than they cost:
+        append(decode_step())                 as without drafts
+        hope <- would the draft have had it?
+    else:
+        pending, logits <- attend_tree(tree)  all nodes in one pass; a node sees the
+                                              nodes above it and the cache, less what
+                                              would have been evicted on the way to it
+        path    <- decide(tree, logits)       the longest on which every token passes
+        new     <- tokens of the path, and the one that is chosen behind it
+        count   <- len(new), but no further than the first stop id or the limit
+        cache   <- commit(pending, path)      as `count` decode steps would have left it
+        append(new, count)
+        hope, counts <- count(tree, path)
+
+`generation.advance` has the loop; the functions here are its steps.
+
+With the rule `Exact` this gives, token for token, what plain decoding gives, whatever
+is drafted. By induction along the path: the root is plain decoding's newest token. What
+a node of the path sees is what plain decoding's cache would hold there, so its logits
+are the same, but for rounding; the sampler picks with the same key, which depends on
+row and position alone, and the same penalty; and a child passes only if it is that
+pick. A lossy rule lets other children pass, and nothing else differs.
+
+Axis letters: `B` batch, `T` nodes of a tree, `D` its depth, `W` width of the text, `P`
+padded prompt, `E` stop ids.
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxkv import trees
-from jaxkv.attention import attend_tree
+from jaxkv.attention import Network, attend_tree
 from jaxkv.kernels import dispatch, tree_attention
-from jaxkv.speculation import counts, verdict
+from jaxkv.kernels.decode import Implementation
+from jaxkv.policies.base import Speculable
+from jaxkv.sampling import Sampler
+from jaxkv.sequences import Generation, append, is_stop, write
+from jaxkv.speculation import counts
 from jaxkv.speculation.counts import Counts
 from jaxkv.speculation.drafters import Drafter
 from jaxkv.speculation.matching import Context
+from jaxkv.speculation.rules import Rule
+from jaxkv.speculation.verdict import Verdict, decide
 from jaxkv.trees import DraftTree
 
 HOPE = 1.0  # accepted tokens per step that are expected of a row not yet tried
@@ -51,6 +80,9 @@ class Speculation:
     tree: DraftTree
     hope: jax.Array
     counts: Counts
+
+
+Drafting = Generation[Speculation]
 
 
 def begin(
@@ -96,190 +128,171 @@ def begin(
     )
 
 
-def advance(
-    network: Any,
-    params: Any,
-    generation: Any,
-    until: jax.Array,
-    stop_ids: jax.Array,
-    *,
-    options: Any,
-    active: Callable[[Any], jax.Array],
-    plain_step: Callable[[Any], Any],
-) -> Any:
-    """Decode with drafts until no row is active.
-
-    Args:
-      network: static.
-      params: its parameters.
-      generation: a `generation.Generation` with a `speculation`.
-      until: int32 scalar, tokens that no output exceeds.
-      stop_ids: int32 `[E]`.
-      options: a `options.Options` with `speculate` and `accept`.
-      active: says which rows of a generation go on, bool `[B]`.
-      plain_step: one decode step for the active rows.
-
-    Returns:
-      The generation. With the exact rule it is what `plain_step` alone would give.
-    """
-    drafter, rule = options.speculate, options.accept
-
-    def worth(g):
-        """Return which rows bring a draft to a step with a tree, bool `[B]`."""
-        s = g.speculation
-        return active(g) & s.tree.valid[:, 1:].any(1) & (s.hope >= drafter.break_even)
-
-    def pays(g):
-        brings = worth(g)
-        if not rule.exact:
-            # A row's output must not depend on the rows beside it, and with a lossy
-            # rule it does depend on the kind of the step.
-            return brings.any()
-        hoped = jnp.where(brings, g.speculation.hope, 0.0).sum()
-        return brings.any() & (hoped >= drafter.break_even * active(g).sum())
-
-    def plain(g):
-        return _after_plain(g, plain_step(g), active(g))
-
-    def with_tree(g):
-        return _tree_step(
-            *(network, params, g, until, stop_ids),
-            options=options,
-            running=active(g),
-            brings=worth(g),
-        )
-
-    def step(g):
-        g = _draft(drafter, g)
-        tree = pays(g)
-        return _if(tree, with_tree, _if(~tree, plain, g))
-
-    return jax.lax.while_loop(lambda g: active(g).any(), step, generation)
-
-
-def _if(condition, step, g):
-    """Return `step(g)` or `g`; a loop of one round, because a branch copies the cache.
-
-    The buffers of a branch's result are not those of its arguments, while a loop's are.
-    """
-    once = (condition, g)
-
-    def body(carry):
-        return jnp.zeros_like(carry[0]), step(carry[1])
-
-    return jax.lax.while_loop(lambda carry: carry[0], body, once)[1]
-
-
-def _draft(drafter, g):
-    """Draft for the coming step."""
+def draft(drafter: Drafter, g: Drafting) -> Drafting:
+    """Return the generation with drafts for the coming step."""
     s = g.speculation
     tree = drafter.draft(Context(s.text, g.position, s.prompt, s.pool, s.likeliest))
     return dataclasses.replace(g, speculation=dataclasses.replace(s, tree=tree))
 
 
-def _after_plain(before, g, running):
-    """Note the one new token, and whether the draft would have had it."""
-    s = before.speculation
-    rows = jnp.arange(g.last.shape[0])
-    column = jnp.where(running, g.position, s.text.shape[1])
+def worth_trying(drafter: Drafter, g: Drafting) -> jax.Array:
+    """Return which rows have a draft, and hope enough for it, bool `[B]`."""
+    s = g.speculation
+    return s.tree.valid[:, 1:].any(1) & (s.hope >= drafter.break_even)
+
+
+def pays(
+    drafter: Drafter, rule: Rule, g: Drafting, running: jax.Array, brings: jax.Array
+) -> jax.Array:
+    """Return whether the coming step is one with trees, a bool scalar.
+
+    Args:
+      drafter: static.
+      rule: static.
+      g: with its drafts.
+      running: bool `[B]`, rows that take the step.
+      brings: bool `[B]`, those of them that bring a draft.
+    """
+    if not rule.exact:
+        # A row's output must not depend on the rows beside it, and with a lossy rule it
+        # does depend on the kind of the step.
+        return brings.any()
+    hoped = jnp.where(brings, g.speculation.hope, 0.0).sum()
+    return brings.any() & (hoped >= drafter.break_even * running.sum())
+
+
+def learn(g: Drafting, running: jax.Array) -> Drafting:
+    """Note what a plain step has shown: whether the draft would have had the token.
+
+    Args:
+      g: after the step.
+      running: bool `[B]`, rows that took it.
+    """
+    s = g.speculation
     first = s.tree.valid & (s.tree.depths == 1)
     drafted = running & first.any(-1)
     right = (first & (s.tree.tokens == g.last[:, None])).any(-1)
-    return dataclasses.replace(
-        g,
-        speculation=dataclasses.replace(
-            s,
-            text=s.text.at[rows, column].set(g.last, mode="drop"),
-            hope=jnp.where(drafted, _mean(s.hope, right), s.hope),
-            counts=counts.count_plain(s.counts, running),
+    s = dataclasses.replace(
+        s,
+        text=write(s.text, g.last[:, None], g.position, running.astype(jnp.int32)),
+        hope=jnp.where(drafted, _mean(s.hope, right), s.hope),
+        counts=counts.count_plain(s.counts, running),
+    )
+    return dataclasses.replace(g, speculation=s)
+
+
+def tree_step(
+    network: Network,
+    params: Any,
+    g: Drafting,
+    until: jax.Array,
+    stop_ids: jax.Array,
+    running: jax.Array,
+    brings: jax.Array,
+    *,
+    depth: int,
+    policy: Speculable,
+    rule: Rule,
+    sampler: Sampler,
+    implementation: Implementation | None,
+) -> Drafting:
+    """Feed the trees, and append what passes: at least one token per running row.
+
+    Args:
+      network: static.
+      params: its parameters.
+      g: with its drafts.
+      until: int32 scalar, tokens that no output exceeds.
+      stop_ids: int32 `[E]`.
+      running: bool `[B]`, rows that take the step.
+      brings: bool `[B]`, those of them that bring a draft.
+      depth: of the deepest node that a tree may have, `D`, static.
+      policy: evicts, static.
+      rule: says which drafted tokens pass, static.
+      sampler: says what plain decoding chooses, static.
+      implementation: of plain decoding; the tree's own goes with it.
+
+    Returns:
+      The generation. With the exact rule it is what plain steps would give.
+    """
+    s = g.speculation
+    is_root = jnp.arange(s.tree.tokens.shape[1])[None] == 0
+    tree = s.tree._replace(valid=s.tree.valid & (brings[:, None] | is_root))
+    above = trees.ancestors(tree, depth=depth)
+    position = jnp.where(running, g.position, -1)
+    logits, pending = _attend(
+        *(network, params, g.cache, position, tree, above),
+        depth=depth,
+        policy=policy,
+        implementation=implementation,
+    )
+    verdict = decide(
+        *(logits, tree, above, stop_ids),
+        rule=rule,
+        sampler=sampler,
+        position=g.position,
+        rngs=g.rngs,
+        seen=g.seen,
+        running=running,
+    )
+    path = trees.path_to(verdict.end, tree, above, depth=depth)  # [B, D + 1]
+    new = _along(path, tree, verdict)
+    # One token more than passed, but no further than the first stop id or the limit.
+    order = jnp.arange(depth + 1, dtype=jnp.int32)[None]
+    first_stop = jnp.where(is_stop(new, stop_ids), order, depth + 1).min(-1)
+    count = 1 + jnp.minimum(verdict.accepted, first_stop)
+    count = jnp.where(running, jnp.minimum(count, until - g.lengths), 0)
+    how = dispatch.counterpart(implementation, tree_attention.Implementation)
+    cache = tuple(
+        trees.commit(state, layer, path, count, position, implementation=how)
+        for state, layer in zip(g.cache, pending, strict=True)
+    )
+    accepted = jnp.minimum(verdict.accepted, count)  # of these, what became output
+    s = dataclasses.replace(
+        s,
+        text=write(s.text, new, g.position + 1, count),
+        hope=jnp.where(brings, _mean(s.hope, accepted), s.hope),
+        counts=counts.count_tree(
+            *(s.counts, tree, path, accepted), running=running, brings=brings
         ),
     )
+    g = dataclasses.replace(g, cache=cache, speculation=s)
+    return append(g, new, count, stop_ids)
 
 
-def _mean(old, new):
-    return _MEMORY * old + (1 - _MEMORY) * new.astype(jnp.float32)
-
-
-def _tree_step(network, params, g, until, stop_ids, *, options, running, brings):
-    """Feed the trees, and emit what passes; at least one token per running row."""
-    drafter = options.speculate
-    tree = g.speculation.tree
-    is_root = jnp.arange(tree.tokens.shape[1]) == 0
-    tree = tree._replace(valid=tree.valid & (brings[:, None] | is_root))
-    above = trees.ancestors(tree, depth=drafter.depth)
-    position = jnp.where(running, g.position, -1)
+def _attend(
+    network, params, cache, position, tree, above, *, depth, policy, implementation
+):
+    """Return the logits behind each node, `[B, T, V]`, and what is pending by layer."""
     attend = attend_tree(
-        options.decode,
+        policy,
         position=position,
         drafts=tree,
         ancestors=above,
-        depth=drafter.depth,
-        implementation=options.decode_implementation,
+        depth=depth,
+        implementation=implementation,
     )
     hidden, pending = network.apply(
         {"params": params},
         tree.tokens,
         jnp.maximum(position, 0)[:, None] + tree.depths,
-        g.cache,
+        cache,
         attend,
     )
-    logits = network.apply({"params": params}, hidden, method="unembed")
-    picks, end, accepted = verdict.decide(
-        *(logits, tree, above, stop_ids),
-        rule=options.accept,
-        sampler=options.sampler,
-        position=g.position,
-        keys=g.keys,
-        seen=g.seen,
-        running=running,
-    )
-    path = trees.path_to(end, tree, above, depth=drafter.depth)  # [B, D + 1]
-    last = jnp.take_along_axis(picks, end[:, None], axis=1)
-    new = jnp.take_along_axis(tree.tokens, path[:, 1:], axis=1)
-    new = jnp.concatenate([new, last], axis=1)
-    order = jnp.arange(new.shape[1])
-    new = jnp.where(order == accepted[:, None], last, new)
-
-    stops = (new[..., None] == stop_ids).any(-1)
-    first_stop = jnp.where(stops, order, new.shape[1]).min(-1)
-    count = jnp.minimum(jnp.minimum(accepted, first_stop) + 1, until - g.lengths)
-    count = jnp.where(running, count, 0)
-    how = dispatch.counterpart(
-        options.decode_implementation, tree_attention.Implementation
-    )
-    cache = tuple(
-        trees.commit(state, layer, path, count, position, implementation=how)
-        for state, layer in zip(g.cache, pending, strict=True)
-    )
-    g = _emit(dataclasses.replace(g, cache=cache), new, stops, count)
-    accepted = jnp.minimum(accepted, count)  # of these, those that became output
-    tried, s = running & brings, g.speculation
-    counted = counts.count_tree(
-        *(s.counts, tree, path, accepted), running=running, brings=tried
-    )
-    hope = jnp.where(tried, _mean(s.hope, accepted), s.hope)
-    s = dataclasses.replace(s, hope=hope, counts=counted)
-    return dataclasses.replace(g, speculation=s)
+    return network.apply({"params": params}, hidden, method="unembed"), pending
 
 
-def _emit(g, new, stops, count):
-    """Append the first `count` of the new tokens `[B, D + 1]` to each row's output."""
-    s = g.speculation
-    rows = jnp.arange(new.shape[0])[:, None]
-    order = jnp.arange(new.shape[1])
-    kept = order < count[:, None]
-    column = jnp.where(kept, g.lengths[:, None] + order, g.tokens.shape[1])
-    place = jnp.where(kept, g.position[:, None] + 1 + order, s.text.shape[1])
-    last = jnp.take_along_axis(new, jnp.maximum(count - 1, 0)[:, None], axis=1)[:, 0]
-    return dataclasses.replace(
-        g,
-        tokens=g.tokens.at[rows, column].set(new, mode="drop"),
-        lengths=g.lengths + count,
-        done=g.done | (stops & kept).any(-1),
-        last=jnp.where(count > 0, last, g.last),
-        position=g.position + count,
-        seen=None if g.seen is None else g.seen.at[rows, new].max(kept),
-        speculation=dataclasses.replace(
-            s, text=s.text.at[rows, place].set(new, mode="drop")
-        ),
-    )
+def _along(path: jax.Array, tree: DraftTree, verdict: Verdict) -> jax.Array:
+    """Return the tokens that passed and the one chosen behind them, int32 `[B, D + 1]`.
+
+    Beyond it the entries mean nothing.
+    """
+    last = jnp.take_along_axis(verdict.picks, verdict.end[:, None], axis=1)
+    drafted = jnp.take_along_axis(tree.tokens, path[:, 1:], axis=1)
+    new = jnp.concatenate([drafted, last], axis=1)
+    order = jnp.arange(new.shape[1], dtype=jnp.int32)[None]
+    return jnp.where(order == verdict.accepted[:, None], last, new)
+
+
+def _mean(old: jax.Array, new: jax.Array) -> jax.Array:
+    return _MEMORY * old + (1 - _MEMORY) * new.astype(jnp.float32)

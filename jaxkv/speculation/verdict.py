@@ -37,7 +37,7 @@ def decide(
     rule: Rule,
     sampler: Sampler,
     position: jax.Array,
-    keys: jax.Array,
+    rngs: jax.Array,
     seen: jax.Array | None,
     running: jax.Array,
 ) -> Verdict:
@@ -51,12 +51,12 @@ def decide(
       rule: static.
       sampler: static; greedy if the rule is lossy.
       position: int32 `[B]`, of the root.
-      keys: PRNG keys `[B]`.
+      rngs: PRNG keys `[B]`.
       seen: bool `[B, V]` for the repetition penalty, or None.
       running: bool `[B]`; what is said of the other rows means nothing.
     """
     if rule.exact and sampler != Greedy():
-        picks = _walk(logits, tree, sampler, position, keys, seen, running)
+        picks = _walk(logits, tree, sampler, position, rngs, seen, running)
     else:
         picks = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     if rule.exact:
@@ -108,7 +108,7 @@ def view(
     )
 
 
-def _walk(logits, tree, sampler, position, keys, seen, running):
+def _walk(logits, tree, sampler, position, rngs, seen, running):
     """Pick at the root, go to the child that was picked, and so on: int32 `[B, T]`.
 
     One node per row at a time, because drawing at every node of a tree would cost more
@@ -120,7 +120,7 @@ def _walk(logits, tree, sampler, position, keys, seen, running):
     def step(carry):
         node, going, picks, seen = carry
         next_ = position + tree.depths[rows, node] + 1
-        token = pick_next(sampler, logits[rows, node], keys, next_, seen)
+        token = pick_next(sampler, logits[rows, node], rngs, next_, seen)
         picks = picks.at[rows, jnp.where(going, node, picks.shape[1])].set(
             token, mode="drop"
         )

@@ -1,0 +1,102 @@
+"""Sequences that are being generated: what the loop carries, and how it grows.
+
+Axis letters: `B` batch, `V` vocabulary, `O` output buffer, `N` new tokens, `E` stop
+ids.
+"""
+
+import dataclasses
+from typing import Generic, TypeVar
+
+import jax
+import jax.numpy as jnp
+
+from jaxkv.state import Cache
+
+Drafts = TypeVar("Drafts", covariant=True)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Generation(Generic[Drafts]):
+    """A batch of sequences in the middle of being generated: the loop's carry.
+
+    Attributes:
+      tokens: int32 `[B, O]`, the output so far, a stop id included; -1 beyond it.
+      lengths: int32 `[B]`, tokens of the output so far.
+      done: bool `[B]`, rows that ended by a stop id.
+      last: int32 `[B]`, the newest token, which the cache does not hold yet.
+      position: int32 `[B]`, the newest token's position.
+      cache: one state per layer.
+      rngs: PRNG keys `[B]`, one per row; a token's key is the row's, folded with the
+        token's position, so what a row gets depends on no other row.
+      seen: bool `[B, V]` for the repetition penalty, or None if it is off.
+      speculation: what drafting carries along, a pytree of its own (see
+        `speculation.loop.Speculation`); None without drafts.
+    """
+
+    tokens: jax.Array
+    lengths: jax.Array
+    done: jax.Array
+    last: jax.Array
+    position: jax.Array
+    cache: Cache
+    rngs: jax.Array
+    seen: jax.Array | None
+    speculation: Drafts
+
+
+def append(
+    g: Generation[Drafts], new: jax.Array, count: jax.Array, stop_ids: jax.Array
+) -> Generation[Drafts]:
+    """Append the first `count` of the new tokens to each row's output.
+
+    Args:
+      g: the sequences. What speculation carries along stays as it is.
+      new: int32 `[B, N]`; one for a plain step, a path for a step with drafts.
+      count: int32 `[B]`, at most `N`; 0 leaves a row as it is. A stop id among these
+        tokens must be the last one.
+      stop_ids: int32 `[E]`.
+
+    Returns:
+      The sequences after these tokens.
+    """
+    rows = jnp.arange(new.shape[0], dtype=jnp.int32)[:, None]
+    order = jnp.arange(new.shape[1], dtype=jnp.int32)[None]
+    added = order < count[:, None]
+    # One token at most is the last one, so that a sum looks it up.
+    last = jnp.where(order == count[:, None] - 1, new, 0).sum(1, dtype=jnp.int32)
+    return dataclasses.replace(
+        g,
+        tokens=write(g.tokens, new, g.lengths, count),
+        lengths=g.lengths + count,
+        done=g.done | (added & is_stop(new, stop_ids)).any(1),
+        last=jnp.where(count > 0, last, g.last),
+        position=g.position + count,
+        seen=None if g.seen is None else g.seen.at[rows, new].max(added),
+    )
+
+
+def write(
+    buffer: jax.Array, new: jax.Array, start: jax.Array, count: jax.Array
+) -> jax.Array:
+    """Write the first `count` of the new tokens into each row, from `start` on.
+
+    Args:
+      buffer: int32 `[B, O]`.
+      new: int32 `[B, N]`.
+      start: int32 `[B]`.
+      count: int32 `[B]`.
+
+    Returns:
+      The buffer; what would lie beyond its end is dropped.
+    """
+    rows = jnp.arange(new.shape[0], dtype=jnp.int32)[:, None]
+    order = jnp.arange(new.shape[1], dtype=jnp.int32)[None]
+    beyond = buffer.shape[1]
+    index = jnp.where(order < count[:, None], start[:, None] + order, beyond)
+    return buffer.at[rows, index].set(new, mode="drop")
+
+
+def is_stop(tokens: jax.Array, stop_ids: jax.Array) -> jax.Array:
+    """Return which of the tokens `[B, N]` are among the stop ids `[E]`, bool."""
+    return (tokens[:, :, None] == stop_ids[None, None]).any(-1)
