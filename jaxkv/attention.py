@@ -230,7 +230,7 @@ def attend_tree(
     def attend(q, k, v, state):
         heads = state.keys.shape[1]
         k, v = (jax.vmap(lambda x: _for_heads(x, heads), 1, 1)(x) for x in (k, v))
-        return policy.verify(
+        return policy.attend_tree(
             *(q, k, v, state, position, drafts, ancestors),
             depth=depth,
             implementation=implementation,

@@ -97,7 +97,7 @@ def read(
         tokens,
         lengths,
         vocab_size=network.config.vocab_size,
-        draft=lambda other, steps: _draft(
+        sketch=lambda other, steps: _sketch(
             *(network, params, tokens, lengths, keep, options, other, steps)
         ),
     )
@@ -142,8 +142,8 @@ def logits_at_end(
     return network.apply({"params": params}, last, method="unembed")
 
 
-def _draft(network, params, tokens, lengths, keep, options, policy, steps):
-    """Decode greedily from an evicted prompt; see `policies.base.Draft`."""
+def _sketch(network, params, tokens, lengths, keep, options, policy, steps):
+    """Decode greedily from an evicted prompt; see `policies.base.Sketch`."""
     options = dataclasses.replace(
         options, budget=options.prompt_budget, prefill=policy, decode=Full()
     )

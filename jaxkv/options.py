@@ -73,7 +73,9 @@ class Options:
                 )
             return
         self.speculate.check()
-        if not getattr(self.decode, "verifies", False):  # many know nothing of drafts
+        if not getattr(
+            self.decode, "attends_trees", False
+        ):  # many know nothing of drafts
             raise ValueError(
                 f"{self.decode} cannot verify drafts; speculation works with Full(), "
                 "StreamingLLM(), and LongFlow() of interval 1 and any score but "

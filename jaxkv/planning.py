@@ -110,7 +110,7 @@ def _distinct(
     depends on the budget.
     """
     rows = len(ids)
-    if keep is None or options.speculate is not None or options.prefill.drafts:
+    if keep is None or options.speculate is not None or options.prefill.sketches:
         return rows
     for count in range(1, rows // 2 + 1):
         if rows % count == 0 and all(

@@ -177,8 +177,8 @@ def commit(
     """Write accepted tokens as plain decoding would have written them one by one.
 
     Args:
-      state: of one layer, as it was when the tree was verified.
-      pending: what verification has left.
+      state: of one layer, as it was when the tree was attended from.
+      pending: what that attention has left.
       path: int32 `[B, D + 1]`, nodes from the root on.
       count: int32 `[B]`, how many of them to write; 0 leaves a row as it is.
       position: int32 `[B]`, of the root.

@@ -19,9 +19,9 @@ from jaxkv.kernels import decode, window_scores
 from jaxkv.state import KVState
 from jaxkv.trees import DraftTree, Pending
 
-# What a policy may ask for before a prefill: `draft(policy, steps)` are the tokens,
+# What a policy may ask for before a prefill: `sketch(policy, steps)` are the tokens,
 # int32 `[B, steps]`, that greedy decoding gives from a prompt evicted by `policy`.
-Draft = Callable[["PrefillPolicy", int], jax.Array]
+Sketch = Callable[["PrefillPolicy", int], jax.Array]
 
 
 def scale_of(queries: jax.Array) -> float:
@@ -67,20 +67,20 @@ class PrefillPolicy(Protocol):
       offset: how far behind the prompt's end the first of them stands, in positions;
         of a policy without pseudo tokens, how far ahead its queries are turned.
       same_budgets: whether all layers keep equally many tokens.
-      drafts: whether the pseudo tokens are drafted from an evicted prompt, and hence
+      sketches: whether the pseudo tokens are decoded from an evicted prompt, and hence
         depend on the budget.
     """
 
     num_pseudo: int
     offset: int
     same_budgets: bool
-    drafts: bool
+    sketches: bool
 
     def check(self, budget: int) -> None:
         """Raise ValueError if this policy cannot work with `budget` slots."""
 
     def pseudo_tokens(
-        self, tokens: jax.Array, lengths: jax.Array, *, vocab_size: int, draft: Draft
+        self, tokens: jax.Array, lengths: jax.Array, *, vocab_size: int, sketch: Sketch
     ) -> jax.Array:
         """Return the pseudo tokens of each row, int32 `[B, num_pseudo]`.
 
@@ -88,7 +88,7 @@ class PrefillPolicy(Protocol):
           tokens: int32 `[B, P]`, right-padded.
           lengths: int32 `[B]`.
           vocab_size: of the network.
-          draft: generates from the network; see `Draft`.
+          sketch: generates from the network; see `Sketch`.
         """
 
     def heads(self, num_heads: int, num_kv_heads: int) -> int:
@@ -128,11 +128,11 @@ class WholePrompt:
     num_pseudo = 0
     offset = 0
     same_budgets = True
-    drafts = False
+    sketches = False
 
-    def pseudo_tokens(self, tokens, lengths, *, vocab_size, draft) -> jax.Array:
+    def pseudo_tokens(self, tokens, lengths, *, vocab_size, sketch) -> jax.Array:
         """Return no tokens."""
-        del lengths, vocab_size, draft
+        del lengths, vocab_size, sketch
         return tokens[:, :0]
 
     def heads(self, num_heads: int, num_kv_heads: int) -> int:
@@ -209,15 +209,15 @@ class DecodePolicy(Protocol):
 
 
 class Speculable(DecodePolicy, Protocol):
-    """A decode policy that can verify drafts: say what it would do, and do nothing.
+    """A decode policy that takes drafts: it says what it would do, and does nothing.
 
     Attributes:
-      verifies: whether it can with its options.
+      attends_trees: whether it can with its options.
     """
 
-    verifies: bool
+    attends_trees: bool
 
-    def verify(
+    def attend_tree(
         self,
         query: jax.Array,
         key: jax.Array,

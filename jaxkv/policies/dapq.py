@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from annotated_types import Ge
 
 from jaxkv.fields import OddSize
-from jaxkv.policies.base import Draft, Prompt, WholePrompt
+from jaxkv.policies.base import Prompt, Sketch, WholePrompt
 from jaxkv.policies.scoring import (
     Granularity,
     Pooling,
@@ -122,10 +122,10 @@ class DapQ(WholePrompt):
         return num_heads if self.granularity == "query_head" else num_kv_heads
 
     def pseudo_tokens(
-        self, tokens: jax.Array, lengths: jax.Array, *, vocab_size: int, draft: Draft
+        self, tokens: jax.Array, lengths: jax.Array, *, vocab_size: int, sketch: Sketch
     ) -> jax.Array:
         """Return the contents, int32 `[B, N]`; see `policies.PrefillPolicy`."""
-        del draft
+        del sketch
         shape = (lengths.shape[0], self.window_size)
         order = jnp.arange(self.window_size)
         key = jax.random.key(self.seed)

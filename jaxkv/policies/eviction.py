@@ -75,7 +75,7 @@ def attend_and_write(
     )
 
 
-def verify_by_depth(
+def attend_tree_by_depth(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
@@ -86,7 +86,7 @@ def verify_by_depth(
     *,
     implementation: decode.Implementation | None,
 ) -> tuple[jax.Array, Pending]:
-    """Do `Speculable.verify` where the slots of the next tokens are known beforehand.
+    """Do `Speculable.attend_tree` where the next tokens' slots are known beforehand.
 
     Args:
       query: `[B, T, N, H]`, rotated.

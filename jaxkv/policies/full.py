@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jaxkv import state as kv
 from jaxkv.policies.base import PlainAttention, Prompt, WholePrompt
-from jaxkv.policies.eviction import attend_and_write, verify_by_depth
+from jaxkv.policies.eviction import attend_and_write, attend_tree_by_depth
 from jaxkv.state import KVState
 from jaxkv.trees import Pending
 
@@ -21,7 +21,7 @@ class Full(WholePrompt, PlainAttention):
 
     evicts = False
     spare = 0
-    verifies = True
+    attends_trees = True
 
     def check(self, budget: int) -> None:
         """Accept any budget; the caller sees to it that everything fits."""
@@ -44,7 +44,7 @@ class Full(WholePrompt, PlainAttention):
         target = state.target + (position[:, None] >= 0)
         return out, dataclasses.replace(state, target=target)
 
-    def verify(
+    def attend_tree(
         self,
         query,
         key,
@@ -57,10 +57,10 @@ class Full(WholePrompt, PlainAttention):
         depth,
         implementation=None,
     ) -> tuple[jax.Array, Pending]:
-        """Append; see `Speculable.verify`."""
+        """Append; see `Speculable.attend_tree`."""
         del position
         upcoming = state.target[..., None] + jnp.arange(depth + 2, dtype=jnp.int32)
-        return verify_by_depth(
+        return attend_tree_by_depth(
             *(query, key, value, state, upcoming, drafts, ancestors),
             implementation=implementation,
         )

@@ -1,6 +1,6 @@
-"""LAQ: score the prompt with the queries of a drafted answer.
+"""LAQ: score the prompt with the queries of a sketched answer.
 
-Wang et al., arXiv 2505.20334. Axis letters: `B` batch, `N` drafted tokens.
+Wang et al., arXiv 2505.20334. Axis letters: `B` batch, `N` sketched tokens.
 """
 
 import dataclasses
@@ -10,7 +10,7 @@ import jax
 from annotated_types import Ge
 
 from jaxkv.fields import OddSize
-from jaxkv.policies.base import Draft, Prompt, WholePrompt
+from jaxkv.policies.base import Prompt, Sketch, WholePrompt
 from jaxkv.policies.dapq import attention_of_pseudo
 from jaxkv.policies.scoring import (
     Pooling,
@@ -25,11 +25,11 @@ from jaxkv.state import KVState
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LAQ(WholePrompt):
-    """DapQ whose pseudo tokens are the output itself, as a cheap draft foresees it.
+    """DapQ whose pseudo tokens are the output itself, as a cheap sketch foresees it.
 
     Wang et al., "Lookahead Q-Cache: Achieving More Consistent KV Cache Eviction via
     Pseudo Query" (arXiv 2505.20334): evict with SnapKV, decode some tokens from what is
-    left, and evict anew with their queries in place of the window's. Here the draft
+    left, and evict anew with their queries in place of the window's. Here the sketch
     gives contents, `N` greedy tokens at the same budget, and a second prefill gives
     the queries at the positions of the output, as DapQ does.
 
@@ -39,8 +39,8 @@ class LAQ(WholePrompt):
     brings the paper's window of recent tokens back (LAQ++ lets it score as well).
 
     Attributes:
-      window_size: drafted tokens `N`.
-      draft_window_size: of the SnapKV that the draft is evicted by.
+      window_size: tokens of the sketch, `N`.
+      draft_window_size: of the SnapKV that the sketch is decoded from.
       pooling: of the scores, in both passes.
       kernel_size: of the pooling, odd.
       n_recent: last tokens of the prompt that stay whatever they score.
@@ -51,16 +51,16 @@ class LAQ(WholePrompt):
     pooling: Pooling = "max"
     kernel_size: OddSize = 7
     n_recent: Annotated[int, Ge(0)] = 0
-    drafts = True
+    sketches = True
 
     @property
     def num_pseudo(self) -> int:
-        """All that is drafted."""
+        """All of the sketch."""
         return self.window_size
 
     @property
-    def draft_policy(self) -> SnapKV:
-        """The eviction that the draft is decoded from."""
+    def sketch_policy(self) -> SnapKV:
+        """The eviction that the sketch is decoded from."""
         return SnapKV(
             window_size=self.draft_window_size,
             kernel_size=self.kernel_size,
@@ -68,16 +68,16 @@ class LAQ(WholePrompt):
         )
 
     def check(self, budget: int) -> None:
-        """Need a budget that the draft can do with."""
-        check_room_for_window("LAQ", budget)  # of the draft
+        """Need a budget that the sketch can do with."""
+        check_room_for_window("LAQ", budget)  # of the sketch
         check_kept_anyway("LAQ", budget, n_recent=self.n_recent)
 
     def pseudo_tokens(
-        self, tokens: jax.Array, lengths: jax.Array, *, vocab_size: int, draft: Draft
+        self, tokens: jax.Array, lengths: jax.Array, *, vocab_size: int, sketch: Sketch
     ) -> jax.Array:
-        """Draft the contents, int32 `[B, N]`; see `policies.PrefillPolicy`."""
+        """Sketch the contents, int32 `[B, N]`; see `policies.PrefillPolicy`."""
         del tokens, lengths, vocab_size
-        return draft(self.draft_policy, self.window_size)
+        return sketch(self.sketch_policy, self.window_size)
 
     def compress(self, prompt: Prompt, state: KVState, *, budget: int) -> KVState:
         """Keep the best of the prompt."""

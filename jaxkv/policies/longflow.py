@@ -88,7 +88,7 @@ class LongFlow:
         return self.interval
 
     @property
-    def verifies(self) -> bool:
+    def attends_trees(self) -> bool:
         """Whether one pass can tell what single steps would evict.
 
         Not in bulk, nor where a step's score needs the output of the one before.
@@ -176,7 +176,7 @@ class LongFlow:
             shared=self.shared,
         )
 
-    def verify(
+    def attend_tree(
         self,
         query,
         key,
@@ -189,7 +189,7 @@ class LongFlow:
         depth,
         implementation=None,
     ) -> tuple[jax.Array, Pending]:
-        """Give up on each path what plain decoding would; see `Speculable.verify`."""
+        """Give up along each path what plain decoding would; see `Speculable`."""
         del ancestors
         out, slots, targets = longflow_tree.longflow_tree(
             query,

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from annotated_types import Ge
 
 from jaxkv.policies.base import PlainAttention, Prompt, WholePrompt
-from jaxkv.policies.eviction import attend_and_write, verify_by_depth
+from jaxkv.policies.eviction import attend_and_write, attend_tree_by_depth
 from jaxkv.policies.scoring import keep_top
 from jaxkv.state import KVState
 from jaxkv.trees import Pending
@@ -33,7 +33,7 @@ class StreamingLLM(WholePrompt, PlainAttention):
     n_sink: Annotated[int, Ge(0)] = 4
     evicts = True
     spare = 0
-    verifies = True
+    attends_trees = True
 
     def check(self, budget: int) -> None:
         """Need room for the sinks and one recent token."""
@@ -67,7 +67,7 @@ class StreamingLLM(WholePrompt, PlainAttention):
         target = oldest(state, n_sink=self.n_sink)
         return out, dataclasses.replace(state, target=target)
 
-    def verify(
+    def attend_tree(
         self,
         query,
         key,
@@ -80,9 +80,9 @@ class StreamingLLM(WholePrompt, PlainAttention):
         depth,
         implementation=None,
     ) -> tuple[jax.Array, Pending]:
-        """Overwrite the oldest tokens in turn; see `Speculable.verify`."""
+        """Overwrite the oldest tokens in turn; see `Speculable.attend_tree`."""
         upcoming = next_oldest(state, position, n_sink=self.n_sink, count=depth + 2)
-        return verify_by_depth(
+        return attend_tree_by_depth(
             *(query, key, value, state, upcoming, drafts, ancestors),
             implementation=implementation,
         )

@@ -1,1 +1,1 @@
-"""Draft, verify and commit several tokens in one pass."""
+"""Draft, decide, commit: several tokens in one pass through the network."""

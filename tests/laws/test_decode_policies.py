@@ -72,7 +72,8 @@ def test_batch_equals_singles(options, seed):
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in registry.DECODE if hasattr(DECODE[name].decode, "verify")]
+    "name",
+    [name for name in registry.DECODE if hasattr(DECODE[name].decode, "attend_tree")],
 )
 @settings(max_examples=4)
 @given(seed=seeds, lengths=ragged)

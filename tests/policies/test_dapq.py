@@ -42,7 +42,7 @@ def program(policy, budget=BUDGET, implementation=None):
 
 def contents(policy, tokens, lengths):
     return np.asarray(
-        policy.pseudo_tokens(tokens, lengths, vocab_size=61, draft=None)
+        policy.pseudo_tokens(tokens, lengths, vocab_size=61, sketch=None)
     ).tolist()
 
 

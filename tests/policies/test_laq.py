@@ -1,4 +1,4 @@
-"""LAQ: what it drafts."""
+"""LAQ: what it sketches."""
 
 import lawbook
 import numpy as np
@@ -10,13 +10,13 @@ from jaxkv import LAQ, DapQ, Options, SnapKV
 
 
 @pytest.mark.slow
-def test_it_drafts_what_greedy_decoding_gives():
+def test_it_sketches_what_greedy_decoding_gives():
     """Its pseudo tokens are the output of generation from SnapKV's cache."""
     tokens, lengths = prompts(4, LENGTHS, PROMPT)
     policy = LAQ(window_size=4, draft_window_size=3, kernel_size=3)
-    assert policy.draft_policy == SnapKV(window_size=3, kernel_size=3)
-    drafted = Options(budget=8, prefill=policy.draft_policy)
-    out = lawbook.generate(drafted, tokens, lengths, new=4).tokens
+    assert policy.sketch_policy == SnapKV(window_size=3, kernel_size=3)
+    evicted = Options(budget=8, prefill=policy.sketch_policy)
+    out = lawbook.generate(evicted, tokens, lengths, new=4).tokens
     same = DapQ(
         window_size=4,
         content="fixed",

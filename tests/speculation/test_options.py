@@ -11,7 +11,7 @@ from jaxkv.speculation.rules import Conditional, TopK
 
 @dataclasses.dataclass(frozen=True)
 class Unable:
-    """A decode policy without `verify`."""
+    """A decode policy without `attend_tree`."""
 
     evicts = False
     spare = 0
