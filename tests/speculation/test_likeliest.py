@@ -4,31 +4,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import CONFIG, NETWORK, params
 
-from jaxkv.models.decoder import Config, Decoder, random_parameters
 from jaxkv.speculation.likeliest import likeliest_tokens, top_three
 
-CONFIG = Config(
-    vocab_size=31,
-    hidden_size=32,
-    intermediate_size=48,
-    num_layers=1,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    tied=True,
-)
-NETWORK = Decoder(CONFIG)
 LENGTH = 16
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 512])
 def test_likeliest_tokens_are_those_of_all_logits(chunk):
-    params = random_parameters(CONFIG, jax.random.key(0), jnp.float32)
     hidden = jax.random.normal(jax.random.key(1), (2, LENGTH, CONFIG.hidden_size))
-    found = likeliest_tokens(NETWORK, params, hidden, chunk=chunk)
+    found = likeliest_tokens(NETWORK, params(), hidden, chunk=chunk)
     assert found.shape == (2, LENGTH, 3)
-    logits = NETWORK.apply({"params": params}, hidden, method="unembed")
+    logits = NETWORK.apply({"params": params()}, hidden, method="unembed")
     want = np.argsort(-np.asarray(logits), axis=-1, kind="stable")[..., :3]
     np.testing.assert_array_equal(found[:, 1:], want[:, :-1])
 

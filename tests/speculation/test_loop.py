@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from hypothesis import given, settings
+from tiny import CONFIG, FAST, NETWORK
 
 from jaxkv import (
     Categorical,
@@ -20,24 +22,10 @@ from jaxkv import (
     generation,
     registry,
 )
-from jaxkv.models.decoder import Config, Decoder, random_parameters
 from jaxkv.speculation import loop as spec
-from jaxkv.speculation.drafters import Aligned, PromptLookup
-from jaxkv.speculation.rules import FixedThreshold
+from jaxkv.speculation.rules import Conditional, FixedThreshold, TopK, Typical
 from jaxkv.trees import DraftTree
 
-CONFIG = Config(
-    vocab_size=31,
-    hidden_size=32,
-    intermediate_size=48,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    qk_norm=True,
-    tied=True,
-)
-NETWORK = Decoder(CONFIG)
 PROMPT, NEW, ROWS = 16, 24, 3
 RIGHT, WRONG, MIXED = range(3)
 
@@ -132,25 +120,21 @@ cases = pytest.mark.parametrize(
     ],
 )
 
-# Compiling is most of the time here, and nothing is gained by compiling well.
-QUICK = {"xla_backend_optimization_level": 0}
 start = jax.jit(
     generation.start,
     static_argnames=("network", "options", "slots", "max_out"),
-    compiler_options=QUICK,
+    compiler_options=FAST,
 )
 advance = jax.jit(
     generation.advance,
     static_argnames=("network", "options"),
-    compiler_options=QUICK,
+    compiler_options=FAST,
 )
 
 
-@pytest.fixture(scope="module")
-def params():
-    drawn = random_parameters(CONFIG, jax.random.key(0), jnp.float32)
-    # Wide enough that no two tokens are nearly as likely.
-    return jax.tree.map(lambda x: 12 * x if x.ndim == 2 else x, drawn)
+@pytest.fixture(scope="module", name="params")
+def tiny_params():
+    return tiny.params()
 
 
 def begin(params, options, seed, lengths, stop_ids=(-1, -1)):
@@ -243,7 +227,7 @@ modes_ = st.lists(st.sampled_from([RIGHT, WRONG, MIXED]), min_size=ROWS, max_siz
     stops=st.lists(st.integers(0, ROWS * NEW - 1), min_size=2, max_size=2),
     stopping=st.booleans(),
 )
-def test_exact_speculation_is_plain_decoding(
+def test_exact_speculation_equals_plain_whatever_is_drafted(
     params, name, seed, lengths, modes, until, stops, stopping
 ):
     options = CASES[name]
@@ -264,10 +248,11 @@ def test_exact_speculation_is_plain_decoding(
             text[row, length:end], got.tokens[row, : got.lengths[row]]
         )
     counts = got.speculation.counts
-    emitted = np.asarray(got.lengths) - 1  # the first came with the prompt
+    appended = np.asarray(got.lengths) - 1  # the first came with the prompt
     # A step gives one token more than it accepts, unless its own drafts end the row.
     given = counts.steps + counts.accepted.sum(1)
-    assert (emitted <= given).all() and (given <= emitted + len(wanted["until"])).all()
+    calls = len(wanted["until"])
+    assert (appended <= given).all() and (given <= appended + calls).all()
     assert (counts.accepted <= counts.drafted).all()
     assert (counts.accepted_kinds.sum(1) == counts.accepted.sum(1)).all()
     assert (counts.drafted_kinds.sum(1) == counts.drafted.sum(1)).all()
@@ -311,60 +296,91 @@ def test_drafts_that_keep_failing_are_given_up(params):
     assert (counts.steps < 23).all()
 
 
-DRAFTERS = {
-    "prompt lookup": PromptLookup(num_draft_tokens=4, break_even=0.0),
-    "aligned": Aligned(
+def small(policy, **options):
+    """Make a method of the registry with those of the options that it has."""
+    fields = {f.name for f in dataclasses.fields(policy)}
+    return policy(**{name: x for name, x in options.items() if name in fields})
+
+
+def small_drafter(name):
+    return small(
+        registry.SPECULATE[name],
         num_draft_tokens=9,
         depth=4,
         ngram_min=1,
         max_matches=4,
         include_output=True,
         break_even=0.0,
-    ),
-}
+    )
 
 
 @pytest.mark.parametrize(
-    "drafter", [pytest.param("prompt lookup", marks=pytest.mark.slow), "aligned"]
+    "name",
+    [
+        pytest.param(name, marks=[] if name == "aligned" else pytest.mark.slow)
+        for name in registry.SPECULATE
+    ],
 )
-def test_drafters_in_the_loop(params, drafter):
+def test_every_drafter_is_exact(params, name):
     """From prefill to cache, with pseudo tokens and a cache at query-head width."""
     plain = Options(
         budget=10,
         prefill=DapQ(window_size=4, prefix=2, granularity="query_head"),
     )
-    options = dataclasses.replace(plain, speculate=DRAFTERS[drafter])
+    options = dataclasses.replace(plain, speculate=small_drafter(name))
     lengths = [PROMPT, 3, 11]
     want, got = run(params, plain, 2, lengths), run(params, options, 2, lengths)
     check_equal(want, got)
     counts = got.speculation.counts
     assert int(counts.accepted.sum()) > 0
-    if drafter == "aligned":
+    if options.speculate.likeliest:
         assert (counts.unexpected >= 0).all()
         assert (counts.unexpected < jnp.asarray(lengths)).all()
+
+
+def test_what_takes_drafts_stands_under_the_law():
+    """A policy or an exact rule that joins the registry joins `CASES` too."""
+    able = {p for p in registry.DECODE.values() if hasattr(p, "attend_tree")}
+    assert able == {type(options.decode) for options in CASES.values()}
+    exact = {rule for rule in registry.ACCEPT.values() if rule.exact}
+    assert exact == {type(options.accept) for options in CASES.values()}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", registry.PREFILL)
 def test_every_prefill_policy_goes_with_drafts(params, name):
-    policy = registry.PREFILL[name]
-    options = {f.name for f in dataclasses.fields(policy)}
-    small = {"window_size": 4, "prefix": 2}
-    policy = policy(**{k: v for k, v in small.items() if k in options})
+    policy = small(registry.PREFILL[name], window_size=4, prefix=2)
     plain = Options(budget=PROMPT if name == "full" else 12, prefill=policy)
     lengths = [PROMPT, 3, 11]
-    drafted = dataclasses.replace(plain, speculate=DRAFTERS["aligned"])
+    drafted = dataclasses.replace(plain, speculate=small_drafter("aligned"))
     want, got = run(params, plain, 2, lengths), run(params, drafted, 2, lengths)
     check_equal(want, got)
     assert int(got.speculation.counts.accepted.sum()) > 0
 
 
-def test_a_lossy_rule_changes_the_output_and_no_other_row(params):
+LOOSE = {  # every lossy rule of the registry, so loose that everything passes
+    "conditional": Conditional(beta=0, eos_guard=False),
+    "fixed-threshold": FixedThreshold(threshold=0, eos_guard=False),
+    "top-k": TopK(k=CONFIG.vocab_size),
+    "typical": Typical(epsilon=0),
+}
+
+
+def test_every_lossy_rule_is_loose():
+    assert LOOSE.keys() == {n for n, rule in registry.ACCEPT.items() if not rule.exact}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name == "conditional" else pytest.mark.slow)
+        for name in LOOSE
+    ],
+)
+def test_a_lossy_rule_changes_the_output_and_no_other_row(params, name):
     plain, lengths = CASES["full"], [PROMPT, 3, 9]
     script = run(params, plain, 1, lengths).tokens
-    loose = dataclasses.replace(
-        plain, accept=FixedThreshold(threshold=0, eos_guard=False)
-    )
+    loose = dataclasses.replace(plain, accept=LOOSE[name])
     modes = [WRONG, RIGHT, MIXED]
     got = scripted(params, loose, 1, lengths, script, modes)
     assert (got.tokens[0] != script[0]).any()
