@@ -23,11 +23,11 @@ import typer
 
 from jaxkv import DapQ, Full, Options, SnapKV, generation
 from jaxkv import state as kv
-from jaxkv.arguments import row_keys
 from jaxkv.models.decoder import Decoder, random_parameters
 from jaxkv.models.public_shapes import SHAPES
 from jaxkv.planning import bucket
 from jaxkv.provenance import provenance, write_json
+from jaxkv.sampling import row_keys
 
 METHODS = {
     "full": Full(),

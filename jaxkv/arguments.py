@@ -172,19 +172,15 @@ def encode(lm: LanguageModel, prompts: Prompts) -> list[list[int]]:
     return ids
 
 
-def row_keys(seed: int | Sequence[int], rows: int) -> jax.Array:
-    """Return one PRNG key per row: from one seed, or from one seed each."""
+def seeds(seed: int | Sequence[int], rows: int) -> int | list[int]:
+    """Return one seed for all rows, or one for each, or raise ValueError."""
     if isinstance(seed, str) or not is_collection(seed):
-        seed = integer("seed", seed, most=MOST_SEED)
-        return jax.vmap(jax.random.fold_in, (None, 0))(
-            jax.random.key(int(seed)), jnp.arange(rows)
-        )
+        return integer("seed", seed, most=MOST_SEED)
     if len(seed) != rows:
         raise ValueError(
             f"generate: got {len(seed)} seeds for {rows} prompts; pass one or {rows}."
         )
-    seeds = integers("seed", seed, most=MOST_SEED)
-    return jnp.stack([jax.random.fold_in(jax.random.key(s), 0) for s in seeds])
+    return integers("seed", seed, most=MOST_SEED)
 
 
 def stop_ids(lm: LanguageModel, given: Sequence[int] | None) -> jax.Array:

@@ -18,14 +18,14 @@ import numpy as np
 
 from jaxkv import arguments, generation, planning
 from jaxkv import state as kv
-from jaxkv.generation import Generation
+from jaxkv.generation import Running
 from jaxkv.kernels import decode as decode_kernels
 from jaxkv.kernels import prefill as prefill_kernels
 from jaxkv.kernels import window_scores
 from jaxkv.language_model import LanguageModel
 from jaxkv.planning import Plan
 from jaxkv.policies.base import DecodePolicy, PrefillPolicy
-from jaxkv.sampling import Sampler
+from jaxkv.sampling import Sampler, row_keys
 from jaxkv.speculation.counts import DraftStats, draft_stats
 from jaxkv.speculation.drafters import Drafter
 from jaxkv.speculation.rules import Rule
@@ -179,12 +179,12 @@ def _start(
     seed: int | Sequence[int],
     stops: jax.Array,
     spans: jax.Array | None,
-) -> Generation:
+) -> Running:
     """Read the prompts, choose the first tokens, and wait for them."""
     lengths = jnp.asarray([len(row) for row in ids[: plan.distinct]], jnp.int32)
     args = (
         *(lm.network, lm.params, jnp.asarray(plan.padded(ids)), lengths),
-        *(arguments.row_keys(seed, len(ids)), stops),
+        *(row_keys(arguments.seeds(seed, len(ids)), len(ids)), stops),
     )
     shapes = dict(options=plan.options, slots=plan.slots, max_out=plan.max_out)
     keep = None if plan.keep is None else jnp.asarray(plan.keep)
@@ -200,13 +200,13 @@ def _start(
 def _advance(
     lm: LanguageModel,
     plan: Plan,
-    state: Generation,
+    state: Running,
     stops: jax.Array,
     max_new_tokens: int,
     *,
     block: int,
     on_tokens: Callable[[list[list[int]]], None] | None,
-) -> Generation:
+) -> Running:
     """Decode to the end; if somebody listens, a block at a time."""
     shown = np.zeros(len(state.lengths), int)
     until = min(block, max_new_tokens) if on_tokens else max_new_tokens
@@ -229,7 +229,7 @@ def _completion(
     lm: LanguageModel,
     plan: Plan,
     ids: Sequence[Sequence[int]],
-    state: Generation,
+    state: Running,
     reading: "_Lap",
     decoding: "_Lap",
 ) -> Completion:

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxkv import generation
-from jaxkv.arguments import row_keys
 from jaxkv.attention import Network
 from jaxkv.models.decoder import parameter_shapes
 from jaxkv.options import Options
+from jaxkv.sampling import row_keys
 
 
 class Seconds(NamedTuple):

@@ -18,7 +18,6 @@ import jax.numpy as jnp
 
 from jaxkv import generation
 from jaxkv import state as kv
-from jaxkv.arguments import row_keys
 from jaxkv.attention import Network
 from jaxkv.bench import clock
 from jaxkv.bench.compiling import Seconds, compile_stage
@@ -26,6 +25,7 @@ from jaxkv.bench.kernel_trace import Kernel, trace_kernels
 from jaxkv.models.decoder import Config
 from jaxkv.options import Options
 from jaxkv.policies.base import DecodePolicy
+from jaxkv.sampling import row_keys
 from jaxkv.sequences import Generation
 from jaxkv.state import Cache
 

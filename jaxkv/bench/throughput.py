@@ -18,12 +18,12 @@ import jax.numpy as jnp
 
 from jaxkv import generation
 from jaxkv import state as kv
-from jaxkv.arguments import row_keys
 from jaxkv.attention import Network
 from jaxkv.bench import clock, compiling, decode_step
 from jaxkv.models.decoder import Config
 from jaxkv.options import Options
 from jaxkv.planning import bucket
+from jaxkv.sampling import row_keys
 
 # Of the device's memory, that a plan may use: allocators lose some between arrays.
 USABLE = 0.97

@@ -14,12 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxkv import generation
-from jaxkv.arguments import row_keys
 from jaxkv.attention import Network
 from jaxkv.bench import clock, decode_step
 from jaxkv.bench.matcher import time_matcher
 from jaxkv.options import Options
 from jaxkv.planning import bucket
+from jaxkv.sampling import row_keys
 from jaxkv.speculation import loop as speculation
 from jaxkv.speculation.drafters import Aligned, Drafter, PromptLookup, Tree
 from jaxkv.speculation.matching import Context

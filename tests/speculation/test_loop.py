@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tiny
 from hypothesis import given, settings
+from small_policies import SMALL_PREFILL
 from tiny import CONFIG, FAST, NETWORK
 
 from jaxkv import (
@@ -296,15 +297,10 @@ def test_drafts_that_keep_failing_are_given_up(params):
     assert (counts.steps < 23).all()
 
 
-def small(policy, **options):
-    """Make a method of the registry with those of the options that it has."""
-    fields = {f.name for f in dataclasses.fields(policy)}
-    return policy(**{name: x for name, x in options.items() if name in fields})
-
-
 def small_drafter(name):
-    return small(
-        registry.SPECULATE[name],
+    """Make a drafter of the registry with those of these options that it has."""
+    drafter = registry.SPECULATE[name]
+    options = dict(
         num_draft_tokens=9,
         depth=4,
         ngram_min=1,
@@ -312,6 +308,8 @@ def small_drafter(name):
         include_output=True,
         break_even=0.0,
     )
+    fields = {f.name for f in dataclasses.fields(drafter)}
+    return drafter(**{name: x for name, x in options.items() if name in fields})
 
 
 @pytest.mark.parametrize(
@@ -349,8 +347,9 @@ def test_what_takes_drafts_stands_under_the_law():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", registry.PREFILL)
 def test_every_prefill_policy_goes_with_drafts(params, name):
-    policy = small(registry.PREFILL[name], window_size=4, prefix=2)
-    plain = Options(budget=PROMPT if name == "full" else 12, prefill=policy)
+    plain = Options(
+        budget=PROMPT if name == "full" else 12, prefill=SMALL_PREFILL[name]
+    )
     lengths = [PROMPT, 3, 11]
     drafted = dataclasses.replace(plain, speculate=small_drafter("aligned"))
     want, got = run(params, plain, 2, lengths), run(params, drafted, 2, lengths)
