@@ -207,7 +207,7 @@ class _One:
                 )
 
     def offsets(self) -> Iterator[tuple[tuple, Cosines]]:
-        """The right content at positions that are more and more wrong."""
+        """Yield the right content at positions that are more and more wrong."""
         count, steps = self._study.tokens, self._study.steps
         for step in range(steps + 1):
             start = round(self._length * step / steps)
