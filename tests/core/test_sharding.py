@@ -4,6 +4,7 @@ import dataclasses
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from jaxkv.kernels import dispatch, pointwise
 from jaxkv.kernels.per_shard import partition_spec, per_shard
 from jaxkv.models.decoder import Config, parameter_shapes
 
+FOLDER = Path(__file__).parent
 CONFIG = Config(
     vocab_size=64,
     hidden_size=32,
@@ -30,56 +32,7 @@ CONFIG = Config(
     qk_norm=True,
 )
 
-# Run by interpreters of their own: the number of devices is fixed at the start.
-GENERATION = """
-import dataclasses
-import jax, jax.numpy as jnp, numpy as np
-from jaxkv import (
-    Categorical, LongFlow, Options, SnapKV, StreamingLLM, generation, sharding)
-from jaxkv import state as kv
-from jaxkv.models.decoder import Config, Decoder, random_parameters
-
-config = Config(vocab_size=64, hidden_size=32, intermediate_size=48, num_layers=2,
-                num_heads=4, num_kv_heads=2, head_dim=8, qk_norm=True)
-params = random_parameters(config, jax.random.key(0), jnp.float32)
-params = jax.tree.map(lambda x: 12 * x if x.ndim == 2 else x, params)
-tokens = jnp.asarray(np.random.default_rng(0).integers(0, 64, (4, 16)), jnp.int32)
-lengths = jnp.asarray([16, 3, 9, 1], jnp.int32)
-keys = jax.random.split(jax.random.key(1), 4)
-
-def run(params, implementation, prefill, decode):
-    options = Options(budget=8, prefill=prefill, decode=decode, sampler=Categorical(),
-                      prefill_implementation=implementation,
-                      decode_implementation=implementation,
-                      scores_implementation=implementation)
-    return generation.generate_jit(
-        Decoder(config), params, tokens, lengths, keys, jnp.asarray([-1]),
-        jnp.int32(12), options=options, slots=options.num_slots(16, 12), max_out=12)
-
-streaming = StreamingLLM(n_sink=1)
-snapkv = SnapKV(window_size=2)
-mesh = sharding.make_mesh(data=2, model=2)
-sharding.check(config, mesh, batch=4)
-for policies in (
-    ("reference", streaming, streaming),
-    ("xla", streaming, streaming),
-    ("xla", snapkv, LongFlow()),
-    ("xla", snapkv, LongFlow(interval=2, protect_prompt=True)),
-):
-    alone = run(params, *policies)
-    with jax.set_mesh(mesh):
-        spread = run(sharding.shard_parameters(params, mesh), *policies)
-    np.testing.assert_array_equal(alone.tokens, spread.tokens)
-    wanted = sharding.state_specs(spread.cache[0])
-    for state in spread.cache:
-        assert len(state.keys.sharding.device_set) == 4
-        for name in ("keys", "values", "positions", "target"):
-            spec = jax.sharding.NamedSharding(mesh, getattr(wanted, name))
-            array = getattr(state, name)
-            assert array.sharding.is_equivalent_to(spec, array.ndim), name
-print("equal")
-"""
-
+# Run by an interpreter of its own: the number of devices is fixed at the start.
 OPERATIONS = r"""
 import functools, re, sys
 import jax, jax.numpy as jnp, numpy as np
@@ -244,23 +197,25 @@ def test_no_weights_are_gathered_for_triton(model, best, monkeypatch):
 )
 def test_operations_stay_on_their_devices(tmp_path, which):
     """Equal results, and nothing sent but what a shared victim needs."""
-    assert over_four_devices(OPERATIONS, tmp_path, which) == "equal"
+    assert over_four_devices(tmp_path, "-c", OPERATIONS, which) == "equal"
 
 
 @pytest.mark.slow
 def test_generation_over_four_devices(tmp_path):
-    assert over_four_devices(GENERATION, tmp_path) == "equal"
+    assert over_four_devices(tmp_path, FOLDER / "sharded_generation.py") == "equal"
 
 
-def over_four_devices(program, folder, *arguments):
-    """Run a program where JAX finds four devices, and return what it prints."""
+def over_four_devices(folder, *arguments):
+    """Run Python where JAX finds four devices, and return what it prints."""
+    flags = os.environ.get("XLA_FLAGS", "")
     run = subprocess.run(
-        [sys.executable, "-c", program, *arguments],
+        [sys.executable, *arguments],
         cwd=folder,
         env=dict(
             os.environ,
             JAX_PLATFORMS="cpu",
-            XLA_FLAGS="--xla_force_host_platform_device_count=4",
+            PYTHONPATH=str(FOLDER.parent),
+            XLA_FLAGS=f"{flags} --xla_force_host_platform_device_count=4",
         ),
         capture_output=True,
         text=True,
