@@ -43,8 +43,15 @@ from jaxkv import registry
 from jaxkv import tasks as jaxkv_tasks
 from jaxkv.bench.clock import device_memory
 from jaxkv.bench.matcher import time_matcher
-from jaxkv.evaluation import card
-from jaxkv.evaluation.card import DEVELOPMENT_SEED, QUOTING, REPORT_SEED, Cell
+from jaxkv.evaluation.questions import (
+    DEVELOPMENT_SEED,
+    QUOTING,
+    REASONING,
+    REPORT_SEED,
+    Cell,
+    draw_sample,
+    judge,
+)
 from jaxkv.options import described
 from jaxkv.planning import bucket
 from jaxkv.provenance import provenance, write_json
@@ -155,7 +162,8 @@ def measure(
         stats.append(out.stats)
         tokens += out.tokens
         for sample, text in zip(group, out.text, strict=True):
-            whole, part = card.judge(sample, text)
+            by_lines = sample.task in REASONING
+            whole, part = judge(sample, text, by_lines=by_lines)
             right.append(whole)
             scores.append(part)
     decoded = sum(len(row) for row in tokens) - len(tokens)
@@ -251,7 +259,7 @@ def draw(lm, task, length, samples, seed):
             for i in range(samples)
         ]
     cell = Cell(task=task, length=length)
-    return [card.draw(cell, count_tokens, seed=seed, index=i) for i in range(samples)]
+    return [draw_sample(cell, count_tokens, seed=seed, index=i) for i in range(samples)]
 
 
 def measured(

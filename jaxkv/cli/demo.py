@@ -11,8 +11,7 @@ import rich.table
 from rich.text import Text
 
 from jaxkv.cli.terminal import TextStream, announce, megabytes, progress
-from jaxkv.evaluation import card
-from jaxkv.evaluation.card import Cell
+from jaxkv.evaluation.questions import Cell, counter, draw_sample, judge
 from jaxkv.inference import Stats, generate
 from jaxkv.language_model import LanguageModel
 from jaxkv.policies.streaming_llm import StreamingLLM
@@ -61,10 +60,8 @@ def run(lm: LanguageModel, *, length: int, budget: int, seed: int) -> None:
         console.width = 110  # a log is wider than the 80 that rich assumes
     cells = [Cell(task=name, length=length) for name in RETRIEVAL]
     cells.append(Cell(task=REASONING, length=min(ANSWER, length // 4)))
-    samples = [
-        card.draw(cell, card.counter(lm.tokenizer), seed=seed, index=0)
-        for cell in cells
-    ]
+    count = counter(lm.tokenizer)
+    samples = [draw_sample(cell, count, seed=seed, index=0) for cell in cells]
     console.print(
         f"{len(RETRIEVAL)} questions about facts hidden in documents of {length} "
         "tokens, and one calculation of many steps; each with the full cache, and with "
@@ -138,7 +135,8 @@ def _answer(lm: LanguageModel, sample: Sample, **arguments) -> Answer:
     out = generate(
         lm, [sample.prompt], max_new_tokens=sample.max_new_tokens, **arguments
     )
-    right, score = card.judge(sample, out.text[0])
+    by_lines = sample.task == REASONING
+    right, score = judge(sample, out.text[0], by_lines=by_lines)
     return Answer(
         sample=sample, text=out.text[0], right=right, score=score, stats=out.stats
     )

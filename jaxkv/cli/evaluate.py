@@ -1,26 +1,36 @@
 """`jaxkv eval`: accuracy of a model, and of every way to keep its cache small."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import rich.console
 import typer
 from typer.core import TyperGroup
 
 from jaxkv.cli import flags, parsing
-from jaxkv.cli import sweep as cli_sweep
-from jaxkv.cli.sweep import Sweep, with_sweep
-from jaxkv.evaluation import card as evaluation
-from jaxkv.evaluation import card_report
-from jaxkv.evaluation import experiment as evaluation_experiment
-from jaxkv.evaluation import folder as evaluation_folder
-from jaxkv.evaluation import methods as evaluation_methods
-from jaxkv.evaluation.card import Cell
+from jaxkv.cli.sweep import Sweep, print_markdown, run_and_print, with_sweep
+from jaxkv.evaluation import experiment as experiments
 from jaxkv.evaluation.experiment import Experiment
-from jaxkv.evaluation.questions import Match
+from jaxkv.evaluation.folder import merge_folders
+from jaxkv.evaluation.methods import (
+    FULL,
+    Budget,
+    Method,
+    parse_budgets,
+    parse_decode_methods,
+    parse_prefill_methods,
+)
+from jaxkv.evaluation.questions import (
+    DEVELOPMENT_SEED,
+    QUOTING,
+    REASONING,
+    REPORT_SEED,
+    RETRIEVAL,
+    Cell,
+    Match,
+)
 from jaxkv.language_model import NEEDLE
+from jaxkv.planning import row_budgets
 from jaxkv.registry import PREFILL
 
 ALL = ",".join(PREFILL)
@@ -97,14 +107,14 @@ def niah(
             for length in parsing.positive("--lengths", lengths)
             for depth in _depths(depths)
         ],
-        methods=evaluation_methods.parse_prefill_methods(methods, decode=decode),
-        budgets=evaluation_methods.parse_budgets(budgets),
+        methods=parse_prefill_methods(methods, decode=decode),
+        budgets=parse_budgets(budgets),
         samples=samples,
         seed=_seed(development),
         max_new_tokens=max_new_tokens,
         **sweep.options,
     )
-    cli_sweep.run(model, sweep, experiment, what=lengths)
+    run_and_print(model, sweep, experiment, what=lengths)
 
 
 @app.command()
@@ -125,11 +135,11 @@ def ruler(
     """RULER's tasks that need no corpus, by method and budget of the prompt."""
     _by_length(
         model,
-        parsing.names(tasks, evaluation.RETRIEVAL),
+        parsing.names(tasks, RETRIEVAL),
         lengths,
         kind="ruler",
-        methods=evaluation_methods.parse_prefill_methods(methods, decode=decode),
-        budgets=evaluation_methods.parse_budgets(budgets),
+        methods=parse_prefill_methods(methods, decode=decode),
+        budgets=parse_budgets(budgets),
         samples=samples,
         seed=_seed(development),
         max_new_tokens=max_new_tokens,
@@ -157,11 +167,11 @@ def reasoning(
     """Long answers under a budget; percentages are of prompt and answer together."""
     _by_length(
         model,
-        parsing.names(tasks, evaluation.REASONING),
+        parsing.names(tasks, REASONING),
         lengths,
         kind="reasoning",
-        methods=evaluation_methods.parse_decode_methods(methods, prefill=prefill),
-        budgets=evaluation_methods.parse_budgets(budgets),
+        methods=parse_decode_methods(methods, prefill=prefill),
+        budgets=parse_budgets(budgets),
         samples=samples,
         seed=_seed(development),
         max_new_tokens=max_new_tokens,
@@ -190,13 +200,13 @@ def file(
     experiment = Experiment(
         kind="file",
         file=task_file,
-        methods=evaluation_methods.parse_prefill_methods(methods, decode=decode),
-        budgets=evaluation_methods.parse_budgets(budgets),
+        methods=parse_prefill_methods(methods, decode=decode),
+        budgets=parse_budgets(budgets),
         max_new_tokens=max_new_tokens,
         match=match,
         **sweep.options,
     )
-    cli_sweep.run(model, sweep, experiment, what=task_file.stem)
+    run_and_print(model, sweep, experiment, what=task_file.stem)
 
 
 @app.command()
@@ -209,9 +219,7 @@ def card(
     ] = "512,1024,2048,4096",
     samples: Annotated[int, typer.Option(min=1, help="Per task and length.")] = 200,
     batch_size: flags.BatchSize = 8,
-    seed: Annotated[
-        int, typer.Option(min=0, help="Of the samples.")
-    ] = evaluation.REPORT_SEED,
+    seed: Annotated[int, typer.Option(min=0, help="Of the samples.")] = REPORT_SEED,
     budget: flags.Budget = None,
     compression_ratio: flags.CompressionRatio = None,
     prefill: flags.Prefill = "full",
@@ -230,24 +238,30 @@ def card(
         compression_ratio=compression_ratio,
         prefill=prefill,
         decode=decode,
-    ) | {
-        "prefill_implementation": prefill_implementation,
-        "decode_implementation": decode_implementation,
-    }
-    flags.check(arguments)
-    cells = card_report.cells(tasks, lengths, answers)
-    if out is not None:
-        evaluation_folder.check_writable(out)  # before the work, not after it
-    lm = flags.load_model(model, dtype)
-    report = card_report.run(
-        lm, cells, samples=samples, batch_size=batch_size, seed=seed, **arguments
     )
-    if out is not None:
-        card_report.write(out, report)
-    if json_:
-        print(json.dumps(report.summary))
-    else:
-        rich.console.Console().print(card_report.table(report))
+    flags.check(arguments)
+    name = "+".join(part for part in (prefill, decode) if part != FULL) or FULL
+    method, budgets = _kept(arguments, name=name)
+    sweep = Sweep(
+        batch_size=batch_size,
+        characters=0,
+        out=out,
+        pictures=False,
+        dtype=dtype,
+        prefill_implementation=prefill_implementation,
+        decode_implementation=decode_implementation,
+        as_json=json_,
+    )
+    experiment = Experiment(
+        kind="card",
+        cells=_card_cells(tasks, lengths, answers),
+        methods=[method],
+        budgets=budgets,
+        samples=samples,
+        seed=seed,
+        **sweep.options,
+    )
+    run_and_print(model, sweep, experiment, what=None)
 
 
 @app.command()
@@ -261,8 +275,8 @@ def report(
     ] = False,
 ) -> None:
     """Print the tables of a folder as Markdown, and make its metrics anew."""
-    evaluation_experiment.write_report(folder, pictures=pictures)
-    print(evaluation_experiment.markdown(folder, baseline=baseline))
+    experiments.write_report(folder, pictures=pictures)
+    print(experiments.markdown(folder, baseline=baseline))
 
 
 @app.command()
@@ -277,9 +291,9 @@ def merge(
 
     So that a comparison can be shared by several processes or machines.
     """
-    evaluation_folder.merge(out, folders)
-    evaluation_experiment.write_report(out, pictures=pictures)
-    cli_sweep.print_markdown(evaluation_experiment.markdown(out))
+    merge_folders(out, folders)
+    experiments.write_report(out, pictures=pictures)
+    print_markdown(experiments.markdown(out))
 
 
 def _by_length(
@@ -292,11 +306,48 @@ def _by_length(
         for task in tasks
     ]
     experiment = Experiment(cells=cells, **decided, **sweep.options)
-    cli_sweep.run(model, sweep, experiment, what=lengths)
+    run_and_print(model, sweep, experiment, what=lengths)
+
+
+def _card_cells(tasks: str | None, lengths: str, answers: str) -> list[Cell]:
+    """Return the cells of the card: retrieval and quoting by length, long answers."""
+    by_length = parsing.positive("--lengths", lengths)
+    by_answer = parsing.positive("--answers", answers)
+    wanted = parsing.names(tasks, RETRIEVAL + QUOTING + REASONING)
+    cells = [Cell(task=t, length=n) for n in by_length for t in RETRIEVAL + QUOTING]
+    cells += [Cell(task=t, length=n) for n in by_answer for t in REASONING]
+    return [cell for cell in cells if cell.task in wanted]
+
+
+def _kept(arguments: dict[str, Any], *, name: str) -> tuple[Method, list[Budget]]:
+    """Return the one method of a card, and its budget if it has one.
+
+    Args:
+      arguments: from `flags.eviction`.
+      name: of the method.
+
+    Raises:
+      ValueError: a budget without an eviction, or one that does not go with it.
+    """
+    prefill, decode = arguments["prefill"], arguments["decode"]
+    method = Method(name=name, prefill=prefill, decode=decode)
+    tokens, ratio = arguments["budget"], arguments["compression_ratio"]
+    if tokens is None and ratio is None:
+        return method, []
+    row_budgets(tokens, ratio, [], evicts=decode.evicts)
+    if not method.bounded:
+        flag = "--budget" if ratio is None else "--compression-ratio"
+        raise ValueError(
+            f"{flag} does nothing where nothing evicts; add --prefill or --decode."
+        )
+    if ratio is None:
+        return method, [Budget(name=str(tokens), value=tokens)]
+    kept = 100 * (1 - ratio)
+    return method, [Budget(name=f"{kept:g}%", value=kept)]
 
 
 def _seed(development: bool) -> int:
-    return evaluation.DEVELOPMENT_SEED if development else evaluation.REPORT_SEED
+    return DEVELOPMENT_SEED if development else REPORT_SEED
 
 
 def _depths(text: str) -> list[float]:

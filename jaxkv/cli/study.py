@@ -6,13 +6,21 @@ from typing import Annotated, Any
 
 import typer
 
-from jaxkv.cli import flags, parsing, sweep
+from jaxkv.cli import flags, parsing
+from jaxkv.cli.sweep import print_markdown
 from jaxkv.cli.terminal import progress
-from jaxkv.evaluation import card, folder, methods, position_study
-from jaxkv.evaluation import questions as evaluation_questions
-from jaxkv.evaluation import tables as evaluation_tables
-from jaxkv.evaluation.card import Cell
+from jaxkv.evaluation import position_study
+from jaxkv.evaluation.folder import check_writable
+from jaxkv.evaluation.methods import parse_budgets
 from jaxkv.evaluation.position_study import Study
+from jaxkv.evaluation.questions import (
+    DEVELOPMENT_SEED,
+    QUOTING,
+    REPORT_SEED,
+    RETRIEVAL,
+    Cell,
+    draw_questions,
+)
 from jaxkv.language_model import NEEDLE
 from jaxkv.provenance import provenance, write_json
 
@@ -60,16 +68,16 @@ def positions(
     study = Study(
         tokens=tokens,
         sizes=sorted(parsing.positive("--sizes", sizes)),
-        budgets=methods.parse_budgets(budgets),
+        budgets=parse_budgets(budgets),
         seed=seed,
     )
     lm = flags.load_model(model, dtype)
-    drawn = card.DEVELOPMENT_SEED if development else card.REPORT_SEED
+    drawn = DEVELOPMENT_SEED if development else REPORT_SEED
     cell = Cell(task=task, length=length)
-    questions = evaluation_questions.draw(lm, [cell], samples=samples, seed=drawn)
+    questions = draw_questions(lm, [cell], samples=samples, seed=drawn)
     with progress() as bar:
         shown = bar.add_task("prompts", total=samples)
-        found = position_study.run(
+        found = position_study.measure(
             *(lm, questions, study),
             batch_size=batch_size,
             advance=lambda: bar.advance(shown),
@@ -91,13 +99,13 @@ def positions(
 
 def _check(task: str, out: Path | None) -> None:
     """Raise ValueError or OSError before the work, not after it."""
-    known = card.RETRIEVAL + card.QUOTING
+    known = RETRIEVAL + QUOTING
     if task not in known:
         raise ValueError(f"--task takes one of {', '.join(known)}, got {task!r}.")
     if out is not None:
         if out.is_dir():
             raise ValueError(f"--out takes a file, but {out} is a folder.")
-        folder.check_writable(out.parent)
+        check_writable(out.parent)
 
 
 def _tell(record: dict[str, Any], *, out: Path | None, json_: bool) -> None:
@@ -107,66 +115,4 @@ def _tell(record: dict[str, Any], *, out: Path | None, json_: bool) -> None:
     if json_:
         print(json.dumps(record))
     else:
-        sweep.print_markdown(tables(record))
-
-
-def tables(record: dict[str, Any]) -> str:
-    """Return a study's results as Markdown tables."""
-    config = record["config"]
-    columns = {
-        "before": "before RoPE",
-        "after": "after RoPE",
-        "before_centred": "before, centred",
-        "after_centred": "after, centred",
-    }
-
-    def cosines(row: dict[str, Any]) -> list[str]:
-        return [_number(row[name]) for name in columns]
-
-    names = list(columns.values())
-    by_content = evaluation_tables.markdown(
-        ["content", "position", *names],
-        [[r["content"], r["position"], *cosines(r)] for r in record["table"]],
-    )
-    by_start = evaluation_tables.markdown(
-        ["start", *names], [[r["start"], *cosines(r)] for r in record["offsets"]]
-    )
-    layers = len(record["table"][0]["after"]["layers"])
-    by_layer = evaluation_tables.markdown(
-        ["content", "position", *(f"layer {i}" for i in range(layers))],
-        [
-            [r["content"], r["position"], *(f"{x:.3f}" for x in r["after"]["layers"])]
-            for r in record["table"]
-        ],
-    )
-    windows = evaluation_tables.markdown(
-        ["window", "size", "similarity", *(f"recall {b}" for b in config["budgets"])],
-        [
-            [
-                r["window"],
-                str(r["size"] or ""),
-                _number(r["similarity"]) if "similarity" in r else "",
-                *(_number(r["recall"][b]) for b in config["budgets"]),
-            ]
-            for r in record["windows"]
-        ],
-    )
-    return "\n\n".join(
-        [
-            f"Queries of {config['model']} on {config['samples']} prompts of "
-            f"{config['task']}, {config['length']} tokens; the truth are the first "
-            f"{config['tokens']} tokens that the model writes. Cosines, mean over "
-            "tokens, heads and layers.",
-            f"### Content and position\n\n{by_content}",
-            f"### After RoPE, by layer\n\n{by_layer}",
-            f"### The right content at other positions\n\n{by_start}",
-            "### Windows: similarity of attention, recall of the truly best\n\n"
-            + windows,
-        ]
-    )
-
-
-def _number(value: dict[str, float | None]) -> str:
-    if value["half"] is None:
-        return f"{value['mean']:.4f}"
-    return f"{value['mean']:.4f} ± {value['half']:.4f}"
+        print_markdown(position_study.markdown(record))

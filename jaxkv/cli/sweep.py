@@ -1,9 +1,12 @@
 """The flags that all comparisons of `jaxkv eval` share, and how one of them is run."""
 
+import contextlib
 import dataclasses
 import functools
 import inspect
 import json
+import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
@@ -13,10 +16,13 @@ import rich.console
 import rich.markdown
 import typer
 
+from jaxkv import figures
 from jaxkv.cli import flags
-from jaxkv.evaluation import experiment as evaluation_experiment
-from jaxkv.evaluation import folder as evaluation_folder
-from jaxkv.evaluation.experiment import Experiment
+from jaxkv.cli.terminal import announce, progress
+from jaxkv.evaluation import experiment as experiments
+from jaxkv.evaluation.experiment import Experiment, Outcome
+from jaxkv.evaluation.folder import check_writable, safe_name
+from jaxkv.language_model import LanguageModel
 
 Out = Annotated[
     Path | None,
@@ -108,14 +114,17 @@ def with_sweep(command: Callable[..., None]) -> Callable[..., None]:
     return with_flags
 
 
-def run(model: str, sweep: Sweep, experiment: Experiment, *, what: str) -> None:
+def run_and_print(
+    model: str, sweep: Sweep, experiment: Experiment, *, what: str | None
+) -> None:
     """Run an experiment in its folder and print what came out.
 
     Args:
       model: what to load.
       sweep: the shared flags.
       experiment: what to run.
-      what: lengths or the like, for the folder's default name.
+      what: lengths or the like, for the folder's default name; None keeps nothing
+        where no folder is named, and prints with the metrics what a folder would say.
     """
     if experiment.side_by_side > 1 and jax.default_backend() == "gpu":
         # Seen on an H200: a thread that waits breaks the other one's graph capture.
@@ -123,18 +132,67 @@ def run(model: str, sweep: Sweep, experiment: Experiment, *, what: str) -> None:
             "--side-by-side does not work on a GPU, where one program disturbs "
             "another's launches; leave it out."
         )
-    folder = sweep.out
-    if folder is None:
+    kept = sweep.out
+    if kept is None and what is not None:
         parts = (experiment.kind, what, model)
-        folder = Path("results") / "__".join(map(evaluation_folder.safe_name, parts))
-    evaluation_folder.check_writable(folder)  # before the work, not after it
+        kept = Path("results") / "__".join(map(safe_name, parts))
+    if kept is not None:
+        check_writable(kept)  # before the work, not after it
     lm = flags.load_model(model, sweep.dtype)
-    metrics = evaluation_experiment.run(lm, experiment, folder, pictures=sweep.pictures)
-    if sweep.as_json:
-        print(json.dumps({"folder": str(folder)} | metrics))
-    else:
-        print_markdown(evaluation_experiment.markdown(folder))
-        rich.console.Console(stderr=True).print(f"Results: {folder}", soft_wrap=True)
+    with contextlib.ExitStack() as stack:
+        folder = kept or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        try:
+            outcome = _run(lm, sweep, experiment, folder)
+        except KeyboardInterrupt:
+            if kept is not None:
+                say(f"interrupted; the same command goes on in {kept}")
+            raise
+        if sweep.as_json:
+            print(json.dumps(_record(outcome, None if what is None else kept)))
+            return
+        print_markdown(experiments.markdown(folder))
+    if kept is not None:
+        rich.console.Console(stderr=True).print(f"Results: {kept}", soft_wrap=True)
+
+
+def _run(
+    lm: LanguageModel, sweep: Sweep, experiment: Experiment, folder: Path
+) -> Outcome:
+    """Run an experiment with a progress bar, and say on stderr how it went."""
+    drawn = figures.available() if sweep.pictures is None else sweep.pictures
+    with progress() as bar:
+        task = bar.add_task("")
+
+        def show(text: str, done: int, total: int) -> None:
+            bar.update(task, description=text, completed=done, total=total)
+
+        outcome = experiments.run(lm, experiment, folder, pictures=drawn, show=show)
+    if outcome.stats:
+        announce(lm, outcome.stats)
+    if sweep.pictures is None and not drawn and outcome.metrics["cells"]:
+        say(
+            "no pictures without matplotlib; pip install 'jaxkv[plot]', then "
+            f"jaxkv eval report {folder} --pictures"
+        )
+    if not outcome.complete:
+        say(f"--seconds is over; the same command goes on in {folder}")
+    return outcome
+
+
+def _record(outcome: Outcome, folder: Path | None) -> dict[str, Any]:
+    """Return what `--json` prints: what a folder would hold, or where it is."""
+    if folder is not None:
+        return {"folder": str(folder)} | outcome.metrics
+    return {
+        "config": outcome.config,
+        "metrics": outcome.metrics,
+        "run_meta": outcome.meta,
+    }
+
+
+def say(message: str) -> None:
+    """Print one line on stderr."""
+    print(f"jaxkv: {message}", file=sys.stderr)
 
 
 def print_markdown(text: str) -> None:

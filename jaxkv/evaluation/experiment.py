@@ -5,32 +5,35 @@ in the folder is skipped, and all files that are made of predictions are made an
 """
 
 import dataclasses
-import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import numpy as np
 
 from jaxkv import figures
-from jaxkv.cli.terminal import announce, progress
-from jaxkv.evaluation import folder as evaluation_folder
-from jaxkv.evaluation import metrics as evaluation_metrics
-from jaxkv.evaluation import pictures as evaluation_pictures
-from jaxkv.evaluation import questions as evaluation_questions
+from jaxkv.evaluation import pictures as drawings
 from jaxkv.evaluation import sweep, tables
-from jaxkv.evaluation.card import Cell
-from jaxkv.evaluation.folder import Predictions
+from jaxkv.evaluation.folder import Predictions, add_run, read_config, read_rows
 from jaxkv.evaluation.methods import Budget, Method
-from jaxkv.evaluation.questions import Match, Question
+from jaxkv.evaluation.metrics import by_cell, macro, typed
+from jaxkv.evaluation.questions import (
+    Cell,
+    Match,
+    Question,
+    draw_questions,
+    read_task_file,
+)
 from jaxkv.evaluation.sweep import Batch, Unit
 from jaxkv.inference import Stats
 from jaxkv.language_model import LanguageModel
 from jaxkv.options import described
 from jaxkv.provenance import provenance, write_json
 
-Kind = Literal["niah", "ruler", "reasoning", "file"]
+Kind = Literal["card", "niah", "ruler", "reasoning", "file"]
+Progress = Callable[[str, int, int], Any]  # what is done, how much of it, of how much
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,7 +48,8 @@ class Experiment:
       budgets: columns of the table.
       samples: per cell.
       seed: of the samples.
-      max_new_tokens: the longest output; None takes each length's longest answer.
+      max_new_tokens: the longest output; None takes the longest answer of each length,
+        for the card of each cell.
       match: whether one wanted string is enough.
       batch_size: most prompts generated from together.
       mixed: whether a batch may hold rows of different budgets.
@@ -112,16 +116,14 @@ class _Clock:
 
 
 class _Record:
-    """Takes the batches as they come: into the folder, the clock and the bar."""
+    """Takes the batches as they come: into the folder, the clock and the progress."""
 
     def __init__(
-        self, predictions: Predictions, clock: _Clock, bar: Any, units: Sequence[Unit]
+        self, predictions: Predictions, clock: _Clock, show: Progress, total: int
     ):
         self.stats: list[Stats] = []
-        self._predictions = predictions
-        self._clock = clock
-        self._bar = bar
-        self._task = bar.add_task("", total=sum(len(unit.rows) for unit in units))
+        self._predictions, self._clock = predictions, clock
+        self._show, self._done, self._total = show, 0, total
 
     def __call__(self, batch: Batch) -> None:
         begin = time.perf_counter()
@@ -132,24 +134,46 @@ class _Record:
         self._clock.add("prefill", batch.stats.prefill_seconds)
         self._clock.add("decode", batch.stats.decode_seconds)
         self._clock.add("judge", batch.judging_seconds)
+        self._done += len(batch.rows)
         last = batch.rows[-1]
-        text = f"{last['method']} {last['length']}"
-        self._bar.update(self._task, advance=len(batch.rows), description=text)
+        self._show(f"{last['method']} {last['length']}", self._done, self._total)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What `run` gave.
+
+    Attributes:
+      config: the content of `config.yaml`.
+      metrics: the content of `metrics.json`.
+      meta: what has been added to `run_meta.json`.
+      stats: what each batch cost that has run now.
+      complete: whether nothing is missing; if not, the time was over.
+    """
+
+    config: dict[str, Any]
+    metrics: dict[str, Any]
+    meta: dict[str, Any]
+    stats: list[Stats]
+    complete: bool
 
 
 def run(
-    lm: LanguageModel, experiment: Experiment, folder: Path, *, pictures: bool | None
-) -> dict[str, Any]:
+    lm: LanguageModel,
+    experiment: Experiment,
+    folder: Path,
+    *,
+    pictures: bool,
+    show: Progress = lambda what, done, total: None,
+) -> Outcome:
     """Run what is missing in a folder, and write all its files.
 
     Args:
       lm: the model.
       experiment: what to run.
       folder: new, or of an earlier run of the same experiment.
-      pictures: whether to draw; None draws where matplotlib is installed.
-
-    Returns:
-      The content of `metrics.json`.
+      pictures: whether to draw.
+      show: is told what is done.
 
     Raises:
       ValueError: the folder is of another experiment, or something cannot work; nothing
@@ -160,54 +184,54 @@ def run(
     limit = experiment.seconds
     deadline = None if limit is None else time.monotonic() + limit
     clock = _Clock()
-    predictions = Predictions(folder, experiment.config(lm))
+    config = experiment.config(lm)
+    predictions = Predictions(folder, config)
     origin = provenance()
-    with progress() as bar:
-        questions = _questions(lm, experiment, bar)
-        clock.lap("questions")
-        units = _plan(lm, experiment, questions, predictions)
-        clock.lap("plan")
-        record = _Record(predictions, clock, bar, units)
-        try:
-            complete = sweep.run(
-                lm,
-                units,
-                record,
-                match=experiment.match,
-                deadline=deadline,
-                side_by_side=experiment.side_by_side,
-                characters=experiment.characters,
-                **experiment.arguments,
-            )
-        except KeyboardInterrupt:
-            _say(f"interrupted; the same command goes on in {folder}")
-            raise
-        clock.lap("run")
-    if record.stats:
-        announce(lm, record.stats)
+    questions = _questions(lm, experiment, show)
+    clock.lap("questions")
+    units = _plan(lm, experiment, questions, predictions)
+    clock.lap("plan")
+    total = sum(len(unit.rows) for unit in units)
+    record = _Record(predictions, clock, show, total)
+    complete = sweep.run_units(
+        lm,
+        units,
+        record,
+        match=experiment.match,
+        deadline=deadline,
+        side_by_side=experiment.side_by_side,
+        characters=experiment.characters,
+        **experiment.arguments,
+    )
+    clock.lap("run")
     metrics = write_report(folder, pictures=pictures)
     clock.lap("report")
-    evaluation_folder.add_run(folder, origin | _meta(experiment, clock, complete))
-    if not complete:
-        _say(f"--seconds is over; the same command goes on in {folder}")
-    return metrics
+    meta = origin | _meta(experiment, clock, complete)
+    add_run(folder, meta)
+    return Outcome(
+        config=config,
+        metrics=metrics,
+        meta=meta,
+        stats=record.stats,
+        complete=complete,
+    )
 
 
-def _questions(lm: LanguageModel, experiment: Experiment, bar: Any) -> list[Question]:
+def _questions(
+    lm: LanguageModel, experiment: Experiment, show: Progress
+) -> list[Question]:
     if experiment.file is not None:
-        return evaluation_questions.read_task_file(
+        return read_task_file(
             lm, experiment.file, max_new_tokens=experiment.max_new_tokens
         )
-    task = bar.add_task("samples", total=experiment.samples * len(experiment.cells))
-    drawn = evaluation_questions.draw(
+    total = experiment.samples * len(experiment.cells)
+    return draw_questions(
         lm,
         experiment.cells,
         samples=experiment.samples,
         seed=experiment.seed,
-        advance=lambda count: bar.advance(task, count),
+        advance=lambda done: show("samples", done, total),
     )
-    bar.remove_task(task)
-    return drawn
 
 
 def _plan(
@@ -217,13 +241,16 @@ def _plan(
     predictions: Predictions,
 ) -> list[Unit]:
     """Return what the folder lacks, or raise ValueError for what cannot work."""
-    of_sequence = experiment.kind == "reasoning"
     units = sweep.plan(
         questions,
         experiment.methods,
         experiment.budgets,
-        whole=sweep.wholes(questions, of_sequence=of_sequence),
-        max_new_tokens=experiment.max_new_tokens,
+        whole=whole(experiment.kind, questions),
+        outputs=sweep.longest_outputs(
+            questions,
+            by_cell=experiment.kind == "card",
+            limit=experiment.max_new_tokens,
+        ),
         batch_size=experiment.batch_size,
         mixed=experiment.mixed,
         done=predictions.done,
@@ -232,58 +259,63 @@ def _plan(
     return units
 
 
-def write_report(folder: Path, *, pictures: bool | None) -> dict[str, Any]:
+def whole(kind: Kind, questions: Sequence[Question]) -> Callable[[Question], float]:
+    """Return what says of a question how many tokens 100 % of them are.
+
+    They are each prompt's own for the card, the mean of prompt and gold answer together
+    over a cell's questions for `reasoning`, the cell's length for all others.
+    """
+    if kind == "card":
+        return lambda question: len(question.ids)
+    if kind != "reasoning":
+        return lambda question: question.cell.length
+    sums: dict[Cell, list[int]] = {}
+    for q in questions:
+        sums.setdefault(q.cell, []).append(len(q.ids) + q.answer_tokens)
+    means = {cell: float(np.mean(tokens)) for cell, tokens in sums.items()}
+    return lambda question: means[question.cell]
+
+
+def write_report(folder: Path, *, pictures: bool) -> dict[str, Any]:
     """Write metrics and pictures of the predictions in a folder; return the metrics.
 
     Args:
       folder: of an experiment.
-      pictures: as in `run`.
+      pictures: whether to draw.
 
     Raises:
       ValueError: the folder holds no results, or matplotlib is missing.
     """
-    rows = evaluation_metrics.typed(evaluation_folder.read(folder))
-    config = evaluation_folder.read_config(folder)
+    rows = typed(read_rows(folder))
+    config = read_config(folder)
     metrics = {
-        "cells": evaluation_metrics.cells(rows),
-        "macro": evaluation_metrics.macro(rows),
-        "macro_exact": evaluation_metrics.macro(rows, "exact"),
+        "cells": by_cell(rows),
+        "macro": macro(rows),
+        "macro_exact": macro(rows, "exact"),
     }
     write_json(folder / "metrics.json", metrics)
     if not rows:
         return metrics
-    drawn = folder / "pictures"
-    if config["kind"] == "niah":
-        evaluation_pictures.write_grids(drawn, rows)
-    if pictures is False:
+    drawn, kind = folder / "pictures", config["kind"]
+    if kind == "niah":
+        drawings.write_grids(drawn, rows)
+    if not pictures:
         return metrics
-    if pictures is None and not figures.available():
-        _say(
-            "no pictures without matplotlib; pip install 'jaxkv[plot]', then "
-            f"jaxkv eval report {folder} --pictures"
-        )
+    title = f"{kind}, {config['model']}"
+    if kind == "niah":
+        drawings.draw_heat_maps(drawn, rows, title=title)
         return metrics
-    title = f"{config['kind']}, {config['model']}"
-    if config["kind"] == "niah":
-        evaluation_pictures.draw_heat_maps(drawn, rows, title=title)
-    else:
-        evaluation_pictures.draw_budgets(
-            drawn,
-            rows,
-            title=title,
-            column="exact" if config["kind"] == "reasoning" else "score",
-            label="whole answers right"
-            if config["kind"] == "reasoning"
-            else "score, mean over tasks",
-        )
+    column, label = "score", "score, mean over tasks"
+    if kind in ("card", "reasoning"):
+        column, label = "exact", "whole answers right"
+    drawings.draw_budgets(drawn, rows, title=title, column=column, label=label)
     return metrics
 
 
 def markdown(folder: Path, *, baseline: str | None = None) -> str:
-    """Return the report of a folder; see `evaluation_tables.report`."""
-    rows = evaluation_metrics.typed(evaluation_folder.read(folder))
-    config = evaluation_folder.read_config(folder)
-    return tables.report(rows, config, baseline=baseline)
+    """Return the report of a folder; see `tables.report`."""
+    rows = typed(read_rows(folder))
+    return tables.report(rows, read_config(folder), baseline=baseline)
 
 
 def _meta(experiment: Experiment, clock: _Clock, complete: bool) -> dict[str, Any]:
@@ -297,7 +329,3 @@ def _meta(experiment: Experiment, clock: _Clock, complete: bool) -> dict[str, An
         "seconds": {phase: round(s, 3) for phase, s in clock.seconds.items()},
         "peak_bytes": device.get("peak_bytes_in_use"),
     }
-
-
-def _say(message: str) -> None:
-    print(f"jaxkv: {message}", file=sys.stderr)

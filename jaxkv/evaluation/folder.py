@@ -93,7 +93,7 @@ class Predictions:
             raise ValueError(
                 f"{folder} holds predictions but no config.yaml; choose another --out."
             )
-        rows = read(folder) if begun else []
+        rows = read_rows(folder) if begun else []
         if rows or (saved.exists() and not begun):
             _refuse_other(saved, _plain(config))
         else:  # new, or of a run that ended before its first batch: nothing to mix with
@@ -125,7 +125,7 @@ def key(row: dict[str, Any]) -> Key:
     return tuple(str(row[name]) for name in KEY)
 
 
-def read(folder: Path) -> list[dict[str, str]]:
+def read_rows(folder: Path) -> list[dict[str, str]]:
     """Return the complete rows of a folder's predictions, all as text.
 
     Raises:
@@ -184,7 +184,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def merge(folder: Path, parts: Sequence[Path]) -> None:
+def merge_folders(folder: Path, parts: Sequence[Path]) -> None:
     """Put runs that differ in methods, budgets and cells only into a new folder.
 
     Args:
@@ -211,7 +211,7 @@ def merge(folder: Path, parts: Sequence[Path]) -> None:
     for name in lists:
         entries = [entry for config in configs for entry in config[name]]
         together[name] = [x for i, x in enumerate(entries) if x not in entries[:i]]
-    rows = {key(row): row for part in parts for row in read(part)}
+    rows = {key(row): row for part in parts for row in read_rows(part)}
     runs = [run for part in parts for run in _runs(part)]
     if any((folder / name).exists() for name in ("predictions.csv", "config.yaml")):
         raise ValueError(f"{folder} holds results already; choose another folder.")

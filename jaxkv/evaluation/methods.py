@@ -34,7 +34,7 @@ class Method:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Budget:
-    """A number of tokens, or a percentage of a cell's whole.
+    """A number of tokens, or a percentage of a whole.
 
     Attributes:
       name: as the flag gave it, such as `6%` or `256`.
@@ -114,7 +114,7 @@ def _methods(text: str, table: Mapping[str, type], other, role: str) -> list[Met
     return found
 
 
-def check(method: Method, budget: Budget, tokens: int, longest: int) -> None:
+def check_budget(method: Method, budget: Budget, tokens: int, longest: int) -> None:
     """Raise ValueError if a method cannot work with a budget, before anything runs.
 
     Args:

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from jaxkv import figures
-from jaxkv.evaluation import metrics
 from jaxkv.evaluation.folder import safe_name
 from jaxkv.evaluation.methods import FULL
-from jaxkv.evaluation.metrics import Rows
+from jaxkv.evaluation.metrics import Rows, groups, macro
+from jaxkv.evaluation.statistics import mean_interval
 
 
 def grids(rows: Rows) -> dict[tuple[str, str], list[list[Any]]]:
@@ -24,11 +24,11 @@ def grids(rows: Rows) -> dict[tuple[str, str], list[list[Any]]]:
     None where nothing has run.
     """
     found = {}
-    pairs = metrics.groups(rows, ("method", "budget"))
+    pairs = groups(rows, ("method", "budget"))
     for pair, group in pairs.items():
         scores = {
-            place: metrics.mean_interval(row["score"] for row in some)[0]
-            for place, some in metrics.groups(group, ("depth", "length")).items()
+            place: mean_interval(row["score"] for row in some)[0]
+            for place, some in groups(group, ("depth", "length")).items()
         }
         depths = sorted({depth for depth, _ in scores})
         lengths = sorted({length for _, length in scores})
@@ -89,7 +89,7 @@ def draw_budgets(
 
     Args:
       folder: where `budgets.png` and `.svg` go.
-      rows: from `evaluation_metrics.typed`.
+      rows: from `metrics.typed`.
       title: of the picture.
       column: "score" or "exact".
       label: of the vertical axis.
@@ -97,7 +97,7 @@ def draw_budgets(
     Raises:
       ValueError: matplotlib is missing.
     """
-    records = metrics.macro(rows, column)
+    records = macro(rows, column)
     lengths = sorted({record["length"] for record in records})
     figure = figures.empty(figsize=(3 + 4.5 * len(lengths), 4.2))
     panels = figure.subplots(1, len(lengths), squeeze=False, sharey=True)
@@ -139,7 +139,7 @@ def _panel(
     ordered = sorted(budgets, key=lambda name: float(name.removesuffix("%")))
     place = {name: number for number, name in enumerate(ordered)}
     axes.set_xticks(range(len(ordered)), ordered)
-    methods = metrics.groups(records, ("method",))
+    methods = groups(records, ("method",))
     for (method,), group in methods.items():
         if group[0]["budget"] == FULL:
             axes.axhline(group[0][column], color="black", ls="--", label=method)

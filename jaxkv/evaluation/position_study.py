@@ -18,10 +18,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxkv.evaluation import metrics, query_probe
+from jaxkv.evaluation import query_probe, tables
 from jaxkv.evaluation.methods import Budget
 from jaxkv.evaluation.query_probe import Cosines, Recording
 from jaxkv.evaluation.questions import Question
+from jaxkv.evaluation.statistics import half_width
 from jaxkv.inference import generate
 from jaxkv.language_model import LanguageModel
 from jaxkv.planning import bucket
@@ -60,7 +61,7 @@ class Study:
     seed: int = 0
 
 
-def run(
+def measure(
     lm: LanguageModel,
     questions: Sequence[Question],
     study: Study,
@@ -337,7 +338,64 @@ def _cosines(values: Sequence[Cosines]) -> dict[str, Any]:
 def _mean(values: Any) -> dict[str, float | None]:
     """Return mean and half of the 95 % interval, None where one value says nothing."""
     values = np.array([float(value) for value in values])
-    if len(values) == 1:
-        return {"mean": float(values[0]), "half": None}
-    half = metrics.student(len(values) - 1) * values.std(ddof=1)
-    return {"mean": float(values.mean()), "half": float(half / len(values) ** 0.5)}
+    half = half_width(values) if len(values) > 1 else None
+    return {"mean": float(values.mean()), "half": half}
+
+
+def markdown(record: dict[str, Any]) -> str:
+    """Return a study's results as Markdown tables.
+
+    Args:
+      record: what `measure` has returned, and `config`: what was asked.
+    """
+    config = record["config"]
+    names = ("before RoPE", "after RoPE", "before, centred", "after, centred")
+
+    def cosines(row: dict[str, Any]) -> list[str]:
+        return [_number(row[name]) for name in Cosines._fields]
+
+    by_content = tables.markdown(
+        ["content", "position", *names],
+        [[r["content"], r["position"], *cosines(r)] for r in record["table"]],
+    )
+    by_start = tables.markdown(
+        ["start", *names], [[r["start"], *cosines(r)] for r in record["offsets"]]
+    )
+    layers = len(record["table"][0]["after"]["layers"])
+    by_layer = tables.markdown(
+        ["content", "position", *(f"layer {i}" for i in range(layers))],
+        [
+            [r["content"], r["position"], *(f"{x:.3f}" for x in r["after"]["layers"])]
+            for r in record["table"]
+        ],
+    )
+    windows = tables.markdown(
+        ["window", "size", "similarity", *(f"recall {b}" for b in config["budgets"])],
+        [
+            [
+                r["window"],
+                str(r["size"] or ""),
+                _number(r["similarity"]) if "similarity" in r else "",
+                *(_number(r["recall"][b]) for b in config["budgets"]),
+            ]
+            for r in record["windows"]
+        ],
+    )
+    return "\n\n".join(
+        [
+            f"Queries of {config['model']} on {config['samples']} prompts of "
+            f"{config['task']}, {config['length']} tokens; the truth are the first "
+            f"{config['tokens']} tokens that the model writes. Cosines, mean over "
+            "tokens, heads and layers.",
+            f"### Content and position\n\n{by_content}",
+            f"### After RoPE, by layer\n\n{by_layer}",
+            f"### The right content at other positions\n\n{by_start}",
+            "### Windows: similarity of attention, recall of the truly best\n\n"
+            + windows,
+        ]
+    )
+
+
+def _number(value: dict[str, float | None]) -> str:
+    half = "" if value["half"] is None else f" ± {value['half']:.4f}"
+    return f"{value['mean']:.4f}{half}"

@@ -1,7 +1,9 @@
 """What an evaluation asks: samples drawn and tokenised once for all methods, or a file.
 
-A question holds its prompt as an array of token ids, so that a hundred runs over it
-cost one tokenisation.
+Samples come from seeds and key vocabularies that training never saw. A question holds
+its prompt as an array of token ids, so that a hundred runs over it cost one
+tokenisation. Retrieval is scored as RULER scores it (every wanted string must occur in
+the output); long answers must be right line by line, quotations word for word.
 """
 
 import dataclasses
@@ -12,14 +14,47 @@ from typing import Any, Literal
 
 import numpy as np
 
-from jaxkv.evaluation import card
-from jaxkv.evaluation.card import Cell
 from jaxkv.fields import MOST
 from jaxkv.language_model import LanguageModel
-from jaxkv.tasks import reasoning
-from jaxkv.tasks.samples import Sample, score_all
+from jaxkv.tasks import TASKS, Sample, make, reasoning, score_all
 
 Match = Literal["all", "any"]
+
+RETRIEVAL = (
+    "niah_single_1",
+    "niah_single_words",
+    "niah_single_uuid",
+    "niah_multikey",
+    "niah_multikey_needles",
+    "niah_multikey_uuid",
+    "niah_multivalue",
+    "niah_multiquery",
+    "vt",
+)
+REASONING = ("ledger", "machine")
+QUOTING = ("quote", "continue", "edit")
+
+# Development looks at one seed, reports at another; training uses neither, and its
+# keys are of another vocabulary besides.
+DEVELOPMENT_SEED = 1_000_003
+REPORT_SEED = 2_000_003
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One task at one length.
+
+    Attributes:
+      task: a name of `tasks.TASKS`.
+      length: tokens of prompt and answer together; of the answer alone for the
+        reasoning tasks.
+      depth: where the needle stands, from 0 (the text's beginning) to 1, for tasks
+        with one needle; None draws it.
+    """
+
+    task: str
+    length: int
+    depth: float | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -44,13 +79,46 @@ class Question:
     by_lines: bool
 
 
-def draw(
+def draw_sample(
+    cell: Cell, count_tokens: Callable[[str], int], *, seed: int, index: int
+) -> Sample:
+    """Return sample `index` of a cell; it depends on nothing but the arguments.
+
+    Cells that differ in depth only have the same needle and the same noise.
+    """
+    number = list(TASKS).index(cell.task)
+    rng = np.random.default_rng([seed, number, cell.length, index])
+    if cell.task in REASONING:
+        return TASKS[cell.task](
+            rng, answer_tokens=cell.length, count_tokens=count_tokens, split="eval"
+        )
+    place = {} if cell.depth is None else {"depth": cell.depth}
+    return make(
+        cell.task,
+        rng,
+        length=cell.length,
+        count_tokens=count_tokens,
+        split="eval",
+        **place,
+    )
+
+
+def counter(tokenizer: Any) -> Callable[[str], int]:
+    """Return a function that counts a text's tokens, without special tokens."""
+    # Samples are counted piece by piece; transformers' own call costs ten times more.
+    fast = getattr(tokenizer, "backend_tokenizer", None)
+    if fast is not None:
+        return lambda text: len(fast.encode(text, add_special_tokens=False))
+    return lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def draw_questions(
     lm: LanguageModel,
     cells: Sequence[Cell],
     *,
     samples: int,
     seed: int,
-    advance: Callable[[int], Any] = lambda count: None,
+    advance: Callable[[int], Any] = lambda done: None,
 ) -> list[Question]:
     """Draw the samples of all cells and tokenise their prompts, each once.
 
@@ -59,7 +127,7 @@ def draw(
       cells: what to ask.
       samples: per cell.
       seed: of the samples.
-      advance: called with the number of questions that have just been made.
+      advance: called with the number of questions that are made.
 
     Raises:
       ValueError: the model has no tokenizer, or a cell is longer than its positions or
@@ -78,16 +146,16 @@ def draw(
     questions = []
     for cell in cells:
         questions += _drawn(lm.tokenizer, cell, range(samples), seed)
-        advance(samples)
+        advance(len(questions))
     return questions
 
 
 def _drawn(
     tokenizer: Any, cell: Cell, indices: Sequence[int], seed: int
 ) -> list[Question]:
-    count_tokens = card.counter(tokenizer)
+    count_tokens = counter(tokenizer)
     samples = [
-        card.draw(cell, count_tokens, seed=seed, index=index) for index in indices
+        draw_sample(cell, count_tokens, seed=seed, index=index) for index in indices
     ]
     rows = _encode(tokenizer, [sample.prompt for sample in samples])
     return [
@@ -97,7 +165,7 @@ def _drawn(
             ids=ids,
             sample=sample,
             answer_tokens=count_tokens(sample.answer),
-            by_lines=cell.task in card.REASONING,
+            by_lines=cell.task in REASONING,
         )
         for index, ids, sample in zip(indices, rows, samples, strict=True)
     ]
@@ -167,15 +235,21 @@ def read_task_file(
     ]
 
 
-def judge(question: Question, prediction: str, match: Match) -> tuple[bool, float]:
+def judge(
+    sample: Sample, prediction: str, *, by_lines: bool, match: Match = "all"
+) -> tuple[bool, float]:
     """Return whether an output is right as a whole, and its score in [0, 1].
 
-    With `match="any"`, one of the wanted strings is enough, as in RULER's question
-    answering.
+    Args:
+      sample: what was asked.
+      prediction: the output.
+      by_lines: see `Question`.
+      match: "any" makes one of the wanted strings enough, as in RULER's question
+        answering.
     """
-    if question.by_lines:
-        return reasoning.check(question.sample, prediction)
-    score = score_all(prediction, question.sample.outputs)
+    if by_lines:
+        return reasoning.check(sample, prediction)
+    score = score_all(prediction, sample.outputs)
     if match == "any":
         score = float(score > 0)
     return score == 1, score

@@ -14,15 +14,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from jaxkv.arguments import check_fit
-from jaxkv.evaluation import folder
-from jaxkv.evaluation import methods as evaluation_methods
-from jaxkv.evaluation.card import Cell
-from jaxkv.evaluation.folder import Key
-from jaxkv.evaluation.methods import FULL, Budget, Method
-from jaxkv.evaluation.questions import Match, Question, judge
+from jaxkv.evaluation.folder import Key, key
+from jaxkv.evaluation.methods import FULL, Budget, Method, check_budget
+from jaxkv.evaluation.questions import Cell, Match, Question, judge
 from jaxkv.inference import Stats, generate
 from jaxkv.language_model import LanguageModel
 from jaxkv.options import Options
@@ -48,7 +43,7 @@ class Row:
     @property
     def key(self) -> Key:
         """What tells this row from all others, as in `predictions.csv`."""
-        return folder.key(self.columns)
+        return key(self.columns)
 
     @property
     def columns(self) -> dict[str, Any]:
@@ -102,23 +97,22 @@ class Unit:
             )
 
 
-def wholes(questions: Sequence[Question], *, of_sequence: bool) -> dict[Cell, float]:
-    """Return of each cell what a budget in percent is a part of, in tokens.
+def longest_outputs(
+    questions: Sequence[Question], *, by_cell: bool, limit: int | None
+) -> dict[Cell, int]:
+    """Return how many tokens the outputs of each cell may have.
 
     Args:
       questions: of all cells.
-      of_sequence: take the mean of prompt and gold answer together, instead of the
-        cell's length.
+      by_cell: take each cell's longest answer, instead of its length's.
+      limit: the number for all cells, if it is given.
     """
-    groups: dict[Cell, list[Question]] = {}
-    for question in questions:
-        groups.setdefault(question.cell, []).append(question)
-    if not of_sequence:
-        return {cell: float(cell.length) for cell in groups}
-    return {
-        cell: float(np.mean([len(q.ids) + q.answer_tokens for q in group]))
-        for cell, group in groups.items()
-    }
+    found: dict[Any, int] = {}
+    for q in questions:
+        group = q.cell if by_cell else q.cell.length
+        found[group] = max(found.get(group, 0), limit or q.sample.max_new_tokens)
+    cells = dict.fromkeys(q.cell for q in questions)
+    return {cell: found[cell if by_cell else cell.length] for cell in cells}
 
 
 def plan(
@@ -126,8 +120,8 @@ def plan(
     methods: Sequence[Method],
     budgets: Sequence[Budget],
     *,
-    whole: Mapping[Cell, float],
-    max_new_tokens: int | None,
+    whole: Callable[[Question], float],
+    outputs: Mapping[Cell, int],
     batch_size: int,
     mixed: bool,
     done: set[Key],
@@ -138,8 +132,8 @@ def plan(
       questions: what is asked.
       methods: how caches are kept small; those that evict nothing run once.
       budgets: of all other methods.
-      whole: what percentages are a part of; see `wholes`.
-      max_new_tokens: the longest output; None takes each length's longest answer.
+      whole: what a budget in per cent is a part of, in tokens.
+      outputs: tokens of the longest output; see `longest_outputs`.
       batch_size: most rows of a batch.
       mixed: put rows of different budgets into one batch, where the method's decode
         policy does not evict.
@@ -152,24 +146,19 @@ def plan(
       ValueError: a method cannot work with a budget.
     """
     longest: dict[Cell, int] = {}
-    new: dict[int, int] = {}
     for q in questions:
         longest[q.cell] = max(longest.get(q.cell, 0), len(q.ids))
-        limit = max_new_tokens or q.sample.max_new_tokens
-        new[q.cell.length] = max(new.get(q.cell.length, 0), limit)
-    groups: dict[tuple[int, ...], list[Row]] = {}
+    programs: dict[tuple[int, ...], list[Row]] = {}
     for number, method in enumerate(methods):
         together = mixed and not method.decode.evicts
-        tokens = _tokens(method, budgets, whole, longest)
-        for q in questions:
-            program = number, bucket(longest[q.cell]), new[q.cell.length]
-            for budget, count in tokens[q.cell].items():
-                row = Row(method=method, budget=budget, tokens=count, question=q)
-                if row.key not in done:
-                    own = 0 if together else count or 0
-                    groups.setdefault((*program, own), []).append(row)
+        for row in _rows(method, questions, budgets, whole, longest):
+            if row.key not in done:
+                cell = row.question.cell
+                own = 0 if together else row.tokens or 0
+                program = number, bucket(longest[cell]), outputs[cell], own
+                programs.setdefault(program, []).append(row)
     units = []
-    for (_, _, limit, _), rows in sorted(groups.items(), key=lambda item: item[0]):
+    for (_, _, limit, _), rows in sorted(programs.items(), key=lambda item: item[0]):
         # Batches of one size, as full as they can be.
         copies = _copies(rows)
         groups = len(rows) // copies
@@ -177,6 +166,28 @@ def plan(
         size = copies * -(-groups // count)
         units.append(Unit(rows=rows, max_new_tokens=limit, size=size, copies=copies))
     return units
+
+
+def _rows(
+    method: Method,
+    questions: Sequence[Question],
+    budgets: Sequence[Budget],
+    whole: Callable[[Question], float],
+    longest: Mapping[Cell, int],
+) -> Iterator[Row]:
+    """Yield the rows of one method, question by question, with checked budgets."""
+    checked = set()
+    for q in questions:
+        if not method.bounded:
+            yield Row(method=method, budget=FULL, tokens=None, question=q)
+            continue
+        for budget in budgets:
+            tokens = budget.tokens(whole(q))
+            case = budget.name, tokens, longest[q.cell]
+            if case not in checked:
+                check_budget(method, budget, tokens, longest[q.cell])
+                checked.add(case)
+            yield Row(method=method, budget=budget.name, tokens=tokens, question=q)
 
 
 def _copies(rows: Sequence[Row]) -> int:
@@ -191,23 +202,6 @@ def _copies(rows: Sequence[Row]) -> int:
         for group in groups
     )
     return copies if same else 1
-
-
-def _tokens(
-    method: Method,
-    budgets: Sequence[Budget],
-    whole: Mapping[Cell, float],
-    longest: Mapping[Cell, int],
-) -> dict[Cell, dict[str, int | None]]:
-    """Return each cell's budgets in tokens by name, after checking them."""
-    if not method.bounded:
-        return {cell: {FULL: None} for cell in longest}
-    found: dict[Cell, dict[str, int | None]] = {}
-    for cell, prompt in longest.items():
-        found[cell] = {b.name: b.tokens(whole[cell]) for b in budgets}
-        for budget in budgets:
-            evaluation_methods.check(method, budget, found[cell][budget.name], prompt)
-    return found
 
 
 def check_positions(lm: LanguageModel, units: Sequence[Unit]) -> None:
@@ -248,7 +242,7 @@ class Batch:
     judging_seconds: float
 
 
-def run(
+def run_units(
     lm: LanguageModel,
     units: Sequence[Unit],
     record: Callable[[Batch], Any],
@@ -265,7 +259,7 @@ def run(
       lm: the model.
       units: from `plan`.
       record: is given every batch, never two at once.
-      match: see `evaluation_questions.judge`.
+      match: see `questions.judge`.
       deadline: on the clock of `time.monotonic`; no batch begins after it.
       side_by_side: programs that run at the same time.
       characters: of the outputs that are kept; 0 keeps them whole.
@@ -327,18 +321,20 @@ def _run_batch(
     for number, row in enumerate(rows):
         if not counts[number]:
             continue
-        exact, score = judge(row.question, out.text[number], match)
-        text = out.text[number]
+        question, text = row.question, out.text[number]
+        exact, score = judge(
+            question.sample, text, by_lines=question.by_lines, match=match
+        )
         found.append(
             row.columns
             | {
                 "score": score,
                 "exact": int(exact),
-                "prompt_tokens": len(row.question.ids),
+                "prompt_tokens": len(question.ids),
                 "output_tokens": out.lengths[number],
                 "truncated": int(out.finish_reason[number] == "length"),
                 "cache_bytes": out.stats.cache_bytes // len(rows),
-                "outputs": _cut(json.dumps(row.question.sample.outputs), characters),
+                "outputs": _cut(json.dumps(question.sample.outputs), characters),
                 "prediction": _cut(text, characters),
             }
         )

@@ -3,9 +3,9 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from jaxkv.evaluation import metrics
 from jaxkv.evaluation.methods import FULL
-from jaxkv.evaluation.metrics import Rows
+from jaxkv.evaluation.metrics import Rows, by_cell, differences, groups, macro
+from jaxkv.evaluation.statistics import mean_interval
 
 Record = Mapping[str, Any]
 
@@ -14,14 +14,21 @@ def report(rows: Rows, config: Mapping[str, Any], *, baseline: str | None) -> st
     """Return everything that `jaxkv eval report` prints of one folder.
 
     Args:
-      rows: from `evaluation_metrics.typed`.
+      rows: from `metrics.typed`.
       config: of the folder.
       baseline: a method that all others are compared with, or None.
 
     Raises:
-      ValueError: no row is of the baseline.
+      ValueError: no row is of the baseline, or the folder is a card.
     """
-    found = [] if baseline is None else metrics.differences(rows, baseline)
+    if config["kind"] == "card":
+        if baseline is not None:
+            raise ValueError(
+                f"a card has no average to compare with that of {baseline!r}; leave "
+                "--baseline out."
+            )
+        return _card(rows, config)
+    found = [] if baseline is None else differences(rows, baseline)
     parts = [
         f"{config['kind']} of {config['model']} ({config['dtype']}), "
         f"seed {config['seed']}; mean score and 95 % interval, in per cent."
@@ -32,9 +39,9 @@ def report(rows: Rows, config: Mapping[str, Any], *, baseline: str | None) -> st
         what = "tokens of answer" if by_lines else "tokens"
         parts.append(f"### {length} {what}")
         title = "Lines right" if by_lines else "Mean over tasks"
-        parts.append(f"{title}:\n\n{overview(metrics.macro(here))}")
+        parts.append(f"{title}:\n\n{overview(macro(here))}")
         if by_lines:
-            exact = metrics.macro(here, "exact")
+            exact = macro(here, "exact")
             parts.append(f"Whole answers right:\n\n{overview(exact, 'exact')}")
             parts.append(f"Outputs:\n\n{outputs(exact)}")
         if baseline is not None:
@@ -46,11 +53,38 @@ def report(rows: Rows, config: Mapping[str, Any], *, baseline: str | None) -> st
     return "\n\n".join(parts)
 
 
+def _card(rows: Rows, config: Mapping[str, Any]) -> str:
+    """Return a table of tasks and lengths, for each method and budget."""
+    order = [(cell["task"], cell["length"]) for cell in config["cells"]]
+    header = ["task", "length", "right, %", "95 %", "samples", "truncated, %", "MB"]
+    parts = [
+        f"card of {config['model']} ({config['dtype']}), seed {config['seed']}; whole "
+        "answers right and 95 % interval, in per cent; MB of one row's cache."
+    ]
+    for (method, budget), group in groups(rows, ("method", "budget")).items():
+        cells = {(r["task"], r["length"]): r for r in by_cell(group)}
+        lines = [
+            [
+                r["task"],
+                str(r["length"]),
+                f"{100 * r['exact']:.1f}",
+                f"{100 * r['exact_low']:.1f} to {100 * r['exact_high']:.1f}",
+                str(r["samples"]),
+                f"{100 * r['truncated']:.1f}",
+                f"{r['cache_bytes'] / 1e6:.3f}",
+            ]
+            for r in (cells[place] for place in order if place in cells)
+        ]
+        title = method if method == budget == FULL else f"{method} at {budget}"
+        parts.append(f"### {title}\n\n{markdown(header, lines)}")
+    return "\n\n".join(parts)
+
+
 def overview(records: Sequence[Record], column: str = "score") -> str:
     """Return a table of methods against budgets; the control has a column of its own.
 
     Args:
-      records: from `evaluation_metrics.macro` or `.differences`, of one length.
+      records: from `metrics.macro` or `.differences`, of one length.
       column: which number of theirs.
     """
     budgets = list(dict.fromkeys(r["budget"] for r in records if r["budget"] != FULL))
@@ -69,21 +103,21 @@ def overview(records: Sequence[Record], column: str = "score") -> str:
 def by_task(rows: Rows) -> str:
     """Return a table of methods and budgets against tasks, with the mean over tasks."""
     tasks = list(dict.fromkeys(row["task"] for row in rows))
-    macro = {(r["method"], r["budget"]): r for r in metrics.macro(rows)}
+    averages = {(r["method"], r["budget"]): r for r in macro(rows)}
     names = ("method", "budget")
     lines = []
-    for (method, budget), group in metrics.groups(rows, names).items():
-        by_name = metrics.groups(group, ("task",))
+    for (method, budget), group in groups(rows, names).items():
+        by_name = groups(group, ("task",))
         cells = []
         for task in tasks:
             scores = [row["score"] for row in by_name.get((task,), [])]
-            mean, low, high = metrics.mean_interval(scores) if scores else (0, 0, 0)
+            mean, low, high = mean_interval(scores) if scores else (0, 0, 0)
             cells.append(
                 f"{100 * mean:.1f} ({100 * low:.1f} to {100 * high:.1f})"
                 if scores
                 else ""
             )
-        mean = _plus_minus(macro[method, budget], "score")
+        mean = _plus_minus(averages[method, budget], "score")
         lines.append([method, budget, *cells, mean])
     return markdown(["method", "budget", *tasks, "mean"], lines)
 

@@ -37,41 +37,41 @@ def test_demo(jaxkv_, tiny):
 
 def test_eval_card(jaxkv_, tiny, tmp_path):
     out = tmp_path / "deep" / "out"
-    common = [
-        "eval",
-        "card",
-        tiny,
-        "--tasks=vt,ledger",
-        "--lengths=300",
-        "--answers=128",
-    ]
-    common += ["--samples=3", "--batch-size=2", *SMALL]
+    common = ["eval", "card", tiny, "--tasks=vt,ledger", "--lengths=300"]
+    common += ["--answers=128", "--samples=3", "--batch-size=2", *SMALL]
     code, text, err = jaxkv_(*common, "--out", out)
-    assert (code, err.count("\n")) == (0, 1)
-    assert "vt" in text and "ledger" in text
+    assert (code, err.count("\n")) == (0, 2)
     names = {"predictions.csv", "metrics.json", "config.yaml", "run_meta.json"}
     assert {path.name for path in out.iterdir()} == names
     with open(out / "predictions.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     cells = [("vt", "300"), ("ledger", "128")]
-    assert [(r["task"], r["length"]) for r in rows] == [c for c in cells for _ in "123"]
-    assert len(json.loads(rows[0]["outputs"])) == 5
+    found = sorted((r["task"], r["length"], r["index"]) for r in rows)
+    assert found == sorted((*cell, i) for cell in cells for i in "012")
+    assert len(json.loads(max(rows, key=lambda row: row["task"])["outputs"])) == 5
     metrics, meta = (
         json.loads((out / f"{name}.json").read_text())
         for name in ("metrics", "run_meta")
     )
     config = yaml.safe_load((out / "config.yaml").read_text())
-    assert config["options"]["decode"] == {"name": "StreamingLLM", "n_sink": 4}
+    (method,) = config["methods"]
+    assert method["decode"] == {"name": "StreamingLLM", "n_sink": 4}
+    assert method["name"] == "streaming-llm+streaming-llm"
     assert config["cells"][1] == {"task": "ledger", "length": 128, "depth": None}
-    assert {"command", "date", "device", "versions", "seconds"} <= set(meta)
+    assert {"command", "date", "device", "versions", "seconds"} <= set(meta["runs"][0])
     # 2 layers, 2 heads, 16 slots: keys and values of 8 floats, a position; a target.
-    for row in metrics["metrics"]:
+    for row in metrics["cells"]:
         assert row["cache_bytes"] == 2 * 2 * (16 * (2 * 8 * 4 + 4) + 4)
-        assert (row["samples"], row["accuracy"]) == (3, 0)
-    # Without a command, `eval` is `card`.
+        assert (row["samples"], row["exact"]) == (3, 0)
+    # The table has the cells as they were asked for.
+    lines = [line.split(" | ")[:3] for line in text.splitlines() if line[:1] == "|"]
+    assert lines[2:] == [["| vt", "300", "0.0"], ["| ledger", "128", "0.0"]]
+    # Without a command, `eval` is `card`; without a folder nothing is kept.
+    before = sorted(tmp_path.rglob("*"))
     printed = json.loads(jaxkv_("eval", *common[2:], "--json")[1])
-    assert printed["metrics"] == metrics["metrics"]
-    assert printed["config"] == config
+    assert printed["metrics"] == metrics and printed["config"] == config
+    assert {"command", "date", "device", "versions"} <= set(printed["run_meta"])
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_convert(jaxkv_, tiny, tmp_path):

@@ -9,10 +9,11 @@ import yaml
 import jaxkv
 from jaxkv import figures
 from jaxkv.cli import evaluate
-from jaxkv.evaluation import card, sweep
-from jaxkv.evaluation import folder as evaluation_folder
-from jaxkv.evaluation import questions as evaluation_questions
+from jaxkv.evaluation import sweep
+from jaxkv.evaluation.folder import read_rows
+from jaxkv.evaluation.questions import REPORT_SEED, Cell, draw_questions
 from jaxkv.inference import Stats
+from jaxkv.planning import row_budgets
 from jaxkv.registry import PREFILL
 
 RULER = ["eval", "ruler", "--tasks=vt,niah_single_1", "--lengths=300", "--samples=3"]
@@ -79,9 +80,8 @@ def test_ruler_with_the_real_model(jaxkv_, tiny, tiny_lm, tmp_path):
     assert "prefill=xla" in err and str(tmp_path) in err
     rows = read(tmp_path)
     assert [row["index"] for row in rows] == ["0", "1", "2"]
-    cells = [card.Cell(task="vt", length=300)]
-    seed = card.REPORT_SEED
-    questions = evaluation_questions.draw(tiny_lm, cells, samples=2, seed=seed)
+    cells = [Cell(task="vt", length=300)]
+    questions = draw_questions(tiny_lm, cells, samples=2, seed=REPORT_SEED)
     want = jaxkv.generate(
         tiny_lm,
         [question.ids for question in questions],  # the first batch
@@ -140,7 +140,7 @@ def test_a_run_is_gone_on_with_where_it_ended(jaxkv_, tiny, tmp_path, reader):
     path = tmp_path / "predictions.csv"
     text = path.read_bytes()
     path.write_bytes(text[: len(text) * 2 // 3])
-    kept = len(evaluation_folder.read(tmp_path))
+    kept = len(read_rows(tmp_path))
     assert 0 < kept < len(rows)
     assert jaxkv_(*flags)[0] == 0
     missing = len(rows) - kept
@@ -167,6 +167,52 @@ def test_an_interrupt_keeps_what_is_there(jaxkv_, tiny, tmp_path, reader, monkey
     code, out, err = jaxkv_(*flags, "--out", tmp_path)
     assert (code, out) == (130, "") and len(read(tmp_path)) == 4
     assert err == f"jaxkv: interrupted; the same command goes on in {tmp_path}\n"
+
+
+CARD = ["eval", "card", "--tasks=vt,ledger", "--lengths=300", "--answers=100"]
+CARD += ["--samples=3", "--batch-size=2"]
+SNAPKV = ["--prefill=snapkv:window_size=4", "--compression-ratio=0.3"]
+
+
+def test_a_card_is_gone_on_with_reported_and_merged(jaxkv_, tiny, tmp_path, reader):
+    one, two = tmp_path / "one", tmp_path / "two"
+    code, text, _ = jaxkv_(*CARD, tiny, "--out", one)
+    assert code == 0 and "### full\n" in text
+    rows, calls = read(one), len(reader)
+    path = one / "predictions.csv"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    missing = len(rows) - len(read_rows(one))
+    assert 0 < missing < len(rows)
+    assert jaxkv_(*CARD, tiny, "--out", one)[:2] == (0, text)
+    assert 0 < len(reader) - calls <= missing
+    assert sorted(map(str, read(one))) == sorted(map(str, rows))
+    error = jaxkv_.error(*CARD, tiny, "--samples=4", "--out", one)
+    assert "samples=3, this run has samples=4; choose another --out" in error
+    assert jaxkv_("eval", "report", one)[:2] == (0, text)
+    assert "leave --baseline out" in jaxkv_.error(
+        "eval", "report", one, "--baseline=full"
+    )
+    assert jaxkv_(*CARD, tiny, *SNAPKV, "--out", two)[0] == 0
+    code, text, _ = jaxkv_("eval", "merge", tmp_path / "both", one, two)
+    assert code == 0 and "### snapkv:window_size=4 at 70%\n" in text
+    assert text.count("| vt | 300 |") == 2 == text.count("| ledger | 100 |")
+
+
+def test_a_card_s_ratio_is_of_each_prompt(jaxkv_, tiny, tmp_path, reader):
+    assert jaxkv_(*CARD, tiny, *SNAPKV, "--out", tmp_path)[0] == 0
+    rows = read(tmp_path)
+    lengths = [int(row["prompt_tokens"]) for row in rows]
+    assert len(set(lengths)) > 2
+    kept = row_budgets(None, 0.3, [[0] * length for length in lengths], evicts=False)
+    assert [int(row["budget_tokens"]) for row in rows] == list(kept)
+
+
+def test_an_interrupted_card_promises_nothing(jaxkv_, tiny, monkeypatch):
+    def generate(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sweep, "generate", generate)
+    assert jaxkv_(*CARD, tiny) == (130, "", "")
 
 
 def test_niah_grid(jaxkv_, tiny, tmp_path, reader):
@@ -282,6 +328,19 @@ BAD = {
     "too small": (["ruler", "--lengths=300", "--budgets=2"], "at least 5"),
     "no file": (["file"], "--task-file"),
     "match": (["file", "--task-file=x", "--match=some"], "--match"),
+    "budget of a card": (["card", "--budget=9"], "--budget does nothing where nothing"),
+    "ratio of a card": (
+        ["card", "--compression-ratio=0.5"],
+        "--compression-ratio does nothing where nothing evicts; add --prefill",
+    ),
+    "ratio and decode": (
+        ["card", "--compression-ratio=0.5", "--decode=streaming-llm"],
+        "compression_ratio is a fraction of each prompt, but the decode policy evicts",
+    ),
+    "ratio and budget": (
+        ["card", "--compression-ratio=0.5", "--budget=9", "--prefill=snapkv"],
+        "not both",
+    ),
     "no folder": (["report", "/no/such"], "holds no predictions.csv"),
 }
 

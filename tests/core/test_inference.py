@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import jaxkv
-from jaxkv.evaluation import card
+from jaxkv.evaluation.questions import DEVELOPMENT_SEED, Cell, draw_sample
 from jaxkv.models.decoder import Decoder
 
 
@@ -70,10 +70,10 @@ def test_a_vocabulary_beyond_int32_is_refused(lm):
 
 @pytest.mark.slow
 def test_the_pool_says_what_is_copied(lm):
-    sample = card.draw(
-        card.Cell(task="quote", length=512),
+    sample = draw_sample(
+        Cell(task="quote", length=512),
         lambda text: len(lm.tokenizer(text)["input_ids"]),
-        seed=card.DEVELOPMENT_SEED,
+        seed=DEVELOPMENT_SEED,
         index=0,
     )
     length = len(lm.tokenizer(sample.prompt)["input_ids"])

@@ -4,8 +4,15 @@ import json
 
 import pytest
 
-from jaxkv.evaluation import folder as evaluation_folder
-from jaxkv.evaluation.folder import COLUMNS, Predictions
+from jaxkv.evaluation.folder import (
+    COLUMNS,
+    Predictions,
+    add_run,
+    merge_folders,
+    read_config,
+    read_rows,
+    write_yaml,
+)
 
 
 def make(folder, methods, indices, **changes):
@@ -25,7 +32,7 @@ def make(folder, methods, indices, **changes):
         for i in indices
     ]
     Predictions(folder, config).append(rows)
-    evaluation_folder.add_run(folder, {"command": methods[0]})
+    add_run(folder, {"command": methods[0]})
     return folder
 
 
@@ -36,12 +43,12 @@ def test_rows_methods_cells_and_runs_come_together(jaxkv_, tmp_path):
     three = make(tmp_path / "three", ["dapq"], [2, 3], cells=longer)
     code, out, _ = jaxkv_("eval", "merge", tmp_path / "all", one, two, three)
     assert code == 0 and "| dapq | 8 |" in out
-    rows = evaluation_folder.read(tmp_path / "all")
+    rows = read_rows(tmp_path / "all")
     assert [(row["method"], row["index"]) for row in rows] == [
         *[("full", "0"), ("full", "1"), ("snapkv", "0"), ("snapkv", "1")],
         *[("dapq", str(i)) for i in range(4)],
     ]
-    config = evaluation_folder.read_config(tmp_path / "all")
+    config = read_config(tmp_path / "all")
     assert [m["name"] for m in config["methods"]] == ["full", "snapkv", "dapq"]
     assert [c["length"] for c in config["cells"]] == [64, 128]
     meta = json.loads((tmp_path / "all" / "run_meta.json").read_text())
@@ -56,7 +63,7 @@ def test_budgets_come_together(jaxkv_, tmp_path):
     two = make(tmp_path / "two", ["dapq"], [0], budgets=["20%", "35%"])
     none = make(tmp_path / "none", ["dapq"], [0])
     assert jaxkv_("eval", "merge", tmp_path / "all", one, two)[0] == 0
-    config = evaluation_folder.read_config(tmp_path / "all")
+    config = read_config(tmp_path / "all")
     assert config["budgets"] == ["50%", "20%", "35%"]
     error = jaxkv_.error("eval", "merge", tmp_path / "other", one, none)
     assert "has budgets=null" in error
@@ -73,18 +80,18 @@ def test_refusals(jaxkv_, tmp_path):
     error = jaxkv_.error("eval", "merge", tmp_path / "all", tmp_path)
     assert "holds no config.yaml" in error
     with pytest.raises(ValueError, match="holds results already"):
-        evaluation_folder.merge(one, [other])
+        merge_folders(one, [other])
 
 
 @pytest.mark.parametrize("name", ["methods", "cells"])
 def test_a_configuration_without_lists_is_named(jaxkv_, tmp_path, name):
     one = make(tmp_path / "one", ["full"], [0])
-    config = evaluation_folder.read_config(one)
-    evaluation_folder.write_yaml(one / "config.yaml", config | {name: None})
+    config = read_config(one)
+    write_yaml(one / "config.yaml", config | {name: None})
     error = jaxkv_.error("eval", "merge", tmp_path / "all", one)
     assert f"config.yaml: {name} must be a list, got null" in error
     with pytest.raises(ValueError, match=f"{name} must be a list"):
-        evaluation_folder.read_config(one)
+        read_config(one)
 
 
 def test_a_configuration_with_a_date_is_another(jaxkv_, tmp_path):

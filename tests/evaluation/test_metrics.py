@@ -8,7 +8,8 @@ import pytest
 
 from jaxkv import figures
 from jaxkv.evaluation import metrics, pictures, tables
-from jaxkv.tasks.samples import wilson
+from jaxkv.evaluation.statistics import half_width, mean_interval
+from jaxkv.tasks import wilson
 
 
 def row(score, *, method="a", budget="6%", task="vt", length=8, depth=None, index=0):
@@ -34,24 +35,26 @@ def rows(scores, **options):
 
 
 @pytest.mark.parametrize(
-    ("degrees", "value"),  # of published tables
-    [(4, 2.7764), (9, 2.2622), (19, 2.0930), (99, 1.9842), (199, 1.9720)],
+    ("degrees", "quantile"),  # of published tables
+    [(1, 12.706), (2, 4.3027), (4, 2.7764), (9, 2.2622), (99, 1.9842), (199, 1.9720)],
 )
-def test_student(degrees, value):
-    assert metrics.student(degrees) == pytest.approx(value, abs=1e-2)
-    assert metrics.student(0) == math.inf
+def test_half_of_student_s_interval(degrees, quantile):
+    values = np.random.default_rng(degrees).random(degrees + 1)
+    want = quantile * values.std(ddof=1) / (degrees + 1) ** 0.5
+    assert half_width(values) == pytest.approx(want, rel=1e-4)
+    assert half_width(values[:1]) == math.inf
 
 
 def test_intervals():
     # Mean 0.5, standard deviation 1/3, five values: 0.5 -+ 2.776 * 0.3333 / sqrt(5).
     scores = [0, 0.25, 0.5, 0.75, 1.0]
-    mean, low, high = metrics.mean_interval(scores)
-    half = 2.776 * np.std(scores, ddof=1) / 5**0.5
-    assert (mean, low, high) == pytest.approx((0.5, 0.5 - half, 0.5 + half), abs=5e-3)
-    assert metrics.mean_interval([1, 1, 0, 0]) == (0.5, *wilson(2, 4))
-    assert metrics.mean_interval([0.5] * 4) == (0.5, *wilson(2, 4))
-    assert metrics.mean_interval([1]) == (1.0, *wilson(1, 1))
-    assert metrics.mean_interval([0.9, 1, 1, 1, 0.1])[2] == 1.0  # cut at the end
+    mean, low, high = mean_interval(scores)
+    half = 2.7764 * np.std(scores, ddof=1) / 5**0.5
+    assert (mean, low, high) == pytest.approx((0.5, 0.5 - half, 0.5 + half), abs=1e-4)
+    assert mean_interval([1, 1, 0, 0]) == (0.5, *wilson(2, 4))
+    assert mean_interval([0.5] * 4) == (0.5, *wilson(2, 4))
+    assert mean_interval([1]) == (1.0, *wilson(1, 1))
+    assert mean_interval([0.9, 1, 1, 1, 0.1])[2] == 1.0  # cut at the end
 
 
 def test_typed_reads_what_is_written():
@@ -65,7 +68,7 @@ def test_typed_reads_what_is_written():
 
 
 def test_cells():
-    (cell,) = metrics.cells(rows([1, 0.5, 1, 0.5]))
+    (cell,) = metrics.by_cell(rows([1, 0.5, 1, 0.5]))
     assert (cell["score"], cell["exact"], cell["samples"]) == (0.75, 0.5, 4)
     assert (cell["exact_low"], cell["exact_high"]) == wilson(2, 4)
     assert cell["task"] == "vt" and cell["budget_tokens"] == 5
@@ -76,7 +79,7 @@ def test_the_macro_average_weighs_tasks_alike():
     (record,) = metrics.macro(some)
     assert record["score"] == pytest.approx((0.75 + 0.5) / 2)
     mean, (low, high) = record["score"], wilson(3, 4)
-    half = metrics.student(19) * np.std([0.25, 0.75] * 10, ddof=1) / 20**0.5
+    half = half_width([0.25, 0.75] * 10)
     assert record["low"] == pytest.approx(mean - np.hypot(0.75 - low, half) / 2)
     assert record["high"] == pytest.approx(mean + np.hypot(high - 0.75, half) / 2)
     assert metrics.macro(some, "exact")[0]["exact"] == pytest.approx(0.75 / 2)

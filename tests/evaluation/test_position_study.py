@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 
 from jaxkv.evaluation import position_study, query_probe
-from jaxkv.evaluation.card import Cell
 from jaxkv.evaluation.methods import parse_budgets
 from jaxkv.evaluation.position_study import CONTENTS, Study
 from jaxkv.evaluation.query_probe import Cosines
-from jaxkv.evaluation.questions import draw
+from jaxkv.evaluation.questions import Cell, draw_questions
 
 STUDY = Study(
     tokens=8, sizes=(1, 4, 8), budgets=parse_budgets("6%,100"), window=4, steps=2
@@ -22,12 +21,12 @@ STUDY = Study(
 @pytest.fixture(scope="module")
 def questions(tiny_lm):
     cells = [Cell(task="niah_multikey_uuid", length=300)]
-    return draw(tiny_lm, cells, samples=2, seed=0)
+    return draw_questions(tiny_lm, cells, samples=2, seed=0)
 
 
 @pytest.fixture(scope="module")
 def found(tiny_lm, questions):
-    return position_study.run(tiny_lm, questions, STUDY)
+    return position_study.measure(tiny_lm, questions, STUDY)
 
 
 def table(found):
@@ -167,18 +166,18 @@ def test_a_cosine_of_nothing_is_zero():
 def test_bad_prompts_are_refused(tiny_lm, questions):
     with pytest.raises(ValueError, match="needs prompts of more than 8000 tokens"):
         study = Study(tokens=8, sizes=(1,), budgets=parse_budgets("8000"))
-        position_study.run(tiny_lm, questions, study)
+        position_study.measure(tiny_lm, questions, study)
     with pytest.raises(ValueError, match="goes up to position"):
         study = Study(tokens=1200, sizes=(1,), budgets=parse_budgets("6%"))
         long = [Cell(task="niah_single_1", length=1400)]
-        long = draw(tiny_lm, long, samples=1, seed=0)
-        position_study.run(tiny_lm, long, study)
+        long = draw_questions(tiny_lm, long, samples=1, seed=0)
+        position_study.measure(tiny_lm, long, study)
 
     class Bare:
         name, tokenizer = "bare", None
 
     with pytest.raises(ValueError, match="bare has no tokenizer"):
-        position_study.run(Bare(), questions, STUDY)
+        position_study.measure(Bare(), questions, STUDY)
 
 
 def test_without_a_command_there_is_help(jaxkv_):
@@ -189,11 +188,11 @@ def test_without_a_command_there_is_help(jaxkv_):
 def test_the_command(jaxkv_, tiny, tmp_path, monkeypatch, found):
     asked = []
 
-    def run(lm, questions, *_, **__):
+    def measure(lm, questions, *_, **__):
         asked.append(questions[0].ids.tolist())
         return found
 
-    monkeypatch.setattr(position_study, "run", run)
+    monkeypatch.setattr(position_study, "measure", measure)
     flags = ["--length=300", "--samples=2", "--sizes=8,1,4", "--budgets=6%,100"]
     out = tmp_path / "study.json"
     code, text, _ = jaxkv_("study", "positions", tiny, *flags, "--out", out)

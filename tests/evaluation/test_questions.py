@@ -5,34 +5,40 @@ import json
 import numpy as np
 import pytest
 
-from jaxkv.evaluation import card
-from jaxkv.evaluation import questions as evaluation_questions
-from jaxkv.evaluation.card import Cell
-from jaxkv.evaluation.questions import draw, judge, read_task_file
+from jaxkv.evaluation.questions import (
+    Cell,
+    counter,
+    draw_questions,
+    draw_sample,
+    judge,
+    read_task_file,
+)
 
 
 def test_a_question_is_the_sample_of_its_number(tiny_lm):
     cells = [Cell(task="vt", length=300), Cell(task="ledger", length=100)]
     made = []
-    questions = draw(tiny_lm, cells, samples=2, seed=7, advance=made.append)
-    assert made == [2, 2]
+    questions = draw_questions(tiny_lm, cells, samples=2, seed=7, advance=made.append)
+    assert made == [2, 4]
     assert [(q.cell.task, q.index) for q in questions] == [
         ("vt", 0),
         ("vt", 1),
         ("ledger", 0),
         ("ledger", 1),
     ]
-    count = card.counter(tiny_lm.tokenizer)
+    count = counter(tiny_lm.tokenizer)
     for q in questions:
-        sample = card.draw(q.cell, count, seed=7, index=q.index)
+        sample = draw_sample(q.cell, count, seed=7, index=q.index)
         assert q.sample == sample
         want = tiny_lm.tokenizer(sample.prompt)["input_ids"]
         np.testing.assert_array_equal(q.ids, want)
         assert q.answer_tokens == count(sample.answer) < sample.max_new_tokens
-    assert judge(questions[0], questions[0].sample.answer, "all") == (True, 1.0)
-    answer = questions[2].sample.answer
-    assert judge(questions[2], answer, "all") == (True, 1.0)
-    assert not judge(questions[2], answer + "\nmore", "all")[0]
+    assert [q.by_lines for q in questions] == [False, False, True, True]
+    sample = questions[0].sample
+    assert judge(sample, sample.answer, by_lines=False) == (True, 1.0)
+    sample = questions[2].sample
+    assert judge(sample, sample.answer, by_lines=True) == (True, 1.0)
+    assert not judge(sample, sample.answer + "\nmore", by_lines=True)[0]
 
 
 def test_the_fast_count_is_the_slow_one(tiny_lm):
@@ -41,16 +47,16 @@ def test_the_fast_count_is_the_slow_one(tiny_lm):
             return tiny_lm.tokenizer(text, add_special_tokens=add_special_tokens)
 
     for text in ("", " kimalo", "\n7. naïve 東京", "a b c"):
-        fast = card.counter(tiny_lm.tokenizer)(text)
-        assert fast == card.counter(Slow())(text)
+        fast = counter(tiny_lm.tokenizer)(text)
+        assert fast == counter(Slow())(text)
 
 
 @pytest.mark.parametrize("depth", [0.0, 0.25, 1.0])
 def test_depth_places_the_needle_and_changes_nothing_else(tiny_lm, depth):
     def drawn(depth):
         cell = Cell(task="niah_single_1", length=600, depth=depth)
-        count = card.counter(tiny_lm.tokenizer)
-        return card.draw(cell, count, seed=3, index=1)
+        count = counter(tiny_lm.tokenizer)
+        return draw_sample(cell, count, seed=3, index=1)
 
     sample, other = drawn(depth), drawn(None)
     lines = sample.prompt.split("\n")
@@ -82,9 +88,11 @@ def test_task_files(tiny_lm, tmp_path):
     assert (first.index, second.index) == (0, 7)
     assert second.ids.tolist() == tiny_lm.tokenizer("Who is")["input_ids"]
     assert second.sample.max_new_tokens == 9
-    assert judge(first, "it is RED", "all") == (False, 0.5)
-    assert judge(first, "it is RED", "any") == (True, 1.0)
-    assert judge(first, "green", "any") == (False, 0.0)
+    sample = first.sample
+    assert not first.by_lines
+    assert judge(sample, "it is RED", by_lines=False) == (False, 0.5)
+    assert judge(sample, "it is RED", by_lines=False, match="any") == (True, 1.0)
+    assert judge(sample, "green", by_lines=False, match="any") == (False, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -129,4 +137,4 @@ def test_a_model_without_tokenizer_is_named(tiny_lm):
         name, tokenizer = "bare", None
 
     with pytest.raises(ValueError, match="bare has no tokenizer"):
-        evaluation_questions.draw(Bare(), [], samples=1, seed=0)
+        draw_questions(Bare(), [], samples=1, seed=0)

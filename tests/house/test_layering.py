@@ -40,13 +40,6 @@ CORE_THIRD_PARTY = {"annotated_types", "jax", "numpy"}
 # Any layer may import these two; they import nothing of ours.
 BASE = {"jaxkv._clone", "jaxkv._version"}
 
-# Arrows that the move left as they were, each to be turned by the commit that rebuilds
-# its room. An arrow that is listed and gone fails too.
-OPEN = {
-    ("jaxkv.evaluation.card_report", "jaxkv.cli"),
-    ("jaxkv.evaluation.experiment", "jaxkv.cli"),
-}
-
 
 class Import(NamedTuple):
     """One imported module, by its absolute name."""
@@ -158,17 +151,10 @@ def test_no_arrow_goes_up(module):
         if top(found.name) != "jaxkv" or found.name in BASE:
             continue
         other = layer(found.name)
-        if (module, f"jaxkv.{other}") in OPEN:
-            continue
         assert other == own or other in MAY_IMPORT[own], (
             f"{module}:{found.line} ({own}) imports {found.name} ({other}); it may "
             f"import {sorted(MAY_IMPORT[own])}"
         )
-
-
-def test_open_arrows_are_still_there():
-    arrows = {(m, f"jaxkv.{layer(name)}") for m in MODULES for name in ours(m)}
-    assert arrows >= OPEN
 
 
 @pytest.mark.parametrize("module", sorted(CORE))
