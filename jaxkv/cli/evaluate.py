@@ -8,7 +8,8 @@ import typer
 from typer.core import TyperGroup
 
 from jaxkv.cli import flags, parsing
-from jaxkv.cli.sweep import Sweep, print_markdown, run_and_print, with_sweep
+from jaxkv.cli.groups import grouped
+from jaxkv.cli.sweep import Sweep, print_markdown, run_and_print
 from jaxkv.evaluation import experiment as experiments
 from jaxkv.evaluation.experiment import Experiment
 from jaxkv.evaluation.folder import merge_folders
@@ -80,7 +81,7 @@ NewTokens = Annotated[
 
 
 @app.command()
-@with_sweep
+@grouped
 def niah(
     model: flags.Model = NEEDLE,
     methods: Methods = "full,streaming-llm",
@@ -118,7 +119,7 @@ def niah(
 
 
 @app.command()
-@with_sweep
+@grouped
 def ruler(
     model: flags.Model = NEEDLE,
     methods: Methods = ALL,
@@ -148,7 +149,7 @@ def ruler(
 
 
 @app.command()
-@with_sweep
+@grouped
 def reasoning(
     model: flags.Model = NEEDLE,
     methods: Methods = "full,streaming-llm",
@@ -180,7 +181,7 @@ def reasoning(
 
 
 @app.command()
-@with_sweep
+@grouped
 def file(
     model: flags.Model = NEEDLE,
     task_file: Annotated[
@@ -210,7 +211,9 @@ def file(
 
 
 @app.command()
+@grouped
 def card(
+    *,
     model: flags.Model = NEEDLE,
     tasks: Tasks = None,
     lengths: Lengths = "1024,2048,4096,8192",
@@ -220,37 +223,25 @@ def card(
     samples: Annotated[int, typer.Option(min=1, help="Per task and length.")] = 200,
     batch_size: flags.BatchSize = 8,
     seed: Annotated[int, typer.Option(min=0, help="Of the samples.")] = REPORT_SEED,
-    budget: flags.Budget = None,
-    compression_ratio: flags.CompressionRatio = None,
-    prefill: flags.Prefill = "full",
-    decode: flags.Decode = "full",
+    eviction: flags.Eviction,
     dtype: flags.Dtype = None,
-    prefill_implementation: flags.PrefillImplementation = None,
-    decode_implementation: flags.DecodeImplementation = None,
+    kernels: flags.Kernels,
     out: Annotated[
         Path | None, typer.Option(help="Folder for predictions and metrics.")
     ] = None,
     json_: flags.Json = False,
 ) -> None:
     """Measure how often answers are right, by task and length."""
-    arguments = flags.eviction(
-        budget=budget,
-        compression_ratio=compression_ratio,
-        prefill=prefill,
-        decode=decode,
-    )
-    flags.check(arguments)
-    name = "+".join(part for part in (prefill, decode) if part != FULL) or FULL
-    method, budgets = _kept(arguments, name=name)
+    flags.check(eviction.arguments)
+    method, budgets = _kept(eviction)
     sweep = Sweep(
         batch_size=batch_size,
         characters=0,
         out=out,
         pictures=False,
         dtype=dtype,
-        prefill_implementation=prefill_implementation,
-        decode_implementation=decode_implementation,
         as_json=json_,
+        **kernels.arguments,
     )
     experiment = Experiment(
         kind="card",
@@ -319,22 +310,19 @@ def _card_cells(tasks: str | None, lengths: str, answers: str) -> list[Cell]:
     return [cell for cell in cells if cell.task in wanted]
 
 
-def _kept(arguments: dict[str, Any], *, name: str) -> tuple[Method, list[Budget]]:
+def _kept(eviction: flags.Eviction) -> tuple[Method, list[Budget]]:
     """Return the one method of a card, and its budget if it has one.
-
-    Args:
-      arguments: from `flags.eviction`.
-      name: of the method.
 
     Raises:
       ValueError: a budget without an eviction, or one that does not go with it.
     """
-    prefill, decode = arguments["prefill"], arguments["decode"]
-    method = Method(name=name, prefill=prefill, decode=decode)
-    tokens, ratio = arguments["budget"], arguments["compression_ratio"]
+    names = [name for name in (eviction.prefill, eviction.decode) if name != FULL]
+    arguments = eviction.arguments
+    tokens, ratio = arguments.pop("budget"), arguments.pop("compression_ratio")
+    method = Method(name="+".join(names) or FULL, **arguments)
     if tokens is None and ratio is None:
         return method, []
-    row_budgets(tokens, ratio, [], evicts=decode.evicts)
+    row_budgets(tokens, ratio, [], evicts=method.decode.evicts)
     if not method.bounded:
         flag = "--budget" if ratio is None else "--compression-ratio"
         raise ValueError(

@@ -116,11 +116,6 @@ class Kernels:
         return dataclasses.asdict(self)
 
 
-def eviction(**flags: Any) -> dict[str, Any]:
-    """Return what `Eviction` does."""
-    return Eviction(**flags).arguments
-
-
 def load_model(model: str, dtype: str | None) -> LanguageModel:
     """Load a model, after a look at whether JAX has a device to put it on.
 

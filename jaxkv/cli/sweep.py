@@ -2,14 +2,11 @@
 
 import contextlib
 import dataclasses
-import functools
-import inspect
 import json
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any
 
 import jax
 import rich.console
@@ -88,30 +85,6 @@ class Sweep:
                 "decode_implementation": self.decode_implementation,
             }
         }
-
-
-def with_sweep(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command every field of `Sweep` as a flag; it gets them as `sweep=`."""
-    hints = get_type_hints(Sweep, include_extras=True)
-    shared = [
-        inspect.Parameter(
-            field.name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=field.default,
-            annotation=hints[field.name],
-        )
-        for field in dataclasses.fields(Sweep)
-    ]
-    signature = inspect.signature(command)
-    own = [p for name, p in signature.parameters.items() if name != "sweep"]
-
-    @functools.wraps(command)
-    def with_flags(**values: Any) -> None:
-        sweep = Sweep(**{field.name: values.pop(field.name) for field in shared})
-        command(**values, sweep=sweep)
-
-    with_flags.__signature__ = signature.replace(parameters=[*own, *shared])
-    return with_flags
 
 
 def run_and_print(
