@@ -13,13 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxkv import generation
 from jaxkv.attention import Network
-from jaxkv.bench import clock, decode_step
+from jaxkv.bench import clock, decode_step, throughput
 from jaxkv.bench.matcher import time_matcher
 from jaxkv.options import Options
-from jaxkv.planning import bucket
-from jaxkv.sampling import row_keys
 from jaxkv.speculation import loop as speculation
 from jaxkv.speculation.drafters import Aligned, Drafter, PromptLookup, Tree
 from jaxkv.speculation.matching import Context
@@ -199,27 +196,11 @@ def time_prefill(
       prompt: tokens of the one prompt.
       repeats: timed calls.
     """
-    padded = bucket(prompt)
-    shape = (1, padded)
-    tokens = jax.random.randint(
-        jax.random.key(2), shape, 0, network.config.vocab_size, jnp.int32
-    )
+    work = throughput.Work(prompt=prompt, new=64, repeats=repeats)
     found = {}
     for name, drafter in (("plain_ms", Tree()), ("likeliest_ms", Aligned())):
-        options = Options(speculate=drafter)
-
-        def run(options=options):
-            return generation.start_jit(
-                network,
-                params,
-                tokens,
-                jnp.asarray([prompt], jnp.int32),
-                row_keys(0, 1),
-                jnp.array([-1], jnp.int32),
-                options=options,
-                slots=options.num_slots(padded, 64),
-                max_out=64,
-            ).last
-
-        found[name] = 1e3 * clock.median_seconds(run, repeats)
+        seconds = throughput.time_prefill(
+            network, params, rows=1, work=work, options=Options(speculate=drafter)
+        )
+        found[name] = 1e3 * seconds
     return found | {"ratio": found["likeliest_ms"] / found["plain_ms"]}

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import jax
 import rich.box
 import typer
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from jaxkv.bench import clock, compiling, decode_step
@@ -24,6 +24,7 @@ from jaxkv.cli.bench_flags import (
     header_of,
 )
 from jaxkv.cli.groups import grouped
+from jaxkv.cli.terminal import right_aligned
 from jaxkv.models.decoder import Decoder
 from jaxkv.planning import bucket
 
@@ -149,23 +150,14 @@ def _decode_table(
     result: dict[str, Any], rows: Sequence[decode_step.DecodeTiming]
 ) -> Table:
     table = Table(
+        *right_aligned("batch", "ms/step", "floor ms", "ratio", "tokens/s"),
+        *right_aligned("cache GB", "peak GB", "compile s"),
         title=f"{_title(result)}, {rows[0].slots} slots",
         caption=f"floor: weights, keys and values at the copy bandwidth of "
         f"{result['copy_bytes_per_second'] / 1e9:.1f} GB/s",
         box=rich.box.SIMPLE,
         collapse_padding=True,  # for all of it to fit 80 columns
     )
-    for column in (
-        "batch",
-        "ms/step",
-        "floor ms",
-        "ratio",
-        "tokens/s",
-        "cache GB",
-        "peak GB",
-        "compile s",
-    ):
-        table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         peak = row.peak_bytes or row.program_bytes
         table.add_row(
@@ -184,6 +176,8 @@ def _decode_table(
 def _kernel_table(row: decode_step.DecodeTiming) -> Table:
     busy = sum(kernel.us for kernel in row.kernels.values())
     table = Table(
+        Column("kernel", overflow="ellipsis", no_wrap=True),
+        *right_aligned("µs", "launches"),
         title=f"batch {row.batch}: kernels of one step",
         caption=f"all {len(row.kernels)} of them: {busy:.0f} of "
         f"{1e3 * row.step_ms:.0f} µs"
@@ -191,9 +185,6 @@ def _kernel_table(row: decode_step.DecodeTiming) -> Table:
         else "the profiler saw no GPU",
         box=rich.box.SIMPLE,
     )
-    table.add_column("kernel", overflow="ellipsis", no_wrap=True)
-    for column in ("µs", "launches"):
-        table.add_column(column, justify="right", no_wrap=True)
     for name, kernel in itertools.islice(row.kernels.items(), 12):
         # Text, because brackets in a name are no markup.
         table.add_row(Text(name), f"{kernel.us:.1f}", f"{kernel.launches:.4g}")

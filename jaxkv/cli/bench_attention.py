@@ -12,6 +12,7 @@ from jaxkv.bench.attention import VERSIONS, Shape
 from jaxkv.cli import bench_flags, flags, parsing
 from jaxkv.cli.bench_flags import Output
 from jaxkv.cli.groups import grouped
+from jaxkv.cli.terminal import right_aligned
 from jaxkv.kernels import decode as decode_kernels
 from jaxkv.provenance import provenance
 
@@ -117,32 +118,29 @@ def _table(result: dict[str, Any]) -> Table:
     ]
     notes += [f"{name} {reason}" for name, reason in result["skipped"].items()]
     table = Table(
+        *right_aligned(
+            "shape", "version", "ms", "quartiles", "x floor", "x cuDNN", "score"
+        ),
         title=f"{result['heads']} heads, {result['kv_heads']} KV heads of "
         f"{result['head_dim']}, {result['dtype']}, {result['decode_implementation']}, "
         f"on {result['device']}",
         caption="; ".join(notes),
         box=rich.box.SIMPLE,
     )
-    columns = ("shape", "version", "ms", "quartiles", "x floor", "x cuDNN", "score")
-    for column in columns:
-        table.add_column(column, justify="right", no_wrap=True)
     for row in result["rows"]:
         shape = f"{row['batch']}x{row['slots']}"
         table.add_row(shape, "floor", f"{row['floor_ms']:.4f}", "", "1.000", "", "")
         for name, version in row["versions"].items():
             low, high = version["quartiles_ms"]
             score = row.get("score_percent") if name == "longflow" else None
+            ratio = version.get("ratio_to_cudnn")
             table.add_row(
                 shape,
                 name,
                 f"{version['ms']:.4f}",
                 f"{low:.4f}-{high:.4f}",
                 f"{version['ratio_to_floor']:.3f}",
-                _or_dash(version.get("ratio_to_cudnn"), ".3f"),
+                "-" if ratio is None else f"{ratio:.3f}",
                 "" if score is None else f"{score:+.1f} %",
             )
     return table
-
-
-def _or_dash(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)

@@ -31,12 +31,7 @@ CopyGib = Annotated[
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Source:
-    """Which network is measured.
-
-    Attributes:
-      model: a checkpoint; None is needle, if no shape is named.
-      shape: a published shape, for random weights.
-    """
+    """Which network is measured; needle if nothing is said."""
 
     model: Annotated[
         str | None, typer.Option(help="Checkpoint: needle, a folder, or a hub id.")
@@ -73,14 +68,7 @@ class Source:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Decoding:
-    """How it decodes.
-
-    Attributes:
-      budget: tokens that are kept.
-      decode: name of the policy.
-      dtype: of the weights.
-      decode_implementation: of the attention.
-    """
+    """How it decodes."""
 
     budget: flags.Budget = None
     decode: flags.Decode = "full"
@@ -95,12 +83,7 @@ class Decoding:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Output:
-    """Where the result goes.
-
-    Attributes:
-      as_json: print JSON, and nothing else on stdout.
-      out: file of the same JSON.
-    """
+    """Where the result goes."""
 
     as_json: flags.Json = False
     out: Annotated[

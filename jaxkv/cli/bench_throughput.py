@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import jax
 import rich.box
 import typer
-from rich.table import Table
+from rich.table import Column, Table
 
 from jaxkv import registry
 from jaxkv.bench import clock
@@ -19,6 +19,7 @@ from jaxkv.bench.throughput import Work, sampling
 from jaxkv.cli import bench_flags, flags
 from jaxkv.cli.bench_flags import Output, Source
 from jaxkv.cli.groups import grouped
+from jaxkv.cli.terminal import right_aligned
 from jaxkv.options import Options
 
 AUTO = "auto"
@@ -188,23 +189,16 @@ def _header(
 def _table(result: dict[str, Any]) -> Table:
     """Return one line per method and batch."""
     found = Table(
+        Column("method", justify="right", overflow="fold"),
+        *right_aligned(
+            "batch", "tokens/s", "seconds", "x floor", "cache GB", "peak GB"
+        ),
         title=f"{result['model']}, {result['dtype']}, {result['prompt']} + "
         f"{result['new']} tokens, budget {result['budget']}, on {result['device']}",
         caption=result["sampling"],
         box=rich.box.SIMPLE,
         collapse_padding=True,
     )
-    found.add_column("method", justify="right", overflow="fold")
-    columns = (
-        "batch",
-        "tokens/s",
-        "seconds",
-        "x floor",
-        "cache GB",
-        "peak GB",
-    )
-    for column in columns:
-        found.add_column(column, justify="right", no_wrap=True)
     for row in sorted(result["rows"], key=lambda row: (row["method"], row["batch"])):
         begin = row["method"], str(row["batch"])
         if not row["fits"]:

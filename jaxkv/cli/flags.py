@@ -61,14 +61,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Eviction:
-    """What a cache keeps.
-
-    Attributes:
-      budget: tokens; None for all.
-      compression_ratio: fraction of each prompt that is removed, instead.
-      prefill: name and options of the prompt's eviction.
-      decode: name and options of the output's eviction.
-    """
+    """What a cache keeps."""
 
     budget: Budget = None
     compression_ratio: CompressionRatio = None
@@ -100,12 +93,7 @@ class Eviction:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Kernels:
-    """What computes attention; None is the best that can run.
-
-    Attributes:
-      prefill_implementation: over the prompt.
-      decode_implementation: over the cache.
-    """
+    """What computes attention over the prompt, and over the cache."""
 
     prefill_implementation: PrefillImplementation = None
     decode_implementation: DecodeImplementation = None

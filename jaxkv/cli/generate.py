@@ -27,12 +27,7 @@ _BLOCK = 16  # tokens between two pieces of streamed text
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Speculation:
-    """How tokens are drafted.
-
-    Attributes:
-      speculate: name and options of the drafter, or `none`.
-      accept: name and options of the rule.
-    """
+    """How tokens are drafted, and which drafts pass."""
 
     speculate: Annotated[
         str,
@@ -77,15 +72,7 @@ class Speculation:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How a token is chosen.
-
-    Attributes:
-      temperature: 0 is greedy.
-      top_k: tokens to draw from.
-      top_p: probability mass to draw from.
-      min_p: least probability, relative to the likeliest token's.
-      repetition_penalty: 1 is off.
-    """
+    """How a token is chosen."""
 
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = (
         0.0

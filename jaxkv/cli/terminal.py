@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import rich.console
 import rich.progress
+from rich.table import Column
 
 from jaxkv.inference import Stats
 from jaxkv.language_model import LanguageModel
@@ -49,6 +50,11 @@ def megabytes(num_bytes: float) -> str:
     return (
         f"{num_bytes / 1e6:.3g} MB" if num_bytes < 1e8 else f"{num_bytes / 1e6:.0f} MB"
     )
+
+
+def right_aligned(*names: str) -> list[Column]:
+    """Return columns of a table whose numbers stand one below the other."""
+    return [Column(name, justify="right", no_wrap=True) for name in names]
 
 
 class TextStream:
