@@ -54,28 +54,29 @@ def check(batch, heads, kv_heads, slots, head_dim, dtype, splits) -> dict:
         head_dim=head_dim,
         dtype=dtype,
     )
-    args = timing.make_inputs(shape, share)
-    args = (*args[:-1], args[-1].at[-1].set(-1))  # the last row is finished
+    query, token, slots = timing.make_inputs(shape, share)
+    # The last row is finished.
+    token = token._replace(position=token.position.at[-1].set(-1))
     scale = head_dim**-0.5
     tiles = choose_tiles(batch, kv_heads, slots, head_dim, dtype)
     tiles = dataclasses.replace(tiles, splits=splits or tiles.splits)
     reference = functools.partial(decode_attention, implementation="reference")
-    want = jax.jit(functools.partial(reference, scale=scale))(*args)
+    want = jax.jit(functools.partial(reference, scale=scale))(query, token, slots)
     step = functools.partial(decode_attention_triton, scale=scale, tiles=tiles)
-    step = jax.jit(step, donate_argnums=(3, 4, 5))
+    step = jax.jit(step, donate_argnums=2)
     runs = []
     for _ in range(2):
-        cache = [jnp.copy(x) for x in args[3:6]]
-        before = [x.unsafe_buffer_pointer() for x in cache]
-        got = step(*args[:3], *cache, *args[6:])
-        in_place = before == [x.unsafe_buffer_pointer() for x in got[1:]]
-        runs.append(jax.tree.map(np.asarray, got))
+        mine = jax.tree.map(jnp.copy, slots)
+        before = [x.unsafe_buffer_pointer() for x in mine[:3]]
+        got, new = step(query, token, mine)
+        in_place = before == [x.unsafe_buffer_pointer() for x in new[:3]]
+        runs.append([np.asarray(x) for x in (got, *new[:3])])
     raw = [[x.tobytes() for x in run] for run in runs]
     # Equal bits, NaN of free slots included: nothing but the target was written.
-    same_cache = raw[0][1:] == [np.asarray(x).tobytes() for x in want[1:]]
-    out, right = (np.asarray(x.out).astype(np.float32) for x in (runs[0], want))
+    same_cache = raw[0][1:] == [np.asarray(x).tobytes() for x in want[1][:3]]
+    out, right = (np.asarray(x).astype(np.float32) for x in (runs[0][0], want[0]))
     error = (np.abs(out - right) / np.maximum(1, np.abs(right))).max()
-    record = dict(shape=args[3].shape, dtype=dtype, heads=heads, tiles=str(tiles))
+    record = dict(shape=slots.keys.shape, dtype=dtype, heads=heads, tiles=str(tiles))
     record |= dict(error=float(error), close=bool(error <= TOLERANCE[dtype]))
     return record | dict(same=same_cache, in_place=in_place, repeats=raw[0] == raw[1])
 
@@ -105,14 +106,7 @@ def time_shape(batch, slots, share, sweep, bandwidth):
         else:
             attend = functools.partial(decode_attention, implementation="xla")
 
-        def step(query, token, slots, attend=attend):
-            out, *cache = attend(
-                *(query, token.key, token.value, *slots.plain, token.position),
-                scale=shape.scale,
-            )
-            return out, slots.after(*cache)
-
-        found = layers.time(step)
+        found = layers.time(functools.partial(attend, scale=shape.scale))
         seconds = statistics.median(found.seconds)
         name = str(tiles) if tiles else "xla"
         record = dict(batch=batch, slots=slots, occupied=layers.occupied, tiles=name)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxkv.bench.attention import Shape, make_inputs
+from jaxkv.kernels.cache import Slots, Token
 from jaxkv.kernels.longflow_triton import choose_tiles, longflow_attention_triton
 from jaxkv.kernels.window_scores_triton import window_scores_triton
 
@@ -47,27 +48,15 @@ WINDOW_CHECKS = [
 SEQUENCES = [(True, IN_ROWS), (True, IN_SPLITS), (False, IN_ROWS), (False, IN_SPLITS)]
 
 
-def reference(
-    query,
-    key,
-    value,
-    keys,
-    values,
-    positions,
-    norms,
-    target,
-    position,
-    oldest,
-    newest,
-    **kw,
-):
-    """Return output, importance and class of each slot `[B, K, S]`, and the cache.
+def reference(query, token, slots, oldest, newest, **kw):
+    """Return output, importance and class of each slot `[B, K, S]`, and the slots.
 
     Norms are not believed, but computed from the values.
     """
-    batch, kv_heads, slots, _ = keys.shape
+    (key, value, position), (keys, values, positions, target, norms) = token, slots
+    batch, kv_heads, length, _ = keys.shape
     group = query.shape[1] // kv_heads
-    slot = jnp.where(position[:, None] < 0, slots, target)
+    slot = jnp.where(position[:, None] < 0, length, target)
     where = jnp.arange(batch)[:, None], jnp.arange(kv_heads), slot
     keys = keys.at[where].set(key, mode="drop")
     values = values.at[where].set(value, mode="drop")
@@ -96,7 +85,8 @@ def reference(
     kind = jnp.where(free, 0, jnp.where(evictable, 1, 2))
     new = norms_of(value.astype(jnp.float32), kw["score"])
     norms = norms.at[where].set(new, mode="drop")
-    return out.reshape(query.shape), importance, kind, (keys, values, positions, norms)
+    slots = Slots(keys, values, positions, target, norms)
+    return out.reshape(query.shape), importance, kind, slots
 
 
 def norms_of(v, score):
@@ -127,22 +117,25 @@ def longflow_inputs(
         head_dim=head_dim,
         dtype=dtype,
     )
-    args = list(make_inputs(shape, share, seed=1))
+    query, token, (keys, values, positions, target, _) = make_inputs(
+        shape, share, seed=1
+    )
     if shared:
-        args[5] = jnp.broadcast_to(args[5][:, :1], args[5].shape)
-        args[6] = jnp.broadcast_to(args[6][:, :1], args[6].shape)
-        dead = (args[5] < 0)[..., None]
-        args[3], args[4] = (
-            jnp.where(dead, jnp.nan, jnp.nan_to_num(x)) for x in args[3:5]
+        positions = jnp.broadcast_to(positions[:, :1], positions.shape)
+        target = jnp.broadcast_to(target[:, :1], target.shape)
+        dead = (positions < 0)[..., None]
+        keys, values = (
+            jnp.where(dead, jnp.nan, jnp.nan_to_num(x)) for x in (keys, values)
         )
-    scale = jnp.exp(jax.random.normal(jax.random.key(2), args[4].shape[:-1]))
-    args[4] = args[4] * scale[..., None].astype(args[4].dtype)
+    scale = jnp.exp(jax.random.normal(jax.random.key(2), values.shape[:-1]))
+    values = values * scale[..., None].astype(values.dtype)
     if batch > 1:
-        args[7] = args[7].at[-1].set(-1)
+        token = token._replace(position=token.position.at[-1].set(-1))
     oldest = jnp.where(jnp.arange(batch) % 2 == 0, slots // 4, 0).astype(jnp.int32)
     newest = jnp.where(jnp.arange(batch) % 3 == 0, slots * 3 // 4, 2**31 - 1)
-    norms = norms_of(args[4].astype(jnp.float32), score)
-    return (*args[:6], norms, *args[6:], oldest, newest.astype(jnp.int32))
+    norms = norms_of(values.astype(jnp.float32), score)
+    slots = Slots(keys, values, positions, target, norms)
+    return query, token, slots, oldest, newest.astype(jnp.int32)
 
 
 def check(batch, heads, kv_heads, slots, head_dim, dtype, score, shared, share, tiles):
@@ -151,6 +144,7 @@ def check(batch, heads, kv_heads, slots, head_dim, dtype, score, shared, share, 
         batch, heads, kv_heads, slots, head_dim, dtype, share, shared, score
     )
     options = dict(scale=head_dim**-0.5, score=score, shared=shared)
+    query, token, before, *bounds = args
     out, importance, kind, cache = jax.jit(functools.partial(reference, **options))(
         *args
     )
@@ -158,21 +152,22 @@ def check(batch, heads, kv_heads, slots, head_dim, dtype, score, shared, share, 
         choose_tiles(batch, heads, kv_heads, slots, head_dim, dtype), **tiles
     )
     step = functools.partial(longflow_attention_triton, **options, tiles=tiles)
-    step = jax.jit(step, donate_argnums=(3, 4, 5, 6))
+    step = jax.jit(step, donate_argnums=2)
     runs = []
     for _ in range(2):
-        mine = [jnp.copy(x) for x in args[3:7]]
-        before = [x.unsafe_buffer_pointer() for x in mine]
-        got = step(*args[:3], *mine, *args[7:])
-        in_place = before == [x.unsafe_buffer_pointer() for x in got[1:5]]
+        mine = jax.tree.map(jnp.copy, before)
+        pointers = [x.unsafe_buffer_pointer() for x in mine]
+        got = step(query, token, mine, *bounds)
+        in_place = pointers == [x.unsafe_buffer_pointer() for x in got[1]]
         runs.append(jax.tree.map(np.asarray, got))
-    raw = [[x.tobytes() for x in run] for run in runs]
+    raw = [[x.tobytes() for x in (run[0], *run[1])] for run in runs]
+    mine, after = runs[0]
     same = raw[0][1:4] == [np.asarray(x).tobytes() for x in cache[:3]]
-    same &= np.allclose(runs[0].norms, cache[3], rtol=1e-5, equal_nan=True)
-    unfinished = np.asarray(args[8]) >= 0
-    mine, right = (np.asarray(x).astype(np.float32) for x in (runs[0].out, out))
+    same &= np.allclose(after.norms, cache.norms, rtol=1e-5, equal_nan=True)
+    unfinished = np.asarray(token.position) >= 0
+    mine, right = (np.asarray(x).astype(np.float32) for x in (mine, out))
     error = (np.abs(mine - right) / np.maximum(1, np.abs(right)))[unfinished].max()
-    target = runs[0].target
+    target = after.target
     chosen, importance, kind = (
         np.asarray(x)[unfinished] for x in (target, importance, kind)
     )
@@ -184,8 +179,8 @@ def check(batch, heads, kv_heads, slots, head_dim, dtype, score, shared, share, 
     good = np.where(
         first == 0, is_first, got <= least * (1 + VICTIM_TOLERANCE[dtype])
     ) & (kinds == first)
-    kept = (target[~unfinished] == np.asarray(args[7])[~unfinished]).all()
-    record = dict(shape=args[3].shape, heads=heads, dtype=dtype, score=score)
+    kept = (target[~unfinished] == np.asarray(before.target)[~unfinished]).all()
+    record = dict(shape=before.keys.shape, heads=heads, dtype=dtype, score=score)
     record |= dict(shared=shared, tiles=str(tiles), error=float(error))
     record |= dict(close=bool(error <= OUT_TOLERANCE[dtype]), same=same)
     record |= dict(victims=bool(good.all()), kept=bool(kept), in_place=in_place)
@@ -202,27 +197,29 @@ def check_sequence(shared: bool, tiles: dict, steps: int = 200) -> dict:
     zeros = jnp.zeros((batch,), jnp.int32)
     bounds = zeros, zeros + (2**31 - 1)
 
-    def by_reference(*args):
-        out, importance, kind, cache = reference(*args, **options)
-        return out, *cache, victims(importance, kind, args[7], args[8])
+    def by_reference(query, token, slots, *bounds):
+        out, importance, kind, slots = reference(
+            query, token, slots, *bounds, **options
+        )
+        target = victims(importance, kind, slots.target, token.position)
+        return out, slots._replace(target=target)
 
     by_triton = functools.partial(longflow_attention_triton, **options, tiles=tiles)
 
     def run(step):
-        def body(carry, t):
-            *cache, target = carry
+        def body(slots, t):
             draw = jax.random.split(jax.random.key(t), 3)
             q = jax.random.normal(draw[0], (batch, heads, head_dim))
             k, v = (jax.random.normal(d, (batch, kv_heads, head_dim)) for d in draw[1:])
-            _, *cache, target = step(q, k, v, *cache, target, zeros + t, *bounds)
-            return (*cache, target), target
+            _, slots = step(q, Token(k, v, zeros + t), slots, *bounds)
+            return slots, slots.target
 
         keys = jnp.full((batch, kv_heads, slots, head_dim), jnp.nan)
         positions = jnp.full((batch, kv_heads, slots), -1, jnp.int32)
         norms = jnp.full(positions.shape, jnp.nan)
         target = jnp.zeros((batch, kv_heads), jnp.int32)
-        cache = keys, keys, positions, norms, target
-        return jax.lax.scan(body, cache, jnp.arange(steps))[1]
+        empty = Slots(keys, keys, positions, target, norms)
+        return jax.lax.scan(body, empty, jnp.arange(steps))[1]
 
     sides = by_reference, by_triton
     want, got = (np.asarray(jax.jit(functools.partial(run, x))()) for x in sides)

@@ -85,27 +85,17 @@ WINDOW_SWEEP = [
 
 def with_tiles(query, token, slots, *, tiles):
     """Do one layer's step with these tiles; see `jaxkv.bench.attention.Step`."""
-    out, *cache = longflow_attention_triton(
-        *(query, token.key, token.value, *slots, *token.bounds),
-        scale=SCALE,
-        tiles=tiles,
+    oldest = jnp.zeros_like(token.position)
+    return longflow_attention_triton(
+        *(query, token, slots, oldest, token.position), scale=SCALE, tiles=tiles
     )
-    return out, timing.Slots(*cache)
-
-
-def without_score(query, token, slots):
-    """Do one layer's step with attention alone."""
-    out, *cache = decode_attention_triton(
-        *(query, token.key, token.value, *slots.plain, token.position), scale=SCALE
-    )
-    return out, slots.after(*cache)
 
 
 def time_version(layers: timing.Layers, version: str | Tiles) -> dict:
     """Time cuDNN, attention without a score, or LongFlow with these tiles."""
     step = {
         "cudnn": functools.partial(timing.cudnn, scale=SCALE),
-        "attention": without_score,
+        "attention": functools.partial(decode_attention_triton, scale=SCALE),
     }.get(version, functools.partial(with_tiles, tiles=version))
     found = layers.time(step, slots_first=version == "cudnn", profile=True)
     ms = 1e3 * statistics.median(found.seconds)

@@ -34,6 +34,7 @@ from jax.experimental.topologies import get_topology_desc
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxkv import Options, generation, registry, sharding
+from jaxkv.kernels.cache import Slots, Token
 from jaxkv.kernels.decode import decode_attention
 from jaxkv.kernels.longflow import longflow_attention
 from jaxkv.kernels.per_shard import partition_spec
@@ -73,6 +74,16 @@ def abstract(mesh: Mesh, letters: str, sizes: dict[str, int], dtype=jnp.bfloat16
     )
 
 
+def decode_inputs(mesh: Mesh, sizes: dict[str, int], dtype=jnp.bfloat16):
+    """Return query, token and slots of a decode step, and a bound of what may go."""
+    array = functools.partial(abstract, mesh, sizes=sizes, dtype=dtype)
+    integers = functools.partial(array, dtype=jnp.int32)
+    token = Token(array("B K H"), array("B K H"), integers("B"))
+    norms = array("B K S", dtype=jnp.float32)
+    held = array("B K S H"), array("B K S H"), integers("B K S"), integers("B K")
+    return array("B N H"), token, Slots(*held, norms), integers("B")
+
+
 def compile_one(function, arguments, mesh: Mesh, **jit) -> dict[str, Any]:
     """Compile and return seconds and bytes per device."""
     with jax.set_mesh(mesh):
@@ -108,33 +119,27 @@ def kernels(
     The heads are spread over `model` devices; the bytes are those of one.
     """
     sizes = dict(B=batch, N=HEADS, K=KV_HEADS, H=HEAD_DIM, S=slots, W=window)
-    int32 = jnp.int32
     for name, topology in topologies.items():
         mesh = sharding.make_mesh(model=model, devices=devices(topology)[:model])
-        array = functools.partial(abstract, mesh, sizes=sizes)
-        cache = [array("B K S H"), array("B K S H"), array("B K S", dtype=int32)]
-        step = [array("B N H"), array("B K H"), array("B K H"), *cache]
-        step += [array("B K", dtype=int32), array("B", dtype=int32)]
-        norms = array("B K S", dtype=jnp.float32)
-        bounds = [array("B", dtype=int32)] * 2
+        query, token, slots, bound = decode_inputs(mesh, sizes)
         prompt = dict(sizes, T=length, B=1)
         rows = [abstract(mesh, f"B T {heads} H", prompt) for heads in ("N", "K", "K")]
         queries = abstract(mesh, "B W N H", prompt)
-        start = abstract(mesh, "B", prompt, int32)
+        start = abstract(mesh, "B", prompt, jnp.int32)
         run = functools.partial
-        in_place = dict(donate_argnums=(3, 4, 5))
+        in_place = dict(donate_argnums=2)
         for what, function, arguments, options in (
             (
                 "decode_attention",
                 run(decode_attention, scale=SCALE, implementation="pallas_tpu"),
-                step,
+                [query, token, slots._replace(norms=None)],
                 in_place,
             ),
             (
                 "longflow_attention",
                 run(longflow_attention, scale=SCALE, implementation="pallas_tpu"),
-                [*step[:6], norms, *step[6:], *bounds],
-                dict(donate_argnums=(3, 4, 5, 6)),
+                [query, token, slots, bound, bound],
+                in_place,
             ),
             (
                 "window_scores",

@@ -26,6 +26,7 @@ import typer
 
 from jaxkv.bench.clock import time_loop
 from jaxkv.bench.kernel_trace import kernel_times
+from jaxkv.kernels.cache import Nodes, Slots, Token
 from jaxkv.kernels.decode_triton import decode_attention_triton
 from jaxkv.kernels.tree_attention import tree_attention
 from jaxkv.kernels.tree_triton import (
@@ -102,7 +103,7 @@ def make_tree(rng, batch, nodes, depth):
 
 
 def make_inputs(batch, nodes, heads, kv_heads, slots, head_dim, dtype, *, evict, seed):
-    """Return the arguments of `tree_attention`, paths and counts.
+    """Return the arguments of `tree_attention`, a path of each tree, and its length.
 
     Free slots hold NaN. With `evict` the slots of the paths are any, and come back.
     """
@@ -125,8 +126,11 @@ def make_inputs(batch, nodes, heads, kv_heads, slots, head_dim, dtype, *, evict,
     positions = np.where(occupied < slots - free, occupied, -1).astype(np.int32)
     nan = jnp.asarray(np.where(positions < 0, np.nan, 0)[..., None], dtype)
     tree = make_tree(rng, batch, nodes, DEPTH)
-    arrays = (q, k, v, keys + nan, values + nan)
-    return (*arrays, jnp.asarray(positions), jnp.asarray(upcoming), *tree)
+    upcoming = jnp.asarray(upcoming)
+    nodes = Nodes(k, v, jnp.full(batch, slots, jnp.int32))
+    target = jnp.copy(upcoming[..., 0])
+    cache = Slots(keys + nan, values + nan, jnp.asarray(positions), target)
+    return q, nodes, cache, upcoming, *tree
 
 
 def check(batch, nodes, heads, kv_heads, slots, head_dim, dtype) -> dict:
@@ -135,21 +139,21 @@ def check(batch, nodes, heads, kv_heads, slots, head_dim, dtype) -> dict:
     *args, path, count = make_inputs(*shape, evict=True, seed=0)
     scale = head_dim**-0.5
     exact = functools.partial(tree_attention, scale=scale, implementation="xla")
-    wide = [x.astype("float32") if x.dtype == dtype else x for x in args]
+    wide = jax.tree.map(lambda x: x.astype("float32") if x.dtype == dtype else x, args)
     with jax.default_matmul_precision("highest"):
         want = np.asarray(jax.jit(exact)(*wide))
     attend = jax.jit(functools.partial(tree_attention_triton, scale=scale))
     runs = [np.asarray(attend(*args)) for _ in range(2)]
     error = abs(runs[0].astype("float32") - want) / np.maximum(1, abs(want))
-    _, key, value, *cache, upcoming, _, _ = args
-    position = jnp.full(batch, slots, jnp.int32).at[-1].set(-1)
+    _, new, cache, upcoming, _, _ = args
+    position = new.position.at[-1].set(-1)
     count = jnp.where(position < 0, 0, count)
-    writes = (key, value, *cache, upcoming[..., 0], upcoming, path, count, position)
+    writes = new._replace(position=position), cache, path, upcoming, count
     wrote = jax.jit(write_path_triton)(*writes)
     plain = jax.jit(functools.partial(write_path, implementation="xla"))(*writes)
     same = [
         np.asarray(a).tobytes() == np.asarray(b).tobytes()
-        for a, b in zip(wrote, plain, strict=True)
+        for a, b in zip(wrote[:4], plain[:4], strict=True)
     ]
     tiles = choose_tiles(batch, heads, kv_heads, nodes, slots, head_dim, dtype)
     return dict(
@@ -171,35 +175,24 @@ class Layers:
         make = functools.partial(make_inputs, *shape, evict=False)
         self.num = 36 if batch == 1 else max(4, math.ceil(1e9 / (1.3e7 * batch)))
         layers = [make(seed=seed) for seed in range(self.num)]
-        self.q, self.k, self.v = layers[0][:3]
-        self.rest = layers[0][6:]  # upcoming, depths, ancestors, path, count
-        self.position = jnp.full(batch, 3188, jnp.int32)
-        targets = [jnp.copy(self.rest[0][..., 0]) for _ in layers]
-        self.caches = [(*x[3:6], t) for x, t in zip(layers, targets, strict=True)]
+        self.q, self.new = layers[0][:2]
+        self.rest = layers[0][3:]  # upcoming, depths, ancestors, path, count
+        self.caches = [layer[2] for layer in layers]
 
     def attend(self, version, q, cache):
         """Do one layer's operation: tiles, or the name of something else."""
-        keys, values, positions, target = cache
-        upcoming, depths, ancestors, path, count = self.rest
+        new, (upcoming, depths, ancestors, path, count) = self.new, self.rest
         if version == "plain":
-            token = q[:, 0], self.k[:, 0], self.v[:, 0], keys, values, positions
-            out, *cache = decode_attention_triton(
-                *token, target, self.position, scale=0.088
-            )
-            return jnp.broadcast_to(out[:, None], q.shape), (*cache, target)
+            token = Token(new.key[:, 0], new.value[:, 0], new.position)
+            out, cache = decode_attention_triton(q[:, 0], token, cache, scale=0.088)
+            return jnp.broadcast_to(out[:, None], q.shape), cache
         if version in ("write", "write xla"):
             how = "triton" if version == "write" else "xla"
-            written = write_path(
-                *(self.k, self.v, *cache, upcoming, path, count, self.position),
-                implementation=how,
-            )
-            return q, tuple(written)
-        nodes = q, self.k, self.v, keys, values, positions, upcoming, depths, ancestors
+            return q, write_path(new, cache, path, upcoming, count, implementation=how)
+        args = q, new, cache, upcoming, depths, ancestors
         if version == "xla":
-            out = tree_attention(*nodes, scale=0.088, implementation="xla")
-        else:
-            out = tree_attention_triton(*nodes, scale=0.088, tiles=version)
-        return out, cache
+            return tree_attention(*args, scale=0.088, implementation="xla"), cache
+        return tree_attention_triton(*args, scale=0.088, tiles=version), cache
 
     def time(self, version) -> dict:
         """Time one version over all layers."""

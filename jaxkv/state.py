@@ -13,6 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxkv.kernels.cache import Slots
+
 FREE = -1  # in `positions`: nothing lies in this slot
 
 
@@ -75,6 +77,19 @@ def occupied(state: KVState) -> jax.Array:
 def occupancy(state: KVState) -> jax.Array:
     """Return how many slots hold a token, int32 `[B, K]`."""
     return occupied(state).sum(-1, dtype=jnp.int32)
+
+
+def to_slots(state: KVState, norms: jax.Array | None = None) -> Slots:
+    """Return the cache as kernels take it, with norms if they are to score it."""
+    return Slots(state.keys, state.values, state.positions, state.target, norms)
+
+
+def from_slots(slots: Slots, memory: Any) -> KVState:
+    """Return the state that holds what a kernel returned, and this memory."""
+    keys, values, positions, target, _ = slots
+    return KVState(
+        keys=keys, values=values, positions=positions, target=target, memory=memory
+    )
 
 
 def fill(

@@ -9,13 +9,14 @@ Axis letters: `B` batch, `T` nodes, `D` depth of the deepest node, `K` key/value
 `S` slots, `H` head size.
 """
 
-import dataclasses
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from jaxkv import state as kv
 from jaxkv.kernels import tree_attention, tree_write
+from jaxkv.kernels.cache import Nodes
 from jaxkv.state import KVState
 
 # What is known of a drafted token; `DraftTree.kinds` holds indices into this.
@@ -189,22 +190,17 @@ def commit(
     """
     slots = pending.along(path)
     written = tree_write.write_path(
-        pending.keys,
-        pending.values,
-        state.keys,
-        state.values,
-        state.positions,
-        state.target,
-        slots,
+        Nodes(pending.keys, pending.values, position),
+        kv.to_slots(state),
         path,
+        slots,
         count,
-        position,
         implementation=implementation,
     )
     memory = state.memory
     if pending.memory:
         memory = _remember(pending.memory, memory, slots[..., :-1], path, count)
-    return dataclasses.replace(state, **written._asdict(), memory=memory)
+    return kv.from_slots(written, memory)
 
 
 def _remember(new, memory, slots, path, count):

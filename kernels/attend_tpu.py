@@ -29,6 +29,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxkv.kernels import attend_tpu_body as body
+from jaxkv.kernels.cache import Slots, Token
 from jaxkv.kernels.scores import ProductScore
 
 _LANES = body.LANES
@@ -194,27 +195,77 @@ def choose_block(slots: int, head_dim: int, dtype: jax.typing.DTypeLike) -> int:
     return -(-units // -(-units // most)) * _LANES
 
 
-def call(plan: Plan, scalars, arrays, *, interpret: Any):
+def call(
+    plan: Plan,
+    query: jax.Array,
+    token: Token,
+    slots: Slots,
+    bounds: tuple[jax.Array, ...] = (),
+    *,
+    interpret: Any,
+) -> tuple[Any, ...]:
     """Launch the kernel of `plan`.
 
     Args:
       plan: static.
-      scalars: `target` and `position`; for a choice also `oldest` and `newest`.
-      arrays: `query`, `key`, `value`, `keys`, `values`, `positions`.
+      query: `[B, N, H]`.
+      token: the new one.
+      slots: of the cache.
+      bounds: of a choice, `oldest` and `newest`.
       interpret: see `longflow_attention_tpu`.
 
     Returns:
-      `out [B, N, H]`, `keys`, `values`, `positions`, and with a score the next target,
-      int32 `[B, K, 128]`, in every lane; or, where the kernel does not choose, the
-      importance, float32 `[B, K, padded]`.
+      `out [B, N, H]`, the slots with `target` and `norms` as they were, and with a
+      score the next target, int32 `[B, K, 128]`, in every lane; or, where the kernel
+      does not choose, the importance, float32 `[B, K, padded]`.
     """
     if interpret and plan.slots % plan.block:
         # Interpreters pad aliased inputs and outputs, each to a multiple of its own
         # block, and then want their shapes to be equal.
         plan = dataclasses.replace(plan, tile=plan.block)
-    query, key, value, keys, values, positions = arrays
+    keys, values, positions, target, _ = slots
     b, k, g, h = plan.batch, plan.kv_heads, plan.group, plan.head_dim
-    heads, token = (b, k, g, h), (b, k, 1, h)
+    heads, new = (b, k, g, h), (b, k, 1, h)
+    scalars = target, token.position, *bounds
+    n = len(scalars)
+    kernel, inputs, outputs, scratch = _layout(plan)
+    out_shape = [jax.ShapeDtypeStruct(heads, query.dtype)]
+    out_shape += [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in slots[:3]]
+    if plan.chooses and plan.score is not None:
+        out_shape += [jax.ShapeDtypeStruct((b, k, _LANES), jnp.int32)]
+    elif plan.score is not None:
+        out_shape += [jax.ShapeDtypeStruct((b, k, plan.padded), jnp.float32)]
+    out, keys, values, positions, *last = pl.pallas_call(
+        functools.partial(kernel, plan=plan),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=n,
+            grid=(b, k, plan.steps),
+            in_specs=inputs,
+            out_specs=outputs,
+            scratch_shapes=scratch,
+        ),
+        out_shape=out_shape,
+        input_output_aliases={n + 3: 1, n + 4: 2, n + 5: 3},
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary", "arbitrary"),
+            vmem_limit_bytes=plan.vmem_bytes(),
+        ),
+        name="decode_attention" if plan.score is None else "longflow_attention",
+        interpret=interpret,
+    )(
+        *scalars,
+        query.reshape(heads),
+        token.key.astype(keys.dtype).reshape(new),
+        token.value.astype(values.dtype).reshape(new),
+        *(keys, values, positions),
+    )
+    slots = slots._replace(keys=keys, values=values, positions=positions)
+    return out.reshape(query.shape), slots, *last
+
+
+def _layout(plan: Plan):
+    """Return the kernel, specs of its inputs and outputs, and its scratch memory."""
+    k, g, h = plan.kv_heads, plan.group, plan.head_dim
 
     def of_head(rows):
         return pl.BlockSpec((1, 1, rows, h), lambda b, k, t, *_: (b, k, 0, 0))
@@ -226,49 +277,14 @@ def call(plan: Plan, scalars, arrays, *, interpret: Any):
     written = pl.BlockSpec((1, 1, plan.tile, h), tile_of_target)
     held = pl.BlockSpec((1, k, plan.padded), lambda b, k, t, *_: (b, 0, 0))
     chosen = pl.BlockSpec((1, k, _LANES), lambda b, k, t, *_: (b, 0, 0))
-    scored = plan.score is not None
-    chooses = scored and plan.chooses
+    inputs = [of_head(g), of_head(1), of_head(1), block, block, held]
+    outputs = [of_head(g), written, written, held]
     f32 = jnp.float32
-    scratch = [pltpu.VMEM((g, _LANES), f32), pltpu.VMEM((g, _LANES), f32)]
-    scratch += [pltpu.VMEM((g, h), f32)]
-    if scored:
-        scratch += [pltpu.VMEM((g, plan.padded), f32)]
-        scratch += [pltpu.VMEM((1, plan.padded), f32)] * (3 if chooses else 1)
-    out_shape = [jax.ShapeDtypeStruct(heads, query.dtype)]
-    out_shape += [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays[3:]]
-    if chooses:
-        kernel, last = body.longflow, [chosen]
-        out_shape += [jax.ShapeDtypeStruct((b, k, _LANES), jnp.int32)]
-    elif scored:
-        kernel, last = body.score, [held]
-        out_shape += [jax.ShapeDtypeStruct((b, k, plan.padded), f32)]
-    else:
-        kernel, last = body.attend, []
-    n = len(scalars)
-    out, *rest = pl.pallas_call(
-        functools.partial(kernel, plan=plan),
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=n,
-            grid=(b, k, plan.steps),
-            in_specs=[of_head(g), of_head(1), of_head(1), block, block, held],
-            out_specs=[of_head(g), written, written, held, *last],
-            scratch_shapes=scratch,
-        ),
-        out_shape=out_shape,
-        input_output_aliases={n + 3: 1, n + 4: 2, n + 5: 3},
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary", "arbitrary"),
-            vmem_limit_bytes=plan.vmem_bytes(),
-        ),
-        name="longflow_attention" if scored else "decode_attention",
-        interpret=interpret,
-    )(
-        *scalars,
-        query.reshape(heads),
-        key.astype(keys.dtype).reshape(token),
-        value.astype(values.dtype).reshape(token),
-        keys,
-        values,
-        positions,
-    )
-    return out.reshape(query.shape), *rest
+    scratch = [pltpu.VMEM((g, _LANES), f32)] * 2 + [pltpu.VMEM((g, h), f32)]
+    if plan.score is None:
+        return body.attend, inputs, outputs, scratch
+    scratch += [pltpu.VMEM((g, plan.padded), f32)]
+    scratch += [pltpu.VMEM((1, plan.padded), f32)] * (3 if plan.chooses else 1)
+    if plan.chooses:
+        return body.longflow, inputs, [*outputs, chosen], scratch
+    return body.score, inputs, [*outputs, held], scratch

@@ -1,4 +1,4 @@
-"""What operations and their backends hand to each other.
+"""The cache of one layer as operations take and return it, and what is written to it.
 
 Axis letters: `B` batch, `T` tokens, `N` query heads, `K` key/value heads, `S` slots,
 `H` head size.
@@ -8,69 +8,79 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int32
 
 
-class DecodeOutput(NamedTuple):
-    """What one decode step of attention returns.
-
-    Attributes:
-      out: `[B, N, H]`, in the dtype of the query.
-      keys: `[B, K, S, H]`, with the new key in its slot.
-      values: `[B, K, S, H]`, with the new value in its slot.
-      positions: int32 `[B, K, S]`, with the new position in its slot.
-    """
-
-    out: jax.Array
-    keys: jax.Array
-    values: jax.Array
-    positions: jax.Array
-
-
-class LongFlowOutput(NamedTuple):
-    """What one decode step of attention with LongFlow's choice returns.
+class Token(NamedTuple):
+    """One new token per row.
 
     Attributes:
-      out: `[B, N, H]`, in the dtype of the query.
-      keys: `[B, K, S, H]`, with the new key in its slot.
-      values: `[B, K, S, H]`, with the new value in its slot.
-      positions: int32 `[B, K, S]`, with the new position in its slot.
-      norms: float32 `[B, K, S]`, with the norm of the new value in its slot.
-      target: int32 `[B, K]`, the slot that the next token overwrites.
+      key: of the token, rotated.
+      value: of the token.
+      position: in its sequence; -1 for a finished row, which writes nothing.
     """
 
-    out: jax.Array
-    keys: jax.Array
-    values: jax.Array
-    positions: jax.Array
-    norms: jax.Array
-    target: jax.Array
+    key: Float[Array, "B K H"]
+    value: Float[Array, "B K H"]
+    position: Int32[Array, " B"]
+
+
+class Nodes(NamedTuple):
+    """One tree of drafted tokens per row, which no cache holds yet.
+
+    Attributes:
+      key: of the nodes, rotated.
+      value: of the nodes.
+      position: of the root in its sequence; -1 for a finished row.
+    """
+
+    key: Float[Array, "B T K H"]
+    value: Float[Array, "B T K H"]
+    position: Int32[Array, " B"]
+
+
+class Slots(NamedTuple):
+    """The cache of one layer.
+
+    Attributes:
+      keys: rotated; free slots of these and of the values may hold anything, NaN
+        included.
+      values: of the same tokens.
+      positions: of the token in each slot, negative where a slot is free.
+      target: the slot that the next token overwrites.
+      norms: `scores.value_norms` of the values, kept from step to step, so that scoring
+        reads no value twice. None where nobody scores.
+    """
+
+    keys: Float[Array, "B K S H"]
+    values: Float[Array, "B K S H"]
+    positions: Int32[Array, "B K S"]
+    target: Int32[Array, "B K"]
+    norms: Float32[Array, "B K S"] | None = None
 
 
 class Heads(NamedTuple):
-    """Rotated queries `[B, T, N, H]`, rotated keys and values `[B, T, K, H]`."""
+    """Rotated queries and keys of tokens, and their values."""
 
-    q: jax.Array
-    k: jax.Array
-    v: jax.Array
+    q: Float[Array, "B T N H"]
+    k: Float[Array, "B T K H"]
+    v: Float[Array, "B T K H"]
 
 
-def write(
-    key, value, keys, values, positions, target, position
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+def write(token: Token, slots: Slots) -> Slots:
     """Put one token per row into its slot; rows whose position is -1 stay as they are.
 
-    Arguments are those of `decode.decode_attention`.
-
     Returns:
-      The new `keys`, `values` and `positions`.
+      The slots, `target` and `norms` as they were.
     """
-    where = place_of_token(target, position, keys.shape[2])
+    where = place_of_token(slots.target, token.position, slots.keys.shape[2])
     flags = dict(mode="drop", unique_indices=True)
-    return (
-        keys.at[where].set(key.astype(keys.dtype), **flags),
-        values.at[where].set(value.astype(values.dtype), **flags),
-        positions.at[where].set(
-            jnp.broadcast_to(position[:, None], target.shape), **flags
+    keys, values, positions, target, _ = slots
+    return slots._replace(
+        keys=keys.at[where].set(token.key.astype(keys.dtype), **flags),
+        values=values.at[where].set(token.value.astype(values.dtype), **flags),
+        positions=positions.at[where].set(
+            jnp.broadcast_to(token.position[:, None], target.shape), **flags
         ),
     )
 

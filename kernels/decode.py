@@ -8,79 +8,53 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from jaxkv.kernels import dispatch
-from jaxkv.kernels.cache import DecodeOutput, write
+from jaxkv.kernels.cache import Slots, Token, write
 from jaxkv.kernels.decode_triton import decode_attention_triton
 from jaxkv.kernels.per_shard import per_shard
-from jaxkv.kernels.shapes import check_groups, check_shape
+from jaxkv.kernels.shapes import check_groups, checked
 
 Implementation = Literal["reference", "xla", "triton", "pallas_tpu"]
 
-_CACHE = ("B K S H", "B K S H", "B K S")
 
-
+@checked
 def decode_attention(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    keys: jax.Array,
-    values: jax.Array,
-    positions: jax.Array,
-    target: jax.Array,
-    position: jax.Array,
+    query: Float[Array, "B N H"],
+    token: Token,
+    slots: Slots,
     *,
     scale: float,
     implementation: Implementation | None = None,
-) -> DecodeOutput:
+) -> tuple[Float[Array, "B N H"], Slots]:
     """Write one token into its slot, then attend from it to all occupied slots.
 
     Args:
-      query: `[B, N, H]` of the new token; head `n` reads head `n // (N / K)`.
-      key: `[B, K, H]` of the new token, rotated.
-      value: `[B, K, H]` of the new token.
-      keys: `[B, K, S, H]`.
-      values: `[B, K, S, H]`; free slots of both may hold anything, NaN included.
-      positions: int32 `[B, K, S]`, negative where a slot is free.
-      target: int32 `[B, K]`, the slot that the new token overwrites.
-      position: int32 `[B]` of the new token; -1 for a finished row, which writes
-        nothing and whose output is finite but means nothing.
+      query: of the new token; head `n` reads head `n // (N / K)`. The output of a
+        finished row is finite but means nothing.
+      token: the new one.
+      slots: `slots.target` is the one that the token overwrites.
       scale: factor on the logits.
       implementation: "reference" (float32), "xla" (anywhere), "triton" (NVIDIA, through
         jax-triton), "pallas_tpu" (TPU), or None for the best one that can run; `choose`
         says which.
 
     Returns:
-      The output and the updated cache.
+      The output, in the dtype of the query, and the slots with the token in them;
+      `target` and `norms` are as they were.
 
     Raises:
       ValueError: shapes disagree, or the implementation is unknown.
       NotImplementedError: a named implementation cannot run here.
     """
     where = "decode_attention"
-    sizes = check_shape(
-        where,
-        query=(query, "B N H"),
-        key=(key, "B K H"),
-        value=(value, "B K H"),
-        keys=(keys, "B K S H"),
-        values=(values, "B K S H"),
-        positions=(positions, "B K S"),
-        target=(target, "B K"),
-        position=(position, "B"),
-    )
-    check_groups(where, sizes["N"], sizes["K"])
+    check_groups(where, query.shape[1], slots.keys.shape[1])
     if implementation is None:
-        implementation = choose(jax.default_backend(), query, keys)
+        implementation = choose(jax.default_backend(), query, slots.keys)
     run = dispatch.resolve(where, implementation, _RUNS)
-    run = per_shard(
-        functools.partial(run, scale=scale),
-        ("B N H", "B K H", "B K H", *_CACHE, "B K", "B"),
-        ("B N H", *_CACHE),
-    )
-    return DecodeOutput(
-        *run(query, key, value, keys, values, positions, target, position)
-    )
+    run = per_shard(functools.partial(run, scale=scale), decode_attention)
+    return run(query, token, slots)
 
 
 def choose(platform: str, query=None, keys=None) -> Implementation:
@@ -206,22 +180,19 @@ def attend_exactly(
     return out, weights, v
 
 
-def _reference(query, key, value, keys, values, positions, target, position, *, scale):
+def _reference(query, token, slots, *, scale):
     """Everything in float32 and highest precision: the definition of the operation."""
-    cache = write(key, value, keys, values, positions, target, position)
-    out, _, _ = attend_exactly(query, *cache, scale)
-    return DecodeOutput(out.astype(query.dtype), *cache)
+    slots = write(token, slots)
+    out, _, _ = attend_exactly(query, slots.keys, slots.values, slots.positions, scale)
+    return out.astype(query.dtype), slots
 
 
-def _xla(query, key, value, keys, values, positions, target, position, *, scale):
+def _xla(query, token, slots, *, scale):
     """Two contractions per key/value head, accumulated in float32."""
-    keys, values, positions = write(
-        key, value, keys, values, positions, target, position
-    )
-    weights = decode_weights(query, keys, positions, scale=scale)
-    out = weigh(weights, values, positions)
-    out = out.reshape(query.shape).astype(query.dtype)
-    return DecodeOutput(out, keys, values, positions)
+    slots = write(token, slots)
+    weights = decode_weights(query, slots.keys, slots.positions, scale=scale)
+    out = weigh(weights, slots.values, slots.positions)
+    return out.reshape(query.shape).astype(query.dtype), slots
 
 
 def _pallas_tpu(*arguments, **options):

@@ -8,53 +8,37 @@ from typing import Any
 import jax
 
 from jaxkv.kernels import attend_tpu
-from jaxkv.kernels.cache import DecodeOutput
+from jaxkv.kernels.cache import Slots, Token
 
 
 def decode_attention_tpu(
     query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    keys: jax.Array,
-    values: jax.Array,
-    positions: jax.Array,
-    target: jax.Array,
-    position: jax.Array,
+    token: Token,
+    slots: Slots,
     *,
     scale: float,
     block: int | None = None,
     interpret: Any = False,
-) -> DecodeOutput:
-    """Write one token into its slot, then attend from it to all occupied slots.
+) -> tuple[jax.Array, Slots]:
+    """Do `decode.decode_attention`, whose arguments these are.
 
-    Arguments and results are those of `decode.decode_attention`, which checks them.
-    `keys`, `values` and `positions` are updated in place where XLA lets them be: under
-    `jit`, donated or used nowhere else.
+    Keys, values and positions are updated in place where XLA lets them be: under `jit`,
+    donated or used nowhere else.
 
     Args:
       query: `[B, N, H]`, bfloat16 or float32.
-      key: `[B, K, H]`.
-      value: `[B, K, H]`.
-      keys: `[B, K, S, H]`.
-      values: `[B, K, S, H]`.
-      positions: int32 `[B, K, S]`.
-      target: int32 `[B, K]`.
-      position: int32 `[B]`.
+      token: the new one.
+      slots: of the cache.
       scale: factor on the logits.
       block: slots per step, a multiple of 128; None chooses.
       interpret: see `longflow_tpu.longflow_attention_tpu`.
 
     Returns:
-      The output and the updated cache.
+      The output `[B, N, H]` and the slots.
 
     Raises:
       NotImplementedError: dtypes or sizes that the kernel does not take.
     """
-    plan = attend_tpu.make_plan(query, keys, scale=scale, score=None, block=block)
-    outputs = attend_tpu.call(
-        plan,
-        (target, position),
-        (query, key, value, keys, values, positions),
-        interpret=interpret,
-    )
-    return DecodeOutput(*outputs)
+    plan = attend_tpu.make_plan(query, slots.keys, scale=scale, score=None, block=block)
+    out, slots = attend_tpu.call(plan, query, token, slots, interpret=interpret)
+    return out, slots

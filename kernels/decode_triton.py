@@ -17,8 +17,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxkv.kernels.cache import DecodeOutput
-from jaxkv.kernels.triton_call import call, next_power_of_2, num_processors
+from jaxkv.kernels import triton_call
+from jaxkv.kernels.cache import Slots, Token
+from jaxkv.kernels.triton_call import next_power_of_2, num_processors
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,76 +69,83 @@ def choose_tiles(
 
 def decode_attention_triton(
     query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    keys: jax.Array,
-    values: jax.Array,
-    positions: jax.Array,
-    target: jax.Array,
-    position: jax.Array,
+    token: Token,
+    slots: Slots,
     *,
     scale: float,
     tiles: Tiles | None = None,
-) -> DecodeOutput:
-    """Write one token into its slot, then attend from it to all occupied slots.
+) -> tuple[jax.Array, Slots]:
+    """Do `decode.decode_attention`, whose arguments these are.
 
-    Arguments and results are those of `decode.decode_attention`, which checks them.
-    `keys`, `values` and `positions` are updated in place where XLA lets them be:
-    under `jit`, donated or used nowhere else.
+    Keys, values and positions are updated in place where XLA lets them be: under `jit`,
+    donated or used nowhere else.
 
     Args:
       query: `[B, N, H]`.
-      key: `[B, K, H]`.
-      value: `[B, K, H]`.
-      keys: `[B, K, S, H]`.
-      values: `[B, K, S, H]`.
-      positions: int32 `[B, K, S]`.
-      target: int32 `[B, K]`.
-      position: int32 `[B]`.
+      token: the new one.
+      slots: of the cache.
       scale: factor on the logits.
       tiles: how to cut the work; None chooses by shape and device.
 
     Returns:
-      The output and the updated cache.
+      The output `[B, N, H]` and the slots.
     """
     from jaxkv.kernels import decode_triton_body as body
 
-    batch, kv_heads, slots, head_dim = keys.shape
-    heads = query.shape[1]
-    tiles = tiles or choose_tiles(
-        batch, kv_heads, slots, head_dim, keys.dtype, num_processors()
-    )
+    batch, kv_heads, num_slots, head_dim = slots.keys.shape
+    heads, dtype = query.shape[1], slots.keys.dtype
+    sizes = kv_heads, num_slots, head_dim, dtype
+    tiles = tiles or choose_tiles(batch, *sizes, num_processors())
     part_dtype = query.dtype if tiles.splits == 1 else jnp.float32
-    out, statistic, keys, values, positions = call(
+    cache = slots.keys, slots.values, slots.positions
+    out, statistic, keys, values, positions = triton_call.call(
         body.attend_split,
-        (query, key, value, keys, values, positions, target, position),
+        (query, token.key, token.value, *cache, slots.target, token.position),
         (
             jax.ShapeDtypeStruct((tiles.splits, batch, heads, head_dim), part_dtype),
             jax.ShapeDtypeStruct((tiles.splits, batch, heads), jnp.float32),
-            jax.ShapeDtypeStruct(keys.shape, keys.dtype),
-            jax.ShapeDtypeStruct(values.shape, values.dtype),
-            jax.ShapeDtypeStruct(positions.shape, positions.dtype),
+            *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in cache),
         ),
         aliases={3: 2, 4: 3, 5: 4},
         grid=(batch * kv_heads, tiles.splits),
         num_warps=tiles.warps,
         num_stages=tiles.stages,
-        **attend_constants(heads, kv_heads, slots, head_dim, keys.dtype, scale, tiles),
+        **attend_constants(heads, *sizes, scale, tiles),
     )
+    slots = slots._replace(keys=keys, values=values, positions=positions)
     if tiles.splits == 1:
-        return DecodeOutput(out.reshape(query.shape), keys, values, positions)
-    constants = combine_constants(head_dim, tiles)
-    (out,) = call(
-        body.combine_splits,
-        (out, statistic),
+        return out.reshape(query.shape), slots
+    return combine(out, statistic, query, tiles), slots
+
+
+def combine(
+    parts: jax.Array, statistic: jax.Array, query: jax.Array, tiles: Tiles
+) -> jax.Array:
+    """Join what the splits of a call have left.
+
+    Args:
+      parts: float32 `[splits, ..., N, H]`.
+      statistic: float32 `[splits, ..., N]`.
+      query: `[..., N, H]`, for the shape and dtype of the output.
+      tiles: how the work was cut.
+
+    Returns:
+      The output `[..., N, H]`.
+    """
+    from jaxkv.kernels.decode_triton_body import combine_splits
+
+    constants = combine_constants(query.shape[-1], tiles)
+    (out,) = triton_call.call(
+        combine_splits,
+        (parts, statistic),
         (jax.ShapeDtypeStruct(query.shape, query.dtype),),
         aliases={},
-        grid=(batch * heads,),
+        grid=(math.prod(query.shape[:-1]),),
         num_warps=combine_warps(constants),
         num_stages=1,
         **constants,
     )
-    return DecodeOutput(out, keys, values, positions)
+    return out
 
 
 def attend_constants(

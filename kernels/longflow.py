@@ -13,42 +13,36 @@ from typing import get_args
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
 
 from jaxkv.kernels import decode, dispatch
-from jaxkv.kernels.cache import LongFlowOutput, write
+from jaxkv.kernels.cache import Slots, Token, write
 from jaxkv.kernels.decode import Implementation
 from jaxkv.kernels.decode_triton import decode_attention_triton
 from jaxkv.kernels.longflow_triton import longflow_attention_triton
 from jaxkv.kernels.per_shard import MESH_AXES, devices_per_row, per_shard
 from jaxkv.kernels.scores import Score, value_norms, write_norm
-from jaxkv.kernels.shapes import check_groups, check_shape
+from jaxkv.kernels.shapes import check_groups, checked
 from jaxkv.kernels.victims import all_heads, choose_victim
 
 # Least `1 - alpha` that a deletion is divided by: where one token has all of the
 # attention, float32 cannot tell the rest from 0.
 LEAST_REST = 1e-6
 
-_CACHE = ("B K S H", "B K S H", "B K S", "B K S")
 
-
+@checked
 def longflow_attention(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    keys: jax.Array,
-    values: jax.Array,
-    positions: jax.Array,
-    norms: jax.Array,
-    target: jax.Array,
-    position: jax.Array,
-    oldest: jax.Array,
-    newest: jax.Array,
+    query: Float[Array, "B N H"],
+    token: Token,
+    slots: Slots,
+    oldest: Int32[Array, " B"],
+    newest: Int32[Array, " B"],
     *,
     scale: float,
     score: Score = "l1",
     shared: bool = True,
     implementation: Implementation | None = None,
-) -> LongFlowOutput:
+) -> tuple[Float[Array, "B N H"], Slots]:
     """Write one token into its slot, attend from it, and choose the next slot.
 
     With `alpha` the attention weight of a slot for one query head, `v` its value and
@@ -68,20 +62,13 @@ def longflow_attention(
     `jaxkv.kernels.victims` says what free and evictable mean where heads share.
 
     Args:
-      query: `[B, N, H]` of the new token; head `n` reads head `n // (N / K)`.
-      key: `[B, K, H]` of the new token, rotated.
-      value: `[B, K, H]` of the new token.
-      keys: `[B, K, S, H]`.
-      values: `[B, K, S, H]`; free slots of both may hold anything, NaN included.
-      positions: int32 `[B, K, S]`, negative where a slot is free.
-      norms: float32 `[B, K, S]`, `value_norms` of the values: kept from step to step,
-        so that scoring reads no value twice. Free slots may hold anything.
-      target: int32 `[B, K]`, the slot that the new token overwrites.
-      position: int32 `[B]` of the new token; -1 for a finished row, which changes
-        nothing, `target` included, and whose output is finite but means nothing.
-      oldest: int32 `[B]`, least position that may be evicted.
-      newest: int32 `[B]`, greatest position that may be evicted; `position` allows
-        even the new token.
+      query: of the new token; head `n` reads head `n // (N / K)`.
+      token: the new one; of a finished row nothing changes, `target` included, and its
+        output is finite but means nothing.
+      slots: with norms; `slots.target` is the one that the token overwrites.
+      oldest: least position that may be evicted.
+      newest: greatest position that may be evicted; `token.position` allows even the
+        new token.
       scale: factor on the logits.
       score: see above.
       shared: one victim for all heads of a row, or one per key/value head.
@@ -90,54 +77,41 @@ def longflow_attention(
         `choose` says which.
 
     Returns:
-      The output, the updated cache and the next slot.
+      The output, in the dtype of the query, and the slots: with the token in them, and
+      the next token's slot as `target`.
 
     Raises:
-      ValueError: shapes disagree, or the score or the implementation is unknown.
+      ValueError: shapes disagree, the norms are missing, or the score or the
+        implementation is unknown.
       NotImplementedError: a named implementation cannot run here, or has no "deletion".
     """
     where = "longflow_attention"
-    sizes = check_shape(
-        where,
-        query=(query, "B N H"),
-        key=(key, "B K H"),
-        value=(value, "B K H"),
-        keys=(keys, "B K S H"),
-        values=(values, "B K S H"),
-        positions=(positions, "B K S"),
-        norms=(norms, "B K S"),
-        target=(target, "B K"),
-        position=(position, "B"),
-        oldest=(oldest, "B"),
-        newest=(newest, "B"),
-    )
-    check_groups(where, sizes["N"], sizes["K"])
+    check_groups(where, query.shape[1], slots.keys.shape[1])
+    check_norms(where, slots)
     if score not in get_args(Score):
         raise ValueError(
             f"{where}: unknown {score=}; choose one of {', '.join(get_args(Score))}."
         )
     if implementation is None:
-        implementation = choose(jax.default_backend(), score, query, keys)
+        implementation = choose(jax.default_backend(), score, query, slots.keys)
     _refuse_deletion(implementation, score)
-    run = dispatch.resolve(where, implementation, _RUNS)
-    spread = shared and devices_per_row() > 1
-    run = per_shard(
-        functools.partial(
-            run,
-            scale=scale,
-            score=score,
-            shared=shared,
-            axis=MESH_AXES["K"] if spread else None,
-        ),
-        ("B N H", "B K H", "B K H", *_CACHE, "B K", "B", "B", "B"),
-        ("B N H", *_CACHE, "B K"),
+    run = functools.partial(
+        dispatch.resolve(where, implementation, _RUNS),
+        scale=scale,
+        score=score,
+        shared=shared,
+        axis=MESH_AXES["K"] if shared and devices_per_row() > 1 else None,
     )
-    return LongFlowOutput(
-        *run(
-            *(query, key, value, keys, values, positions, norms, target, position),
-            *(oldest, newest),
+    return per_shard(run, longflow_attention)(query, token, slots, oldest, newest)
+
+
+def check_norms(where: str, slots: Slots) -> None:
+    """Raise ValueError where slots are to be scored and have no norms."""
+    if slots.norms is None:
+        raise ValueError(
+            f"{where}: slots.norms must be the norms of the values, got None; "
+            "`scores.value_norms` computes them."
         )
-    )
 
 
 def choose(platform: str, score: Score = "l1", query=None, keys=None) -> Implementation:
@@ -182,32 +156,14 @@ def token_importance(
     return _importance(weights, values, norms, out, positions, score)
 
 
-def _reference(
-    query,
-    key,
-    value,
-    keys,
-    values,
-    positions,
-    norms,
-    target,
-    position,
-    oldest,
-    newest,
-    *,
-    scale,
-    score,
-    shared,
-    axis,
-):
+def _reference(query, token, slots, oldest, newest, *, scale, score, shared, axis):
     """Float32, one query head after another: the definition of the operation.
 
     It keeps the norms, but computes its own from the values.
     """
-    norms = write_norm(value, norms, target, position, score)
-    keys, values, positions = write(
-        key, value, keys, values, positions, target, position
-    )
+    norms = write_norm(token, slots, score)
+    slots = write(token, slots)
+    keys, values, positions, target, _ = slots
     out, weights, v = decode.attend_exactly(query, keys, values, positions, scale)
     match score:
         case "l1":
@@ -219,8 +175,8 @@ def _reference(
         case "deletion":
             moved = jnp.sqrt(jnp.square(v - out[:, :, None]).sum(-1))
             scores = weights / jnp.maximum(1 - weights, LEAST_REST) * moved
-    batch, kv_heads, slots = positions.shape
-    importance = scores.reshape(batch, kv_heads, -1, slots).mean(axis=2)
+    batch, kv_heads, length = positions.shape
+    importance = scores.reshape(batch, kv_heads, -1, length).mean(axis=2)
     importance = jnp.where(positions >= 0, importance, 0)
     importance, held = all_heads(importance, positions, axis)
     free = held < 0
@@ -232,9 +188,8 @@ def _reference(
         free = free.all(axis=1, keepdims=True)
     rank = jnp.where(free, 0, jnp.where(allowed, 1, 2))
     first = jnp.lexsort((importance, rank), axis=-1)[..., 0].astype(jnp.int32)
-    target = jnp.where(position[:, None] < 0, target, first)
-    out = out.astype(query.dtype)
-    return LongFlowOutput(out, keys, values, positions, norms, target)
+    target = jnp.where(token.position[:, None] < 0, target, first)
+    return out.astype(query.dtype), slots._replace(norms=norms, target=target)
 
 
 def _xla(*arguments, **options):
@@ -243,31 +198,15 @@ def _xla(*arguments, **options):
 
 
 def _attend_and_score(
-    attend,
-    query,
-    key,
-    value,
-    keys,
-    values,
-    positions,
-    norms,
-    target,
-    position,
-    oldest,
-    newest,
-    *,
-    scale,
-    score,
-    shared,
-    axis,
+    attend, query, token, slots, oldest, newest, *, scale, score, shared, axis
 ):
     """Do `_xla`, or if `attend` is given, leave output and write to that kernel."""
-    norms = write_norm(value, norms, target, position, score)
-    arguments = key, value, keys, values, positions, target, position
+    norms = write_norm(token, slots, score)
     if attend is None:
-        keys, values, positions = write(*arguments)
+        slots = write(token, slots)
     else:
-        out, keys, values, positions = attend(query, *arguments, scale=scale)
+        out, slots = attend(query, token, slots, scale=scale)
+    keys, values, positions, target, _ = slots
     weights = decode.decode_weights(query, keys, positions, scale=scale)
     weighed = None
     if attend is None:
@@ -277,8 +216,8 @@ def _attend_and_score(
     victim = choose_victim(
         importance, positions, oldest, newest, shared=shared, axis=axis
     )
-    target = jnp.where(position[:, None] < 0, target, victim)
-    return LongFlowOutput(out, keys, values, positions, norms, target)
+    target = jnp.where(token.position[:, None] < 0, target, victim)
+    return out, slots._replace(norms=norms, target=target)
 
 
 def _triton(*arguments, axis, **options):

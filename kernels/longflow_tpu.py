@@ -11,21 +11,15 @@ import jax
 import jax.numpy as jnp
 
 from jaxkv.kernels import attend_tpu
-from jaxkv.kernels.cache import LongFlowOutput
+from jaxkv.kernels.cache import Slots, Token
 from jaxkv.kernels.scores import ProductScore, write_norm
 from jaxkv.kernels.victims import choose_victim
 
 
 def longflow_attention_tpu(
     query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    keys: jax.Array,
-    values: jax.Array,
-    positions: jax.Array,
-    norms: jax.Array,
-    target: jax.Array,
-    position: jax.Array,
+    token: Token,
+    slots: Slots,
     oldest: jax.Array,
     newest: jax.Array,
     *,
@@ -35,27 +29,21 @@ def longflow_attention_tpu(
     axis: str | None = None,
     block: int | None = None,
     interpret: Any = False,
-) -> LongFlowOutput:
-    """Write one token, attend to all occupied slots, score them, choose the next slot.
+) -> tuple[jax.Array, Slots]:
+    """Do `longflow.longflow_attention`, whose arguments these are.
 
     The importance of a slot is the mean over query heads of alpha * norm(v), in float32
     (the paper's LongFlowScore, section 3.3: ||alpha v||_1 = alpha ||v||_1), with alpha
     its attention weight. It is only compared, so the kernel adds and does not divide.
 
-    `keys`, `values` and `positions` are updated in place where XLA lets them be: under
-    `jit`, donated or used nowhere else.
+    Keys, values and positions are updated in place where XLA lets them be: under `jit`,
+    donated or used nowhere else.
 
     Args:
       query: `[B, N, H]` of the new token, bfloat16 or float32.
-      key: `[B, K, H]` of the new token, rotated.
-      value: `[B, K, H]` of the new token.
-      keys: `[B, K, S, H]`.
-      values: `[B, K, S, H]`; free slots of both may hold anything, NaN included.
-      positions: int32 `[B, K, S]`, negative where a slot is free.
-      norms: float32 `[B, K, S]`, kept for others: the kernel has the values at hand.
-      target: int32 `[B, K]`, the slot that the new token overwrites.
-      position: int32 `[B]` of the new token; -1 for a finished row, of which nothing
-        changes and whose output is finite but means nothing.
+      token: the new one.
+      slots: of the cache; its norms are kept for others, for the kernel has the values
+        at hand.
       oldest: int32 `[B]`.
       newest: int32 `[B]`; only tokens at positions from `oldest` to `newest` may be
         evicted. Where there is none, any may.
@@ -71,8 +59,8 @@ def longflow_attention_tpu(
         the TPU's memories.
 
     Returns:
-      The output, the updated cache, and the next target: the lowest free slot, else
-      the evictable one of least importance, the lowest of equals.
+      The output `[B, N, H]` and the slots; `target` is the lowest free slot, else the
+      evictable one of least importance, the lowest of equals.
 
     Raises:
       ValueError: unknown score.
@@ -85,7 +73,7 @@ def longflow_attention_tpu(
         )
     plan = attend_tpu.make_plan(
         query,
-        keys,
+        slots.keys,
         scale=scale,
         score=score,
         shared=shared,
@@ -93,19 +81,16 @@ def longflow_attention_tpu(
         block=block,
     )
     bounds = (oldest, newest) if plan.chooses else ()
-    out, keys, values, positions, last = attend_tpu.call(
-        plan,
-        (target, position, *bounds),
-        (query, key, value, keys, values, positions),
-        interpret=interpret,
+    norms = write_norm(token, slots, score)
+    out, slots, last = attend_tpu.call(
+        plan, query, token, slots, bounds, interpret=interpret
     )
-    norms = write_norm(value, norms, target, position, score)
     if plan.chooses:
         target = last[:, :, 0]
     else:
         importance = last[:, :, : plan.slots]
         victim = choose_victim(
-            importance, positions, oldest, newest, shared=shared, axis=axis
+            importance, slots.positions, oldest, newest, shared=shared, axis=axis
         )
-        target = jnp.where(position[:, None] < 0, target, victim)
-    return LongFlowOutput(out, keys, values, positions, norms, target)
+        target = jnp.where(token.position[:, None] < 0, slots.target, victim)
+    return out, slots._replace(norms=norms, target=target)

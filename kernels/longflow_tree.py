@@ -14,10 +14,12 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
 
 from jaxkv.kernels import dispatch, longflow, tree_attention
+from jaxkv.kernels.cache import Nodes, Slots, Token
 from jaxkv.kernels.scores import Score, value_norms
-from jaxkv.kernels.shapes import check_groups, check_shape
+from jaxkv.kernels.shapes import check_groups, checked
 from jaxkv.kernels.victims import choose_victim
 
 Implementation = Literal["reference", "xla"]
@@ -27,29 +29,24 @@ class LongFlowTreeOutput(NamedTuple):
     """What LongFlow would do on the way to each node.
 
     Attributes:
-      out: `[B, T, N, H]`, in the dtype of the query.
-      slots: int32 `[B, K, T]`, the slot that each node is written to.
-      targets: int32 `[B, K, T]`, the slot that a token after each node overwrites.
+      out: in the dtype of the query.
+      slots: the slot that each node is written to.
+      targets: the slot that a token after each node overwrites.
     """
 
-    out: jax.Array
-    slots: jax.Array
-    targets: jax.Array
+    out: Float[Array, "B T N H"]
+    slots: Int32[Array, "B K T"]
+    targets: Int32[Array, "B K T"]
 
 
+@checked
 def longflow_tree(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    keys: jax.Array,
-    values: jax.Array,
-    positions: jax.Array,
-    norms: jax.Array,
-    target: jax.Array,
-    position: jax.Array,
-    oldest: jax.Array,
-    parents: jax.Array,
-    depths: jax.Array,
+    query: Float[Array, "B T N H"],
+    nodes: Nodes,
+    slots: Slots,
+    oldest: Int32[Array, " B"],
+    parents: Int32[Array, "B T"],
+    depths: Int32[Array, "B T"],
     *,
     n_recent: int,
     depth: int,
@@ -61,18 +58,12 @@ def longflow_tree(
     """Do `longflow.longflow_attention` along every path of a tree.
 
     Args:
-      query: `[B, T, N, H]`, rotated.
-      key: `[B, T, K, H]` of the nodes, rotated.
-      value: `[B, T, K, H]` of the nodes.
-      keys: `[B, K, S, H]`.
-      values: `[B, K, S, H]`; free slots of both may hold anything, NaN included.
-      positions: int32 `[B, K, S]`, negative where a slot is free.
-      norms: float32 `[B, K, S]`, of the values; see `longflow_attention`.
-      target: int32 `[B, K]`, the slot that the root overwrites.
-      position: int32 `[B]` of the root; rows of -1 give what means nothing.
-      oldest: int32 `[B]`, least position that may be evicted.
-      parents: int32 `[B, T]`; the root's is 0.
-      depths: int32 `[B, T]`; the root's is 0.
+      query: rotated.
+      nodes: of the tree; rows whose root's position is -1 give what means nothing.
+      slots: with norms; `slots.target` is the one that the root overwrites.
+      oldest: least position that may be evicted.
+      parents: of the nodes; the root's is 0.
+      depths: of the nodes; the root's is 0.
       n_recent: how many of the newest tokens may not be evicted.
       depth: `D`, static.
       scale: factor on the logits.
@@ -86,52 +77,33 @@ def longflow_tree(
       The output, and the slots.
 
     Raises:
-      ValueError: shapes disagree, or the implementation is unknown.
+      ValueError: shapes disagree, the norms are missing, or the implementation is
+        unknown.
       NotImplementedError: the score is "deletion".
     """
     where = "longflow_tree"
-    sizes = check_shape(
-        where,
-        query=(query, "B T N H"),
-        key=(key, "B T K H"),
-        value=(value, "B T K H"),
-        keys=(keys, "B K S H"),
-        values=(values, "B K S H"),
-        positions=(positions, "B K S"),
-        norms=(norms, "B K S"),
-        target=(target, "B K"),
-        position=(position, "B"),
-        oldest=(oldest, "B"),
-        parents=(parents, "B T"),
-        depths=(depths, "B T"),
-    )
-    check_groups(where, sizes["N"], sizes["K"])
+    check_groups(where, query.shape[2], slots.keys.shape[1])
+    longflow.check_norms(where, slots)
     if score == "deletion":
         raise NotImplementedError(
             f'{where}: score="deletion" cannot be verified in one pass; use another '
             "score, or decode without drafts."
         )
-    arguments = (
-        *(query, key, value, keys, values, positions, norms, target, position),
-        *(oldest, parents, depths),
-    )
-    options = dict(
-        n_recent=n_recent, depth=depth, scale=scale, score=score, shared=shared
-    )
     run = dispatch.resolve(where, implementation or "xla", _RUNS)
-    return run(*arguments, **options)
+    return run(
+        *(query, nodes, slots, oldest, parents, depths),
+        n_recent=n_recent,
+        depth=depth,
+        scale=scale,
+        score=score,
+        shared=shared,
+    )
 
 
 def _reference(
     query,
-    key,
-    value,
-    keys,
-    values,
-    positions,
-    norms,
-    target,
-    position,
+    nodes,
+    slots,
     oldest,
     parents,
     depths,
@@ -145,26 +117,28 @@ def _reference(
     """Keep a copy of the cache for every node, as its parent's step has left it."""
     del depth
     rows = jnp.arange(query.shape[0])
-    left, outs, slots = [], [], []
+    left, outs, written = [], [], []
+
+    def left_by(node):
+        return jax.tree.map(lambda *x: jnp.stack(x, 1)[rows, node], *left)
+
     for node in range(query.shape[1]):
-        cache = (keys, values, positions, norms, target)
         if node:
-            stacked = (jnp.stack(x, axis=1) for x in zip(*left, strict=True))
-            cache = tuple(x[rows, parents[:, node]] for x in stacked)
-        slots.append(cache[4])
-        here = position + depths[:, node]
-        out, *after = longflow.longflow_attention(
-            *(query[:, node], key[:, node], value[:, node], *cache),
-            *(here, oldest, here - n_recent),
+            slots = left_by(parents[:, node])
+        written.append(slots.target)
+        here = nodes.position + depths[:, node]
+        token = Token(nodes.key[:, node], nodes.value[:, node], here)
+        out, after = longflow.longflow_attention(
+            *(query[:, node], token, slots, oldest, here - n_recent),
             scale=scale,
             score=score,
             shared=shared,
             implementation="reference",
         )
         outs.append(out)
-        left.append(tuple(after))
-    targets = jnp.stack([cache[4] for cache in left], axis=2)
-    return LongFlowTreeOutput(jnp.stack(outs, 1), jnp.stack(slots, 2), targets)
+        left.append(after)
+    targets = jnp.stack([after.target for after in left], axis=2)
+    return LongFlowTreeOutput(jnp.stack(outs, 1), jnp.stack(written, 2), targets)
 
 
 class _Walk(NamedTuple):
@@ -186,14 +160,8 @@ class _Walk(NamedTuple):
 
 def _xla(
     query,
-    key,
-    value,
-    keys,
-    values,
-    positions,
-    norms,
-    target,
-    position,
+    nodes,
+    slots,
     oldest,
     parents,
     depths,
@@ -205,10 +173,11 @@ def _xla(
     shared,
 ):
     """Walk the depths on one set of logits; only nodes of a depth take its answer."""
+    keys, values, positions, target, norms = slots
     occupied = positions >= 0
     path, on_path = _paths(parents, depths, depth)
     old, new = tree_attention.logits_of(
-        tree_attention.group(query, keys.shape[1]), key, keys, scale
+        tree_attention.group(query, keys.shape[1]), nodes.key, keys, scale
     )
     along = jnp.broadcast_to(path[:, None, :, None], (*new.shape[:4], depth + 1))
     walk = _Walk(
@@ -217,36 +186,33 @@ def _xla(
         old=old,
         new=jnp.take_along_axis(new, along, axis=4),
         old_size=jnp.where(occupied, norms, 0),
-        new_size=value_norms(value, score).swapaxes(1, 2),
+        new_size=value_norms(nodes.value, score).swapaxes(1, 2),
     )
     at = jnp.broadcast_to(parents[:, None], (*target.shape, parents.shape[1]))
 
     def step(d, carry):
-        slots, targets = carry
+        written, targets = carry
         now = depths[:, None] == d
         given = jnp.where(
             d == 0, target[..., None], jnp.take_along_axis(targets, at, axis=2)
         )
-        slots = jnp.where(now, given, slots)
+        written = jnp.where(now, given, written)
         chosen = _victims(
-            walk, slots, positions, position, oldest, n_recent=n_recent, shared=shared
+            *(walk, written, positions, nodes.position, oldest),
+            n_recent=n_recent,
+            shared=shared,
         )
-        return slots, jnp.where(now, chosen, targets)
+        return written, jnp.where(now, chosen, targets)
 
     nothing = jnp.zeros(at.shape, jnp.int32)
     rounds = jnp.minimum(depths.max(), depth) + 1
-    slots, targets = jax.lax.fori_loop(0, rounds, step, (nothing, nothing))
-    old_weights, path_weights, _ = _weights(walk, slots, occupied)
-    # Back from ancestors to nodes, to multiply with each node's value.
-    is_node = on_path[..., None] & (path[..., None] == jnp.arange(parents.shape[1]))
-    new_weights = jnp.einsum(
-        "bktgd,btdu->bktgu",
-        path_weights,
-        is_node.astype(jnp.float32),
-        precision="highest",
+    written, targets = jax.lax.fori_loop(0, rounds, step, (nothing, nothing))
+    old_weights, path_weights, _ = _weights(walk, written, occupied)
+    new_weights = _by_node(walk, path_weights)
+    out = tree_attention.combine(
+        old_weights, new_weights, nodes.value, values, occupied
     )
-    out = tree_attention.combine(old_weights, new_weights, value, values, occupied)
-    return LongFlowTreeOutput(out.astype(query.dtype), slots, targets)
+    return LongFlowTreeOutput(out.astype(query.dtype), written, targets)
 
 
 _RUNS = {"reference": _reference, "xla": _xla}
@@ -264,6 +230,15 @@ def _paths(parents, depths, depth):
         path = jnp.where(here[..., None] == order, node[..., None], path)
         node = jnp.take_along_axis(parents, node, axis=1)
     return path, order <= depths[..., None]
+
+
+def _by_node(walk, weights):
+    """Turn weights of ancestors `[B, K, T, G, D + 1]` into `[B, K, T, G, T]`."""
+    nodes = jnp.arange(walk.path.shape[1])
+    is_node = walk.on_path[..., None] & (walk.path[..., None] == nodes)
+    return jnp.einsum(
+        "bktgd,btdu->bktgu", weights, is_node.astype(jnp.float32), precision="highest"
+    )
 
 
 def _along(x, path):

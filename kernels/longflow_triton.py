@@ -17,11 +17,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxkv.kernels import decode_triton
-from jaxkv.kernels.cache import LongFlowOutput
+from jaxkv.kernels import decode_triton, triton_call
+from jaxkv.kernels.cache import Slots, Token
 from jaxkv.kernels.decode_triton import attend_constants
 from jaxkv.kernels.scores import ProductScore
-from jaxkv.kernels.triton_call import call, next_power_of_2, num_processors
+from jaxkv.kernels.triton_call import next_power_of_2, num_processors
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,14 +84,8 @@ def choose_tiles(
 
 def longflow_attention_triton(
     query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    keys: jax.Array,
-    values: jax.Array,
-    positions: jax.Array,
-    norms: jax.Array,
-    target: jax.Array,
-    position: jax.Array,
+    token: Token,
+    slots: Slots,
     oldest: jax.Array,
     newest: jax.Array,
     *,
@@ -99,104 +93,116 @@ def longflow_attention_triton(
     score: ProductScore = "l1",
     shared: bool = True,
     tiles: Tiles | None = None,
-) -> LongFlowOutput:
-    """Write one token, attend from it, and choose the slot that the next overwrites.
+) -> tuple[jax.Array, Slots]:
+    """Do `longflow.longflow_attention`, whose arguments these are.
 
-    The cache and `target` are updated in place where XLA lets them be: under `jit`,
-    donated or used nowhere else.
-
-    The importance of a slot is the mean over query heads of `alpha * ||v||`, in
-    float32. The next target is the lowest free slot; without one, the least important
-    among the slots whose position lies between `oldest` and `newest` (for `shared`, in
-    every head); without one of those, the least important of all. Ties go to the lowest
-    slot.
+    The slots are updated in place where XLA lets them be: under `jit`, donated or used
+    nowhere else.
 
     Args:
-      query: `[B, N, H]` of the new token; head `n` reads head `n // (N / K)`.
-      key: `[B, K, H]` of the new token, rotated.
-      value: `[B, K, H]` of the new token.
-      keys: `[B, K, S, H]`.
-      values: `[B, K, S, H]`; free slots of both may hold anything, NaN included.
-      positions: int32 `[B, K, S]`, negative where a slot is free.
-      norms: float32 `[B, K, S]`, of the values; see `scores.value_norms`.
-      target: int32 `[B, K]`, the slot that the new token overwrites.
-      position: int32 `[B]` of the new token; -1 for a finished row, which writes
-        nothing, keeps its target, and whose output is finite but means nothing.
+      query: `[B, N, H]` of the new token.
+      token: the new one.
+      slots: of the cache, with norms.
       oldest: int32 `[B]`, the first position that may go.
       newest: int32 `[B]`, the last position that may go.
       scale: factor on the logits.
-      score: the norm of `v`, "l1" or "l2", or "attention", which leaves it out.
+      score: the norm of the value, "l1" or "l2", or "attention", which leaves it out.
       shared: one victim for all key/value heads, whose free slots coincide, from the
         mean over all query heads; else one per key/value head, from its group's.
       tiles: how to cut the work; None chooses by shape and device.
 
     Returns:
-      The output, the updated cache and the next target.
+      The output `[B, N, H]` and the slots.
     """
     from jaxkv.kernels import longflow_choice_body as choice
-    from jaxkv.kernels import longflow_triton_body as body
 
-    batch, kv_heads, slots, head_dim = keys.shape
+    batch, kv_heads, num_slots, head_dim = slots.keys.shape
     heads = query.shape[1]
-    sizes = heads, kv_heads, slots, head_dim
-    tiles = tiles or choose_tiles(batch, *sizes, keys.dtype, num_processors())
+    sizes = heads, kv_heads, num_slots, head_dim
+    tiles = tiles or choose_tiles(batch, *sizes, slots.keys.dtype, num_processors())
     row_heads = score_heads(heads, kv_heads, shared)
     rows = batch * heads // row_heads
-    stride, kept = score_stride(slots), tiles.programs or batch * kv_heads
-    part_dtype = query.dtype if tiles.programs else jnp.float32
-    importance = (batch, kv_heads, stride)
-    cache = [
-        jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (keys, values, positions, norms)
-    ]
+    parts, statistic, scores, arrivals, slots = _attend(
+        *(query, token, slots, oldest, newest, rows),
+        **score_constants(*sizes, slots.keys.dtype, scale, score, shared, tiles, batch),
+        tiles=tiles,
+    )
+    constants = choose_constants(*sizes, shared, tiles)
+    blocks = constants["BLOCKS"]
+    target = slots.target
+    minima = jax.ShapeDtypeStruct((rows, blocks, 2), jnp.int32)
+    updated = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (target, arrivals)]
+    options = dict(num_warps=4, num_stages=1, **constants)
+    if tiles.programs:
+        _, target, _ = triton_call.call(
+            choice.choose_victims,
+            (scores, target, token.position, arrivals),
+            (minima, *updated),
+            aliases={1: 1, 3: 2},
+            grid=(rows, blocks),
+            **options,
+        )
+        return parts.reshape(query.shape), slots._replace(target=target)
+    bounds = target, token.position, oldest, newest
+    out, _, target, _ = triton_call.call(
+        choice.finish_splits,
+        (scores, parts, statistic, slots.norms, slots.positions, *bounds, arrivals),
+        (jax.ShapeDtypeStruct(query.shape, query.dtype), minima, *updated),
+        aliases={5: 2, 9: 3},
+        grid=(rows, blocks + row_heads),
+        **options,
+    )
+    return out, slots._replace(target=target)
+
+
+def _attend(query, token, slots, oldest, newest, rows, *, tiles, **constants):
+    """Launch the first kernel: `score_rows` for whole rows, else `score_split`.
+
+    Args:
+      query: as for `longflow_attention_triton`, and so are the next four.
+      token: the new one.
+      slots: of the cache.
+      oldest: int32 `[B]`.
+      newest: int32 `[B]`.
+      rows: that share a victim each, static.
+      tiles: how the work is cut.
+      **constants: compile-time arguments.
+
+    Returns:
+      Parts of the output, their statistic, the importance of the slots (for splits, the
+      logits), a counter of arrivals, and the slots with the token in them.
+    """
+    from jaxkv.kernels import longflow_triton_body as body
+
+    batch, kv_heads, num_slots, head_dim = slots.keys.shape
+    heads, whole_rows = query.shape[1], tiles.programs > 0
+    stride, kept = score_stride(num_slots), tiles.programs or batch * kv_heads
+    part_dtype = query.dtype if whole_rows else jnp.float32
+    cache = slots.keys, slots.values, slots.positions, slots.norms
+    arrays = query, token.key, token.value, *cache, slots.target, token.position
+    importance = jax.ShapeDtypeStruct((batch, kv_heads, stride), jnp.float32)
     outputs = [
         jax.ShapeDtypeStruct((tiles.splits, batch, heads, head_dim), part_dtype),
         jax.ShapeDtypeStruct((tiles.splits, batch, heads), jnp.float32),
         jax.ShapeDtypeStruct((kept, heads // kv_heads, stride), jnp.float32),
-        *[jax.ShapeDtypeStruct(importance, jnp.float32)] * bool(tiles.programs),
+        *[importance] * whole_rows,
         jax.ShapeDtypeStruct((rows,), jnp.int32),
     ]
     first = len(outputs)
-    token = query, key, value, keys, values, positions, norms, target, position
-    parts, statistic, logits, *rest = call(
-        body.score_rows if tiles.programs else body.score_split,
-        (*token, oldest, newest) if tiles.programs else token,
-        (*outputs, *cache),
-        aliases={3: first, 4: first + 1, 5: first + 2, 6: first + 3},
-        grid=(tiles.programs,) if tiles.programs else (kept, tiles.splits),
-        num_warps=tiles.warps,
-        num_stages=tiles.stages,
-        **score_constants(*sizes, keys.dtype, scale, score, shared, tiles, batch),
-    )
-    *rest, arrivals, keys, values, positions, norms = rest
-    cache = keys, values, positions, norms
-    constants = choose_constants(*sizes, shared, tiles)
-    blocks = constants["BLOCKS"]
-    minima = jax.ShapeDtypeStruct((rows, blocks, 2), jnp.int32)
-    updated = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (target, arrivals)]
-    if tiles.programs:
-        _, target, _ = call(
-            choice.choose_victims,
-            (*rest, target, position, arrivals),
-            (minima, *updated),
-            aliases={1: 1, 3: 2},
-            grid=(rows, blocks),
-            num_warps=4,
-            num_stages=1,
+    parts, statistic, *scores, arrivals, keys, values, positions, norms = (
+        triton_call.call(
+            body.score_rows if whole_rows else body.score_split,
+            (*arrays, oldest, newest) if whole_rows else arrays,
+            (*outputs, *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in cache)),
+            aliases={3: first, 4: first + 1, 5: first + 2, 6: first + 3},
+            grid=(kept,) if whole_rows else (kept, tiles.splits),
+            num_warps=tiles.warps,
+            num_stages=tiles.stages,
             **constants,
         )
-        return LongFlowOutput(parts.reshape(query.shape), *cache, target)
-    bounds = target, position, oldest, newest
-    out, _, target, _ = call(
-        choice.finish_splits,
-        (logits, parts, statistic, norms, positions, *bounds, arrivals),
-        (jax.ShapeDtypeStruct(query.shape, query.dtype), minima, *updated),
-        aliases={5: 2, 9: 3},
-        grid=(rows, blocks + row_heads),
-        num_warps=4,
-        num_stages=1,
-        **constants,
     )
-    return LongFlowOutput(out, *cache, target)
+    slots = Slots(keys, values, positions, slots.target, norms)
+    return parts, statistic, scores[-1], arrivals, slots
 
 
 def score_heads(heads: int, kv_heads: int, shared: bool) -> int:

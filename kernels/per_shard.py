@@ -5,24 +5,24 @@ device has to talk to another one. XLA would not find that out: it cannot look i
 Pallas or Triton call, and would gather a cache that is written by a scatter.
 """
 
-from collections.abc import Callable, Sequence
+import typing
+from collections.abc import Callable
 from typing import Any
 
 import jax
 from jax.sharding import PartitionSpec
 
+from jaxkv.kernels.shapes import array_hint, is_record
+
 MESH_AXES = {"B": "data", "N": "model", "K": "model"}  # axis letter: axis of the mesh
 
 
-def per_shard(
-    function: Callable[..., Any], inputs: Sequence[str], outputs: Sequence[str] | str
-) -> Callable[..., Any]:
+def per_shard(function: Callable[..., Any], operation: Any) -> Callable[..., Any]:
     """Return `function`, cut along rows and heads under `jax.set_mesh`.
 
     Args:
-      function: of arrays only.
-      inputs: axis letters of its arguments, such as `"B K S H"`.
-      outputs: axis letters of its results; a string if it returns one array.
+      function: of the arrays of `operation`, in its order and without names.
+      operation: whose annotations say which axes they and its result have.
 
     Returns:
       `function` itself where no mesh is set, or inside of another `shard_map`. The mesh
@@ -30,14 +30,13 @@ def per_shard(
     """
     if current_mesh() is None:
         return function
-    if isinstance(outputs, str):
-        out_specs = partition_spec(outputs)
-    else:
-        out_specs = tuple(partition_spec(letters) for letters in outputs)
+    hints = typing.get_type_hints(operation)
+    result = hints.pop("return")
+    arrays = [hint for hint in hints.values() if is_record(hint) or array_hint(hint)]
     return jax.shard_map(
-        function if isinstance(outputs, str) else lambda *x: tuple(function(*x)),
-        in_specs=tuple(partition_spec(letters) for letters in inputs),
-        out_specs=out_specs,
+        function,
+        in_specs=tuple(map(_specs, arrays)),
+        out_specs=_specs(result),
         check_vma=False,  # the outputs of a Pallas call do not say what they vary over
     )
 
@@ -57,3 +56,12 @@ def devices_per_row() -> int:
 def partition_spec(letters: str) -> PartitionSpec:
     """Return how an array with these axes is cut: `"B S"` is `P("data", None)`."""
     return PartitionSpec(*(MESH_AXES.get(letter) for letter in letters.split()))
+
+
+def _specs(hint: Any) -> Any:
+    """Return how what is annotated so is cut, in its structure."""
+    if is_record(hint):
+        return hint(*map(_specs, typing.get_type_hints(hint).values()))
+    if typing.get_origin(hint) is tuple:
+        return tuple(map(_specs, typing.get_args(hint)))
+    return partition_spec(array_hint(hint).dim_str)

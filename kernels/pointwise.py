@@ -14,6 +14,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32
 
 from jaxkv.kernels import dispatch, rotary
 from jaxkv.kernels.cache import Heads
@@ -22,27 +23,28 @@ from jaxkv.kernels.pointwise_triton import (
     add_rms_norm_triton,
     split_and_rotate_triton,
 )
-from jaxkv.kernels.shapes import check_shape
+from jaxkv.kernels.shapes import checked
 
 Implementation = Literal["xla", "triton"]
 
 _MOST_ROWS = 256  # beyond that XLA's fusions are as good
 
 
+@checked
 def add_rms_norm(
-    x: jax.Array,
-    delta: jax.Array | None,
-    weight: jax.Array,
+    x: Float[Array, "B T D"],
+    delta: Float[Array, "P B T D"] | None,
+    weight: Float[Array, " D"],
     *,
     eps: float,
     implementation: Implementation | None = None,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"]]:
     """Add to the residual stream and normalise the sum.
 
     Args:
-      x: `[B, T, D]`, the residual stream.
-      delta: `[P, B, T, D]`, whose sum over `P` is added to it, or None.
-      weight: `[D]`.
+      x: the residual stream.
+      delta: its sum over `P` is added to it, unless it is None.
+      weight: of the norm.
       eps: added to the mean square.
       implementation: "xla" (anywhere), "triton" (NVIDIA), or None for the best one.
 
@@ -54,14 +56,9 @@ def add_rms_norm(
       ValueError: shapes disagree, or the implementation is unknown.
       NotImplementedError: a named implementation cannot run here.
     """
-    where = "add_rms_norm"
-    arrays = {"x": (x, "B T D"), "weight": (weight, "D")}
-    if delta is not None:
-        arrays["delta"] = (delta, "P B T D")
-    sizes = check_shape(where, **arrays)
     if implementation is None:
-        implementation = choose(sizes["B"] * sizes["T"] <= _MOST_ROWS)
-    run = dispatch.resolve(where, implementation, _NORMS)
+        implementation = choose(x.shape[0] * x.shape[1] <= _MOST_ROWS)
+    run = dispatch.resolve("add_rms_norm", implementation, _NORMS)
     return run(x, delta, weight, eps=eps)
 
 
@@ -72,12 +69,13 @@ def join(parts: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
     return parts.astype(jnp.float32).sum(0).astype(dtype)
 
 
+@checked
 def split_and_rotate(
-    qkv: jax.Array,
-    q_norm: jax.Array | None,
-    k_norm: jax.Array | None,
-    cos: jax.Array,
-    sin: jax.Array,
+    qkv: Float[Array, "P B T Q"],
+    q_norm: Float[Array, " H"] | None,
+    k_norm: Float[Array, " H"] | None,
+    cos: Float32[Array, "B T R"],
+    sin: Float32[Array, "B T R"],
     *,
     num_heads: int,
     num_kv_heads: int,
@@ -88,11 +86,11 @@ def split_and_rotate(
     """Split a fused projection into heads; normalise and rotate queries and keys.
 
     Args:
-      qkv: `[P, B, T, (N + 2 K) H]`, whose sum over `P` it is.
-      q_norm: `[H]`, weight of the queries' norm, or None for no norm (Qwen3 has it).
-      k_norm: `[H]`, likewise; both or none.
-      cos: float32 `[B, T, H / 2]`, from `rotary.table`.
-      sin: float32 `[B, T, H / 2]`.
+      qkv: the projection is its sum over `P`; `Q = (N + 2 K) H`.
+      q_norm: weight of the queries' norm, or None for no norm (Qwen3 has it).
+      k_norm: of the keys', likewise; both or none.
+      cos: from `rotary.table`, for `R = H / 2` angles.
+      sin: likewise.
       num_heads: `N`.
       num_kv_heads: `K`.
       eps: of the norms.
@@ -107,18 +105,15 @@ def split_and_rotate(
       NotImplementedError: a named implementation cannot run here.
     """
     where = "split_and_rotate"
-    sizes = check_shape(
-        where, qkv=(qkv, "P B T Q"), cos=(cos, "B T R"), sin=(sin, "B T R")
-    )
-    head_dim = 2 * sizes["R"]
-    if sizes["Q"] != (num_heads + 2 * num_kv_heads) * head_dim:
+    head_dim, columns = 2 * cos.shape[2], qkv.shape[3]
+    wanted = (num_heads + 2 * num_kv_heads) * head_dim
+    if columns != wanted:
         raise ValueError(
-            f"{where}: qkv has {sizes['Q']} columns, but {num_heads} + 2 x "
-            f"{num_kv_heads} heads of {head_dim} need "
-            f"{(num_heads + 2 * num_kv_heads) * head_dim}."
+            f"{where}: qkv has {columns} columns, but {num_heads} + 2 x "
+            f"{num_kv_heads} heads of {head_dim} need {wanted}."
         )
     if implementation is None:
-        implementation = choose(sizes["B"] * sizes["T"] <= _MOST_ROWS)
+        implementation = choose(cos.shape[0] * cos.shape[1] <= _MOST_ROWS)
     run = dispatch.resolve(where, implementation, _ROTATIONS)
     return run(
         *(qkv, q_norm, k_norm, cos, sin),

@@ -7,8 +7,9 @@ it is the launch that costs, not the bytes.
 import jax
 import jax.numpy as jnp
 
+from jaxkv.kernels import triton_call
 from jaxkv.kernels.cache import Heads
-from jaxkv.kernels.triton_call import call, next_power_of_2
+from jaxkv.kernels.triton_call import next_power_of_2
 
 
 def add_rms_norm_triton(
@@ -19,7 +20,7 @@ def add_rms_norm_triton(
 
     size = x.shape[-1]
     out = jax.ShapeDtypeStruct(x.shape, x.dtype)
-    total, normed = call(
+    total, normed = triton_call.call(
         body.add_rms_norm,
         (x, x if delta is None else delta, weight),
         (out, out),
@@ -55,7 +56,7 @@ def split_and_rotate_triton(
         for heads in (num_heads, num_kv_heads, num_kv_heads)
     ]
     return Heads(
-        *call(
+        *triton_call.call(
             body.split_and_rotate,
             (qkv, q_norm if norm else none, k_norm if norm else none, cos, sin),
             tuple(jax.ShapeDtypeStruct(shape, dtype) for shape in shapes),

@@ -13,55 +13,54 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from jaxkv.kernels import dispatch
 from jaxkv.kernels.per_shard import per_shard
-from jaxkv.kernels.shapes import check_groups, check_shape
+from jaxkv.kernels.shapes import check_groups, checked
 
 Implementation = Literal["reference", "xla", "cudnn", "splash"]
 
 _BLOCK = 256  # rows and columns of a tile of the XLA version
 
 
+@checked
 def causal_attention(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B T K H"],
+    value: Float[Array, "B T K H"],
     *,
     scale: float,
     implementation: Implementation | None = None,
-) -> jax.Array:
+) -> Float[Array, "B T N H"]:
     """Attend from every token to itself and all tokens before it.
 
     Args:
-      query: `[B, T, N, H]`.
-      key: `[B, T, K, H]`; query head `n` reads key/value head `n // (N / K)`.
-      value: `[B, T, K, H]`.
+      query: head `n` reads key/value head `n // (N / K)`.
+      key: of all tokens.
+      value: of all tokens.
       scale: factor on the logits; no default, so that nobody shares a mistake.
       implementation: "reference" (float32, T x T memory), "xla" (anywhere; memory
         linear in T), "cudnn" (NVIDIA, 16-bit), "splash" (TPU), or None for the best
         one that can run; `choose` says which that is.
 
     Returns:
-      `[B, T, N, H]` in the dtype of `query`.
+      The output, in the dtype of `query`.
 
     Raises:
       ValueError: shapes disagree, or the implementation is unknown.
       NotImplementedError: a named implementation cannot run these inputs.
     """
     where = "causal_attention"
-    sizes = check_shape(
-        where, query=(query, "B T N H"), key=(key, "B T K H"), value=(value, "B T K H")
-    )
-    check_groups(where, sizes["N"], sizes["K"])
+    check_groups(where, query.shape[2], key.shape[2])
     if implementation is None:
+        _, length, _, head_dim = query.shape
         implementation = choose(
-            jax.default_backend(), query.dtype, length=sizes["T"], head_dim=sizes["H"]
+            jax.default_backend(), query.dtype, length=length, head_dim=head_dim
         )
-    run = functools.partial(dispatch.resolve(where, implementation, _RUNS), scale=scale)
-    return per_shard(run, ("B T N H", "B T K H", "B T K H"), "B T N H")(
-        query, key, value
-    )
+    run = dispatch.resolve(where, implementation, _RUNS)
+    run = per_shard(functools.partial(run, scale=scale), causal_attention)
+    return run(query, key, value)
 
 
 def choose(

@@ -9,6 +9,7 @@ Axis letters: `P` parts, `B` batch, `T` tokens, `D` depth, `F` columns.
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from jaxkv.kernels import dispatch
 from jaxkv.kernels.pointwise import Implementation, choose
@@ -17,23 +18,27 @@ from jaxkv.kernels.project_triton import (
     project_triton,
     unsupported,
 )
-from jaxkv.kernels.shapes import check_shape
+from jaxkv.kernels.shapes import checked
 
 
+@checked
 def project(
-    x: jax.Array, weight: jax.Array, *, implementation: Implementation | None = None
-) -> jax.Array:
+    x: Float[Array, "B T D"],
+    weight: Float[Array, "D F"],
+    *,
+    implementation: Implementation | None = None,
+) -> Float[Array, "P B T F"]:
     """Multiply tokens by a matrix.
 
     Args:
-      x: `[B, T, D]`.
-      weight: `[D, F]`.
+      x: tokens.
+      weight: the matrix.
       implementation: "xla" (anywhere), "triton" (NVIDIA, up to 64 tokens in 16 bits),
         or None for the best one.
 
     Returns:
-      `[P, B, T, F]`, whose sum over `P` is the product: one part in the dtype of `x`,
-      or several in float32. `pointwise.join` adds them.
+      Parts, whose sum over `P` is the product: one in the dtype of `x`, or several in
+      float32. `pointwise.join` adds them.
 
     Raises:
       ValueError: shapes disagree, or the implementation is unknown.
@@ -42,25 +47,29 @@ def project(
     return _run("project", implementation, x, weight, _PRODUCTS)
 
 
+@checked
 def project_gated(
-    x: jax.Array, weight: jax.Array, *, implementation: Implementation | None = None
-) -> jax.Array:
+    x: Float[Array, "B T D"],
+    weight: Float[Array, "D G"],
+    *,
+    implementation: Implementation | None = None,
+) -> Float[Array, "B T F"]:
     """Return `silu(x @ gate) * (x @ up)`, the inner half of a gated feed-forward.
 
     Args:
-      x: `[B, T, D]`.
-      weight: `[D, 2 F]`, gate beside up.
+      x: tokens.
+      weight: gate beside up, `G = 2 F` columns.
       implementation: as in `project`.
 
     Returns:
-      `[B, T, F]` in the dtype of `x`. Triton rounds once, at the end.
+      The product in the dtype of `x`. Triton rounds once, at the end.
 
     Raises:
       ValueError: shapes disagree, or the implementation is unknown.
       NotImplementedError: a named implementation cannot run here.
     """
     where = "project_gated"
-    if weight.ndim == 2 and weight.shape[1] % 2:
+    if weight.shape[1] % 2:
         raise ValueError(
             f"{where}: weight holds gate beside up, but has {weight.shape[1]} columns."
         )
@@ -81,7 +90,6 @@ def _product(x: jax.Array, weight: jax.Array) -> jax.Array:
 
 
 def _run(where, implementation, x, weight, table):
-    check_shape(where, x=(x, "B T D"), weight=(weight, "D F"))
     reason = unsupported(x, weight, gated=table is _GATED)
     if implementation is None:
         implementation = choose(not reason)

@@ -13,12 +13,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from jaxkv.kernels.triton_call import (
-    call,
-    next_power_of_2,
-    num_processors,
-    shared_memory,
-)
+from jaxkv.kernels import triton_call
+from jaxkv.kernels.triton_call import next_power_of_2, num_processors, shared_memory
 
 MOST_ROWS = 64  # beyond that XLA's products are as good
 
@@ -112,7 +108,7 @@ def project_triton(
     batch, length, depth = x.shape
     rows, columns = batch * length, weight.shape[1]
     tiles = tiles or tiles_here(rows, depth, columns, gated=False)
-    (out,) = call(
+    (out,) = triton_call.call(
         body.project_part,
         (x, weight),
         (jax.ShapeDtypeStruct((tiles.parts, batch, length, columns), jnp.float32),),
@@ -134,7 +130,7 @@ def project_gated_triton(
     batch, length, depth = x.shape
     rows, columns = batch * length, weight.shape[1] // 2
     tiles = tiles or tiles_here(rows, depth, columns, gated=True)
-    (out,) = call(
+    (out,) = triton_call.call(
         body.project_gated,
         (x, weight),
         (jax.ShapeDtypeStruct((batch, length, columns), x.dtype),),

@@ -8,7 +8,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from jaxkv.kernels.cache import place_of_token
+from jaxkv.kernels.cache import Slots, Token, place_of_token
 
 Score = Literal["l1", "l2", "attention", "deletion"]
 # Those that are a product of the weight and `value_norms`: all that the kernels do.
@@ -34,20 +34,17 @@ def value_norms(values: jax.Array, score: Score) -> jax.Array:
     return jnp.ones(v.shape[:-1], jnp.float32)
 
 
-def write_norm(
-    value: jax.Array,
-    norms: jax.Array,
-    target: jax.Array,
-    position: jax.Array,
-    score: Score,
-) -> jax.Array:
-    """Put the norms of new values `[B, K, H]` where the values go.
+def write_norm(token: Token, slots: Slots, score: Score) -> jax.Array:
+    """Return the norms of the slots, with that of the new value where the value goes.
 
-    Other arguments are those of `longflow.longflow_attention`.
+    Args:
+      token: the new one.
+      slots: as they were before it.
+      score: see `longflow.longflow_attention`.
 
     Returns:
-      The new `norms`.
+      Float32 `[B, K, S]`.
     """
-    place = place_of_token(target, position, norms.shape[2])
-    new = value_norms(value, score)
-    return norms.at[place].set(new, mode="drop", unique_indices=True)
+    place = place_of_token(slots.target, token.position, slots.norms.shape[2])
+    new = value_norms(token.value, score)
+    return slots.norms.at[place].set(new, mode="drop", unique_indices=True)

@@ -1,38 +1,88 @@
-"""One place for the messages of misshapen arguments."""
+"""The annotations of operations, read: they are checked, and say how a mesh cuts.
 
-from collections.abc import Mapping
+`Float[Array, "B N H"]` says of an argument what its docstring need not: dtype, axes,
+and which sizes agree. A tuple of such arrays, as in `cache`, is read field by field.
+"""
 
-import jax
+import functools
+import inspect
+import re
+import typing
+from collections.abc import Callable, Iterator
+from typing import Any, ParamSpec, TypeVar
+
+from beartype.door import is_bearable
+from jaxtyping import AbstractArray, jaxtyped
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 
-def check_shape(where: str, **arrays: tuple[jax.Array, str]) -> Mapping[str, int]:
-    """Check that arrays agree with their axis letters and with each other.
-
-    Args:
-      where: the caller's name, for the message.
-      **arrays: name to (array, letters), e.g. `query=(q, "B N H")`.
-
-    Returns:
-      Size of each letter.
+def checked(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """Check the arrays of an operation against its annotations, whenever it is traced.
 
     Raises:
-      ValueError: a rank or a size does not fit; the message says which.
+      ValueError: a dtype, a rank or a size does not fit. The message, of one line,
+        names the argument, what was expected and what came.
     """
-    sizes: dict[str, int] = {}
-    for name, (array, letters) in arrays.items():
-        axes = letters.split()
-        if len(axes) != array.ndim:
+    hints = typing.get_type_hints(function)
+    signature = inspect.signature(function)
+    where = function.__name__
+
+    @functools.wraps(function)
+    def run(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        given = signature.bind(*args, **kwargs).arguments
+        sizes: dict[str, int] = {}
+        with jaxtyped("context"):
+            for name, value in given.items():
+                for path, hint, leaf in _leaves(where, name, hints[name], value):
+                    if not is_bearable(leaf, hint):
+                        raise ValueError(_message(where, path, hint, leaf, sizes))
+                    if leaf is not None:
+                        axes = array_hint(hint).dim_str.split()
+                        sizes |= zip(axes, leaf.shape, strict=True)
+        return function(*args, **kwargs)
+
+    return run
+
+
+def array_hint(hint: Any) -> type[AbstractArray] | None:
+    """Return the annotation of an array, also where None is allowed; else None."""
+    for option in (hint, *typing.get_args(hint)):
+        if isinstance(option, type) and issubclass(option, AbstractArray):
+            return option
+    return None
+
+
+def is_record(hint: Any) -> bool:
+    """Return whether an annotation is a tuple of named, annotated fields."""
+    return isinstance(hint, type) and hasattr(hint, "_fields")
+
+
+def _leaves(where: str, name: str, hint: Any, value: Any) -> Iterator[tuple]:
+    """Yield name, annotation and value of the arrays of one argument."""
+    if is_record(hint):
+        if not isinstance(value, hint):
             raise ValueError(
-                f"{where}: {name} must have the axes [{', '.join(axes)}], "
-                f"got shape {array.shape}."
+                f"{where}: {name} must be {hint.__name__}, got {type(value).__name__}."
             )
-        for axis, size in zip(axes, array.shape, strict=True):
-            if sizes.setdefault(axis, size) != size:
-                raise ValueError(
-                    f"{where}: axis {axis} of {name} is {size}, "
-                    f"but it was {sizes[axis]} before; {name} has shape {array.shape}."
-                )
-    return sizes
+        for field, inner in typing.get_type_hints(hint).items():
+            yield f"{name}.{field}", inner, getattr(value, field)
+    elif array_hint(hint):
+        yield name, hint, value
+
+
+def _message(where: str, name: str, hint: Any, value: Any, sizes: dict) -> str:
+    hint = array_hint(hint)
+    axes = dict.fromkeys(re.findall(r"\w+", hint.dim_str))
+    known = [f"{axis}={sizes[axis]}" for axis in axes if axis in sizes]
+    came = type(value).__name__
+    if hasattr(value, "shape"):
+        came = f"{value.dtype}[{' '.join(map(str, value.shape))}]"
+    return (
+        f"{where}: {name} must be {hint.dtype.__name__}[{hint.dim_str}]"
+        f"{' with ' * bool(known)}{', '.join(known)}, got {came}."
+    )
 
 
 def check_groups(where: str, num_heads: int, num_kv_heads: int) -> int:

@@ -12,81 +12,58 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int32
 
 from jaxkv.kernels import decode, dispatch
-from jaxkv.kernels.cache import write
+from jaxkv.kernels.cache import Nodes, Slots, Token, write
 from jaxkv.kernels.per_shard import per_shard
-from jaxkv.kernels.shapes import check_groups, check_shape
+from jaxkv.kernels.shapes import check_groups, checked
 from jaxkv.kernels.tree_triton import tree_attention_triton
 
 Implementation = Literal["reference", "xla", "triton"]
 
 
+@checked
 def tree_attention(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    keys: jax.Array,
-    values: jax.Array,
-    positions: jax.Array,
-    upcoming: jax.Array,
-    depths: jax.Array,
-    ancestors: jax.Array,
+    query: Float[Array, "B T N H"],
+    nodes: Nodes,
+    slots: Slots,
+    upcoming: Int32[Array, "B K U"],
+    depths: Int32[Array, "B T"],
+    ancestors: Bool[Array, "B T T"],
     *,
     scale: float,
     implementation: Implementation | None = None,
-) -> jax.Array:
+) -> Float[Array, "B T N H"]:
     """Attend from every node, where the slot of a write depends on its depth alone.
 
     Args:
-      query: `[B, T, N, H]`, rotated; head `n` reads head `n // (N / K)`.
-      key: `[B, T, K, H]` of the nodes, rotated.
-      value: `[B, T, K, H]` of the nodes.
-      keys: `[B, K, S, H]`.
-      values: `[B, K, S, H]`; free slots of both may hold anything, NaN included.
-      positions: int32 `[B, K, S]`, negative where a slot is free.
-      upcoming: int32 `[B, K, D + 1]`, the slot that a node of each depth overwrites;
-        more of them, for deeper nodes than there are, change nothing.
-      depths: int32 `[B, T]`.
-      ancestors: bool `[B, T, T]`: at `[b, t, u]`, whether `u` is `t` or above it.
+      query: rotated; head `n` reads head `n // (N / K)`.
+      nodes: of the tree.
+      slots: of the cache.
+      upcoming: the slot that a node of each depth overwrites, `U = D + 1` of them;
+        more, for deeper nodes than there are, change nothing.
+      depths: of the nodes.
+      ancestors: at `[b, t, u]`, whether `u` is `t` or above it.
       scale: factor on the logits.
       implementation: "reference" (float32, writes node by node), "xla" (anywhere),
         "triton" (NVIDIA, through jax-triton), or None for the best one that can run.
 
     Returns:
-      `[B, T, N, H]`, in the dtype of the query.
+      The output, in the dtype of the query.
 
     Raises:
       ValueError: shapes disagree, or the implementation is unknown.
       NotImplementedError: a named implementation cannot run here.
     """
     where = "tree_attention"
-    sizes = check_shape(
-        where,
-        query=(query, "B T N H"),
-        key=(key, "B T K H"),
-        value=(value, "B T K H"),
-        keys=(keys, "B K S H"),
-        values=(values, "B K S H"),
-        positions=(positions, "B K S"),
-        upcoming=(upcoming, "B K D+1"),
-        depths=(depths, "B T"),
-        ancestors=(ancestors, "B T T"),
-    )
-    check_groups(where, sizes["N"], sizes["K"])
+    check_groups(where, query.shape[2], slots.keys.shape[1])
     if implementation is None:
-        implementation = choose(jax.default_backend(), query, keys)
-    unable = {"triton": unsupported(query, keys)}
+        implementation = choose(jax.default_backend(), query, slots.keys)
+    unable = {"triton": unsupported(query, slots.keys)}
     run = dispatch.resolve(where, implementation, _RUNS, unable=unable)
-    run = per_shard(
-        functools.partial(run, scale=scale),
-        (
-            *("B T N H", "B T K H", "B T K H", "B K S H", "B K S H", "B K S"),
-            *("B K D+1", "B T", "B T T"),
-        ),
-        "B T N H",
-    )
-    return run(query, key, value, keys, values, positions, upcoming, depths, ancestors)
+    run = per_shard(functools.partial(run, scale=scale), tree_attention)
+    return run(query, nodes, slots, upcoming, depths, ancestors)
 
 
 def choose(platform: str, query=None, keys=None) -> Implementation:
@@ -120,33 +97,27 @@ def unsupported(query, keys) -> str:
     return ""
 
 
-def _reference(
-    query, key, value, keys, values, positions, upcoming, depths, ancestors, *, scale
-):
+def _reference(query, nodes, slots, upcoming, depths, ancestors, *, scale):
     """Write each node's path into a copy of the cache; attend in float32."""
     outs = []
+    finished = jnp.full(query.shape[:1], -1, jnp.int32)
     for node in range(query.shape[1]):
-        held = (keys, values, positions)
+        held = slots
         for depth in range(upcoming.shape[2]):
             on_path = ancestors[:, node] & (depths == depth)
             writes = on_path.any(-1)
             at = jnp.argmax(on_path, axis=-1)[:, None, None, None]
-            held = write(
-                jnp.take_along_axis(key, at, axis=1)[:, 0],
-                jnp.take_along_axis(value, at, axis=1)[:, 0],
-                *held,
-                upcoming[:, :, depth],
+            token = Token(
+                jnp.take_along_axis(nodes.key, at, axis=1)[:, 0],
+                jnp.take_along_axis(nodes.value, at, axis=1)[:, 0],
                 jnp.where(writes, depth, -1),  # any position: here it only means "held"
             )
-        nothing = jnp.full(query.shape[:1], -1, jnp.int32)
-        outs.append(
-            decode.decode_attention(
-                *(query[:, node], key[:, node], value[:, node], *held),
-                *(upcoming[:, :, 0], nothing),
-                scale=scale,
-                implementation="reference",
-            ).out
+            held = write(token, held._replace(target=upcoming[:, :, depth]))
+        nothing = Token(nodes.key[:, node], nodes.value[:, node], finished)
+        out, _ = decode.decode_attention(
+            query[:, node], nothing, held, scale=scale, implementation="reference"
         )
+        outs.append(out)
     return jnp.stack(outs, axis=1)
 
 
@@ -212,10 +183,9 @@ def combine(old, new, value, values, occupied):
     return out.reshape(batch, nodes, kv_heads * groups, head_dim)
 
 
-def _xla(
-    query, key, value, keys, values, positions, upcoming, depths, ancestors, *, scale
-):
+def _xla(query, nodes, slots, upcoming, depths, ancestors, *, scale):
     """Mask instead of writing: a slot holds what it holds until it is overwritten."""
+    keys, values, positions, _, _ = slots
     order = jnp.arange(upcoming.shape[2], dtype=jnp.int32)
     never = jnp.int32(upcoming.shape[2])
     slot = jnp.arange(keys.shape[2], dtype=jnp.int32)
@@ -232,11 +202,11 @@ def _xla(
     new_alive = ancestors[:, None] & (depth < ends[:, :, None])
     grouped = group(query, keys.shape[1])
     weights = softmax_over_both(
-        *logits_of(grouped, key, keys, scale),
+        *logits_of(grouped, nodes.key, keys, scale),
         old_alive[:, :, :, None],
         new_alive[:, :, :, None],
     )
-    return combine(*weights, value, values, positions >= 0).astype(query.dtype)
+    return combine(*weights, nodes.value, values, positions >= 0).astype(query.dtype)
 
 
 _RUNS = {"reference": _reference, "xla": _xla, "triton": tree_attention_triton}

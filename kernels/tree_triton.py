@@ -17,8 +17,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxkv.kernels import decode_triton
-from jaxkv.kernels.triton_call import call, next_power_of_2, num_processors
+from jaxkv.kernels import decode_triton, triton_call
+from jaxkv.kernels.cache import Nodes, Slots
+from jaxkv.kernels.triton_call import next_power_of_2, num_processors
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,11 +82,8 @@ def choose_tiles(
 
 def tree_attention_triton(
     query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    keys: jax.Array,
-    values: jax.Array,
-    positions: jax.Array,
+    nodes: Nodes,
+    slots: Slots,
     upcoming: jax.Array,
     depths: jax.Array,
     ancestors: jax.Array,
@@ -93,17 +91,12 @@ def tree_attention_triton(
     scale: float,
     tiles: Tiles | None = None,
 ) -> jax.Array:
-    """Attend from every node, where the slot of a write depends on its depth alone.
-
-    Arguments and result are those of `tree.tree_attention`, which checks them.
+    """Do `tree_attention.tree_attention`, whose arguments these are.
 
     Args:
       query: `[B, T, N, H]`.
-      key: `[B, T, K, H]`.
-      value: `[B, T, K, H]`.
-      keys: `[B, K, S, H]`.
-      values: `[B, K, S, H]`.
-      positions: int32 `[B, K, S]`.
+      nodes: of the tree.
+      slots: of the cache.
       upcoming: int32 `[B, K, D + 1]`.
       depths: int32 `[B, T]`.
       ancestors: bool `[B, T, T]`.
@@ -114,23 +107,21 @@ def tree_attention_triton(
       `[B, T, N, H]`.
     """
     from jaxkv.kernels import tree_triton_body as body
-    from jaxkv.kernels.decode_triton_body import combine_splits
 
-    batch, nodes, heads, head_dim = query.shape
-    kv_heads, slots = keys.shape[1:3]
+    batch, num_nodes, heads, head_dim = query.shape
+    keys, values, positions, _, _ = slots
+    kv_heads, num_slots = positions.shape[1:]
     tiles = tiles or choose_tiles(
-        *(batch, heads, kv_heads, nodes, slots, head_dim, keys.dtype),
+        *(batch, heads, kv_heads, num_nodes, num_slots, head_dim, keys.dtype),
         num_processors(),
     )
     part_dtype = query.dtype if tiles.splits == 1 else jnp.float32
     shape = (tiles.splits, *query.shape)
-    row_blocks = -(-nodes * (heads // kv_heads) // tiles.rows)
-    out, statistic = call(
+    row_blocks = -(-num_nodes * (heads // kv_heads) // tiles.rows)
+    new = nodes.key.astype(keys.dtype), nodes.value.astype(values.dtype)
+    out, statistic = triton_call.call(
         body.attend_tree_split,
-        (
-            *(query, key.astype(keys.dtype), value.astype(values.dtype)),
-            *(keys, values, positions, upcoming, depths, pack(ancestors)),
-        ),
+        (query, *new, keys, values, positions, upcoming, depths, pack(ancestors)),
         (
             jax.ShapeDtypeStruct(shape, part_dtype),
             jax.ShapeDtypeStruct(shape[:-1], jnp.float32),
@@ -143,18 +134,7 @@ def tree_attention_triton(
     )
     if tiles.splits == 1:
         return out.reshape(query.shape)
-    constants = decode_triton.combine_constants(head_dim, tiles)
-    (out,) = call(
-        combine_splits,
-        (out, statistic),
-        (jax.ShapeDtypeStruct(query.shape, query.dtype),),
-        aliases={},
-        grid=(batch * nodes * heads,),
-        num_warps=decode_triton.combine_warps(constants),
-        num_stages=1,
-        **constants,
-    )
-    return out
+    return decode_triton.combine(out, statistic, query, tiles)
 
 
 def pack(ancestors: jax.Array) -> jax.Array:
@@ -170,32 +150,25 @@ def pack(ancestors: jax.Array) -> jax.Array:
 
 
 def write_path_triton(
-    key: jax.Array,
-    value: jax.Array,
-    keys: jax.Array,
-    values: jax.Array,
-    positions: jax.Array,
-    target: jax.Array,
-    upcoming: jax.Array,
-    path: jax.Array,
-    count: jax.Array,
-    position: jax.Array,
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    nodes: Nodes, slots: Slots, path: jax.Array, upcoming: jax.Array, count: jax.Array
+) -> Slots:
     """Do `tree_write.write_path`, whose arguments these are, in place where XLA can."""
     from jaxkv.kernels import tree_triton_body as body
 
-    batch, kv_heads, slots, head_dim = keys.shape
-    cache = (keys, values, positions, target)
-    return call(
+    batch, kv_heads, num_slots, head_dim = slots.keys.shape
+    sizes = nodes.key.shape[1], path.shape[1], num_slots, head_dim
+    cache = slots[:4]
+    written = triton_call.call(
         body.write_path,
-        (key, value, *cache, upcoming, path, count, position),
+        (nodes.key, nodes.value, *cache, upcoming, path, count, nodes.position),
         tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in cache),
         aliases={2: 0, 3: 1, 4: 2, 5: 3},
         grid=(batch * kv_heads,),
         num_warps=4,
         num_stages=1,
-        **write_constants(kv_heads, key.shape[1], path.shape[1], slots, head_dim),
+        **write_constants(kv_heads, *sizes),
     )
+    return Slots(*written, slots.norms)
 
 
 def attend_constants(

@@ -5,139 +5,94 @@ depth of the deepest node.
 """
 
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Int32
 
 from jaxkv.kernels import dispatch, tree_attention
-from jaxkv.kernels.cache import write
+from jaxkv.kernels.cache import Nodes, Slots, Token, write
 from jaxkv.kernels.per_shard import per_shard
-from jaxkv.kernels.shapes import check_shape
+from jaxkv.kernels.shapes import checked
 from jaxkv.kernels.tree_attention import Implementation
 from jaxkv.kernels.tree_triton import write_path_triton
 
-_INPUTS = (
-    *("B T K H", "B T K H", "B K S H", "B K S H", "B K S", "B K"),
-    *("B K D+2", "B D+1", "B", "B"),
-)
 
-
-class Written(NamedTuple):
-    """A cache with a path in it.
-
-    Attributes:
-      keys: `[B, K, S, H]`.
-      values: `[B, K, S, H]`.
-      positions: int32 `[B, K, S]`.
-      target: int32 `[B, K]`, the slot that the next token overwrites.
-    """
-
-    keys: jax.Array
-    values: jax.Array
-    positions: jax.Array
-    target: jax.Array
-
-
+@checked
 def write_path(
-    key: jax.Array,
-    value: jax.Array,
-    keys: jax.Array,
-    values: jax.Array,
-    positions: jax.Array,
-    target: jax.Array,
-    upcoming: jax.Array,
-    path: jax.Array,
-    count: jax.Array,
-    position: jax.Array,
+    nodes: Nodes,
+    slots: Slots,
+    path: Int32[Array, "B L"],
+    upcoming: Int32[Array, "B K L+1"],
+    count: Int32[Array, " B"],
     *,
     implementation: Implementation | None = None,
-) -> Written:
+) -> Slots:
     """Write the first nodes of a path as if one token were written after the other.
 
     Args:
-      key: `[B, T, K, H]` of the nodes, rotated.
-      value: `[B, T, K, H]` of the nodes.
-      keys: `[B, K, S, H]`.
-      values: `[B, K, S, H]`.
-      positions: int32 `[B, K, S]`.
-      target: int32 `[B, K]`.
-      upcoming: int32 `[B, K, D + 2]`, the slot of each node of the path, and of a token
-        behind it. Where a path comes back to a slot, the last write stays; a slot
-        beyond the last one is not written.
-      path: int32 `[B, D + 1]`, nodes from the root on.
-      count: int32 `[B]`, how many of them to write; 0 leaves a row as it is.
-      position: int32 `[B]`, of the root.
+      nodes: of the tree that has the path.
+      slots: of the cache.
+      path: `L = D + 1` nodes from the root on.
+      upcoming: the slot of each node of the path, and of a token behind it. Where a
+        path comes back to a slot, the last write stays; a slot beyond the last one is
+        not written.
+      count: how many of the nodes to write; 0 leaves a row as it is.
       implementation: "reference" (one token after the other), "xla", "triton" (NVIDIA),
         or None for the best one that can run.
 
     Returns:
-      The cache; `target` is `upcoming[count]`, or as it was where nothing is written.
+      The slots, their norms as they were; `target` is `upcoming[count]`, or as it was
+      where nothing is written.
 
     Raises:
       ValueError: shapes disagree, or the implementation is unknown.
       NotImplementedError: a named implementation cannot run here.
     """
-    where = "write_path"
-    arguments = (
-        *(key, value, keys, values, positions, target),
-        *(upcoming, path, count, position),
-    )
-    names = ("key", "value", "keys", "values", "positions", "target")
-    names += ("upcoming", "path", "count", "position")
-    sizes = check_shape(
-        where, **dict(zip(names, zip(arguments, _INPUTS, strict=True), strict=True))
-    )
-    if sizes["D+2"] != sizes["D+1"] + 1:
-        raise ValueError(
-            f"{where}: upcoming has {sizes['D+2']} slots, but a path of "
-            f"{sizes['D+1']} nodes needs one more than nodes."
-        )
     if implementation is None:
         implementation = tree_attention.choose(jax.default_backend())
-    run = dispatch.resolve(where, implementation, _RUNS)
-    run = per_shard(run, _INPUTS, _INPUTS[2:6])
-    return Written(*run(*arguments))
+    run = dispatch.resolve("write_path", implementation, _RUNS)
+    return per_shard(run, write_path)(nodes, slots, path, upcoming, count)
 
 
-def _reference(
-    key, value, keys, values, positions, target, upcoming, path, count, position
-):
+def _reference(nodes, slots, path, upcoming, count):
     """Do plain decoding's write for each node in turn."""
-    cache = (keys, values, positions)
     take = functools.partial(jnp.take_along_axis, axis=1)
     for step in range(path.shape[1]):
         at = path[:, step, None, None, None]
-        cache = write(
-            *(take(key, at)[:, 0], take(value, at)[:, 0]),
-            *cache,
-            upcoming[:, :, step],
-            jnp.where(step < count, position + step, -1),
+        writes = step < count
+        token = Token(
+            take(nodes.key, at)[:, 0],
+            take(nodes.value, at)[:, 0],
+            jnp.where(writes, nodes.position + step, -1),
         )
-        target = jnp.where((step < count)[:, None], upcoming[:, :, step + 1], target)
-    return Written(*cache, target)
+        target = jnp.where(writes[:, None], upcoming[:, :, step + 1], slots.target)
+        slots = write(token, slots._replace(target=upcoming[:, :, step]))
+        slots = slots._replace(target=target)
+    return slots
 
 
-def _xla(key, value, keys, values, positions, target, upcoming, path, count, position):
+def _xla(nodes, slots, path, upcoming, count):
     """Scatter what no later step of the path overwrites."""
-    batch, kv_heads, slots, _ = keys.shape
+    keys, values, positions, target, _ = slots
+    batch, kv_heads, num_slots = positions.shape
     slot = upcoming[..., :-1]
     steps = jnp.arange(path.shape[1], dtype=jnp.int32)
-    place = last_writes(slot, count, slots)
+    place = last_writes(slot, count, num_slots)
     flags = dict(mode="drop", unique_indices=True)
 
     def along(x):
         chosen = jnp.take_along_axis(x, path[:, :, None, None], axis=1)
-        return chosen.swapaxes(1, 2)  # [B, K, D + 1, H]
+        return chosen.swapaxes(1, 2)  # [B, K, L, H]
 
-    new_positions = jnp.broadcast_to(position[:, None, None] + steps, slot.shape)
+    new_positions = jnp.broadcast_to(nodes.position[:, None, None] + steps, slot.shape)
     last = jnp.broadcast_to(count[:, None, None], (batch, kv_heads, 1))
     new_target = jnp.take_along_axis(upcoming, last, axis=2)[..., 0]
-    return Written(
-        keys.at[place].set(along(key).astype(keys.dtype), **flags),
-        values.at[place].set(along(value).astype(values.dtype), **flags),
-        positions.at[place].set(new_positions, **flags),
-        jnp.where(count[:, None] > 0, new_target, target),
+    return slots._replace(
+        keys=keys.at[place].set(along(nodes.key).astype(keys.dtype), **flags),
+        values=values.at[place].set(along(nodes.value).astype(values.dtype), **flags),
+        positions=positions.at[place].set(new_positions, **flags),
+        target=jnp.where(count[:, None] > 0, new_target, target),
     )
 
 

@@ -11,10 +11,11 @@ from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int32
 
 from jaxkv.kernels import dispatch
 from jaxkv.kernels.per_shard import per_shard
-from jaxkv.kernels.shapes import check_groups, check_shape
+from jaxkv.kernels.shapes import check_groups, checked
 from jaxkv.kernels.window_scores_triton import window_scores_triton
 
 Implementation = Literal["reference", "xla", "triton", "pallas_tpu"]
@@ -23,29 +24,30 @@ Reduction = Literal["sum", "max"]
 _TILE = 1024  # keys of a tile of the XLA version
 
 
+@checked
 def window_scores(
-    query: jax.Array,
-    key: jax.Array,
-    start: jax.Array,
+    query: Float[Array, "B W N H"],
+    key: Float[Array, "B T K H"],
+    start: Int32[Array, " B"],
     *,
     scale: float,
     length: int,
-    count: jax.Array | None = None,
+    count: Int32[Array, " B"] | None = None,
     reduction: Reduction = "sum",
     implementation: Implementation | None = None,
-) -> jax.Array:
+) -> Float32[Array, "B K length"]:
     """Add up the attention that a window of queries pays to each key.
 
     Args:
-      query: `[B, W, N, H]`; head `n` reads key head `n // (N / K)`. Query `w` of row
-        `b` stands at index `start[b] + w` of the key axis and sees the keys
-        `0 .. start[b] + w`, so the window's own keys belong to `key`.
-      key: `[B, T, K, H]`; beyond the last visible key it may hold anything.
-      start: int32 `[B]`, not negative, and at most `T - W`.
+      query: head `n` reads key head `n // (N / K)`. Query `w` of row `b` stands at
+        index `start[b] + w` of the key axis and sees the keys `0 .. start[b] + w`, so
+        the window's own keys belong to `key`.
+      key: beyond the last visible key it may hold anything.
+      start: not negative, and at most `T - W`.
       scale: factor on the logits.
       length: keys that are scored, the first ones; at most `T`. The softmax is over
         all visible keys all the same.
-      count: int32 `[B]`: only the first `count[b]` queries of row `b` contribute, and
+      count: only the first `count[b]` queries of row `b` contribute, and
         `start[b] + w` must lie below `T` for these only; None is all `W`.
       reduction: over the window: "sum", or "max" for the most that one query pays.
       implementation: "reference" (float32, `W x T` memory), "xla" (anywhere; memory of
@@ -53,48 +55,36 @@ def window_scores(
         for the best one that can run; `choose` says which.
 
     Returns:
-      Float32 `[B, K, length]`: softmax probabilities, averaged over the query heads of
-      each key head and then reduced over the window; 0 for keys that nobody sees.
+      Softmax probabilities, averaged over the query heads of each key head and then
+      reduced over the window; 0 for keys that nobody sees.
 
     Raises:
       ValueError: shapes disagree, or the reduction or implementation is unknown.
       NotImplementedError: a named implementation cannot run here.
     """
     where = "window_scores"
-    sizes = check_shape(
-        where, query=(query, "B W N H"), key=(key, "B T K H"), start=(start, "B")
-    )
-    check_groups(where, sizes["N"], sizes["K"])
-    if not 1 <= length <= sizes["T"]:
+    keys, kv_heads = key.shape[1:3]
+    check_groups(where, query.shape[2], kv_heads)
+    if not 1 <= length <= keys:
         raise ValueError(
-            f"{where}: length must be between 1 and the {sizes['T']} keys, "
-            f"got {length}."
+            f"{where}: length must be between 1 and the {keys} keys, got {length}."
         )
-    if count is not None:
-        check_shape(where, start=(start, "B"), count=(count, "B"))
-    if implementation is None:
-        implementation = choose(jax.default_backend(), query, key)
     if reduction not in get_args(Reduction):
         raise ValueError(
             f"{where}: unknown {reduction=}; choose one of "
             f"{', '.join(get_args(Reduction))}."
         )
+    if implementation is None:
+        implementation = choose(jax.default_backend(), query, key)
     run = dispatch.resolve(where, implementation, _RUNS)
     if count is None:
-        count = jnp.full(start.shape, sizes["W"], jnp.int32)
+        count = jnp.full(start.shape, query.shape[1], jnp.int32)
 
     def score(query, key, start, count):
-        return run(
-            query,
-            key,
-            start,
-            count=count,
-            scale=scale,
-            length=length,
-            reduction=reduction,
-        )
+        options = dict(count=count, scale=scale, length=length, reduction=reduction)
+        return run(query, key, start, **options)
 
-    score = per_shard(score, ("B W N H", "B T K H", "B", "B"), "B K T")
+    score = per_shard(score, window_scores)
     if implementation == "triton":
         # Its kernels know no vmap: copies of a prompt are done one by one.
         score = jax.custom_batching.sequential_vmap(score)

@@ -14,7 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxkv.kernels.triton_call import call, next_power_of_2, num_processors
+from jaxkv.kernels import triton_call
+from jaxkv.kernels.triton_call import next_power_of_2, num_processors
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -109,25 +110,14 @@ def window_scores_triton(
         tiles = dataclasses.replace(tiles, rows=max(tiles.rows, next_power_of_2(group)))
         portion = tiles.rows // group
         if window > portion:
-            parts = [
-                window_scores_triton(
-                    # Where no query is left, nothing beyond the last key is read.
-                    *(query[:, i : i + portion], key, start + jnp.minimum(i, count)),
-                    scale=scale,
-                    length=length,
-                    count=jnp.maximum(count - i, 0),
-                    reduction=reduction,
-                    tiles=tiles,
-                )
-                for i in range(0, window, portion)
-            ]
-            return functools.reduce(jnp.maximum, parts)
+            options = dict(scale=scale, length=length, reduction="max", tiles=tiles)
+            return _by_portions(query, key, start, count, portion, **options)
     sizes = window, heads, kv_heads, keys, head_dim
     constants = statistic_constants(*sizes, key.dtype, scale, tiles)
     chunks = constants["CHUNKS"]
     shape = (batch, kv_heads, tiles.splits, chunks * tiles.rows)
     options = dict(aliases={}, num_warps=tiles.warps, num_stages=tiles.stages)
-    (statistic,) = call(
+    (statistic,) = triton_call.call(
         body.window_statistic,
         (query, key, start, count),
         (jax.ShapeDtypeStruct(shape, jnp.float32),),
@@ -135,7 +125,7 @@ def window_scores_triton(
         **options,
         **constants,
     )
-    (scores,) = call(
+    (scores,) = triton_call.call(
         body.window_probabilities,
         (query, key, start, count, statistic),
         (jax.ShapeDtypeStruct((batch, kv_heads, length), jnp.float32),),
@@ -144,6 +134,20 @@ def window_scores_triton(
         **probability_constants(constants, length, tiles, reduction),
     )
     return scores
+
+
+def _by_portions(query, key, start, count, portion, **options):
+    """Take the maximum over portions of the window that fill a chunk of rows each."""
+    parts = [
+        window_scores_triton(
+            # Where no query is left, nothing beyond the last key is read.
+            *(query[:, i : i + portion], key, start + jnp.minimum(i, count)),
+            count=jnp.maximum(count - i, 0),
+            **options,
+        )
+        for i in range(0, query.shape[1], portion)
+    ]
+    return functools.reduce(jnp.maximum, parts)
 
 
 def statistic_constants(

@@ -21,6 +21,7 @@ import numpy as np
 from jaxkv.bench import clock
 from jaxkv.bench.kernel_trace import kernel_times
 from jaxkv.kernels import decode, longflow
+from jaxkv.kernels.cache import Slots, Token
 from jaxkv.kernels.scores import value_norms
 
 # cuDNN neither writes nor scores; `attention` writes; `longflow` does everything.
@@ -33,56 +34,11 @@ LEAST_STEP = 2e-5  # of a step, in seconds: two launches, however short the cach
 
 
 class Inputs(NamedTuple):
-    """The arguments of `kernels.decode.decode_attention`, in its order."""
+    """What `kernels.decode.decode_attention` takes."""
 
     query: jax.Array
-    key: jax.Array
-    value: jax.Array
-    keys: jax.Array
-    values: jax.Array
-    positions: jax.Array
-    target: jax.Array
-    position: jax.Array
-
-
-class Slots(NamedTuple):
-    """One layer's cache; what a step changes. Axes are those of `Inputs`.
-
-    `norms` is float32 `[B, K, S]`, of the values, as LongFlow keeps them.
-    """
-
-    keys: jax.Array
-    values: jax.Array
-    positions: jax.Array
-    norms: jax.Array
-    target: jax.Array
-
-    @property
-    def plain(self) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-        """What plain attention takes: all but the norms."""
-        return self.keys, self.values, self.positions, self.target
-
-    def after(self, keys, values, positions) -> "Slots":
-        """Return these with what plain attention returns."""
-        return Slots(keys, values, positions, self.norms, self.target)
-
-
-class Token(NamedTuple):
-    """What a step adds, the same in every layer. Axes are those of `Inputs`.
-
-    `oldest` is the first position that may be evicted, int32 `[B]`; the last is
-    `position`.
-    """
-
-    key: jax.Array
-    value: jax.Array
-    position: jax.Array
-    oldest: jax.Array
-
-    @property
-    def bounds(self) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Position, oldest and newest, as LongFlow's operation takes them."""
-        return self.position, self.oldest, self.position
+    token: Token
+    slots: Slots
 
 
 Step = Callable[[jax.Array, Token, Slots], tuple[jax.Array, Slots]]
@@ -166,35 +122,25 @@ def make_inputs(shape: Shape, share: float = 1.0, seed: int = 0) -> Inputs:
         keys, values = (jnp.where(free, jnp.nan, x) for x in (keys, values))
     target = jnp.asarray(rng.integers(0, shape.slots, rows), jnp.int32)
     position = jnp.full((shape.batch,), shape.slots, jnp.int32)
-    return Inputs(query, key, value, keys, values, positions, target, position)
+    token = Token(key, value, position)
+    return Inputs(query, token, Slots(keys, values, positions, target))
 
 
 def attention(query, token, slots, *, scale, implementation=None):
     """Write and attend, without a score: a `Step`."""
-    out, *cache = decode.decode_attention(
-        query,
-        token.key,
-        token.value,
-        *slots.plain,
-        token.position,
-        scale=scale,
-        implementation=implementation,
+    return decode.decode_attention(
+        query, token, slots, scale=scale, implementation=implementation
     )
-    return out, slots.after(*cache)
 
 
 def attend_and_choose(query, token, slots, *, scale, implementation=None):
     """Write, attend, score and choose, as LongFlow does: a `Step`."""
-    out, *cache = longflow.longflow_attention(
-        query,
-        token.key,
-        token.value,
-        *slots,
-        *token.bounds,
+    oldest = jnp.zeros_like(token.position)
+    return longflow.longflow_attention(
+        *(query, token, slots, oldest, token.position),
         scale=scale,
         implementation=implementation,
     )
-    return out, Slots(*cache)
 
 
 def cudnn(query, token, slots, *, scale):
@@ -247,21 +193,19 @@ class Layers:
         self.shape = shape
         self.number = number or max(1, min(MOST_LAYERS, enough))
         inputs = [make_inputs(shape, share, seed) for seed in range(self.number)]
-        held = [np.mean(np.asarray(x.positions) >= 0) for x in inputs]
+        held = [np.mean(np.asarray(x.slots.positions) >= 0) for x in inputs]
         self.occupied = float(np.mean(held))
         self.floor = self.occupied * shape.num_bytes / bandwidth
-        first = inputs[0]
-        self._query = first.query
-        nothing = jnp.zeros_like(first.position)
-        self._token = Token(first.key, first.value, first.position, nothing)
+        self._query, self._token = inputs[0].query, inputs[0].token
         # LongFlow gives up one slot for all heads, so that these write to one.
         self._caches = tuple(
-            Slots(
-                *(x.keys, x.values, x.positions),
-                value_norms(x.values, "l1"),
-                jnp.copy(jnp.broadcast_to(x.target[:, :1], x.target.shape)),
+            slots._replace(
+                norms=value_norms(slots.values, "l1"),
+                target=jnp.copy(
+                    jnp.broadcast_to(slots.target[:, :1], slots.target.shape)
+                ),
             )
-            for x in inputs
+            for _, _, slots in inputs
         )
         per_pass = self.number * max(self.floor, LEAST_STEP)
         self._passes = max(2, math.ceil(LOOP_SECONDS / per_pass))

@@ -16,7 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from annotated_types import Ge, Lt
 
+from jaxkv import state as kv
 from jaxkv.kernels import decode, dispatch, tree_attention, victims
+from jaxkv.kernels.cache import Nodes, Token
 from jaxkv.policies.base import scale_of
 from jaxkv.state import KVState
 from jaxkv.trees import DraftTree, Pending
@@ -58,21 +60,14 @@ def attend_and_write(
     implementation: decode.Implementation | None,
 ) -> tuple[jax.Array, KVState]:
     """Do all of `DecodePolicy.attend` but the choice: `target` stays as it is."""
-    out, keys, values, positions = decode.decode_attention(
+    out, slots = decode.decode_attention(
         query,
-        key,
-        value,
-        state.keys,
-        state.values,
-        state.positions,
-        state.target,
-        position,
+        Token(key, value, position),
+        kv.to_slots(state),
         scale=scale_of(query),
         implementation=implementation,
     )
-    return out, dataclasses.replace(
-        state, keys=keys, values=values, positions=positions
-    )
+    return out, kv.from_slots(slots, state.memory)
 
 
 def attend_tree_by_depth(
@@ -80,6 +75,7 @@ def attend_tree_by_depth(
     key: jax.Array,
     value: jax.Array,
     state: KVState,
+    position: jax.Array,
     upcoming: jax.Array,
     drafts: DraftTree,
     ancestors: jax.Array,
@@ -93,6 +89,7 @@ def attend_tree_by_depth(
       key: `[B, T, K, H]`, rotated.
       value: `[B, T, K, H]`.
       state: of one layer.
+      position: int32 `[B]`, of the root.
       upcoming: int32 `[B, K, D + 2]`, the slots of the next `D + 2` tokens.
       drafts: no deeper than `D`.
       ancestors: bool `[B, T, T]`.
@@ -103,11 +100,8 @@ def attend_tree_by_depth(
     """
     out = tree_attention.tree_attention(
         query,
-        key,
-        value,
-        state.keys,
-        state.values,
-        state.positions,
+        Nodes(key, value, position),
+        kv.to_slots(state),
         upcoming,
         drafts.depths,
         ancestors,

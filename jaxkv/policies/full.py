@@ -58,9 +58,8 @@ class Full(WholePrompt, PlainAttention):
         implementation=None,
     ) -> tuple[jax.Array, Pending]:
         """Append; see `Speculable.attend_tree`."""
-        del position
         upcoming = state.target[..., None] + jnp.arange(depth + 2, dtype=jnp.int32)
         return attend_tree_by_depth(
-            *(query, key, value, state, upcoming, drafts, ancestors),
+            *(query, key, value, state, position, upcoming, drafts, ancestors),
             implementation=implementation,
         )

@@ -10,7 +10,9 @@ import jax
 import jax.numpy as jnp
 from annotated_types import Ge
 
+from jaxkv import state as kv
 from jaxkv.kernels import decode, dispatch, longflow, longflow_tree
+from jaxkv.kernels.cache import Nodes, Token
 from jaxkv.kernels.scores import Score, value_norms
 from jaxkv.policies.base import scale_of
 from jaxkv.policies.eviction import attend_and_write, check_room, evict_in_bulk
@@ -129,16 +131,10 @@ class LongFlow:
         newest = position - self.n_recent
         scale = scale_of(query)
         if self.interval == 1:
-            out, keys, values, positions, norms, target = longflow.longflow_attention(
+            out, slots = longflow.longflow_attention(
                 query,
-                key,
-                value,
-                state.keys,
-                state.values,
-                state.positions,
-                state.memory.norms,
-                state.target,
-                position,
+                Token(key, value, position),
+                kv.to_slots(state, state.memory.norms),
                 oldest,
                 newest,
                 scale=scale,
@@ -146,13 +142,8 @@ class LongFlow:
                 shared=self.shared,
                 implementation=implementation,
             )
-            return out, KVState(
-                keys=keys,
-                values=values,
-                positions=positions,
-                target=target,
-                memory=state.memory._replace(norms=norms),
-            )
+            memory = state.memory._replace(norms=slots.norms)
+            return out, kv.from_slots(slots, memory)
         out, state = attend_and_write(
             query, key, value, state, position, implementation=implementation
         )
@@ -193,14 +184,8 @@ class LongFlow:
         del ancestors
         out, slots, targets = longflow_tree.longflow_tree(
             query,
-            key,
-            value,
-            state.keys,
-            state.values,
-            state.positions,
-            state.memory.norms,
-            state.target,
-            position,
+            Nodes(key, value, position),
+            kv.to_slots(state, state.memory.norms),
             self._oldest(state, position),
             drafts.parents,
             drafts.depths,

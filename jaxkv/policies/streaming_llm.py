@@ -83,7 +83,7 @@ class StreamingLLM(WholePrompt, PlainAttention):
         """Overwrite the oldest tokens in turn; see `Speculable.attend_tree`."""
         upcoming = next_oldest(state, position, n_sink=self.n_sink, count=depth + 2)
         return attend_tree_by_depth(
-            *(query, key, value, state, upcoming, drafts, ancestors),
+            *(query, key, value, state, position, upcoming, drafts, ancestors),
             implementation=implementation,
         )
 

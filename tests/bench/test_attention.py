@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxkv.bench import attention
-from jaxkv.bench.attention import Layers, Shape, Slots
+from jaxkv.bench.attention import Layers, Shape
 from jaxkv.cli import main as cli
 from jaxkv.kernels.decode import decode_attention
 from jaxkv.kernels.scores import value_norms
@@ -51,13 +51,13 @@ def test_enough_layers_to_leave_the_cache(shape, number, monkeypatch):
 
 def test_free_slots_hold_nan_and_lower_the_floor():
     inputs = attention.make_inputs(TINY, share=0.5)
-    free = np.asarray(inputs.positions) < 0
-    np.testing.assert_array_equal(np.isnan(inputs.keys).all(-1), free)
-    np.testing.assert_array_equal(np.isnan(inputs.values).any(-1), free)
+    free = np.asarray(inputs.slots.positions) < 0
+    np.testing.assert_array_equal(np.isnan(inputs.slots.keys).all(-1), free)
+    np.testing.assert_array_equal(np.isnan(inputs.slots.values).any(-1), free)
     layers = Layers(TINY, 1e9, share=0.5, number=3)
     assert 0 < layers.occupied < 1
     assert layers.floor == pytest.approx(layers.occupied * TINY.num_bytes / 1e9)
-    assert not (np.asarray(attention.make_inputs(TINY).positions) < 0).any()
+    assert not (np.asarray(attention.make_inputs(TINY).slots.positions) < 0).any()
 
 
 def test_layers_follow_one_another(monkeypatch):
@@ -95,25 +95,18 @@ def test_caches_for_cudnn_have_slots_first_and_come_back():
     np.testing.assert_array_equal(layers._caches[0].keys, before)
 
 
-def token_of(inputs):
-    oldest = jnp.zeros_like(inputs.position)
-    return attention.Token(inputs.key, inputs.value, inputs.position, oldest)
-
-
 @pytest.mark.parametrize("name", ["attention", "attend_and_choose"])
 def test_steps_do_what_they_are_named_for(name):
-    inputs = attention.make_inputs(TINY)
-    token = token_of(inputs)
-    target = jnp.broadcast_to(inputs.target[:, :1], inputs.target.shape)
-    norms = value_norms(inputs.values, "l1")
-    slots = Slots(inputs.keys, inputs.values, inputs.positions, norms, target)
-    step = getattr(attention, name)
-    out, new = step(inputs.query, token, slots, scale=TINY.scale)
-    want = decode_attention(
-        *inputs._replace(target=target), scale=TINY.scale, implementation="reference"
+    query, token, slots = attention.make_inputs(TINY)
+    target = jnp.broadcast_to(slots.target[:, :1], slots.target.shape)
+    norms = value_norms(slots.values, "l1")
+    inputs = query, token, slots._replace(norms=norms, target=target)
+    out, new = getattr(attention, name)(*inputs, scale=TINY.scale)
+    want, wanted = decode_attention(
+        *inputs, scale=TINY.scale, implementation="reference"
     )
-    np.testing.assert_allclose(out, want.out, atol=1e-5)
-    np.testing.assert_array_equal(new.keys, want.keys)
+    np.testing.assert_allclose(out, want, atol=1e-5)
+    np.testing.assert_array_equal(new.keys, wanted.keys)
     assert (name == "attention") == bool((new.target == target).all())
 
 
@@ -198,19 +191,15 @@ def test_cudnn_step_is_attention_over_caches_with_slots_first(monkeypatch):
         return attend(*arguments, **options)
 
     monkeypatch.setattr(attention.jax.nn, "dot_product_attention", plain)
-    inputs = attention.make_inputs(TINY)
-    slots = Slots(
-        inputs.keys.swapaxes(1, 2),
-        inputs.values.swapaxes(1, 2),
-        inputs.positions,
-        None,
-        inputs.target,
+    query, token, slots = attention.make_inputs(TINY)
+    turned = slots._replace(
+        keys=slots.keys.swapaxes(1, 2), values=slots.values.swapaxes(1, 2)
     )
-    out, _ = attention.cudnn(inputs.query, token_of(inputs), slots, scale=TINY.scale)
-    finished = jnp.full_like(inputs.position, -1)  # writes nothing
-    want = decode_attention(
-        *inputs._replace(position=finished),
+    out, _ = attention.cudnn(query, token, turned, scale=TINY.scale)
+    finished = jnp.full_like(token.position, -1)  # writes nothing
+    want, _ = decode_attention(
+        *(query, token._replace(position=finished), slots),
         scale=TINY.scale,
         implementation="reference",
     )
-    np.testing.assert_allclose(out, want.out, atol=1e-5)
+    np.testing.assert_allclose(out, want, atol=1e-5)

@@ -11,10 +11,12 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
 
 from jaxkv import sharding
 from jaxkv import state as kv
 from jaxkv.kernels import dispatch, pointwise
+from jaxkv.kernels.cache import Token
 from jaxkv.kernels.per_shard import partition_spec, per_shard
 from jaxkv.models.decoder import Config, parameter_shapes
 
@@ -39,6 +41,7 @@ import jax, jax.numpy as jnp, numpy as np
 from jaxkv import sharding
 from jaxkv.kernels import decode, dispatch, longflow, longflow_tpu
 from jaxkv.kernels import window_scores as windows
+from jaxkv.kernels.cache import Slots, Token
 from jaxkv.kernels.per_shard import partition_spec
 from jaxkv.kernels.scores import value_norms
 
@@ -68,8 +71,9 @@ B, N, K, S, H = 4, 8, 4, 12, 32
 def compare(function, letters, arrays, name, collectives):
     alone = jax.jit(function)(*arrays)
     with jax.set_mesh(mesh):
-        spread = [jax.device_put(x, jax.NamedSharding(mesh, partition_spec(axes)))
-                  for x, axes in zip(arrays, letters, strict=True)]
+        spread = jax.tree.map(
+            lambda axes, x: jax.device_put(
+                x, jax.NamedSharding(mesh, partition_spec(axes))), letters, arrays)
         program = jax.jit(function).lower(*spread).compile()
         text = program.as_text()
         got = program(*spread)
@@ -85,20 +89,21 @@ def normal(*shape):
 
 positions = rng.permuted(np.broadcast_to(np.arange(S), (B, K, S)), axis=-1)
 positions[0, :, [1, 5]] = -1
-integers = [jnp.asarray(x, jnp.int32) for x in (
+positions, target, position, oldest, newest = (jnp.asarray(x, jnp.int32) for x in (
     positions, rng.integers(0, S, (B, K)), [S, S + 1, -1, S],
-    [0, 2, 0, S + 9], [S, S - 1, S, S + 9])]
-floats = [normal(B, N, H), normal(B, K, H), normal(B, K, H), normal(B, K, S, H),
-          normal(B, K, S, H)]
-letters = ["B N H", "B K H", "B K H", *["B K S H"] * 2, *["B K S"] * 2, "B K",
-           "B", "B", "B"]
-norms = value_norms(floats[-1], "l2")
+    [0, 2, 0, S + 9], [S, S - 1, S, S + 9]))
+values = normal(B, K, S, H)
+slots = Slots(normal(B, K, S, H), values, positions, target, value_norms(values, "l2"))
+arrays = [normal(B, N, H), Token(normal(B, K, H), normal(B, K, H), position), slots,
+          oldest, newest]
+letters = ["B N H", Token("B K H", "B K H", "B"),
+           Slots("B K S H", "B K S H", "B K S", "B K", "B K S"), "B", "B"]
 for shared in (True, False) if ALL else (True,):
     for implementation in ("xla", "triton") + ("pallas_tpu", "reference") * ALL:
         compare(
             functools.partial(longflow.longflow_attention, scale=0.3, score="l2",
                               shared=shared, implementation=implementation),
-            letters, [*floats, integers[0], norms, *integers[1:]],
+            letters, arrays,
             f"longflow {implementation} {shared}", ["all-gather"] * shared)
 
 arrays = [normal(B, 3, N, H), normal(B, S, K, H), jnp.asarray([0, 9, 4, 2], jnp.int32),
@@ -162,12 +167,23 @@ def test_sizes_must_divide(changes, batch, match):
         sharding.check(dataclasses.replace(CONFIG, **changes), mesh, batch=batch)
 
 
-def test_without_a_mesh_nothing_is_wrapped():
-    assert per_shard(len, ["B"], "B") is len
-    mesh = sharding.make_mesh()
-    with jax.set_mesh(mesh):
-        double = per_shard(lambda x, y: (2 * x, y), ["B", "B"], ("B", "B"))
-        assert double(jnp.ones(3), jnp.ones(3))[0].tolist() == [2, 2, 2]
+def test_an_operation_is_cut_as_its_annotations_say():
+    Pairs = Float[Array, "B N"]
+
+    def operation(x: Pairs, token: Token, *, scale: float) -> tuple[Pairs, Token]: ...
+
+    def double(x, token):
+        return 2 * x, token._replace(value=None)
+
+    assert per_shard(double, operation) is double  # no mesh is set
+    new = jnp.ones((3, 2, 4))
+    token = Token(new, new, jnp.zeros(3, jnp.int32))
+    with jax.set_mesh(sharding.make_mesh()):
+        jaxpr = jax.make_jaxpr(per_shard(double, operation))(jnp.ones((3, 2)), token)
+    (equation,) = jaxpr.eqns
+    heads, rows = P("data", "model", None), P("data")
+    assert equation.params["in_specs"] == (P("data", "model"), heads, heads, rows)
+    assert equation.params["out_specs"] == (P("data", "model"), heads, rows)
 
 
 @pytest.mark.parametrize(

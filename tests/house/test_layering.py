@@ -31,7 +31,7 @@ MAY_IMPORT = {  # other layers; circles and the core have tests of their own
     "cli": {*LIBRARY, "tasks", "needle", "evaluation", "bench"},
 }
 THIRD_PARTY = {  # others: whatever pyproject.toml declares
-    "kernels": {"jax", "numpy", "jax_triton", "triton"},
+    "kernels": {"jax", "numpy", "jax_triton", "triton", "jaxtyping", "beartype"},
     "policies": {"annotated_types", "jax", "numpy"},
     "speculation": {"annotated_types", "jax", "numpy"},
     "tasks": {"numpy"},

@@ -1,11 +1,14 @@
 """Prefill and decode attention: references against `jax.nn`, the rest against them."""
 
+import functools
+import re
 import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from packed import packed
 
 from jaxkv.kernels import decode, prefill
 from jaxkv.kernels.decode import decode_attention
@@ -155,26 +158,44 @@ def oracle(c, scale):
 @pytest.mark.parametrize("slots", [1, 7, 129])
 def test_decode_against_numpy(heads, implementation, dtype, slots):
     c = cache(*HEADS[heads], slots, dtype)
-    got = decode_attention(**c, scale=0.3, implementation=implementation)
+    run = functools.partial(
+        decode_attention, **packed(c), scale=0.3, implementation=implementation
+    )
+    got, slots = run()
     out, keys, values, positions = oracle(c, 0.3)
     live = np.asarray(c["position"]) >= 0
     np.testing.assert_allclose(
-        np.asarray(got.out, np.float64)[live], out[live], atol=2 * TOLERANCE[dtype]
+        np.asarray(got, np.float64)[live], out[live], atol=2 * TOLERANCE[dtype]
     )
-    assert np.isfinite(np.asarray(got.out, np.float32)).all()
-    np.testing.assert_array_equal(np.asarray(got.keys, np.float64), keys)
-    np.testing.assert_array_equal(np.asarray(got.values, np.float64), values)
-    np.testing.assert_array_equal(got.positions, positions)
-    again = decode_attention(**c, scale=0.3, implementation=implementation)
-    np.testing.assert_array_equal(np.asarray(got.out), np.asarray(again.out))
+    assert np.isfinite(np.asarray(got, np.float32)).all()
+    np.testing.assert_array_equal(np.asarray(slots.keys, np.float64), keys)
+    np.testing.assert_array_equal(np.asarray(slots.values, np.float64), values)
+    np.testing.assert_array_equal(slots.positions, positions)
+    np.testing.assert_array_equal(slots.target, c["target"])
+    np.testing.assert_array_equal(np.asarray(got), np.asarray(run()[0]))
 
 
 def test_misshapen_arguments_are_named():
     c = cache(4, 2, 8)
-    with pytest.raises(ValueError, match="axis S of values is 7"):
-        decode_attention(**c | {"values": c["values"][:, :, :7]}, scale=1.0)
-    with pytest.raises(ValueError, match="key must have the axes"):
-        decode_attention(**c | {"key": c["key"][0]}, scale=1.0)
+    for name, value, message in [
+        (
+            *("values", c["values"][:, :, :7]),
+            "decode_attention: slots.values must be Float[B K S H] with B=3, K=2, "
+            "S=8, H=16, got float32[3 2 7 16].",
+        ),
+        (
+            *("keys", c["keys"][0]),
+            "decode_attention: slots.keys must be Float[B K S H] with B=3, K=2, H=16, "
+            "got float32[2 8 16].",
+        ),
+        (
+            *("position", c["position"].astype("float32")),
+            "decode_attention: token.position must be Int32[B] with B=3, got "
+            "float32[3].",
+        ),
+    ]:
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+            decode_attention(**packed(c, **{name: value}), scale=1.0)
     with pytest.raises(ValueError, match="4 query heads must be a multiple of 3"):
         q, k, v = prompt(4, 3, 8)
         causal_attention(q, k, v, scale=1.0)
@@ -185,15 +206,19 @@ def test_named_implementations_never_fall_back():
     with pytest.raises(ValueError, match="unknown implementation='fast'"):
         causal_attention(q, k, v, scale=1.0, implementation="fast")
     with pytest.raises(ValueError, match="unknown implementation='fast'"):
-        decode_attention(**cache(4, 2, 8), scale=1.0, implementation="fast")
+        decode_attention(**packed(cache(4, 2, 8)), scale=1.0, implementation="fast")
     if jax.default_backend() != "gpu":
         with pytest.raises(NotImplementedError, match="needs an NVIDIA GPU"):
             causal_attention(q, k, v, scale=1.0, implementation="cudnn")
         with pytest.raises(NotImplementedError, match="needs an NVIDIA GPU"):
-            decode_attention(**cache(4, 2, 8), scale=1.0, implementation="triton")
+            decode_attention(
+                **packed(cache(4, 2, 8)), scale=1.0, implementation="triton"
+            )
     if jax.default_backend() != "tpu":
         with pytest.raises(NotImplementedError, match="needs a TPU, but JAX runs on"):
-            decode_attention(**cache(4, 2, 8), scale=1.0, implementation="pallas_tpu")
+            decode_attention(
+                **packed(cache(4, 2, 8)), scale=1.0, implementation="pallas_tpu"
+            )
     with pytest.raises(NotImplementedError, match="multiples of 128"):
         causal_attention(q, k, v, scale=1.0, implementation="splash")
 
@@ -206,7 +231,7 @@ def test_triton_names_a_gpu_that_is_too_old(capability, monkeypatch):
     with pytest.raises(
         NotImplementedError, match=f"8.0 or above, but T4 has {capability}"
     ):
-        decode_attention(**cache(4, 2, 8), scale=1.0, implementation="triton")
+        decode_attention(**packed(cache(4, 2, 8)), scale=1.0, implementation="triton")
     device.compute_capability = "12.0"
     assert "compute capability" not in triton_unavailable()
 

@@ -11,6 +11,7 @@ import re
 import jax
 import pytest
 
+from jaxkv.kernels.cache import Nodes, Slots, Token
 from jaxkv.kernels.decode_triton import decode_attention_triton
 from jaxkv.kernels.longflow_triton import choose_tiles, longflow_attention_triton
 from jaxkv.kernels.pointwise_triton import add_rms_norm_triton, split_and_rotate_triton
@@ -26,41 +27,43 @@ def of(*shape, dtype="bfloat16"):
 
 
 integers = functools.partial(of, dtype="int32")
-token = of(ROWS, 4, SIZE), of(ROWS, KV_HEADS, SIZE), of(ROWS, KV_HEADS, SIZE)
-cache = (
-    *[of(ROWS, KV_HEADS, SLOTS, SIZE)] * 2,
-    integers(ROWS, KV_HEADS, SLOTS),
-)
-norms = of(ROWS, KV_HEADS, SLOTS, dtype="float32")
-target, row = integers(ROWS, KV_HEADS), integers(ROWS)
-node = of(ROWS, NODES, KV_HEADS, SIZE)
+
+
+def step(rows):
+    """Return query, token and slots."""
+    new, cache = of(rows, KV_HEADS, SIZE), of(rows, KV_HEADS, SLOTS, SIZE)
+    norms = of(rows, KV_HEADS, SLOTS, dtype="float32")
+    held, target = integers(rows, KV_HEADS, SLOTS), integers(rows, KV_HEADS)
+    token = Token(new, new, integers(rows))
+    return of(rows, 4, SIZE), token, Slots(cache, cache, held, target, norms)
+
+
+row, slots = integers(ROWS), step(ROWS)[2]
+nodes = Nodes(*[of(ROWS, NODES, KV_HEADS, SIZE)] * 2, row)
+upcoming = integers(ROWS, KV_HEADS, STEPS + 1)
 angles = of(ROWS, 1, SIZE // 2, dtype="float32")
 
 # function, arguments, launches, buffers that the launches update in place
 CASES = {
     "decode": (
         functools.partial(decode_attention_triton, scale=0.1),
-        (*token, *cache, target, row),
+        step(ROWS),
         *(2, 3),
     ),
     "longflow in splits": (
         functools.partial(longflow_attention_triton, scale=0.1),
-        (*token, *cache, norms, target, row, row, row),
+        (*step(ROWS), row, row),
         *(2, 6),
     ),
     "longflow in rows": (
         functools.partial(longflow_attention_triton, scale=0.1),
-        tuple(
-            of(MANY, *x.shape[1:], dtype=x.dtype)
-            for x in (*token, *cache, norms, target, row, row, row)
-        ),
+        (*step(MANY), integers(MANY), integers(MANY)),
         *(2, 6),
     ),
     "tree": (
         functools.partial(tree_attention_triton, scale=0.1),
         (
-            *(of(ROWS, NODES, 4, SIZE), node, node, *cache),
-            integers(ROWS, KV_HEADS, STEPS + 1),
+            *(of(ROWS, NODES, 4, SIZE), nodes, slots, upcoming),
             integers(ROWS, NODES),
             of(ROWS, NODES, NODES, dtype="bool"),
         ),
@@ -68,10 +71,7 @@ CASES = {
     ),
     "path": (
         write_path_triton,
-        (
-            *(node, node, *cache, target, integers(ROWS, KV_HEADS, STEPS + 1)),
-            *(integers(ROWS, STEPS), row, row),
-        ),
+        (nodes, slots, integers(ROWS, STEPS), upcoming, row),
         *(1, 4),
     ),
     "window scores": (

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from packed import packed
 
 from jaxkv.kernels import dispatch, longflow
 from jaxkv.kernels.longflow import longflow_attention, token_importance
@@ -32,7 +33,9 @@ def compiled(implementation, score, shared):
     function = functools.partial(
         IMPLEMENTATIONS[implementation], scale=SCALE, score=score, shared=shared
     )
-    return jax.jit(lambda c: function(**c, norms=value_norms(c["values"], score)))
+    return jax.jit(
+        lambda c: function(**packed(c, norms=value_norms(c["values"], score)))
+    )
 
 
 def draw(seed, *shape, dtype="float32"):
@@ -151,14 +154,14 @@ def test_against_the_oracle(implementation, heads, score, shared, dtype):
     if score == "deletion" and implementation in WITHOUT_DELETION:
         pytest.skip("refused; see test_refusals")
     c = case(heads, dtype=dtype)
-    got = compiled(implementation, score, bool(shared))(c)
+    attended, got = compiled(implementation, score, bool(shared))(c)
     out, keys, values, positions, importance, target = oracle(c, score, shared)
     live = np.asarray(c["position"]) >= 0
     np.testing.assert_allclose(
-        np.asarray(got.out, np.float64)[live], out[live], atol=TOLERANCE[dtype]
+        np.asarray(attended, np.float64)[live], out[live], atol=TOLERANCE[dtype]
     )
-    assert np.isfinite(np.asarray(got.out, np.float32)).all()
-    assert got.out.dtype == c["query"].dtype
+    assert np.isfinite(np.asarray(attended, np.float32)).all()
+    assert attended.dtype == c["query"].dtype
     np.testing.assert_array_equal(np.asarray(got.keys, np.float64), keys)
     np.testing.assert_array_equal(np.asarray(got.values, np.float64), values)
     np.testing.assert_array_equal(got.positions, positions)
@@ -187,7 +190,7 @@ def test_by_hand(implementation, score, wanted):
     weights = jnp.asarray([0.4, 0.3, 0.2, 0.1])
     keys = jnp.stack([jnp.log(weights) / SCALE, jnp.zeros(4)], -1)
     values = jnp.asarray([[1.25, 0.0], [1, 1], [2, 1.125], [8, 6]])
-    got = compiled(implementation, score, True)(
+    out, got = compiled(implementation, score, True)(
         dict(
             query=jnp.asarray([[[1.0, 5.0]]]),
             key=keys[None, 3:],
@@ -201,7 +204,7 @@ def test_by_hand(implementation, score, wanted):
             newest=jnp.asarray([3], jnp.int32),
         )
     )
-    np.testing.assert_allclose(got.out, [[[2, 1.125]]], rtol=1e-5)
+    np.testing.assert_allclose(out, [[[2, 1.125]]], rtol=1e-5)
     assert got.target.tolist() == [[wanted]]
 
 
@@ -210,7 +213,7 @@ def test_ties_go_to_the_lowest_slot(implementation):
     c = case("GQA")
     same = {name: jnp.ones_like(c[name]) for name in ("key", "value", "keys", "values")}
     same |= {"query": jnp.zeros_like(c["query"]), "newest": jnp.full(4, 99, jnp.int32)}
-    got = compiled(implementation, "l1", True)(c | same)
+    _, got = compiled(implementation, "l1", True)(c | same)
     positions = np.asarray(got.positions)
     assert got.target[1].tolist() == [0, 0]
     lowest = np.flatnonzero((positions[2] >= c["oldest"][2]).all(0))[0]
@@ -227,22 +230,26 @@ def test_two_runs_are_bit_equal(implementation):
 def test_refusals():
     c = case("GQA")
     c["norms"] = value_norms(c["values"], "l1")
-    with pytest.raises(ValueError, match="axis B of newest is 3"):
-        longflow_attention(**c | {"newest": c["newest"][:3]}, scale=1.0)
+    with pytest.raises(ValueError, match=r"newest must be Int32\[B\] with B=4, got"):
+        longflow_attention(**packed(c, newest=c["newest"][:3]), scale=1.0)
+    with pytest.raises(ValueError, match=r"slots\.norms must be the norms of the"):
+        longflow_attention(**packed(c, norms=None), scale=1.0)
     with pytest.raises(ValueError, match="5 query heads must be a multiple of 2"):
-        longflow_attention(**c | {"query": c["query"][:, :5]}, scale=1.0)
+        longflow_attention(**packed(c, query=c["query"][:, :5]), scale=1.0)
     with pytest.raises(ValueError, match="unknown score='l3'"):
-        longflow_attention(**c, scale=1.0, score="l3")
+        longflow_attention(**packed(c), scale=1.0, score="l3")
     with pytest.raises(ValueError, match="unknown implementation='fast'"):
-        longflow_attention(**c, scale=1.0, implementation="fast")
+        longflow_attention(**packed(c), scale=1.0, implementation="fast")
     for name in ("triton", "pallas_tpu"):
         with pytest.raises(NotImplementedError, match=f'"{name}" does not do score='):
-            longflow_attention(**c, scale=1.0, implementation=name, score="deletion")
+            longflow_attention(
+                **packed(c), scale=1.0, implementation=name, score="deletion"
+            )
     if jax.default_backend() == "cpu":
         with pytest.raises(NotImplementedError, match="needs an NVIDIA GPU"):
-            longflow_attention(**c, scale=1.0, implementation="triton")
+            longflow_attention(**packed(c), scale=1.0, implementation="triton")
         with pytest.raises(NotImplementedError, match="needs a TPU"):
-            longflow_attention(**c, scale=1.0, implementation="pallas_tpu")
+            longflow_attention(**packed(c), scale=1.0, implementation="pallas_tpu")
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 import triton_on_cpu
 
-from jaxkv.kernels import longflow_triton
+from jaxkv.kernels import longflow_triton, triton_call
+from jaxkv.kernels.cache import Slots, Token
 from jaxkv.kernels.longflow import longflow_attention
 from jaxkv.kernels.longflow_tpu import longflow_attention_tpu
 
@@ -47,14 +48,13 @@ def inputs_of(steps):
 
 
 def empty_cache():
-    """Return keys, values, positions, norms and target."""
     shape = (2, 2, SLOTS)
-    return (
-        jnp.full((*shape, HEAD_DIM), jnp.nan),
-        jnp.full((*shape, HEAD_DIM), jnp.nan),
-        jnp.full(shape, -1, jnp.int32),
-        jnp.full(shape, jnp.nan),
-        jnp.zeros((2, 2), jnp.int32),
+    return Slots(
+        keys=jnp.full((*shape, HEAD_DIM), jnp.nan),
+        values=jnp.full((*shape, HEAD_DIM), jnp.nan),
+        positions=jnp.full(shape, -1, jnp.int32),
+        target=jnp.zeros((2, 2), jnp.int32),
+        norms=jnp.full(shape, jnp.nan),
     )
 
 
@@ -68,17 +68,17 @@ def victims_of(attend, *, shared, steps, scan=jax.lax.scan):
       scan: that takes them.
     """
 
-    def step(cache, new):
-        query, key, value, position = new
-        out = attend(
-            *(query, key, value, *cache, position, jnp.zeros_like(position), position),
-            scale=0.25,
-            shared=shared,
+    def step(slots, new):
+        query, *token = new
+        token = Token(*token)
+        oldest = jnp.zeros_like(token.position)
+        _, slots = attend(
+            query, token, slots, oldest, token.position, scale=0.25, shared=shared
         )
-        return tuple(out[1:]), out.target
+        return slots, slots.target
 
-    def run(cache, inputs):
-        return scan(step, cache, inputs)[1]
+    def run(slots, inputs):
+        return scan(step, slots, inputs)[1]
 
     run = jax.jit(run) if scan is jax.lax.scan else run
     return np.asarray(run(empty_cache(), inputs_of(steps)))
@@ -128,7 +128,7 @@ def test_triton_gives_up_what_the_reference_does(shared):
 
 
 if __name__ == "__main__":
-    longflow_triton.call = triton_on_cpu.call
+    triton_call.call = triton_on_cpu.call
     tiles = longflow_triton.choose_tiles(2, 4, 2, SLOTS, HEAD_DIM, "float32")
     programs = int(sys.argv[1])
     tiles = dataclasses.replace(tiles, programs=programs, splits=1 if programs else 2)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
+from packed import packed
 
 from jaxkv.kernels.attend_tpu import choose_block, make_plan
 from jaxkv.kernels.decode_tpu import decode_attention_tpu
@@ -23,18 +24,15 @@ HEADS = {"MHA": (2, 2), "GQA": (6, 2), "MQA": (5, 1)}
 
 
 @functools.partial(jax.jit, static_argnames=("score", "shared", "block", "interpret"))
-def longflow(*args, values, score="l1", **kwargs):
+def longflow(c, score="l1", **kwargs):
     """Run the op on norms as they are before the step."""
-    norms = value_norms(values, score)
-    return longflow_attention_tpu(
-        *args, values=values, norms=norms, score=score, scale=SCALE, **kwargs
-    )
+    c = packed(c, norms=value_norms(c["values"], score))
+    return longflow_attention_tpu(**c, score=score, scale=SCALE, **kwargs)
 
 
-attend = jax.jit(
-    functools.partial(decode_attention_tpu, scale=SCALE),
-    static_argnames=("block", "interpret"),
-)
+@functools.partial(jax.jit, static_argnames=("block", "interpret"))
+def attend(c, **kwargs):
+    return decode_attention_tpu(**packed(without_choice(c)), scale=SCALE, **kwargs)
 
 
 def draw(heads, slots, dtype="float32", *, head_dim=128, seed=0, shared=True):
@@ -127,17 +125,19 @@ def choice(importance, occupied, evictable):
     return np.argmin(np.where(among, importance, np.inf))
 
 
-def check(c, got, **options):
+def check(c, result, **options):
+    got, slots = result
     out, *cache, target = oracle(c, **options)
     live = np.asarray(c["position"]) >= 0
     tolerance = 2 * TOLERANCE[c["keys"].dtype.name]
-    np.testing.assert_allclose(wide(got.out)[live], out[live], atol=tolerance)
-    assert got.out.dtype == c["query"].dtype
-    assert np.isfinite(wide(got.out)).all()
+    np.testing.assert_allclose(wide(got)[live], out[live], atol=tolerance)
+    assert got.dtype == c["query"].dtype
+    assert np.isfinite(wide(got)).all()
     for name, wanted in zip(("keys", "values", "positions"), cache, strict=True):
-        np.testing.assert_array_equal(wide(getattr(got, name)), wanted, err_msg=name)
-    if hasattr(got, "target"):
-        np.testing.assert_array_equal(got.target, target)
+        np.testing.assert_array_equal(wide(getattr(slots, name)), wanted, err_msg=name)
+    if slots.norms is None:  # without a score nothing is chosen
+        target = c["target"]
+    np.testing.assert_array_equal(slots.target, target)
 
 
 def test_shared_victim_over_several_blocks():
@@ -145,21 +145,21 @@ def test_shared_victim_over_several_blocks():
     run = functools.partial(longflow, block=128, interpret=True)
     for seed in range(3):
         c = draw("GQA", 300, seed=seed)
-        check(c, run(**c))
+        check(c, run(c))
     uneven = draw("GQA", 300, shared=False)  # of the free slots, head 0's count
-    check(uneven, run(**uneven))
-    again = run(**c)
-    jax.tree.map(np.testing.assert_array_equal, run(**c), again)
+    check(uneven, run(uneven))
+    again = run(c)
+    jax.tree.map(np.testing.assert_array_equal, run(c), again)
     # Equal importances: the lowest slot that may go.
     same = c | {name: jnp.zeros_like(c[name]) for name in ("query", "values", "value")}
     same["positions"] = jnp.broadcast_to(jnp.arange(300), c["positions"].shape)
-    got = run(**same | {"target": jnp.full_like(c["target"], 290)})
+    _, got = run(same | {"target": jnp.full_like(c["target"], 290)})
     assert got.target[1].tolist() == [75, 75]
     assert got.target[3].tolist() == [0, 0]
     # What these checks are worth: they must notice a mistake.
-    swapped = run(**c | {"keys": c["values"], "values": c["keys"]})
-    shifted = run(**c | {"positions": jnp.roll(c["positions"], 1, axis=-1)})
-    recent = run(**c | {"oldest": jnp.full_like(c["oldest"], 260)})
+    swapped = run(c | {"keys": c["values"], "values": c["keys"]})
+    shifted = run(c | {"positions": jnp.roll(c["positions"], 1, axis=-1)})
+    recent = run(c | {"oldest": jnp.full_like(c["oldest"], 260)})
     for wrong in (swapped, shifted, recent):
         with pytest.raises(AssertionError):
             check(c, wrong)
@@ -168,14 +168,14 @@ def test_shared_victim_over_several_blocks():
 def test_a_victim_for_each_head_in_bfloat16():
     for seed in range(2):
         c = draw("MHA", 37, "bfloat16", seed=seed, shared=False)
-        got = longflow(**c, score="l2", shared=False, interpret=True)
+        got = longflow(c, score="l2", shared=False, interpret=True)
         check(c, got, score="l2", shared=False)
 
 
 def test_attention_without_a_score():
     for seed in range(2):
         c = draw("MQA", 141, "bfloat16", seed=seed)
-        check(c, attend(**without_choice(c), block=128, interpret=True))
+        check(c, attend(c, block=128, interpret=True))
 
 
 @pytest.mark.slow
@@ -190,8 +190,8 @@ def test_against_oracle(heads, dtype, shared, slots, head_dim, score):
     options = dict(score=score, shared=shared)
     for seed in range(4):
         c = draw(heads, slots, dtype, head_dim=head_dim, seed=seed, shared=shared)
-        check(c, longflow(**c, **options, block=256, interpret=True), **options)
-        got = attend(**without_choice(c), interpret=True)
+        check(c, longflow(c, **options, block=256, interpret=True), **options)
+        got = attend(c, interpret=True)
         check(c, got, **options)
 
 
@@ -201,7 +201,7 @@ def test_the_simulation_sees_no_race(shared, capfd):
     """A simulation of the TPU's memories; it wants slots that fill the blocks."""
     interpret = pltpu.InterpretParams(uninitialized_memory="nan", detect_races=True)
     c = draw("GQA", 256, shared=shared)
-    got = longflow(**c, shared=shared, block=128, interpret=interpret)
+    got = longflow(c, shared=shared, block=128, interpret=interpret)
     check(c, got, shared=shared)
     assert "RACE" not in capfd.readouterr().out.upper()
 
@@ -221,9 +221,8 @@ def test_two_thousand_evictions():
 
     def step(cache, token):
         query, key, value, position = token
-        got = longflow(
-            query, key, value, **cache, position=position, **window, interpret=True
-        )
+        new = dict(query=query, key=key, value=value, position=position)
+        _, got = longflow(cache | window | new, interpret=True)
         return {name: getattr(got, name) for name in cache}, got.target
 
     order = jnp.arange(steps, dtype=jnp.int32)[:, None]
@@ -242,12 +241,12 @@ def test_two_thousand_evictions():
 def test_refusals_name_their_reason():
     c = draw("GQA", 8)
     with pytest.raises(ValueError, match="unknown score='l3'"):
-        longflow(**c, score="l3")
+        longflow(c, score="l3")
     half = {name: c[name].astype("float16") for name in ("query", "keys")}
     with pytest.raises(NotImplementedError, match="bfloat16 or float32, got float16"):
-        longflow(**c | half)
+        longflow(c | half)
     with pytest.raises(NotImplementedError, match="multiple of 32, got H=72"):
-        longflow(**draw("GQA", 8, head_dim=72))
+        longflow(draw("GQA", 8, head_dim=72))
     query = jax.ShapeDtypeStruct((1, 32, 128), jnp.bfloat16)
     keys = jax.ShapeDtypeStruct((1, 8, 1 << 19, 128), jnp.bfloat16)
     with pytest.raises(NotImplementedError, match="524288 slots of 8 heads need"):

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from packed import packed
 
 from jaxkv.kernels.longflow_tree import longflow_tree
 from jaxkv.kernels.scores import value_norms
@@ -71,8 +72,8 @@ def test_walk_equals_step_by_step(options, sizes):
     for seed in range(5):
         inputs = make_inputs(seed=seed, **sizes)
         inputs["norms"] = value_norms(inputs["values"], options["score"])
-        want = run(**inputs, implementation="reference")
-        got = run(**inputs, implementation="xla")
+        want = run(**packed(inputs), implementation="reference")
+        got = run(**packed(inputs), implementation="xla")
         np.testing.assert_array_equal(got.slots, want.slots)
         np.testing.assert_array_equal(got.targets, want.targets)
         np.testing.assert_allclose(got.out, want.out, atol=3e-6, rtol=3e-6)
@@ -91,8 +92,8 @@ def test_a_wrong_input_is_noticed(broken):
     run = functools.partial(
         op, depth=DEPTH, scale=0.4, score="l1", shared=True, n_recent=0
     )
-    want = run(**inputs, implementation="reference")
-    got = run(**inputs | {broken: wrong}, implementation="xla")
+    want = run(**packed(inputs), implementation="reference")
+    got = run(**packed(inputs | {broken: wrong}), implementation="xla")
     assert (got.targets != want.targets).any()
 
 
@@ -101,8 +102,10 @@ def test_bad_arguments():
     inputs["norms"] = value_norms(inputs["values"], "l1")
     options = dict(n_recent=0, depth=DEPTH, scale=1.0)
     with pytest.raises(NotImplementedError, match='"deletion" cannot be verified'):
-        longflow_tree(**inputs, **options, score="deletion")
+        longflow_tree(**packed(inputs), **options, score="deletion")
     with pytest.raises(ValueError, match="unknown implementation='magic'"):
-        longflow_tree(**inputs, **options, implementation="magic")
-    with pytest.raises(ValueError, match="axis T of"):
-        longflow_tree(**inputs | {"depths": inputs["depths"][:, 1:]}, **options)
+        longflow_tree(**packed(inputs), **options, implementation="magic")
+    with pytest.raises(ValueError, match=r"depths must be Int32\[B T\] with B=2, T=6"):
+        longflow_tree(**packed(inputs, depths=inputs["depths"][:, 1:]), **options)
+    with pytest.raises(ValueError, match=r"longflow_tree: slots\.norms must be"):
+        longflow_tree(**packed(inputs, norms=None), **options)

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import triton_on_cpu
 
-from jaxkv.kernels import longflow_triton
+from jaxkv.kernels import longflow_triton, triton_call
+from jaxkv.kernels.cache import Slots, Token
 from jaxkv.kernels.longflow_triton import (
     Tiles,
     choose_constants,
@@ -155,6 +156,13 @@ def make_case(case, seed):
     return (*floats, positions, norms, *integers)
 
 
+def packed(args):
+    """Return these arguments as the op takes them."""
+    query, key, value, keys, values, positions, norms, target, position, *bounds = args
+    slots = Slots(keys, values, positions, target, norms)
+    return query, Token(key, value, position), slots, *bounds
+
+
 def oracle(q, k_new, v_new, keys, values, positions, target, position, scale, score):
     """Attention and importance in float64, one query head after the other.
 
@@ -222,13 +230,13 @@ def check_interpreted(case, seed, mutate=lambda args: args, score=None) -> list[
     want_out, magnitude, want_cache, weighted = oracle(
         *(*map(exact, args[:5]), positions, target, position, scale, score or case[5])
     )
-    got = longflow_triton.longflow_attention_triton(
-        *mutate(args), scale=scale, score=case[5], shared=shared, tiles=tiles
+    out, got = longflow_triton.longflow_attention_triton(
+        *packed(mutate(args)), scale=scale, score=case[5], shared=shared, tiles=tiles
     )
     failures = []
-    error = np.abs(exact(got.out) - want_out)[position >= 0]
+    error = np.abs(exact(out) - want_out)[position >= 0]
     error = (error / magnitude[position >= 0]).max()
-    if not (error <= TOLERANCE[dtype] and np.isfinite(exact(got.out)).all()):
+    if not (error <= TOLERANCE[dtype] and np.isfinite(exact(out)).all()):
         failures.append(f"{case}: out is off by {error:.3g} of its magnitude")
     names = ["keys", "values", "positions"]
     for name, want in zip(names, want_cache, strict=True):
@@ -276,7 +284,7 @@ MUTATIONS = {  # name: change of the arguments, score of the oracle, what must b
 
 if __name__ == "__main__":
     triton_on_cpu.teach_bfloat16_dot()
-    longflow_triton.call = triton_on_cpu.call
+    triton_call.call = triton_on_cpu.call
     cases = {"FAST": FAST, "SLOW": SLOW}[sys.argv[1]]
     failures = [f for i, case in enumerate(cases) for f in check_interpreted(case, i)]
     if sys.argv[1] == "FAST":

@@ -73,17 +73,12 @@ def test_longflow_compiles_at_odd_sizes(
 
     mesh = script.sharding.make_mesh(devices=script.devices("v5e:2x2")[:1])
     sizes = dict(B=3, N=heads, K=kv_heads, S=slots, H=head_dim)
-    floats = ["B N H", "B K H", "B K H", "B K S H", "B K S H"]
-    integers = ["B K", "B", "B", "B"]
-    arrays = [script.abstract(mesh, a, sizes, jnp.dtype(dtype)) for a in floats]
-    for kind in (jnp.int32, jnp.float32):  # positions and norms
-        arrays.append(script.abstract(mesh, "B K S", sizes, kind))
-    arrays += [script.abstract(mesh, a, sizes, jnp.int32) for a in integers]
+    query, token, slots, bound = script.decode_inputs(mesh, sizes, jnp.dtype(dtype))
     record = script.compile_one(
         lambda *x: longflow_attention_tpu(*x, scale=0.1, score=score, shared=False),
-        arrays,
+        (query, token, slots, bound, bound),
         mesh,
-        donate_argnums=(3, 4, 5, 6),
+        donate_argnums=2,
     )
     cache = kv_heads * slots * 3 * (2 * head_dim * jnp.dtype(dtype).itemsize + 8)
     assert record["alias_bytes"] >= cache  # odd sizes are padded

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from packed import packed
 
 from jaxkv import Options, generation, trees
 from jaxkv.kernels import dispatch, longflow_tree, tree_write
@@ -55,6 +56,8 @@ def make_inputs(heads, kv_heads, *, slots=9, head_dim=8, dtype="float32", seed=0
         keys=draw(kv_heads, slots, head_dim) + nan,
         values=draw(kv_heads, slots, head_dim) + nan,
         positions=jnp.asarray(positions),
+        target=jnp.asarray(upcoming[:, :, 0]),
+        position=jnp.full(batch, slots, jnp.int32),
         upcoming=jnp.asarray(upcoming),
         depths=drafts.depths,
         ancestors=trees.ancestors(drafts, depth=DEPTH),
@@ -89,12 +92,12 @@ def test_each_implementation_equals_the_reference(
 ):
     inputs = make_inputs(heads, kv_heads, dtype=dtype)
     run = functools.partial(attention, scale=0.3, implementation=implementation)
-    want, got = reference(**inputs), run(**inputs)
+    want, got = reference(**packed(inputs)), run(**packed(inputs))
     assert got.dtype == inputs["query"].dtype
     np.testing.assert_allclose(
         got.astype("float32"), want.astype("float32"), atol=tolerance, rtol=tolerance
     )
-    np.testing.assert_array_equal(got, run(**inputs))
+    np.testing.assert_array_equal(got, run(**packed(inputs)))
 
 
 @pytest.mark.parametrize("broken", ["values", "upcoming", "ancestors", "depths"])
@@ -107,7 +110,8 @@ def test_a_wrong_input_is_noticed(broken):
         "ancestors": lambda x: x | jnp.roll(x, 1, axis=2),
         "depths": lambda x: jnp.maximum(x - 1, 0),
     }[broken](inputs[broken])
-    assert not np.allclose(xla(**wrong), reference(**inputs), atol=1e-3)
+    got, want = xla(**packed(wrong)), reference(**packed(inputs))
+    assert not np.allclose(got, want, atol=1e-3)
 
 
 def test_a_root_alone_is_plain_decoding():
@@ -117,24 +121,22 @@ def test_a_root_alone_is_plain_decoding():
     root = {"query", "key", "value"}
     one = {name: x[:, :1] if name in root else x for name, x in inputs.items()}
     one |= {"depths": one["depths"][:, :1], "ancestors": one["ancestors"][:, :1, :1]}
-    plain = decode_attention(
-        *(inputs[name][:, 0] for name in ("query", "key", "value")),
-        *(inputs[name] for name in ("keys", "values", "positions")),
-        inputs["upcoming"][:, :, 0],
-        jnp.asarray([9, 9], jnp.int32),
-        scale=0.3,
+    names = ("position", "keys", "values", "positions", "target")
+    token = {name: inputs[name][:, 0] for name in root}
+    plain, _ = decode_attention(
+        **packed(token | {name: inputs[name] for name in names}), scale=0.3
     )
-    np.testing.assert_allclose(xla(**one)[:, 0], plain.out, atol=2e-6, rtol=2e-6)
+    np.testing.assert_allclose(xla(**packed(one))[:, 0], plain, atol=2e-6, rtol=2e-6)
 
 
 def test_bad_arguments():
     inputs = make_inputs(4, 2)
     with pytest.raises(ValueError, match="unknown implementation='magic'"):
-        tree_attention(**inputs, scale=1.0, implementation="magic")
-    with pytest.raises(ValueError, match="axis T of"):
-        tree_attention(**inputs | {"depths": inputs["depths"][:, 1:]}, scale=1.0)
+        tree_attention(**packed(inputs), scale=1.0, implementation="magic")
+    with pytest.raises(ValueError, match=r"depths must be Int32\[B T\] with B=2, T=5"):
+        tree_attention(**packed(inputs, depths=inputs["depths"][:, 1:]), scale=1.0)
     with pytest.raises(ValueError, match="multiple of"):
-        tree_attention(**inputs | {"query": inputs["query"][:, :, :3]}, scale=1.0)
+        tree_attention(**packed(inputs, query=inputs["query"][:, :, :3]), scale=1.0)
 
 
 def test_what_none_stands_for(monkeypatch):
@@ -158,16 +160,16 @@ def test_triton_that_cannot_run_says_why(monkeypatch):
     triton = dict(implementation="triton")
     monkeypatch.setattr(dispatch, "triton_unavailable", lambda: "needs a GPU.")
     with pytest.raises(NotImplementedError, match=r"tree_attention: .* needs a GPU"):
-        tree_attention(**inputs, scale=1.0, **triton)
+        tree_attention(**packed(inputs), scale=1.0, **triton)
     with pytest.raises(NotImplementedError, match=r"write_path: .* needs a GPU"):
-        write_path(**make_writes(), **triton)
+        write_path(**packed(make_writes()), **triton)
     monkeypatch.setattr(dispatch, "triton_unavailable", lambda: "")
     inputs["keys"] = inputs["keys"].astype("bfloat16")
     with pytest.raises(NotImplementedError, match="got float32 and bfloat16; use 'xla"):
-        tree_attention(**inputs, scale=1.0, **triton)
+        tree_attention(**packed(inputs), scale=1.0, **triton)
     inputs = make_inputs(2, 1, head_dim=288)
     with pytest.raises(NotImplementedError, match="heads of at most 256, got 288"):
-        tree_attention(**inputs, scale=1.0, **triton)
+        tree_attention(**packed(inputs), scale=1.0, **triton)
 
 
 def test_what_goes_with_a_kernel_of_plain_decoding():
@@ -251,9 +253,12 @@ def make_writes(seed=0):
 @others
 def test_a_path_is_written_as_token_after_token(implementation):
     inputs = make_writes()
-    want = jax.jit(functools.partial(write_path, implementation="reference"))(**inputs)
-    run = functools.partial(write_path, implementation=implementation)
-    got = jax.jit(run)(**inputs)
+
+    def run(implementation):
+        run = functools.partial(write_path, implementation=implementation)
+        return jax.jit(run)(**packed(inputs))
+
+    want, got = run("reference"), run(implementation)
     jax.tree.map(np.testing.assert_array_equal, got, want)
     for field in ("keys", "values", "positions", "target"):
         np.testing.assert_array_equal(getattr(got, field)[0], inputs[field][0])
@@ -266,9 +271,9 @@ def test_a_path_is_written_as_token_after_token(implementation):
 def test_bad_arguments_of_writing():
     inputs = make_writes()
     with pytest.raises(ValueError, match="unknown implementation='magic'"):
-        write_path(**inputs, implementation="magic")
-    with pytest.raises(ValueError, match="path of 4 nodes needs one more than"):
-        write_path(**inputs | {"upcoming": inputs["upcoming"][..., 1:]})
+        write_path(**packed(inputs), implementation="magic")
+    with pytest.raises(ValueError, match=r"upcoming must be Int32\[B K L\+1\].*L=4"):
+        write_path(**packed(inputs, upcoming=inputs["upcoming"][..., 1:]))
 
 
 def test_ancestors_and_paths_of_a_tree():

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import triton_on_cpu
 
-from jaxkv.kernels import tree_attention, tree_triton, tree_write
+from jaxkv.kernels import tree_attention, tree_triton, tree_write, triton_call
+from jaxkv.kernels.cache import Nodes, Slots
 from jaxkv.kernels.tree_triton import Tiles, attend_constants, choose_tiles
 
 # nodes, heads, KV heads, slots, head size, dtype, kind of tree, rows, splits, block;
@@ -174,6 +175,14 @@ def make_case(case, seed):
     return args, parents
 
 
+def packed(args):
+    """Return the arguments of `tree_attention` as it takes them."""
+    query, key, value, *cache, upcoming, depths, ancestors = args
+    position = jnp.zeros(len(query), jnp.int32)  # nobody reads it, nor the target
+    slots = Slots(*cache, upcoming[:, :, 0])
+    return query, Nodes(key, value, position), slots, upcoming, depths, ancestors
+
+
 def oracle(
     query, key, value, keys, values, positions, upcoming, depths, ancestors, *, scale
 ):
@@ -218,7 +227,9 @@ def check_attention(case, seed, mutate=lambda args: args) -> list[str]:
     )
     scale = head_dim**-0.5
     want, magnitude = oracle(*args, scale=scale)
-    got = tree_triton.tree_attention_triton(*mutate(args), scale=scale, tiles=tiles)
+    got = tree_triton.tree_attention_triton(
+        *packed(mutate(args)), scale=scale, tiles=tiles
+    )
     if (got.shape, got.dtype) != (args[0].shape, args[0].dtype):
         return [f"{case}: out is {got.dtype}{got.shape}"]
     error = np.abs(np.asarray(got.astype("float32")) - want) / magnitude
@@ -234,7 +245,7 @@ def check_oracle() -> list[str]:
     # The reference does not write a slot beyond the last one; it forgets the node.
     args = (*args[:6], args[6] % 20, *args[7:])
     want, _ = oracle(*args, scale=0.3)
-    error = abs(want - reference(*args, scale=0.3)).max()
+    error = abs(want - reference(*packed(args), scale=0.3)).max()
     return [] if error < 5e-6 else [f"the oracle is off by {error:.3g}"]
 
 
@@ -250,13 +261,14 @@ def check_writing(case, seed) -> list[str]:
         count[row] = depths[row, node] + (row != 1)
         for depth in range(int(depths[row, node]), -1, -1):
             path[row, depth], node = node, parents[row, node]
-    target = upcoming[:, :, 0]
-    rest = (upcoming, *map(jnp.asarray, (path, count)), jnp.int32([90, 91, 92, -1]))
-    got = tree_triton.write_path_triton(key, value, *cache, target, *rest)
+    nodes = Nodes(key, value, jnp.int32([90, 91, 92, -1]))
+    slots = Slots(*cache, upcoming[:, :, 0])
+    args = nodes, slots, jnp.asarray(path), upcoming, jnp.asarray(count)
+    got = tree_triton.write_path_triton(*args)[:4]
     names = ("keys", "values", "positions", "target")
     failures = []
     for how in ("reference", "xla"):
-        want = write_path(key, value, *cache, target, *rest, implementation=how)
+        want = write_path(*args, implementation=how)[:4]
         for name, a, b in zip(names, got, want, strict=True):
             if np.asarray(a).tobytes() != np.asarray(b).tobytes():
                 failures.append(f"{case}: {name} differ from {how}")
@@ -280,7 +292,7 @@ MUTATIONS = {  # index of the argument, and its change
 
 if __name__ == "__main__":
     triton_on_cpu.teach_bfloat16_dot()
-    tree_triton.call = triton_on_cpu.call
+    triton_call.call = triton_on_cpu.call
     cases = {"FAST": FAST, "SLOW": SLOW}[sys.argv[1]]
     failures = []
     for i, case in enumerate(cases):

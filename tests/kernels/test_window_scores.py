@@ -139,7 +139,10 @@ def test_memory_is_that_of_a_tile(monkeypatch):
         (dict(length=0), "length must be between 1"),
         (dict(implementation="magic"), "unknown implementation='magic'"),
         (dict(reduction="mean"), "unknown reduction='mean'; choose one of sum, max"),
-        (dict(count=jnp.zeros(2, jnp.int32)), "axis B of count is 2"),
+        (
+            dict(count=jnp.zeros(2, jnp.int32)),
+            r"count must be Int32\[B\] with B=3, got",
+        ),
         (dict(query=jnp.zeros((3, 5, 3, 8))), "must be a multiple of 2"),
     ],
 )

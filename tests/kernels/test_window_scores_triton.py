@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import triton_on_cpu
 
-from jaxkv.kernels import window_scores_triton
+from jaxkv.kernels import triton_call, window_scores_triton
 from jaxkv.kernels.window_scores_triton import (
     Tiles,
     choose_tiles,
@@ -139,7 +139,7 @@ MUTATIONS = {
 
 if __name__ == "__main__":
     triton_on_cpu.teach_bfloat16_dot()
-    window_scores_triton.call = triton_on_cpu.call
+    triton_call.call = triton_on_cpu.call
     cases = {"FAST": FAST, "SLOW": SLOW}[sys.argv[1]]
     failures = [f for i, case in enumerate(cases) for f in check_interpreted(case, i)]
     if sys.argv[1] == "FAST":
