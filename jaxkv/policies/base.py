@@ -60,21 +60,32 @@ class PrefillPolicy(Protocol):
     """Chooses what of a prompt enters the cache.
 
     `WholePrompt` has the usual answers to all but `check` and `compress`.
-
-    Attributes:
-      num_pseudo: pseudo tokens that stand after each prompt while it is scored. They
-        never enter the cache, and no token of the prompt sees them.
-      offset: how far behind the prompt's end the first of them stands, in positions;
-        of a policy without pseudo tokens, how far ahead its queries are turned.
-      same_budgets: whether all layers keep equally many tokens.
-      sketches: whether the pseudo tokens are decoded from an evicted prompt, and hence
-        depend on the budget.
     """
 
-    num_pseudo: int
-    offset: int
-    same_budgets: bool
-    sketches: bool
+    @property
+    def num_pseudo(self) -> int:
+        """Pseudo tokens that stand after each prompt while it is scored.
+
+        They never enter the cache, and no token of the prompt sees them.
+        """
+
+    @property
+    def offset(self) -> int:
+        """How far behind the prompt's end the first of them stands, in positions.
+
+        Of a policy without pseudo tokens, how far ahead its queries are turned.
+        """
+
+    @property
+    def same_budgets(self) -> bool:
+        """Whether all layers keep equally many tokens."""
+
+    @property
+    def sketches(self) -> bool:
+        """Whether the pseudo tokens are decoded from an evicted prompt.
+
+        Then they depend on the budget.
+        """
 
     def check(self, budget: int) -> None:
         """Raise ValueError if this policy cannot work with `budget` slots."""
@@ -125,10 +136,14 @@ class PrefillPolicy(Protocol):
 class WholePrompt:
     """The usual answers of a prefill policy: no pseudo tokens, one budget for all."""
 
-    num_pseudo = 0
     offset = 0
     same_budgets = True
     sketches = False
+
+    @property
+    def num_pseudo(self) -> int:
+        """No pseudo tokens."""
+        return 0
 
     def pseudo_tokens(self, tokens, lengths, *, vocab_size, sketch) -> jax.Array:
         """Return no tokens."""
@@ -151,18 +166,22 @@ class WholePrompt:
 
 
 class DecodePolicy(Protocol):
-    """Puts one token into the cache and chooses the slot that the next one overwrites.
+    """Puts one token into the cache and chooses the slot that the next overwrites."""
 
-    Attributes:
-      evicts: whether the policy overwrites occupied slots. If so the state holds
-        `budget` slots for prompt and output together; if not, it holds
-        `budget + max_new_tokens`.
-      spare: slots that prefill must leave free, because the policy can name a victim
-        only after it has seen an attention.
-    """
+    @property
+    def evicts(self) -> bool:
+        """Whether the policy overwrites occupied slots.
 
-    evicts: bool
-    spare: int
+        If so the state holds `budget` slots for prompt and output together; if not, it
+        holds `budget + max_new_tokens`.
+        """
+
+    @property
+    def spare(self) -> int:
+        """Slots that prefill must leave free.
+
+        A policy that names a victim only after it has seen an attention needs one.
+        """
 
     def check(self, budget: int) -> None:
         """Raise ValueError if this policy cannot work with `budget` slots."""
@@ -209,13 +228,11 @@ class DecodePolicy(Protocol):
 
 
 class Speculable(DecodePolicy, Protocol):
-    """A decode policy that takes drafts: it says what it would do, and does nothing.
+    """A decode policy that takes drafts: it says what it would do, and does nothing."""
 
-    Attributes:
-      attends_trees: whether it can with its options.
-    """
-
-    attends_trees: bool
+    @property
+    def attends_trees(self) -> bool:
+        """Whether it can with its options."""
 
     def attend_tree(
         self,

@@ -31,20 +31,26 @@ Tokens = Annotated[float, Ge(0)]
 
 
 class Drafter(Protocol):
-    """Makes a tree of drafted tokens from the text so far.
+    """Makes a tree of drafted tokens from the text so far."""
 
-    Attributes:
-      num_draft_tokens: nodes of a tree, the root not counted.
-      depth: of the deepest node.
-      likeliest: whether prefill must keep the likeliest tokens of each position.
-      break_even: drafted tokens that must be accepted per step, on average, for a step
-        with a tree to pay; below it the row takes plain steps.
-    """
+    @property
+    def num_draft_tokens(self) -> int:
+        """Nodes of a tree, the root not counted."""
 
-    num_draft_tokens: int
-    depth: int
-    likeliest: bool
-    break_even: float
+    @property
+    def depth(self) -> int:
+        """Depth of the deepest node."""
+
+    @property
+    def likeliest(self) -> bool:
+        """Whether prefill must keep the likeliest tokens of each position."""
+
+    @property
+    def break_even(self) -> float:
+        """Drafted tokens per step that must be accepted for a step with a tree to pay.
+
+        Where fewer are, on average, the row takes plain steps.
+        """
 
     def check(self) -> None:
         """Raise ValueError for options that mean nothing."""

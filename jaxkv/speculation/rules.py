@@ -43,14 +43,14 @@ class View(NamedTuple):
 
 
 class Rule(Protocol):
-    """Says which drafted tokens pass.
+    """Says which drafted tokens pass."""
 
-    Attributes:
-      exact: whether the output is that of plain decoding. If so, `passes` is not asked,
-        and the distributions are not looked at.
-    """
+    @property
+    def exact(self) -> bool:
+        """Whether the output is that of plain decoding.
 
-    exact: bool
+        If so, `passes` is not asked, and the distributions are not looked at.
+        """
 
     def check(self) -> None:
         """Raise ValueError for options that mean nothing."""
