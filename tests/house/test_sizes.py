@@ -1,0 +1,78 @@
+"""No module and no function outgrows what a reader holds in the head."""
+
+import ast
+import io
+import tokenize
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+MODULE, FUNCTION = 400, 60  # lines of a file; lines of code of a function
+FOLDERS = ("jaxkv", "kernels", "models", "tests", "benchmarks")
+MODULES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
+# What rooms under work have still to cut. What is listed and short fails too.
+OPEN_MODULES = {"jaxkv/evaluation/position_study.py"}
+OPEN = {
+    ("benchmarks/cpu_vs_transformers.py", "main"),
+    ("benchmarks/speculation_needle.py", "main"),
+    ("benchmarks/tpu_compile.py", "generate"),
+    ("jaxkv/cli/bench_throughput.py", "throughput"),
+    ("kernels/longflow_triton.py", "longflow_attention_triton"),
+}
+SILENT = {
+    tokenize.COMMENT,
+    tokenize.DEDENT,
+    tokenize.ENDMARKER,
+    tokenize.INDENT,
+    tokenize.NEWLINE,
+    tokenize.NL,
+}
+
+
+def name(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def code_lines(source: str) -> set[int]:
+    """Return the numbers of the lines with code; a docstring is none."""
+    lines = set()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type not in SILENT:
+            lines.update(range(token.start[0], token.end[0] + 1))
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            lines.difference_update(range(node.lineno, node.end_lineno + 1))
+    return lines
+
+
+def long_functions(source: str, most: int) -> list[tuple[str, int]]:
+    """Return the functions with more lines of code than `most`, and how many."""
+    code = code_lines(source)
+    functions = [
+        (node.name, len(code.intersection(range(node.lineno, node.end_lineno + 1))))
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    ]
+    return [(function, lines) for function, lines in functions if lines > most]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name)
+def test_modules_and_functions_are_short(path):
+    source = path.read_text(encoding="utf-8")
+    lines = source.count("\n")
+    assert (lines > MODULE) == (name(path) in OPEN_MODULES), f"{lines} lines"
+    if not path.stem.endswith("_body"):  # the body of a kernel is one program
+        found = {function for function, _ in long_functions(source, FUNCTION)}
+        listed = {function for module, function in OPEN if module == name(path)}
+        assert found == listed, (
+            f"longer than {FUNCTION} lines: {found}; in OPEN: {listed}"
+        )
+
+
+def test_lines_are_counted_as_said():
+    source = (
+        'def f(\n  x,\n):\n  """A\n\n  B"""\n  # why\n\n  y = """\n"""\n  return y\n'
+    )
+    assert long_functions(source, 5) == [("f", 6)]
+    assert long_functions(source, 6) == []
