@@ -172,6 +172,22 @@ def test_ci_runs_the_commands_of_the_readme():
     assert places == sorted(places)
 
 
+def test_ci_adds_nothing_to_the_commands():
+    """What a newcomer runs and what CI runs differ in one thing: seeds are fixed."""
+    text = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    assigned = set(re.findall(r"\b([A-Z][A-Z0-9_]+)=", text))
+    of_pip = {name for name in assigned if name.startswith("PIP_")}
+    assert assigned - of_pip == {"CI", "PATH", "PYENV_VERSION"}
+    readers = [
+        (path.name, line.strip())
+        for path in sorted((ROOT / "tests").rglob("*.py"))
+        for line in path.read_text(encoding="utf-8").split("\n")
+        if re.search(r"environ.*\bCI\b", line)
+    ]
+    assert [name for name, _ in readers] == ["conftest.py"]
+    assert "hypothesis.settings.load_profile" in readers[0][1]
+
+
 def test_ci_tests_the_installed_package():
     """`python -m pytest` would put the tree before the installed package."""
     text = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
