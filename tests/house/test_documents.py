@@ -7,6 +7,7 @@ import pytest
 import typer
 
 from jaxkv import registry
+from jaxkv.cli import main
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = sorted(
@@ -42,9 +43,8 @@ def test_every_policy_is_in_the_readme():
 
 
 def test_every_command_of_the_readme_exists():
-    from jaxkv.cli.main import app
-
-    root = typer.main.get_command(app)
+    root = typer.main.get_command(main.app)
+    root.commands["bench"] = typer.main.get_command(main._bench_commands())
     blocks = "".join(re.findall(r"^```bash\n(.*?)^```", README, re.M | re.S))
     for line in re.findall(r"^jaxkv (.*)$", blocks, re.M):
         command, words = root, line.split("#")[0].split()
