@@ -156,7 +156,7 @@ def oracle(c, scale):
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("slots", [1, 7, 129])
-def test_decode_against_numpy(heads, implementation, dtype, slots):
+def test_backend_equals_reference(heads, implementation, dtype, slots):
     c = cache(*HEADS[heads], slots, dtype)
     run = functools.partial(
         decode_attention, **packed(c), scale=0.3, implementation=implementation

@@ -150,7 +150,7 @@ def oracle(c, score, shared):
         ("GQA", "l1", True, "bfloat16"),
     ],
 )
-def test_against_the_oracle(implementation, heads, score, shared, dtype):
+def test_backend_equals_reference(implementation, heads, score, shared, dtype):
     if score == "deletion" and implementation in WITHOUT_DELETION:
         pytest.skip("refused; see test_refusals")
     c = case(heads, dtype=dtype)

@@ -67,7 +67,7 @@ def make_inputs(*, slots, free=0, seed=0):
         ),
     ],
 )
-def test_walk_equals_step_by_step(options, sizes):
+def test_backend_equals_reference(options, sizes):
     run = functools.partial(op, depth=DEPTH, scale=0.4, **options)
     for seed in range(5):
         inputs = make_inputs(seed=seed, **sizes)

@@ -87,9 +87,7 @@ others = pytest.mark.parametrize(
         (2, 2, "float32", 2e-6),
     ],
 )
-def test_each_implementation_equals_the_reference(
-    heads, kv_heads, dtype, tolerance, implementation
-):
+def test_backend_equals_reference(heads, kv_heads, dtype, tolerance, implementation):
     inputs = make_inputs(heads, kv_heads, dtype=dtype)
     run = functools.partial(attention, scale=0.3, implementation=implementation)
     want, got = reference(**packed(inputs)), run(**packed(inputs))

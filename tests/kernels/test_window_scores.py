@@ -59,7 +59,7 @@ def oracle(query, key, start, scale, length, count=None, reduction="sum"):
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_agrees_with_the_oracle(shape, dtype, implementation, reduction):
+def test_backend_equals_reference(shape, dtype, implementation, reduction):
     args = inputs(shape, dtype)
     options = dict(scale=0.3, length=shape[-1], reduction=reduction)
     got = window_scores(*args, **options, implementation=implementation)
