@@ -4,6 +4,11 @@ Work is arranged for the compiler: rows of one program (method, padded prompt le
 output buffer) follow each other, all batches of a program have one size, and a batch
 holds rows of all budgets where budgets may differ within a batch. Two programs may run
 side by side, so that one compiles while the other computes.
+
+Programs stay until the process ends, and on a CPU their number is limited, to about 130
+with `needle`: see `jaxkv.inference`. A method that evicts the output has one program
+for each budget and length. A larger sweep is cut into several, whose folders
+`jaxkv eval merge` puts together, or calls `jax.clear_caches()` between two runs.
 """
 
 import concurrent.futures
