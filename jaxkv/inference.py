@@ -6,11 +6,11 @@ options that differ, compile anew.
 
 Compiled programs stay as long as the process. On a CPU each takes memory maps, of which
 Linux gives a process 65,530 (`vm.max_map_count`); beyond them it cannot compile, or
-ends in a segmentation fault. What compiles anew takes 390 to 520 maps and some 40 MB
-with `needle` (8 layers), 860 to 1,190 with drafts; a network of 2 layers takes 230 to
-330, and 640 to 920. So a long-lived process meets the limit after about 130 shapes and
-sets of options, or 60 with drafts. `jax.clear_caches()` between two calls gives all
-maps back; what is needed again compiles again.
+ends in a segmentation fault. What compiles anew takes 390 to 520 maps and 25 to 54 MB
+with `needle` (8 layers), 860 to 1,190 maps with drafts; a network of 2 layers takes 230
+to 330, with drafts 640 to 920. So a long-lived process meets the limit after about 130
+shapes and sets of options, or 60 with drafts. `jax.clear_caches()` between two calls
+gives all maps back; what is needed again compiles again.
 """
 
 import contextlib

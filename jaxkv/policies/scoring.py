@@ -43,7 +43,7 @@ def keep_top(
     length = scores.shape[-1]
     real = jnp.arange(length) < prompt.lengths[:, None]
     scores = jnp.where(real[:, None], scores, -jnp.inf)
-    _, best = jax.lax.top_k(scores, min(budget, length, state.slots))
+    _, best = jax.lax.top_k(scores, min(budget, length))
     rank = jnp.arange(best.shape[-1])
     most = jnp.minimum(prompt.keep, prompt.lengths)[:, None, None]
     # The sentinel sorts behind every token.

@@ -85,7 +85,7 @@ def test_what_lies_in_the_same_buckets_shares_a_program(one, data):
     first = make(lengths, EVEN, budgets, new=20)
     below = st.integers(1, max(lengths)), st.integers(2, max(budgets))
     rest = [data.draw(st.tuples(*below)) for _ in one[1:]]
-    top = (first.prompt, bucket(max(budgets)))
+    top = (bucket(max(lengths)), bucket(max(budgets)))
     lengths, budgets = zip(top, *rest, strict=True)
     assert program(make(lengths, EVEN, budgets, new=60)) == program(first)
 
