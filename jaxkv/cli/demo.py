@@ -4,16 +4,25 @@ import dataclasses
 import re
 import textwrap
 import time
+from typing import Annotated
 
 import rich.box
 import rich.console
 import rich.table
+import typer
 from rich.text import Text
 
-from jaxkv.cli.terminal import TextStream, announce, megabytes, progress
+from jaxkv.cli import flags
+from jaxkv.cli.terminal import (
+    TextStream,
+    announce,
+    megabytes,
+    progress,
+    right_aligned,
+)
 from jaxkv.evaluation.questions import Cell, counter, draw_sample, judge
 from jaxkv.inference import Stats, generate
-from jaxkv.language_model import LanguageModel
+from jaxkv.language_model import NEEDLE, LanguageModel
 from jaxkv.policies.streaming_llm import StreamingLLM
 from jaxkv.tasks.samples import Sample
 
@@ -39,6 +48,22 @@ class Answer:
     right: bool
     score: float
     stats: Stats
+
+
+def demo(
+    model: flags.Model = NEEDLE,
+    length: Annotated[
+        int, typer.Option(min=256, help="Tokens of the documents.")
+    ] = 4000,
+    budget: Annotated[
+        int | None, typer.Option(min=8, help="Of the small cache; default: an eighth.")
+    ] = None,
+    seed: flags.Seed = 0,
+    dtype: flags.Dtype = None,
+) -> None:
+    """Ask about long documents, with the full cache and with a small one."""
+    lm = flags.load_model(model, dtype)
+    run(lm, length=length, budget=budget or length // 8, seed=seed)
 
 
 def run(lm: LanguageModel, *, length: int, budget: int, seed: int) -> None:
@@ -104,16 +129,12 @@ def question(sample: Sample) -> str:
 def table(answers: list[tuple[Answer, Answer]], budget: int) -> rich.table.Table:
     """Return pairs of answers, by the full cache and by the small one, as a table."""
     result = rich.table.Table(
-        "question",
-        "expected",
-        "cache",
-        "got",
+        *("question", "expected", "cache", "got"),
+        *right_aligned("right", "bytes", "tokens/s"),
         box=rich.box.SIMPLE,
         padding=(0, 1, 0, 0),
         caption=f"small: sinks + recent tokens, {budget} in all",
     )
-    for column in ("right", "bytes", "tokens/s"):
-        result.add_column(column, justify="right", no_wrap=True)
     for pair in answers:
         sample = pair[0].sample
         shown = [_short(question(sample), 64), _expected(sample)]

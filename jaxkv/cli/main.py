@@ -15,9 +15,7 @@ import jax
 import typer
 
 from jaxkv._version import __version__
-from jaxkv.cli import checkpoints, evaluate, flags, generate, study
-from jaxkv.cli import demo as demo_
-from jaxkv.language_model import NEEDLE
+from jaxkv.cli import checkpoints, demo, evaluate, generate, study
 
 app = typer.Typer(
     add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
@@ -140,23 +138,7 @@ def _use_compilation_cache() -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
-@app.command()
-def demo(
-    model: flags.Model = NEEDLE,
-    length: Annotated[
-        int, typer.Option(min=256, help="Tokens of the documents.")
-    ] = 4000,
-    budget: Annotated[
-        int | None, typer.Option(min=8, help="Of the small cache; default: an eighth.")
-    ] = None,
-    seed: flags.Seed = 0,
-    dtype: flags.Dtype = None,
-) -> None:
-    """Ask about long documents, with the full cache and with a small one."""
-    lm = flags.load_model(model, dtype)
-    demo_.run(lm, length=length, budget=budget or length // 8, seed=seed)
-
-
+app.command()(demo.demo)
 app.command()(generate.generate)
 app.command()(checkpoints.train)
 app.command()(checkpoints.convert)
