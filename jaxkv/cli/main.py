@@ -151,11 +151,12 @@ app.command()(checkpoints.convert)
 def bench(context: typer.Context) -> Any:
     """Measure decoding and compiling on this device."""
     parent = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    parent.add_typer(_bench_commands(), name="bench")
+    parent.add_typer(bench_commands(), name="bench")
     return parent(["bench", *context.args], prog_name="jaxkv", standalone_mode=False)
 
 
-def _bench_commands() -> typer.Typer:
+def bench_commands() -> typer.Typer:
+    """Return all commands of `jaxkv bench`."""
     # They measure, and are needed by nobody else.
     from jaxkv.cli import bench, bench_attention, bench_speculate, bench_throughput
 

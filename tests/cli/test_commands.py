@@ -132,7 +132,7 @@ def stub_bench(monkeypatch):
         if batch == "2":
             raise typer.Exit(2)
 
-    monkeypatch.setattr(cli, "_bench_commands", lambda: app)
+    monkeypatch.setattr(cli, "bench_commands", lambda: app)
     return seen
 
 

@@ -44,7 +44,7 @@ def test_every_policy_is_in_the_readme():
 
 def test_every_command_of_the_readme_exists():
     root = typer.main.get_command(main.app)
-    root.commands["bench"] = typer.main.get_command(main._bench_commands())
+    root.commands["bench"] = typer.main.get_command(main.bench_commands())
     blocks = "".join(re.findall(r"^```bash\n(.*?)^```", README, re.M | re.S))
     for line in re.findall(r"^jaxkv (.*)$", blocks, re.M):
         command, words = root, line.split("#")[0].split()
