@@ -5,7 +5,7 @@ in `laws/` hold every policy of the registry to them, and then break the library
 purpose, to see that the laws notice.
 
 A law of a prompt's eviction takes a policy, one of decoding takes options. All run the
-tiny network; inside `jax.disable_jit()` they do so operation by operation.
+tiny network, by `programs`.
 """
 
 import dataclasses
@@ -14,16 +14,15 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tiny import CONFIG, FAST, NETWORK, params, prompts
+import programs
+from programs import LENGTHS, NEW, PROMPT, generate, may_keep, prefill, step
+from tiny import NETWORK, params, prompts
 
-from jaxkv import Options, forward, generation
+from jaxkv import Options
 from jaxkv import state as kv
 from jaxkv.policies.full import Full
 from jaxkv.speculation.drafters import Tree
 
-PROMPT, NEW = 24, 16
-LENGTHS = (PROMPT, 3, 13)
-SMALL = (9, 6, 7)  # what each row may keep of its prompt, where little is kept
 CLOSE = dict(rtol=2e-4, atol=2e-4)
 DRAFTER = Tree(
     num_draft_tokens=7,
@@ -34,63 +33,6 @@ DRAFTER = Tree(
     include_output=True,
     break_even=0.0,
 )
-
-_prefill = jax.jit(
-    forward.prefill,
-    static_argnames=("network", "options", "slots"),
-    compiler_options=FAST,
-)
-_decode_step = jax.jit(
-    forward.decode_step,
-    static_argnames=("network", "options"),
-    compiler_options=FAST,
-)
-_generate = jax.jit(
-    generation.generate_tokens,
-    static_argnames=("network", "options", "slots", "max_out"),
-    compiler_options=FAST,
-)
-
-
-def may_keep(policy, keep=SMALL):
-    """Return what each row may keep of its prompt; a policy that cuts none keeps it."""
-    return (PROMPT,) * len(keep) if isinstance(policy, Full) else keep
-
-
-def prefill(policy, tokens, lengths=LENGTHS, keep=SMALL):
-    """Return the first logits and the cache; a policy of None has no budget."""
-    options = Options(budget=PROMPT, prefill=policy) if policy else Options()
-    options.check()
-    as_array = functools.partial(jnp.asarray, dtype=jnp.int32)
-    return _prefill(
-        *(NETWORK, params(), tokens, as_array(lengths)),
-        options=options,
-        slots=options.layer_slots(PROMPT, NEW, CONFIG.num_layers),
-        keep=as_array(may_keep(policy, keep)) if policy else None,
-    )
-
-
-def generate(options, tokens, lengths, *, new=NEW, stop_ids=(-1,), seed=0, keys=None):
-    """Return the `generation.Output` of `new` tokens."""
-    options.check()
-    if keys is None:
-        keys = jax.random.split(jax.random.key(seed), len(lengths))
-    return _generate(
-        *(NETWORK, params(), tokens, lengths, keys),
-        jnp.asarray(stop_ids, jnp.int32),
-        jnp.int32(new),
-        options=options,
-        slots=options.layer_slots(PROMPT, NEW, CONFIG.num_layers),
-        max_out=NEW,
-    )
-
-
-def with_budget(options, small):
-    """Return the options with a budget of `small`, or whatever a full prompt needs."""
-    if not isinstance(options.prefill, Full):
-        return dataclasses.replace(options, budget=small)
-    budget = PROMPT + options.decode.spare if options.decode.evicts else None
-    return dataclasses.replace(options, budget=budget)
 
 
 def by_position(state, array):
@@ -179,22 +121,22 @@ def pseudo_tokens_leave_no_trace(policy, tokens):
 def prompt_is_not_recompiled(policy, tokens):
     """Other prompts, other budgets and equal options compile nothing."""
     prefill(policy, tokens)
-    compiled = _prefill._cache_size()
+    compiled = programs.current.prefill._cache_size()
     equal = dataclasses.replace(policy)
     prefill(equal, tokens[::-1], lengths=(20, 20, 20), keep=(10, 11, 12))
-    assert _prefill._cache_size() == compiled
+    assert programs.current.prefill._cache_size() == compiled
 
 
 # Decoding.
 
 
-def full_budget_is_exact(options, tokens, lengths, *, new=NEW):
+def full_budget_is_exact(options, tokens, lengths):
     """With room for all, tokens and cache are those of the full cache."""
-    plain = generate(Options(sampler=options.sampler), tokens, lengths, new=new)
+    plain = generate(Options(sampler=options.sampler), tokens, lengths)
     whole = isinstance(options.prefill, Full) and not options.decode.evicts
     budget = None if whole else PROMPT + NEW
     options = dataclasses.replace(options, budget=budget)
-    got = generate(options, tokens, lengths, new=new)
+    got = generate(options, tokens, lengths)
     np.testing.assert_array_equal(got.tokens, plain.tokens)
     assert_same_tokens_are_held(plain.cache, got.cache)
 
@@ -204,17 +146,17 @@ def decoding_equals_recomputation(tokens, lengths, *, new=8):
     out = np.asarray(generate(Options(), tokens, lengths, new=new).tokens)
     for row, length in enumerate(np.asarray(lengths)):
         known = np.asarray(tokens)[row, :length].tolist()
-        for step in range(new):
+        for nth in range(new):
             padded = np.zeros((1, PROMPT + NEW), np.int32)
             padded[0, : len(known)] = known
-            logits, _ = _prefill(
+            logits, _ = programs.current.prefill(
                 *(NETWORK, params(), jnp.asarray(padded)),
                 jnp.asarray([len(known)], jnp.int32),
                 options=Options(prefill_implementation="reference"),
                 slots=PROMPT + NEW,
             )
-            assert int(logits[0].argmax()) == out[row, step]
-            known.append(int(out[row, step]))
+            assert int(logits[0].argmax()) == out[row, nth]
+            known.append(int(out[row, nth]))
 
 
 def bounded(options, tokens, lengths):
@@ -231,22 +173,22 @@ def bounded(options, tokens, lengths):
         assert (held == newest[:, None, None]).any(-1).all()
 
 
-def batch_equals_singles(options, tokens, lengths, seed, *, new=NEW):
+def batch_equals_singles(options, tokens, lengths, seed):
     """Each row gets what it gets alone, with its own PRNG key."""
     keys = jax.random.split(jax.random.key(seed), len(lengths))
-    together = generate(options, tokens, lengths, keys=keys, new=new).tokens
+    together = generate(options, tokens, lengths, keys=keys).tokens
     for row in range(len(lengths)):
         one = slice(row, row + 1)
-        alone = generate(options, tokens[one], lengths[one], keys=keys[one], new=new)
+        alone = generate(options, tokens[one], lengths[one], keys=keys[one])
         np.testing.assert_array_equal(alone.tokens[0], together[row])
 
 
-def exact_speculation_equals_plain(options, tokens, lengths, seed, *, new=NEW):
+def exact_speculation_equals_plain(options, tokens, lengths, seed):
     """Whatever is drafted, tokens and cache are those of plain decoding."""
     keys = jax.random.split(jax.random.key(seed), len(lengths))
-    plain = generate(options, tokens, lengths, keys=keys, new=new)
+    plain = generate(options, tokens, lengths, keys=keys)
     drafted = dataclasses.replace(options, speculate=DRAFTER)
-    got = generate(drafted, tokens, lengths, keys=keys, new=new)
+    got = generate(drafted, tokens, lengths, keys=keys)
     np.testing.assert_array_equal(got.tokens, plain.tokens)
     assert_same_tokens_are_held(plain.cache, got.cache)
 
@@ -268,14 +210,14 @@ def stop_ids_end_rows_apart(tokens, lengths):
 def not_recompiled(options, tokens, lengths):
     """Other prompts, another number of tokens and equal options compile nothing."""
     generate(options, tokens, lengths, new=3)
-    compiled = _generate._cache_size()
+    compiled = programs.current.generate._cache_size()
     policies = {
         field: dataclasses.replace(getattr(options, field))
         for field in ("prefill", "decode", "sampler")
     }
     other = dataclasses.replace(options, **policies)
     generate(other, tokens[::-1], lengths[::-1], new=NEW)
-    assert _generate._cache_size() == compiled
+    assert programs.current.generate._cache_size() == compiled
 
 
 # One decode step. The state is what a few steps have left, so it remembers something.
@@ -287,11 +229,6 @@ def state_of(options, seed=0):
     new = 4
     out = generate(options, tokens, lengths, new=new)
     return out.tokens[:, new - 1], lengths + new - 1, out.cache
-
-
-def step(options, token, position, cache):
-    """Return logits and the new cache."""
-    return _decode_step(NETWORK, params(), token, position, cache, options=options)
 
 
 def by_slot(state, change):
@@ -381,3 +318,23 @@ def finished_rows_do_not_change(options):
     jax.tree.map(
         lambda old, new: np.testing.assert_array_equal(old[1], new[1]), cache, after
     )
+
+
+LAWS = (
+    prompt_at_full_budget_is_exact,
+    prompt_is_bounded,
+    prompt_in_a_batch_equals_singles,
+    pseudo_tokens_leave_no_trace,
+    prompt_is_not_recompiled,
+    full_budget_is_exact,
+    decoding_equals_recomputation,
+    bounded,
+    batch_equals_singles,
+    exact_speculation_equals_plain,
+    stop_ids_end_rows_apart,
+    not_recompiled,
+    order_free,
+    free_slots_are_never_read,
+    pure,
+    finished_rows_do_not_change,
+)

@@ -6,7 +6,7 @@ import hypothesis.strategies as st
 import lawbook
 import pytest
 from hypothesis import given, settings
-from lawbook import LENGTHS, PROMPT, with_budget
+from programs import LENGTHS, PROMPT, with_budget
 from small_policies import DECODE
 from tiny import prompts
 

@@ -1,23 +1,21 @@
 """Faults that are planted on purpose, each in one function, and the law that notices.
 
-A law that no fault breaks proves nothing. The laws run operation by operation here:
-a program that is compiled already would not see that a function was replaced.
+A law that no fault breaks proves nothing. Under a fault everything is compiled anew: a
+program that is compiled already would not see that a function was replaced.
 """
 
-import contextlib
 import dataclasses
 import functools
 import inspect
-import itertools
 import pkgutil
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import lawbook
+import programs
 import pytest
-from lawbook import LENGTHS, PROMPT, with_budget
+from programs import LENGTHS, PROMPT, with_budget
 from small_policies import DECODE, PREFILL
 from tiny import prompts
 
@@ -72,6 +70,18 @@ def keep_one_more(keep_top):
     return lambda prompt, *args, **budget: keep_top(
         prompt._replace(keep=prompt.keep + 1), *args, **budget
     )
+
+
+def keep_padding(keep_top):
+    def faulty(prompt, *args, **budget):
+        everything = jnp.full_like(prompt.lengths, prompt.keys.shape[1])
+        return keep_top(prompt._replace(lengths=everything), *args, **budget)
+
+    return faulty
+
+
+def hold_one_more(num_slots):
+    return lambda self, *args, **kept: num_slots(self, *args, **kept) + 1
 
 
 def keep_a_pseudo_token(keep_top):
@@ -136,12 +146,13 @@ def move_finished_rows(attend_cache):
     )
 
 
-def remember_outside_of_the_state(attend):
-    calls = itertools.count(1)
-
+def shorten_positions(decode_step):
+    @functools.wraps(decode_step)
     def faulty(*args, **options):
-        out, state = attend(*args, **options)
-        return out * next(calls), state
+        logits, cache = decode_step(*args, **options)
+        short = (state.positions.astype(jnp.int16) for state in cache)
+        pairs = zip(cache, short, strict=True)
+        return logits, tuple(dataclasses.replace(s, positions=p) for s, p in pairs)
 
     return faulty
 
@@ -189,6 +200,15 @@ FAULTS = {
         "jaxkv.policies.knorm.keep_top",
         keep_one_more,
         lawbook.prompt_is_bounded,
+        "knorm",
+    ),
+    "budget off by one, while decoding": Fault(
+        "jaxkv.options.Options.num_slots", hold_one_more, lawbook.bounded, "longflow"
+    ),
+    "padding kept": Fault(
+        "jaxkv.policies.knorm.keep_top",
+        keep_padding,
+        lawbook.prompt_in_a_batch_equals_singles,
         "knorm",
     ),
     "pseudo tokens in the cache": Fault(
@@ -239,11 +259,8 @@ FAULTS = {
         lawbook.finished_rows_do_not_change,
         "streaming-llm",
     ),
-    "memory outside of the state": Fault(
-        "jaxkv.policies.full.attend_and_write",
-        remember_outside_of_the_state,
-        lawbook.pure,
-        "full",
+    "a dtype that changes": Fault(
+        "jaxkv.forward.decode_step", shorten_positions, lawbook.pure, "full"
     ),
     "accepted path one too long": Fault(
         "jaxkv.speculation.verdict._longest",
@@ -257,13 +274,19 @@ FAULTS = {
         lawbook.prompt_is_not_recompiled,
         "knorm",
     ),
+    "options compared by identity, while decoding": Fault(
+        "jaxkv.policies.tova.TOVADecode.__eq__",
+        compare_by_identity,
+        lawbook.not_recompiled,
+        "tova",
+    ),
 }
 
 
 def check(fault):
     """Hold the fault's policy to its law."""
     given = inspect.signature(fault.law).parameters
-    arguments = {"tokens": TOKENS, "lengths": ROWS, "seed": 0, "new": 4}
+    arguments = {"tokens": TOKENS, "lengths": ROWS, "seed": 0}
     if "policy" in given:
         arguments["policy"] = PREFILL[fault.policy]
     if "options" in given:
@@ -271,9 +294,7 @@ def check(fault):
             DECODE[fault.policy], sampler=Categorical(temperature=2.0)
         )
         arguments["options"] = with_budget(options, 9)
-    compiled = fault.law is lawbook.prompt_is_not_recompiled
-    with contextlib.nullcontext() if compiled else jax.disable_jit():
-        fault.law(**{k: v for k, v in arguments.items() if k in given})
+    fault.law(**{k: v for k, v in arguments.items() if k in given})
 
 
 @functools.cache
@@ -287,5 +308,10 @@ def test_the_law_notices(fault, monkeypatch):
     holds(fault.law, fault.policy)
     faulty = fault.replace(pkgutil.resolve_name(fault.where))
     monkeypatch.setattr(fault.where, faulty)
+    monkeypatch.setattr(programs, "current", programs.compiled())
     with pytest.raises(AssertionError):
         check(fault)
+
+
+def test_every_law_notices_a_fault():
+    assert {fault.law for fault in FAULTS.values()} == set(lawbook.LAWS)

@@ -3,13 +3,13 @@
 import lawbook
 import numpy as np
 import pytest
-from lawbook import PROMPT
+from programs import LENGTHS, PROMPT, prefill
 from small_policies import PREFILL, SMALL_PREFILL, small
 from tiny import prompts
 
 from jaxkv import KNorm, registry
 
-TOKENS, _ = prompts(0, lawbook.LENGTHS, PROMPT)
+TOKENS, _ = prompts(0, LENGTHS, PROMPT)
 policies = pytest.mark.parametrize("policy", PREFILL.values(), ids=PREFILL)
 
 
@@ -42,7 +42,7 @@ def test_policies_differ():
     """Each line of the table keeps something else, or it would test nothing new."""
     kept = {}
     for name, policy in PREFILL.items():
-        _, cache = lawbook.prefill(policy, TOKENS, [PROMPT] * 3, keep=[9] * 3)
+        _, cache = prefill(policy, TOKENS, [PROMPT] * 3, keep=[9] * 3)
         kept[name] = b"".join(
             np.asarray(state.positions)[:, :, :9].tobytes() for state in cache[1:]
         )

@@ -1,9 +1,8 @@
 """LAQ: what it sketches."""
 
-import lawbook
 import numpy as np
 import pytest
-from lawbook import LENGTHS, PROMPT
+from programs import LENGTHS, PROMPT, generate, prefill
 from tiny import prompts
 
 from jaxkv import LAQ, DapQ, Options, SnapKV
@@ -16,7 +15,7 @@ def test_it_sketches_what_greedy_decoding_gives():
     policy = LAQ(window_size=4, draft_window_size=3, kernel_size=3)
     assert policy.sketch_policy == SnapKV(window_size=3, kernel_size=3)
     evicted = Options(budget=8, prefill=policy.sketch_policy)
-    out = lawbook.generate(evicted, tokens, lengths, new=4).tokens
+    out = generate(evicted, tokens, lengths, new=4).tokens
     same = DapQ(
         window_size=4,
         content="fixed",
@@ -25,7 +24,7 @@ def test_it_sketches_what_greedy_decoding_gives():
         kernel_size=3,
     )
     (_, cache), (_, want) = (
-        lawbook.prefill(policy, tokens, keep=[8] * 3) for policy in (policy, same)
+        prefill(policy, tokens, keep=[8] * 3) for policy in (policy, same)
     )
     for a, b in zip(cache, want, strict=True):
         np.testing.assert_array_equal(a.positions[0], b.positions[0])

@@ -1,8 +1,7 @@
 """StreamingLLM, by hand."""
 
-import lawbook
 import numpy as np
-from lawbook import NEW, PROMPT
+from programs import NEW, PROMPT, generate
 from prompts_by_hand import KEYS, ONES, kept, prompt_of
 from tiny import prompts
 
@@ -19,7 +18,7 @@ def test_streaming_llm_by_hand():
 def test_streaming_llm_keeps_sinks_and_recent_ones():
     options = Options(budget=12, prefill=StreamingLLM(), decode=StreamingLLM())
     tokens, lengths = prompts(0, [PROMPT, 9, 3], PROMPT)
-    cache = lawbook.generate(options, tokens, lengths).cache
+    cache = generate(options, tokens, lengths).cache
     for row, length in enumerate([PROMPT, 9, 3]):
         end = length + NEW - 1
         wanted = sorted({*range(4), *range(end - 8, end)})
