@@ -2,7 +2,7 @@
 
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from jaxkv.language_model import LanguageModel
 from jaxkv.options import Options
 from jaxkv.policies.full import Full
 
-Prompts = Sequence[str] | Sequence[Sequence[int]] | str
+Prompts = Sequence[str | Sequence[int] | np.ndarray] | str
 
 _KINDS = {  # of options: a method that each must have, and an example
     "prefill": ("compress", "DapQ()"),
@@ -53,7 +53,7 @@ def integers(name: str, values: Any, *, most: int = MOST) -> list[int]:
     return [integer(f"{name}[{i}]", v, most=most) for i, v in enumerate(values)]
 
 
-def is_collection(values: Any) -> bool:
+def is_collection(values: Any) -> TypeGuard[Sequence[Any]]:
     """Return whether this is no single value; an array of no axes has `__len__` too."""
     return hasattr(values, "__len__") and getattr(values, "ndim", 1) > 0
 
@@ -206,8 +206,8 @@ def spans(
         raise ValueError(
             f"generate: got {len(pool)} spans in pool= for {len(ids)} prompts."
         )
-    pool = [integers(f"pool[{i}]", span) for i, span in enumerate(pool)]
-    for span, row in zip(pool, ids, strict=True):
+    found = [integers(f"pool[{i}]", span) for i, span in enumerate(pool)]
+    for span, row in zip(found, ids, strict=True):
         if len(span) != 2:
             raise ValueError(
                 "generate: a span of pool= is two numbers, the first token and the one "
@@ -224,7 +224,7 @@ def spans(
 
 def check_fit(
     lm: LanguageModel,
-    ids: Sequence[Sequence[int]],
+    ids: Sequence[Sequence[int] | np.ndarray],
     max_new_tokens: int,
     options: Options,
     budgets: Sequence[int] | None,

@@ -174,7 +174,7 @@ def _keeps(value: Any, limit: Any) -> bool:
 def _noun(kind: Any) -> str:
     kind = kinds(kind)[0]
     known = {int: "whole number", float: "number", bool: "truth value"}
-    return known.get(kind) or getattr(kind, "__name__", str(kind))
+    return known.get(kind) or str(getattr(kind, "__name__", kind))
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -109,6 +109,7 @@ def read(
         implementation=options.prefill_implementation,
         scores_implementation=options.scores_implementation,
     )
+    bound = options.prompt_budget
     layers = network.config.num_layers
     slots = slots if isinstance(slots, tuple) else (slots,) * layers
     empty = empty_layers(
@@ -116,7 +117,7 @@ def read(
         network.config,
         lengths,
         slots=slots,
-        bound=max(slots) if options.budget is None else options.prompt_budget,
+        bound=max(slots) if bound is None else bound,
         keep=keep,
         dtype=params["embedding"].dtype,
     )

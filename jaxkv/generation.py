@@ -9,8 +9,9 @@ Axis letters: `B` batch, `P` padded prompt, `V` vocabulary, `O` output buffer.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +19,11 @@ import jax.numpy as jnp
 from jaxkv.attention import Network
 from jaxkv.forward import decode_step, logits_at_end, read
 from jaxkv.options import Options
+from jaxkv.policies.base import Speculable
 from jaxkv.sampling import Sampler, pick_next
 from jaxkv.sequences import Generation, append
 from jaxkv.speculation import loop as speculation
+from jaxkv.speculation.drafters import Drafter
 from jaxkv.speculation.likeliest import likeliest_tokens
 from jaxkv.speculation.loop import Speculation
 from jaxkv.state import Cache
@@ -71,7 +74,7 @@ def start(
         real = jnp.arange(length) < lengths[:, None]
         seen = jnp.zeros(logits.shape, bool)
         seen = seen.at[jnp.arange(batch)[:, None], tokens].max(real)
-    generation = Generation(
+    generation: Running = Generation(
         tokens=jnp.full((batch, max_out), -1, jnp.int32),
         lengths=jnp.zeros(batch, jnp.int32),
         done=jnp.zeros(batch, bool),
@@ -165,6 +168,7 @@ def advance(
     """
 
     drafter = options.speculate
+    policy = cast(Speculable, options.decode)  # where something is drafted
 
     def running(g):
         return ~g.done & (g.lengths < until)
@@ -178,7 +182,7 @@ def advance(
         g = dataclasses.replace(g, cache=cache)
         return _choose(g, logits, rows, stop_ids, options.sampler)
 
-    def drafting_step(g):
+    def drafting_step(drafter: Drafter, g):
         rows = running(g)
         g = speculation.draft(drafter, g)
         brings = rows & speculation.worth_trying(drafter, g)
@@ -188,7 +192,7 @@ def advance(
             return speculation.tree_step(
                 *(network, params, g, until, stop_ids, rows, brings),
                 depth=drafter.depth,
-                policy=options.decode,
+                policy=policy,
                 rule=options.accept,
                 sampler=options.sampler,
                 implementation=options.decode_implementation,
@@ -199,7 +203,9 @@ def advance(
 
         return _if(~pays, without, _if(pays, with_trees, g))
 
-    step = plain_step if drafter is None else drafting_step
+    step = plain_step
+    if drafter is not None:
+        step = functools.partial(drafting_step, drafter)
     return jax.lax.while_loop(lambda g: running(g).any(), step, generation)
 
 

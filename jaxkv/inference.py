@@ -195,7 +195,7 @@ def _start(
         *(row_keys(arguments.seeds(seed, len(ids)), len(ids)), stops),
     )
     shapes = dict(options=plan.options, slots=plan.slots, max_out=plan.max_out)
-    keep = None if plan.keep is None else jnp.asarray(plan.keep)
+    keep: Any = None if plan.keep is None else jnp.asarray(plan.keep)
     if plan.distinct == len(ids):
         state = generation.start_jit(*args, **shapes, keep=keep, pool=spans)
     else:
@@ -272,8 +272,9 @@ def _completion(
             prefill_implementation=prefill,
             decode_implementation=options.decode_implementation
             or options.decode.default_implementation(backend),
-            drafts=state.speculation
-            and draft_stats(state.speculation.counts, lengths, prompts),
+            drafts=None
+            if state.speculation is None
+            else draft_stats(state.speculation.counts, lengths, prompts),
         ),
     )
 
@@ -302,10 +303,10 @@ def _stopwatch() -> Iterator[Callable[[], _Lap]]:
     thread = threading.get_ident()
     begin = time.perf_counter()
 
-    def listen(event: str, duration: float, **_: Any) -> None:
+    def listen(event: str, duration_secs: float, **_: str | int) -> None:
         # Another thread may compile for a call of its own.
         if event in _COMPILING and threading.get_ident() == thread:
-            seconds.append(duration)
+            seconds.append(duration_secs)
 
     def lap() -> _Lap:
         nonlocal begin

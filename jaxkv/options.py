@@ -155,7 +155,7 @@ def described(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Return arguments of `jaxkv.generate` ready for JSON, policies with fields."""
     return {
         name: {"name": type(value).__name__} | dataclasses.asdict(value)
-        if dataclasses.is_dataclass(value)
+        if dataclasses.is_dataclass(value) and not isinstance(value, type)
         else value
         for name, value in arguments.items()
     }

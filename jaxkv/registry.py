@@ -88,7 +88,8 @@ def parse(text: str, table: Mapping[str, type], *, flag: str) -> Any:
     hints = typing.get_type_hints(table[name])
     fields = {f.name: hints[f.name] for f in dataclasses.fields(table[name])}
     settings = _settings(table[name])
-    make, values = table[name], {}
+    make: Callable[..., Any] = table[name]
+    values: dict[str, Any] = {}
     parts = [part.strip() for part in rest.split(",") if part.strip()]
     if parts and parts[0] in settings:
         make = settings[parts.pop(0)]

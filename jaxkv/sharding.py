@@ -102,14 +102,14 @@ def state_specs(state: KVState) -> KVState:
             partition_spec("B K S") if x.shape == state.positions.shape else P("data")
         )
 
-    return dataclasses.replace(
-        state,
+    specs: Any = dict(
         keys=partition_spec("B K S H"),
         values=partition_spec("B K S H"),
         positions=partition_spec("B K S"),
         target=partition_spec("B K"),
         memory=jax.tree.map(remembered, state.memory),
     )
+    return dataclasses.replace(state, **specs)
 
 
 def shard_parameters(params: Any, mesh: Mesh) -> Any:

@@ -273,13 +273,17 @@ def _victim(positions_ref, head, importance_ref, barred_ref, plan):
         )
 
     best = jax.lax.fori_loop(0, plan.steps, look, (nothing,) * 3)
-    victim = None
-    for values, slot in reversed(best):
+
+    def lowest(values, slot):
         least = jnp.min(values, 1, keepdims=True)
-        lowest = jnp.min(jnp.where(values == least, slot, _NO_SLOT), 1, keepdims=True)
-        victim = (
-            lowest if victim is None else jnp.where(least < jnp.inf, lowest, victim)
-        )
+        found = jnp.min(jnp.where(values == least, slot, _NO_SLOT), 1, keepdims=True)
+        return least, found
+
+    *better, last = best
+    _, victim = lowest(*last)
+    for values, slot in reversed(better):
+        least, found = lowest(values, slot)
+        victim = jnp.where(least < jnp.inf, found, victim)
     return victim.astype(jnp.int32)
 
 

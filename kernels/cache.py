@@ -4,7 +4,7 @@ Axis letters: `B` batch, `T` tokens, `N` query heads, `K` key/value heads, `S` s
 `H` head size.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -74,7 +74,7 @@ def write(token: Token, slots: Slots) -> Slots:
       The slots, `target` and `norms` as they were.
     """
     where = place_of_token(slots.target, token.position, slots.keys.shape[2])
-    flags = dict(mode="drop", unique_indices=True)
+    flags: dict[str, Any] = dict(mode="drop", unique_indices=True)
     keys, values, positions, target, _ = slots
     return slots._replace(
         keys=keys.at[where].set(token.key.astype(keys.dtype), **flags),

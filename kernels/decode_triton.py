@@ -115,26 +115,23 @@ def decode_attention_triton(
     slots = slots._replace(keys=keys, values=values, positions=positions)
     if tiles.splits == 1:
         return out.reshape(query.shape), slots
-    return combine(out, statistic, query, tiles), slots
+    return combine(out, statistic, query), slots
 
 
-def combine(
-    parts: jax.Array, statistic: jax.Array, query: jax.Array, tiles: Tiles
-) -> jax.Array:
+def combine(parts: jax.Array, statistic: jax.Array, query: jax.Array) -> jax.Array:
     """Join what the splits of a call have left.
 
     Args:
       parts: float32 `[splits, ..., N, H]`.
       statistic: float32 `[splits, ..., N]`.
       query: `[..., N, H]`, for the shape and dtype of the output.
-      tiles: how the work was cut.
 
     Returns:
       The output `[..., N, H]`.
     """
     from jaxkv.kernels.decode_triton_body import combine_splits
 
-    constants = combine_constants(query.shape[-1], tiles)
+    constants = combine_constants(query.shape[-1], parts.shape[0])
     (out,) = triton_call.call(
         combine_splits,
         (parts, statistic),
@@ -173,12 +170,12 @@ def attend_constants(
     )
 
 
-def combine_constants(head_dim: int, tiles: Tiles) -> dict[str, Any]:
+def combine_constants(head_dim: int, splits: int) -> dict[str, Any]:
     """Return the compile-time arguments of `combine_splits`."""
     return dict(
         HEAD_DIM=head_dim,
-        SPLITS=tiles.splits,
-        SPLITS_PAD=next_power_of_2(tiles.splits),
+        SPLITS=splits,
+        SPLITS_PAD=next_power_of_2(splits),
         HEAD_PAD=next_power_of_2(head_dim),
     )
 

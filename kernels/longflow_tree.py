@@ -117,7 +117,8 @@ def _reference(
     """Keep a copy of the cache for every node, as its parent's step has left it."""
     del depth
     rows = jnp.arange(query.shape[0])
-    left, outs, written = [], [], []
+    outs, written = [], []
+    left: list[Slots] = []
 
     def left_by(node):
         return jax.tree.map(lambda *x: jnp.stack(x, 1)[rows, node], *left)

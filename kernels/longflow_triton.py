@@ -261,7 +261,7 @@ def choose_constants(
     )
     if not tiles.programs:
         constants |= dict(HEADS=row_heads, HEADS_PAD=pad)
-        constants |= decode_triton.combine_constants(head_dim, tiles)
+        constants |= decode_triton.combine_constants(head_dim, tiles.splits)
     return constants
 
 

@@ -45,6 +45,8 @@ def write_norm(token: Token, slots: Slots, score: Score) -> jax.Array:
     Returns:
       Float32 `[B, K, S]`.
     """
-    place = place_of_token(slots.target, token.position, slots.norms.shape[2])
+    norms = slots.norms
+    assert norms is not None, "a scored cache has norms"
+    place = place_of_token(slots.target, token.position, norms.shape[2])
     new = value_norms(token.value, score)
-    return slots.norms.at[place].set(new, mode="drop", unique_indices=True)
+    return norms.at[place].set(new, mode="drop", unique_indices=True)

@@ -46,7 +46,7 @@ def checked(function: Callable[Arguments, Result]) -> Callable[Arguments, Result
     return run
 
 
-def array_hint(hint: Any) -> type[AbstractArray] | None:
+def array_hint(hint: Any) -> Any:
     """Return the annotation of an array, also where None is allowed; else None."""
     for option in (hint, *typing.get_args(hint)):
         if isinstance(option, type) and issubclass(option, AbstractArray):

@@ -201,12 +201,12 @@ def _xla(query, nodes, slots, upcoming, depths, ancestors, *, scale):
     ends = jnp.take_along_axis(until_new, by_node, axis=2)
     new_alive = ancestors[:, None] & (depth < ends[:, :, None])
     grouped = group(query, keys.shape[1])
-    weights = softmax_over_both(
-        *logits_of(grouped, nodes.key, keys, scale),
-        old_alive[:, :, :, None],
-        new_alive[:, :, :, None],
+    old, new = logits_of(grouped, nodes.key, keys, scale)
+    old, new = softmax_over_both(
+        old, new, old_alive[:, :, :, None], new_alive[:, :, :, None]
     )
-    return combine(*weights, nodes.value, values, positions >= 0).astype(query.dtype)
+    out = combine(old, new, nodes.value, values, positions >= 0)
+    return out.astype(query.dtype)
 
 
 _RUNS = {"reference": _reference, "xla": _xla, "triton": tree_attention_triton}

@@ -134,7 +134,7 @@ def tree_attention_triton(
     )
     if tiles.splits == 1:
         return out.reshape(query.shape)
-    return decode_triton.combine(out, statistic, query, tiles)
+    return decode_triton.combine(out, statistic, query)
 
 
 def pack(ancestors: jax.Array) -> jax.Array:
@@ -168,13 +168,14 @@ def write_path_triton(
         num_stages=1,
         **write_constants(kv_heads, *sizes),
     )
-    return Slots(*written, slots.norms)
+    keys, values, positions, target = written
+    return Slots(keys, values, positions, target, slots.norms)
 
 
 def attend_constants(
     query_shape: tuple[int, ...],
     upcoming_shape: tuple[int, ...],
-    keys: jax.typing.ArrayLike | jax.ShapeDtypeStruct,
+    keys: jax.Array | jax.ShapeDtypeStruct,
     scale: float,
     tiles: Tiles,
 ) -> dict[str, Any]:

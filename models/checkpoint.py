@@ -4,6 +4,7 @@
 """
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,9 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def resolve(path_or_hub_id: str | Path, revision: str | None = None) -> Path:
+def resolve(
+    path_or_hub_id: str | os.PathLike[str], revision: str | None = None
+) -> Path:
     """Return the folder of a checkpoint, downloading it from the Hub if need be.
 
     Args:

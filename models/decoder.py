@@ -155,7 +155,9 @@ class Layer(nn.Module):
         """
         c = self.config
         batch, length, _ = x.shape
-        how = dict(eps=c.rms_norm_eps, implementation=self.implementation)
+        how: dict[str, Any] = dict(
+            eps=c.rms_norm_eps, implementation=self.implementation
+        )
 
         def times(x, name, columns, axes, bias=False):
             weight = self.param(name, _matrix(*axes), (x.shape[-1], columns))
@@ -308,9 +310,17 @@ def parameter_axes() -> dict[str, tuple[str | None, ...]]:
     None where every device has all of it.
     """
     config = Config(  # every switch is on, so that every parameter is there
-        **dict(vocab_size=2, hidden_size=2, intermediate_size=2, num_layers=1),
-        **dict(num_heads=1, num_kv_heads=1, head_dim=2, tied=False),
-        **dict(qkv_bias=True, output_bias=True, qk_norm=True),
+        vocab_size=2,
+        hidden_size=2,
+        intermediate_size=2,
+        num_layers=1,
+        num_heads=1,
+        num_kv_heads=1,
+        head_dim=2,
+        tied=False,
+        qkv_bias=True,
+        output_bias=True,
+        qk_norm=True,
     )
     leaves, _ = jax.tree_util.tree_flatten_with_path(
         _declared(config), is_leaf=lambda x: isinstance(x, nn.Partitioned)

@@ -288,7 +288,7 @@ def _layers(raw: dict[str, Any]) -> int:
 
 
 def _integer(raw: dict[str, Any], key: str, default: int | None = None) -> int:
-    value = raw.get(key)
+    value: Any = raw.get(key)
     if value is None:
         value = default
     if type(value) is not int or value < 1:
@@ -299,7 +299,7 @@ def _integer(raw: dict[str, Any], key: str, default: int | None = None) -> int:
 
 
 def _number(raw: dict[str, Any], key: str, default: float | None = None) -> float:
-    value = raw.get(key)
+    value: Any = raw.get(key)
     if value is None:
         value = default
     if type(value) not in (int, float) or not 0 < value < math.inf:

@@ -139,7 +139,7 @@ def _write_shards(
             free = shard_bytes
         shards[-1][name] = tensor
         free -= tensor.nbytes
-    places = {}
+    places: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         save_file(shard, folder / file, metadata={"format": "pt"})

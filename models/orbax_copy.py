@@ -33,9 +33,9 @@ def is_orbax_copy(folder: str | Path) -> bool:
 def save_orbax(
     params: dict[str, Any],
     config: Config,
-    folder: str | Path,
+    folder: str | os.PathLike[str],
     *,
-    source: str | Path | None = None,
+    source: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
 ) -> None:
     """Write the parameters beside `folder`, then rename, so it is whole or absent.

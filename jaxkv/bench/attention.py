@@ -243,7 +243,7 @@ class Layers:
         seconds, state, temporaries = clock.time_loop(
             through, state, self._passes, repeats
         )
-        kernels = {}
+        kernels: dict[str, float] = {}
         if profile:
             kernels, state = kernel_times(through, state, self.number)
         self._query, self._caches = state
@@ -284,14 +284,19 @@ def time_shape(
       profile: add the time of each kernel.
     """
     caches = Layers(shape, bandwidth, number=layers)
-    row = {"batch": shape.batch, "slots": shape.slots, "layers": caches.number}
+    row: dict[str, Any] = {
+        "batch": shape.batch,
+        "slots": shape.slots,
+        "layers": caches.number,
+    }
     versions = {
         name: _time_version(
             caches, name, implementation, repeats=repeats, profile=profile
         )
         for name in names
     }
-    row |= {"floor_ms": 1e3 * caches.floor, "versions": versions}
+    row |= {"layers": caches.number, "floor_ms": 1e3 * caches.floor}
+    row["versions"] = versions
     return row | _compare(versions)
 
 

@@ -94,7 +94,7 @@ def key_value_bytes(cache: Cache) -> int:
     return sum(state.keys.nbytes + state.values.nbytes for state in cache)
 
 
-def floor_ms(num_bytes: int, bandwidth: float) -> float:
+def floor_ms(num_bytes: float, bandwidth: float) -> float:
     """Return the milliseconds that moving `num_bytes` takes at bytes per second."""
     return 1e3 * num_bytes / bandwidth
 
@@ -216,11 +216,11 @@ def time_decode(
         dtype=params["embedding"].dtype,
         key=jax.random.key(1),
     )
-    where = dict(steps=steps, context=context, policy=options.decode)
+    where: dict[str, Any] = dict(steps=steps, context=context, policy=options.decode)
     state = rewind(cache, **where)
     program, seconds = compile_steps(network, params, state, options=options)
     calls, cache = time_calls(program, params, state.cache, repeats=repeats, **where)
-    kernels = {}
+    kernels: dict[str, Any] = {}
     if profile:
         state = jax.block_until_ready(rewind(cache, **where))
         # Made and waited for before, so that their kernels are not among the step's.

@@ -46,7 +46,8 @@ def trace_kernels(
             result = jax.block_until_ready(call())
         (file,) = pathlib.Path(folder).rglob("*.xplane.pb")
         planes = jax.profiler.ProfileData.from_file(str(file)).planes
-        us, launches = collections.Counter(), collections.Counter()
+        us: dict[str, float] = collections.defaultdict(float)
+        launches: dict[str, int] = collections.defaultdict(int)
         for plane in planes:
             for line in plane.lines if plane.name.startswith("/device:GPU") else ():
                 if line.name.startswith("Stream"):
@@ -55,7 +56,7 @@ def trace_kernels(
                         launches[event.name] += 1
     kernels = {
         name: Kernel(us=time / per_call, launches=launches[name] / per_call)
-        for name, time in us.most_common()
+        for name, time in sorted(us.items(), key=lambda item: -item[1])
     }
     return kernels, result
 

@@ -32,10 +32,10 @@ def time_matcher(
     passage = rng.integers(0, 50_000, (batch, max(prompt // 40, 8)))
     text = np.tile(passage, (1, width // passage.shape[1] + 1))[:, :width]
     expected = rng.random((batch, prompt, 1)) < 0.5
-    likeliest = np.where(expected, text[:, :prompt, None], 7)
-    likeliest = np.concatenate([likeliest, likeliest + 1, likeliest + 2], axis=2)
+    first = np.where(expected, text[:, :prompt, None], 7)
+    three = np.concatenate([first, first + 1, first + 2], axis=2)
     lengths = jnp.full(batch, prompt, jnp.int32)
-    text, likeliest = jnp.asarray(text, jnp.int32), jnp.asarray(likeliest, jnp.int32)
+    arrays = jnp.asarray(text, jnp.int32), jnp.asarray(three, jnp.int32)
 
     @jax.jit
     def loop(text, likeliest):
@@ -47,5 +47,5 @@ def time_matcher(
 
         return jax.lax.fori_loop(0, rounds, body, jnp.int32(0))
 
-    seconds = clock.median_seconds(lambda: loop(text, likeliest), repeats)
+    seconds = clock.median_seconds(lambda: loop(*arrays), repeats)
     return 1e3 * seconds / rounds

@@ -47,7 +47,9 @@ def plan_cells(
         if limit is not None:
             room = int(throughput.USABLE * limit) - weights
             largest = throughput.largest_batch(config, work, option, dtype, room=room)
-        batches = throughput.automatic_batches(largest) if wanted is None else wanted
+        batches = (
+            throughput.automatic_batches(largest or 0) if wanted is None else wanted
+        )
         column = []
         for batch in sorted(set(batches), reverse=True):
             why = None

@@ -30,7 +30,8 @@ def ratios(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             if against not in speeds or method in (against, TRANSFORMERS):
                 continue
             mine, other = speeds[method], speeds[against]
-            best, best_other = max(mine, key=mine.get), max(other, key=other.get)
+            best = max(mine, key=mine.__getitem__)
+            best_other = max(other, key=other.__getitem__)
             found.append(
                 {
                     "method": method,

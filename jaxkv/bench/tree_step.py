@@ -97,7 +97,7 @@ def time_batch(
       batch: rows.
       options: of the plain step.
     """
-    where = dict(batch=batch, options=options)
+    where: dict[str, Any] = dict(batch=batch, options=options)
     plain = time_steps(network, params, work, None, **where)
     found = []
     for nodes in work.nodes:

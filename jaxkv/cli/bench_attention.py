@@ -62,7 +62,8 @@ def decode_attention(
     wanted, skipped = _versions(versions, sizes[0].dtype)
     bandwidth = clock.copy_bandwidth(bench_flags.copy_bytes(copy_gib))
     kernel = decode_implementation or decode_kernels.choose(jax.default_backend())
-    result = {"benchmark": "decode-attention", "decode_implementation": kernel}
+    result: dict[str, Any] = {"benchmark": "decode-attention"}
+    result |= {"decode_implementation": kernel}
     result |= {"dtype": sizes[0].dtype, "heads": heads, "kv_heads": kv_heads}
     result |= {"head_dim": head_dim, "repeats": repeats, "skipped": skipped}
     result |= provenance() | {"copy_bytes_per_second": bandwidth, "rows": []}

@@ -37,7 +37,7 @@ class Source:
         str | None, typer.Option(help="Checkpoint: needle, a folder, or a hub id.")
     ] = None
     shape: Annotated[
-        Literal[tuple(SHAPES)] | None,
+        Literal[tuple(SHAPES)] | None,  # type: ignore[valid-type]
         typer.Option(help="Random weights of this shape instead; downloads nothing."),
     ] = None
 

@@ -85,7 +85,7 @@ def throughput(
     wanted = wanted_batches(batches)
     if picture is not None:
         report.check_picture(picture)
-    theirs = transformers and report.read_transformers(transformers)
+    theirs = None if transformers is None else report.read_transformers(transformers)
     # Before the weights, which may leave no room for it.
     bandwidth = clock.copy_bandwidth(bench_flags.copy_bytes(copy_gib))
     with console.status("weights"):
@@ -138,10 +138,11 @@ def options_of(names: str, work: Work, budget: int, kernel: Any) -> dict[str, Op
                 f"--budget {budget} keeps all {work.prompt + work.new} tokens of "
                 "--prompt and --new, so that it equals the full cache; make it less."
             )
-        if options.prompt_budget < work.prompt:
+        left = budget - policy.spare
+        if left < work.prompt:
             raise ValueError(
                 f"--prompt {work.prompt} does not fit --budget {budget}, of which "
-                f"{name} leaves {options.prompt_budget} to it; shorten the prompt."
+                f"{name} leaves {left} to it; shorten the prompt."
             )
         if policy.spare and work.steps % policy.spare:
             raise ValueError(

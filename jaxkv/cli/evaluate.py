@@ -186,7 +186,7 @@ def file(
     model: flags.Model = NEEDLE,
     task_file: Annotated[
         Path, typer.Option(help="JSON lines in RULER's own format: input, outputs.")
-    ] = ...,
+    ] = ...,  # type: ignore[assignment]
     methods: Methods = "full",
     budgets: Budgets = "6%,12.5%,25%,50%",
     decode: flags.Decode = "full",

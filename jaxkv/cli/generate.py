@@ -188,8 +188,11 @@ def generate(
     # All at once, so that a bad prompt is found before a good one has cost anything.
     ids = encode(lm, prompts.as_chat(lm, texts) if chat else texts)
     job = Job(
-        **dict(arguments=arguments, batch_size=batch_size, seed=seed),
-        **dict(as_json=json_, stream=stream),
+        arguments=arguments,
+        batch_size=batch_size,
+        seed=seed,
+        as_json=json_,
+        stream=stream,
     )
     run(lm, ids, job)
 
@@ -220,13 +223,16 @@ def run(lm: LanguageModel, ids: Sequence[Sequence[int]], job: Job) -> None:
             seeds = range(job.seed + first, job.seed + first + len(batch))
             text = TextStream(lm.tokenizer, _write) if stream else None
             out = inference.generate(
-                *(lm, batch),
-                **dict(seed=seeds, on_tokens=text, block=_BLOCK),
+                lm,
+                batch,
+                seed=seeds,
+                on_tokens=text,
+                block=_BLOCK,
                 **job.arguments,
             )
             stats.append(out.stats)
             if text:
-                text.finish(out.text[0])
+                text.finish((out.text or ("",))[0])
                 _write("\n")
             elif job.as_json:
                 drafts = _drafts(out, job.arguments)

@@ -45,5 +45,6 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
         }
         command(**values, **made)
 
-    with_flags.__signature__ = signature.replace(parameters=parameters)
+    signature = signature.replace(parameters=parameters)
+    with_flags.__signature__ = signature  # type: ignore[attr-defined]
     return with_flags

@@ -61,10 +61,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             _complain(message)
         return 2
     except Exception as error:
-        message = _message(error)
-        if message is None or settings.debug:
+        said = _message(error)
+        if said is None or settings.debug:
             raise
-        _complain(message)
+        _complain(said)
         return 2
 
 
@@ -122,7 +122,7 @@ def _start(
 
 
 def _use_compilation_cache() -> None:
-    if jax.config.jax_compilation_cache_dir is not None:
+    if jax.config.jax_compilation_cache_dir is not None:  # type: ignore[attr-defined]
         return  # set by the user, who has set the thresholds too
     try:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")

@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from jaxkv.language_model import LanguageModel
 
@@ -83,7 +84,7 @@ def _decode(content: bytes, name: str) -> str:
 
 
 def _lines(text: str, file: Path) -> list[tuple[str, Prompt]]:
-    found = []
+    found: list[tuple[str, Prompt]] = []
     # Not splitlines: JSON strings may hold separators that Python splits at.
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
@@ -94,7 +95,7 @@ def _lines(text: str, file: Path) -> list[tuple[str, Prompt]]:
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{where}: not valid JSON: {error}") from error
         keys = [key for key in _KEYS if isinstance(record, dict) and key in record]
-        prompt = record[keys[0]] if keys else None
+        prompt: Any = record[keys[0]] if keys else None
         is_ids = isinstance(prompt, list) and all(type(i) is int for i in prompt)
         if not (isinstance(prompt, str) or is_ids):
             raise ValueError(

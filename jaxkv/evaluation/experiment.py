@@ -221,6 +221,7 @@ def _questions(
     lm: LanguageModel, experiment: Experiment, show: Progress
 ) -> list[Question]:
     if experiment.file is not None:
+        assert experiment.max_new_tokens is not None, "a file does not say it"
         return read_task_file(
             lm, experiment.file, max_new_tokens=experiment.max_new_tokens
         )

@@ -128,9 +128,10 @@ def check_budget(method: Method, budget: Budget, tokens: int, longest: int) -> N
         options.check()
     except ValueError as error:
         raise ValueError(f"{method.name} at {budget.name}: {error}") from error
-    if method.prefill == Full() and options.prompt_budget < longest:
+    kept = tokens - method.decode.spare
+    if method.prefill == Full() and kept < longest:
         raise ValueError(
-            f"{method.name} at {budget.name}: keeps {options.prompt_budget} tokens of "
+            f"{method.name} at {budget.name}: keeps {kept} tokens of "
             f"prompts of up to {longest}, but nothing evicts them; pass --prefill."
         )
 

@@ -37,8 +37,8 @@ def typed(rows: Iterable[Mapping[str, str]]) -> list[dict[str, Any]]:
 
 
 def _typed(row: Mapping[str, str], number: int) -> dict[str, Any]:
-    whole = ("length", "index", "exact", "truncated")
-    whole += ("prompt_tokens", "output_tokens", "cache_bytes")
+    whole = ["length", "index", "exact", "truncated"]
+    whole += ["prompt_tokens", "output_tokens", "cache_bytes"]
     try:
         return (
             dict(row)
@@ -115,9 +115,9 @@ def differences(rows: Rows, baseline: str) -> list[dict[str, Any]]:
     Raises:
       ValueError: no row is of the baseline.
     """
-    same = ("length", "task", "depth", "index")
+    same = ["length", "task", "depth", "index"]
     if baseline != FULL:
-        same = ("budget", *same)
+        same = ["budget", *same]
     base = {
         tuple(row[name] for name in same): row["score"]
         for row in rows

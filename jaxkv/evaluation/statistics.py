@@ -16,7 +16,7 @@ Interval = tuple[float, float, float]  # middle, lower end, upper end
 UPPER = 0.975  # the probability below the upper end
 
 
-def half_width(values: Sequence[float]) -> float:
+def half_width(values: Sequence[float] | np.ndarray) -> float:
     """Return half of Student's interval of a mean; infinite for a single value."""
     if len(values) < 2:
         return math.inf

@@ -311,7 +311,7 @@ def _run_batch(
     characters: int,
     arguments: Mapping[str, Any],
 ) -> Batch:
-    budgets = [row.tokens for row in rows]
+    budgets: Any = [row.tokens for row in rows]
     out = generate(
         lm,
         [row.question.ids for row in rows],
@@ -321,6 +321,7 @@ def _run_batch(
         decode=rows[0].method.decode,
         **arguments,
     )
+    assert out.text is not None, "the model has a tokenizer"
     begin = time.perf_counter()
     found = []
     for number, row in enumerate(rows):

@@ -111,15 +111,14 @@ def by_task(rows: Rows) -> str:
         cells = []
         for task in tasks:
             scores = [row["score"] for row in by_name.get((task,), [])]
-            mean, low, high = mean_interval(scores) if scores else (0, 0, 0)
-            cells.append(
-                f"{100 * mean:.1f} ({100 * low:.1f} to {100 * high:.1f})"
-                if scores
-                else ""
-            )
-        mean = _plus_minus(averages[method, budget], "score")
-        lines.append([method, budget, *cells, mean])
+            cells.append(_percent(*mean_interval(scores)) if scores else "")
+        cells.append(_plus_minus(averages[method, budget], "score"))
+        lines.append([method, budget, *cells])
     return markdown(["method", "budget", *tasks, "mean"], lines)
+
+
+def _percent(mean: float, low: float, high: float) -> str:
+    return f"{100 * mean:.1f} ({100 * low:.1f} to {100 * high:.1f})"
 
 
 def outputs(records: Sequence[Record]) -> str:

@@ -117,8 +117,8 @@ def save(tokenizer: tokenizers.Tokenizer, folder: str | pathlib.Path) -> None:
         "model_input_names": ["input_ids", "attention_mask"],
         "chat_template": CHAT_TEMPLATE,
     }
-    special = {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD}
-    special["additional_special_tokens"] = [USER, ASSISTANT, END]
+    names = ("bos_token", "eos_token", "pad_token", "additional_special_tokens")
+    special = {name: config[name] for name in names}
     for name, content in (
         ("tokenizer_config.json", config),
         ("special_tokens_map.json", special),

@@ -172,7 +172,9 @@ def loss(
     weights = weights.astype(jnp.float32)
     network = Decoder(config)
     low = {"params": jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)}
-    implementation = "cudnn" if jax.default_backend() == "gpu" else "reference"
+    implementation: prefill.Implementation = (
+        "cudnn" if jax.default_backend() == "gpu" else "reference"
+    )
 
     def attend(q, k, v, state):
         scale = config.head_dim**-0.5
@@ -185,7 +187,7 @@ def loss(
     hidden, _ = network.apply(
         low, inputs, positions, (None,) * config.num_layers, attend
     )
-    logits = network.apply(low, hidden, method="unembed")
+    logits: Any = network.apply(low, hidden, method="unembed")
     log_norm = jax.nn.logsumexp(logits, axis=-1)
     chosen = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
     value = jnp.sum(weights * (log_norm - chosen)) / jnp.sum(weights)
@@ -233,7 +235,11 @@ def batches(
                 job = next(queue, None)
                 if job is not None:
                     pending.append(submit(job))
-            yield tuple(np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+            tokens, weights = zip(*parts, strict=True)
+            yield np.concatenate(tokens), np.concatenate(weights)
+
+
+_tokenizer: Any  # of a worker
 
 
 def _start_worker(tokenizer_folder: str) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import jax
+import numpy as np
 
 from jaxkv.kernels import decode, window_scores
 from jaxkv.state import KVState
@@ -109,7 +110,10 @@ class PrefillPolicy(Protocol):
         """Return the most tokens each layer keeps of any prompt at `budget` or less."""
 
     def layer_keeps(
-        self, keep: jax.Array, lengths: jax.Array, num_layers: int
+        self,
+        keep: jax.Array | np.ndarray,
+        lengths: jax.Array | np.ndarray,
+        num_layers: int,
     ) -> tuple[jax.Array, ...]:
         """Return how many tokens each layer keeps of each row, int32 `[B]` each.
 

@@ -6,7 +6,7 @@ batch, `P` padded prompt, `N` pseudo tokens (in shapes of tokens), `H` head size
 """
 
 import dataclasses
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -97,7 +97,7 @@ class DapQ(WholePrompt):
     def tables(cls, **options) -> "DapQ":
         """Return what the paper's tables probably used: F4_L28, max-pooling by 7."""
         paper = dict(window_size=32, prefix=4, reduction="sum", kernel_size=7)
-        return cls(**paper | options)
+        return cls(**dict[str, Any](paper) | options)
 
     @property
     def num_pseudo(self) -> int:

@@ -46,8 +46,9 @@ def check_room(
 
 def num_recent(n_recent: Recent, slots: int) -> int:
     """Return how many tokens `n_recent` means; a fraction is one of `slots`."""
-    fraction = isinstance(n_recent, float | np.floating)
-    return int(n_recent * slots) if fraction else n_recent
+    if isinstance(n_recent, float | np.floating):
+        return int(n_recent * slots)
+    return n_recent
 
 
 def attend_and_write(

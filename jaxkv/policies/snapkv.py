@@ -4,7 +4,7 @@ Li et al., arXiv 2404.14469.
 """
 
 import dataclasses
-from typing import Annotated
+from typing import Annotated, Any
 
 import jax.numpy as jnp
 from annotated_types import Ge
@@ -51,12 +51,14 @@ class SnapKV(WholePrompt):
     @classmethod
     def longbench(cls, **options) -> "SnapKV":
         """Return the setting of the paper's LongBench runs: 32, max-pooling by 7."""
-        return cls(**dict(window_size=32, kernel_size=7, pooling="max") | options)
+        paper = dict(window_size=32, kernel_size=7, pooling="max")
+        return cls(**dict[str, Any](paper) | options)
 
     @classmethod
     def kvpress(cls, **options) -> "SnapKV":
         """Return the default of the kvpress library: 64, average pooling by 5."""
-        return cls(**dict(window_size=64, kernel_size=5, pooling="avg") | options)
+        theirs = dict(window_size=64, kernel_size=5, pooling="avg")
+        return cls(**dict[str, Any](theirs) | options)
 
     def check(self, budget: int) -> None:
         """Need a window, and a slot beside it."""

@@ -248,9 +248,8 @@ class Aligned(Tree):
             jnp.zeros(shape[:-1], bool),
         )
         flat = (batch, sources * length * alternatives)
-        return Sequences(
-            *(x.reshape(*flat, length) for x in varied[:3]), varied.copied.reshape(flat)
-        )
+        tokens, there, kinds = (x.reshape(*flat, length) for x in varied[:3])
+        return Sequences(tokens, there, kinds, varied.copied.reshape(flat))
 
 
 def _expected(context, index):

@@ -6,7 +6,7 @@ node of the tree.
 Axis letters: `B` batch, `Q` sequences, `R` their length.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -92,7 +92,8 @@ def _prefixes(sequences):
     """
     tokens, there = sequences.tokens, sequences.there
     number, length = tokens.shape[1:]
-    running, common = True, 0
+    running: Any = True
+    common: Any = 0
     for r in range(length):  # of elementwise operations, which become one
         mine, held = tokens[..., r], there[..., r]
         running &= (mine[:, :, None] == mine[:, None]) & held[:, :, None]

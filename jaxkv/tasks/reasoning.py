@@ -235,7 +235,8 @@ def _longest_walk(
       the start state.
     """
     count = len(adds)
-    best: tuple[int, tuple[list[int], list[int], int, int]] | None = None
+    longest = 0
+    best: tuple[list[int], list[int], int, int] = [], [], 0, 0
     for _ in range(4):
         even = rng.permutation(count).tolist()
         odd = rng.permutation(count).tolist()
@@ -247,11 +248,11 @@ def _longest_walk(
             steps += 1
             if (state, total) == (first, start):
                 break
-        if best is None or steps > best[0]:
-            best = steps, (even, odd, start, first)
+        if steps > longest:
+            longest, best = steps, (even, odd, start, first)
         if steps >= 1024:
             break
-    return best[1]
+    return best
 
 
 def check(sample: Sample, prediction: str) -> tuple[bool, float]:

@@ -89,7 +89,7 @@ def test_shipped_tiles_compile_without_spills(shape, capability, record_property
     # Room for two programs per processor on A100, for three on H100 with 4 warps.
     assert usage["shared"] <= 83 * 1024
     if tiles.splits > 1:
-        constants = combine_constants(head_dim, tiles)
+        constants = combine_constants(head_dim, tiles.splits)
         usage = compile_usage(
             "combine_splits", dtype, True, constants, tiles, capability
         )
@@ -113,7 +113,7 @@ def test_chosen_tiles_are_the_measured_ones(shape, expected):
 def test_splits_are_joined_by_a_power_of_two_of_warps(head_dim):
     for splits in range(1, 65):
         tiles = Tiles(splits=splits, block=16, warps=4, stages=2)
-        assert combine_warps(combine_constants(head_dim, tiles)) in (1, 2, 4)
+        assert combine_warps(combine_constants(head_dim, tiles.splits)) in (1, 2, 4)
 
 
 @pytest.mark.parametrize("version", ["0.3", "0.4"])
@@ -241,7 +241,7 @@ def check_interpreted(case, seed, swap=False) -> list[str]:
     if splits > 1:
         out = torch.full_like(q, float("nan"))
         body.combine_splits[(batch * heads,)](
-            parts, statistic, out, **combine_constants(head_dim, tiles)
+            parts, statistic, out, **combine_constants(head_dim, tiles.splits)
         )
     failures = []
     error = np.abs((exact(out) - want_out) / np.maximum(magnitude, 1e-9)).max()
