@@ -1,40 +1,29 @@
 """Budgets of `jaxkv.generate`: one per row, fractions, layers, and what is refused."""
 
+import dataclasses
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
 import jaxkv
 from jaxkv import generation
-from jaxkv.models.decoder import Config, Decoder, random_parameters
+from jaxkv.models.decoder import Decoder
 from jaxkv.planning import bucket
 
-CONFIG = Config(
-    vocab_size=61,
-    hidden_size=32,
-    intermediate_size=48,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    max_positions=256,
-    tied=True,
-)
+CONFIG = dataclasses.replace(tiny.CONFIG, max_positions=256)
 DAPQ = jaxkv.DapQ(window_size=4, prefix=1, kernel_size=3)
 PYRAMID = jaxkv.PyramidKV(window_size=2, kernel_size=3, beta=4)
 
 
 @pytest.fixture(scope="module")
 def lm():
-    drawn = random_parameters(CONFIG, jax.random.key(0), jnp.float32)
     return jaxkv.LanguageModel(
         name="tiny",
         folder=Path(),
         network=Decoder(CONFIG),
-        params=jax.tree.map(lambda x: 12 * x if x.ndim == 2 else x, drawn),
+        params=tiny.params(),
         tokenizer=None,
         stop_ids=(),
     )
