@@ -54,19 +54,19 @@ def check(batch, heads, kv_heads, slots, head_dim, dtype, splits) -> dict:
         head_dim=head_dim,
         dtype=dtype,
     )
-    query, token, slots = timing.make_inputs(shape, share)
+    query, token, cache = timing.make_inputs(shape, share)
     # The last row is finished.
     token = token._replace(position=token.position.at[-1].set(-1))
     scale = head_dim**-0.5
     tiles = choose_tiles(batch, kv_heads, slots, head_dim, dtype)
     tiles = dataclasses.replace(tiles, splits=splits or tiles.splits)
     reference = functools.partial(decode_attention, implementation="reference")
-    want = jax.jit(functools.partial(reference, scale=scale))(query, token, slots)
+    want = jax.jit(functools.partial(reference, scale=scale))(query, token, cache)
     step = functools.partial(decode_attention_triton, scale=scale, tiles=tiles)
     step = jax.jit(step, donate_argnums=2)
     runs = []
     for _ in range(2):
-        mine = jax.tree.map(jnp.copy, slots)
+        mine = jax.tree.map(jnp.copy, cache)
         before = [x.unsafe_buffer_pointer() for x in mine[:3]]
         got, new = step(query, token, mine)
         in_place = before == [x.unsafe_buffer_pointer() for x in new[:3]]
@@ -76,7 +76,7 @@ def check(batch, heads, kv_heads, slots, head_dim, dtype, splits) -> dict:
     same_cache = raw[0][1:] == [np.asarray(x).tobytes() for x in want[1][:3]]
     out, right = (np.asarray(x).astype(np.float32) for x in (runs[0][0], want[0]))
     error = (np.abs(out - right) / np.maximum(1, np.abs(right))).max()
-    record = dict(shape=slots.keys.shape, dtype=dtype, heads=heads, tiles=str(tiles))
+    record = dict(shape=cache.keys.shape, dtype=dtype, heads=heads, tiles=str(tiles))
     record |= dict(error=float(error), close=bool(error <= TOLERANCE[dtype]))
     return record | dict(same=same_cache, in_place=in_place, repeats=raw[0] == raw[1])
 
