@@ -71,7 +71,7 @@ def start(
     batch, length = tokens.shape
     seen = None
     if options.sampler.repetition_penalty != 1:
-        real = jnp.arange(length) < lengths[:, None]
+        real = jnp.arange(length)[None] < lengths[:, None]
         seen = jnp.zeros(logits.shape, bool)
         seen = seen.at[jnp.arange(batch)[:, None], tokens].max(real)
     generation: Running = Generation(

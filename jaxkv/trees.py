@@ -136,8 +136,9 @@ def ancestors(tree: DraftTree, *, depth: int) -> jax.Array:
       tree: no deeper than `depth`.
       depth: static; the reach is doubled until it covers it.
     """
-    nodes = jnp.arange(tree.tokens.shape[1])
-    above = (tree.parents[:, :, None] == nodes) | (nodes[:, None] == nodes)
+    nodes = jnp.arange(tree.tokens.shape[1], dtype=jnp.int32)
+    above = tree.parents[:, :, None] == nodes[None, None]
+    above |= (nodes[:, None] == nodes[None])[None]
     reach = 1
     while reach < depth:
         counts = jnp.einsum(
@@ -162,7 +163,8 @@ def path_to(
       The path; beyond the depth of `node` it holds 0.
     """
     on_path = jnp.take_along_axis(above, node[:, None, None], axis=1)  # [B, 1, T]
-    at_depth = tree.depths[:, None] == jnp.arange(depth + 1)[:, None]
+    order = jnp.arange(depth + 1, dtype=jnp.int32)
+    at_depth = tree.depths[:, None] == order[None, :, None]
     return jnp.argmax(on_path & at_depth, axis=-1).astype(jnp.int32)
 
 

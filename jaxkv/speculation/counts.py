@@ -84,7 +84,7 @@ def count_tree(
       running: bool `[B]`, rows that took the step.
       brings: bool `[B]`, those of them that brought a draft.
     """
-    depth = jnp.arange(1, path.shape[1])
+    depth = jnp.arange(1, path.shape[1], dtype=jnp.int32)
     nodes = tree.valid & (tree.depths > 0) & brings[:, None]
     on_path = brings[:, None] & (depth[None] <= accepted[:, None])  # [B, D]
     path_kinds = jnp.take_along_axis(tree.kinds, path[:, 1:], axis=1)
@@ -94,7 +94,7 @@ def count_tree(
         found = mask[..., None] & (of[..., None] == values[None, None])
         return found.sum(1, dtype=jnp.int32)
 
-    kinds = jnp.arange(len(KINDS))
+    kinds = jnp.arange(len(KINDS), dtype=jnp.int32)
     return dataclasses.replace(
         counts,
         steps=counts.steps + running.astype(jnp.int32),

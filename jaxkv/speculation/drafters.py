@@ -231,16 +231,16 @@ class Aligned(Tree):
         candidates = candidates[..., : self.num_alternatives]
         batch, sources, length, alternatives = candidates.shape
         # Axes: row, source, which token is replaced, by which candidate, token.
-        order = jnp.arange(length)
-        here = (order[:, None] == order)[None, None, :, None]
+        replaced = jnp.arange(length)[None, None, :, None, None]
+        order = jnp.arange(length)[None, None, None, None]
+        here = order == replaced
         unexpected = (few.kinds == UNALIGNED) & few.there
         shape = (batch, sources, length, alternatives, length)
 
         def spread(x):
             return jnp.broadcast_to(x[:, :, None, None], shape)
 
-        until = (order <= order[:, None]) | self.tail
-        there = spread(few.there) & until[None, None, :, None]
+        there = spread(few.there) & ((order <= replaced) | self.tail)
         varied = Sequences(
             jnp.where(here, candidates[..., None], spread(few.tokens)),
             there & unexpected[..., None, None],

@@ -53,7 +53,8 @@ def top_three(logits: jax.Array, *, block: int = 128) -> jax.Array:
     filled = jnp.pad(logits, pad, constant_values=-jnp.inf)
     filled = filled.reshape(*logits.shape[:-1], blocks, block)
     at = _first_three(filled.max(-1), jnp.arange(blocks, dtype=jnp.int32))
-    ids = at[..., None] * block + jnp.arange(block, dtype=jnp.int32)
+    inside = jnp.arange(block, dtype=jnp.int32).reshape(*(1,) * at.ndim, block)
+    ids = at[..., None] * block + inside
     values = jnp.take_along_axis(filled, at[..., None], axis=-2)
     return _first_three(
         values.reshape(*logits.shape[:-1], -1), ids.reshape(*logits.shape[:-1], -1)

@@ -111,7 +111,7 @@ def begin(
     text = jnp.pad(tokens, ((0, 0), (0, max_out))).at[rows, lengths].set(first)
     unexpected = jnp.full(batch, -1, jnp.int32)
     if likeliest is not None:
-        index = jnp.arange(length)
+        index = jnp.arange(length, dtype=jnp.int32)[None]
         asked = (index > 0) & (index < lengths[:, None])
         unexpected = asked & (likeliest[..., 0] != tokens)
         unexpected = unexpected.sum(-1, dtype=jnp.int32)
@@ -158,7 +158,8 @@ def pays(
         # does depend on the kind of the step.
         return brings.any()
     hoped = jnp.where(brings, g.speculation.hope, 0.0).sum()
-    return brings.any() & (hoped >= drafter.break_even * running.sum())
+    price = drafter.break_even * running.sum().astype(jnp.float32)
+    return brings.any() & (hoped >= price)
 
 
 def learn(g: Drafting, running: jax.Array) -> Drafting:

@@ -56,7 +56,7 @@ def match_lengths(context: Context, *, longest: int) -> jax.Array:
     """
     text, position = context.text, context.position
     width = text.shape[1]
-    back = position[:, None] - jnp.arange(longest, dtype=jnp.int32)
+    back = position[:, None] - jnp.arange(longest, dtype=jnp.int32)[None]
     newest = jnp.take_along_axis(text, jnp.maximum(back, 0), axis=1)
     newest = jnp.where(back < 0, -2, newest)  # equals nothing, not even the padding
     padded = jnp.pad(text, ((0, 0), (longest, 0)), constant_values=-1)
@@ -65,8 +65,8 @@ def match_lengths(context: Context, *, longest: int) -> jax.Array:
     for i in range(longest):
         shifted = jax.lax.slice_in_dim(padded, longest - i, longest - i + width, axis=1)
         running &= shifted == newest[:, i : i + 1]
-        length += running
-    end = jnp.arange(width, dtype=jnp.int32)
+        length += running.astype(jnp.int32)
+    end = jnp.arange(width, dtype=jnp.int32)[None]
     first, after = context.pool[:, :1], context.pool[:, 1:]
     length = jnp.minimum(length, end - first + 1)
     usable = (end >= first) & (end + 1 < after) & (end < position[:, None])
@@ -97,7 +97,7 @@ def longest_matches(
     # all counts with all k costs one pass and no sort.
     counts = jnp.cumsum(hits, axis=1, dtype=jnp.int32)
     total = counts[:, -1:]
-    rank = jnp.arange(most, dtype=jnp.int32)
+    rank = jnp.arange(most, dtype=jnp.int32)[None]
     wanted = total - rank if order == "latest" else rank + 1
     ends = (counts[:, None] < wanted[..., None]).sum(-1, dtype=jnp.int32)
     return jnp.where((wanted >= 1) & (wanted <= total), ends, NONE)
@@ -116,7 +116,7 @@ def continuations(
     Returns:
       Tokens int32 `[B, M, R]`, whether each one lies in the pool, and its index.
     """
-    index = ends[..., None] + 1 + jnp.arange(length, dtype=jnp.int32)
+    index = ends[..., None] + 1 + jnp.arange(length, dtype=jnp.int32)[None, None]
     there = (ends[..., None] != NONE) & (index < context.pool[:, 1, None, None])
     clipped = jnp.clip(index, 0, context.text.shape[1] - 1)
     rows = jnp.arange(context.text.shape[0])[:, None, None]

@@ -49,9 +49,10 @@ def merge(
     """
     batch, number, length = sequences.tokens.shape
     first, count = _prefixes(sequences)
-    is_node = sequences.there & (first == jnp.arange(number)[:, None])
-    depth = jnp.arange(length, dtype=jnp.int32)
-    identity = depth * number + jnp.arange(number, dtype=jnp.int32)[:, None]  # [Q, R]
+    order = jnp.arange(number, dtype=jnp.int32)[None, :, None]
+    is_node = sequences.there & (first == order)
+    depth = jnp.arange(length, dtype=jnp.int32)[None, None]
+    identity = depth * number + order  # [1, Q, R]
     size = length * number
     # Less is better, and no two are equal: frequent, then shallow, then late.
     key = (number - count) * size + identity
@@ -66,9 +67,10 @@ def merge(
     rank = _ranks(jnp.where(is_node, key, never))
 
     # Of each rank there is one node at most, so that a sum looks it up.
-    wanted = jnp.arange(nodes, dtype=jnp.int32)[:, None]
+    wanted = jnp.arange(nodes, dtype=jnp.int32)[None, :, None]
     hit = jnp.where(is_node, rank, -1).reshape(batch, 1, size) == wanted
-    chosen = jnp.where(hit, jnp.arange(size), 0).sum(-1)  # [B, nodes], into Q * R
+    index = jnp.arange(size, dtype=jnp.int32)[None, None]
+    chosen = jnp.where(hit, index, 0).sum(-1)  # [B, nodes], into Q * R
     valid = hit.any(-1)
     sequence, at = chosen // length, chosen % length
     rows = jnp.arange(batch)[:, None]
@@ -99,8 +101,9 @@ def _prefixes(sequences):
         running &= (mine[:, :, None] == mine[:, None]) & held[:, :, None]
         running &= held[:, None]
         common += running.astype(jnp.int32)  # [B, Q, Q], equal tokens from the first on
-    same = common[:, :, None] > jnp.arange(length)[:, None]  # [B, Q, R, Q]
-    order = jnp.arange(number, dtype=jnp.int32)
+    depth = jnp.arange(length, dtype=jnp.int32)[None, None, :, None]
+    same = common[:, :, None] > depth  # [B, Q, R, Q]
+    order = jnp.arange(number, dtype=jnp.int32)[None, None, None]
     first = jnp.where(same, order, number - 1).min(-1)
     copied = same & sequences.copied[:, None, None]
     return first, copied.sum(-1, dtype=jnp.int32)

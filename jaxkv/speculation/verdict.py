@@ -143,7 +143,7 @@ def _longest(tree, above, ok, merit):
 
     Of equally long ones, the one whose tokens are likeliest together.
     """
-    is_root = jnp.arange(ok.shape[1]) == 0
+    is_root = jnp.arange(ok.shape[1])[None] == 0
     ok = (ok & tree.valid) | is_root
     whole = ~(above & ~ok[:, None]).any(-1)
     reached = jnp.where(whole, tree.depths, -1)

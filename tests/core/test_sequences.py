@@ -39,12 +39,16 @@ def begun(rng):
 def test_append_of_several_tokens_is_that_of_one_after_another(seed):
     rng = np.random.default_rng(seed)
     g = begun(rng)
-    new = rng.integers(0, VOCABULARY - 1, (ROWS, NEW))
     count = rng.integers(0, NEW + 1, ROWS)
-    stop = rng.random(ROWS) < 0.5  # at the end, where there may be one
-    rows = np.flatnonzero(stop & (count > 0))
+    new = rng.integers(0, VOCABULARY, (ROWS, NEW))
+    # A stop id is the last of these tokens in some rows, and behind them anywhere.
+    new = np.where(np.arange(NEW) < count[:, None], new % (VOCABULARY - 1), new)
+    rows = np.flatnonzero((rng.random(ROWS) < 0.5) & (count > 0))
     new[rows, count[rows] - 1] = VOCABULARY - 1
     stop_ids = jnp.asarray([-1, VOCABULARY - 1])
+    seen = np.array(g.seen)
+    for row in range(ROWS):
+        seen[row, new[row, : count[row]]] = True
     new, count = jnp.asarray(new, jnp.int32), jnp.asarray(count, jnp.int32)
     got = append(g, new, count, stop_ids)
     for i in range(NEW):
@@ -55,6 +59,7 @@ def test_append_of_several_tokens_is_that_of_one_after_another(seed):
         if field.name != "rngs":
             jax.tree.map(np.testing.assert_array_equal, a, b)
     assert got.done.tolist() == [r in rows for r in range(ROWS)]
+    np.testing.assert_array_equal(got.seen, seen)
     for row in range(ROWS):
         end = int(got.lengths[row])
         assert got.last[row] == got.tokens[row, end - 1]
