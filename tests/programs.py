@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from tiny import CONFIG, FAST, NETWORK, params
+from tiny import CONFIG, NETWORK, params
 
 from jaxkv import Options, forward, generation
 from jaxkv.policies.full import Full
@@ -35,7 +35,7 @@ def compiled():
     def jit(function, *static):
         # JAX remembers what it has traced by the function; a partial is always another.
         function = functools.partial(function)
-        return jax.jit(function, static_argnames=static, compiler_options=FAST)
+        return jax.jit(function, static_argnames=static)
 
     return Programs(
         jit(forward.prefill, "network", "options", "slots"),

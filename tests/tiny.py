@@ -1,7 +1,4 @@
-"""The tiny network of the tests, its random weights, and random prompts for it.
-
-Compiling is most of what a test of it costs, so compile with `FAST`.
-"""
+"""The tiny network of the tests, its random weights, and random prompts for it."""
 
 import functools
 
@@ -10,8 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxkv.models.decoder import Config, Decoder, random_parameters
-
-FAST = {"xla_backend_optimization_level": 0}  # to compile; nothing here runs long
 
 CONFIG = Config(
     vocab_size=61,

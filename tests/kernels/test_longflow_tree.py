@@ -21,7 +21,6 @@ op = jax.jit(
         *("n_recent", "depth", "scale", "score", "shared", "implementation"),
     ),
     # Compiling is most of the time here, and nothing is gained by compiling well.
-    compiler_options={"xla_backend_optimization_level": 0},
 )
 
 

@@ -68,7 +68,6 @@ attention = jax.jit(
     tree_attention,
     static_argnames=("scale", "implementation"),
     # Compiling is most of the time here, and nothing is gained by compiling well.
-    compiler_options={"xla_backend_optimization_level": 0},
 )
 reference = functools.partial(attention, scale=0.3, implementation="reference")
 xla = functools.partial(attention, scale=0.3, implementation="xla")

@@ -278,7 +278,6 @@ def check_writing(case, seed) -> list[str]:
 write_path = jax.jit(
     tree_write.write_path,
     static_argnames="implementation",
-    compiler_options={"xla_backend_optimization_level": 0},
 )
 
 MUTATIONS = {  # index of the argument, and its change

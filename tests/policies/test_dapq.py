@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from tiny import FAST, NETWORK
+from tiny import NETWORK
 
 from jaxkv import LAQ, DapQ, Options, forward
 from jaxkv import state as kv
@@ -37,7 +37,7 @@ def program(policy, budget=BUDGET, implementation=None):
     options.check()
     slots = options.num_slots(PROMPT, NEW)
     prefill = functools.partial(forward.prefill, NETWORK, options=options, slots=slots)
-    return jax.jit(prefill, compiler_options=FAST)
+    return jax.jit(prefill)
 
 
 def contents(policy, tokens, lengths):
@@ -112,7 +112,7 @@ def plain_attention(q, k, v, whole):
     return jnp.einsum("bnts,bsnh->btnh", weights, values), weights
 
 
-@functools.partial(jax.jit, compiler_options=FAST)
+@jax.jit
 def plain_network(params, tokens, positions):
     return NETWORK.apply(
         {"params": params}, tokens, positions, (None, None), plain_attention
@@ -189,7 +189,6 @@ def test_query_heads_store_more_and_decode_the_same(params):
             cache,
             options=Options(),
         ),
-        compiler_options=FAST,
     )
     (want, _), (got, after) = step(shared), step(apart)
     np.testing.assert_allclose(got, want, rtol=2e-4, atol=2e-4)
@@ -234,7 +233,7 @@ def test_each_option_changes_what_is_kept(change):
     )
     lengths = jnp.asarray([30], jnp.int32)
 
-    @functools.partial(jax.jit, static_argnums=0, compiler_options=FAST)
+    @functools.partial(jax.jit, static_argnums=0)
     def positions(policy):
         prompt = Prompt(
             *(queries, keys, keys, lengths, lengths * 0 + 8, jnp.ones(4), 0.3)

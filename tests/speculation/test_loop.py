@@ -11,7 +11,7 @@ import pytest
 import tiny
 from hypothesis import given, settings
 from small_policies import SMALL_PREFILL
-from tiny import CONFIG, FAST, NETWORK
+from tiny import CONFIG, NETWORK
 
 from jaxkv import (
     Categorical,
@@ -124,12 +124,10 @@ cases = pytest.mark.parametrize(
 start = jax.jit(
     generation.start,
     static_argnames=("network", "options", "slots", "max_out"),
-    compiler_options=FAST,
 )
 advance = jax.jit(
     generation.advance,
     static_argnames=("network", "options"),
-    compiler_options=FAST,
 )
 
 
