@@ -5,6 +5,7 @@ import os
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import dataclasses
 import importlib.metadata
 import itertools
 import random
@@ -142,22 +143,13 @@ def jaxkv_(capsys):
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     """A folder with random weights and the tokenizer of needle."""
+    from tiny import CONFIG
+
     from jaxkv.language_model import needle_folder
-    from jaxkv.models.decoder import Config, random_parameters
+    from jaxkv.models.decoder import random_parameters
     from jaxkv.models.hf_export import write_qwen3
 
-    config = Config(
-        vocab_size=4096,
-        hidden_size=32,
-        intermediate_size=64,
-        num_layers=2,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=8,
-        max_positions=2048,
-        qk_norm=True,
-        tied=True,
-    )
+    config = dataclasses.replace(CONFIG, vocab_size=4096, max_positions=2048)
     folder = tmp_path_factory.mktemp("cli") / "tiny"
     params = random_parameters(config, jax.random.key(0), dtype=jax.numpy.float32)
     tokenizer = sorted(needle_folder().glob("*token*.json"))

@@ -20,6 +20,16 @@ CONFIG = Config(
     tied=True,
 )
 NETWORK = Decoder(CONFIG)
+BY_HAND = Config(  # so small that its numbers are counted by hand
+    vocab_size=10,
+    hidden_size=4,
+    intermediate_size=6,
+    num_layers=1,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=2,
+    max_positions=64,
+)
 
 
 def parameters(config):

@@ -8,27 +8,19 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import pytest
+from tiny import BY_HAND
 
 from jaxkv import H2ODecode, LongFlow
 from jaxkv import state as kv
 from jaxkv.bench import decode_step, kernel_trace
 from jaxkv.cli import main as cli
 from jaxkv.models import public_shapes
-from jaxkv.models.decoder import Config, Decoder, parameter_shapes, random_parameters
+from jaxkv.models.decoder import Decoder, parameter_shapes, random_parameters
 from jaxkv.options import Options
 from jaxkv.policies.full import Full
 from jaxkv.policies.streaming_llm import StreamingLLM
 
-TINY = Config(
-    vocab_size=10,
-    hidden_size=4,
-    intermediate_size=6,
-    num_layers=2,
-    num_heads=2,
-    num_kv_heads=1,
-    head_dim=2,
-    max_positions=64,
-)
+TINY = dataclasses.replace(BY_HAND, num_layers=2)
 # One layer: norms 2 x 4, qkv 4 x (2 + 2) x 2, output 4 x 4, gate_up 4 x 12, down 6 x 4
 LAYER = 8 + 32 + 16 + 48 + 24
 FINAL_NORM, EMBEDDING = 4, 10 * 4

@@ -5,23 +5,13 @@ import json
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import BY_HAND
 
 from jaxkv.bench.tree_step import FullTree
 from jaxkv.cli import main as cli
 from jaxkv.models import public_shapes
-from jaxkv.models.decoder import Config
 from jaxkv.speculation.matching import Context
 
-TINY = Config(
-    vocab_size=10,
-    hidden_size=4,
-    intermediate_size=6,
-    num_layers=1,
-    num_heads=2,
-    num_kv_heads=1,
-    head_dim=2,
-    max_positions=64,
-)
 QUICK = ["speculate", "--shape", "qwen3-8b", "--context", "12", "--prompt", "16"]
 QUICK += ["--steps", "4", "--repeats", "1", "--nodes", "4"]
 
@@ -29,7 +19,7 @@ QUICK += ["--steps", "4", "--repeats", "1", "--nodes", "4"]
 @pytest.fixture
 def run(capsys, monkeypatch):
     """Run `jaxkv bench` in this process, on a network that runs in no time."""
-    monkeypatch.setitem(public_shapes.SHAPES, "qwen3-8b", TINY)
+    monkeypatch.setitem(public_shapes.SHAPES, "qwen3-8b", BY_HAND)
 
     def run(*arguments):
         code = cli.main(["bench", *arguments])

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
+from tiny import BY_HAND
 
 from jaxkv import figures
 from jaxkv import state as kv
@@ -21,22 +22,12 @@ from jaxkv.bench.throughput_plan import Timer, plan_cells, run_cells
 from jaxkv.cli import main as cli
 from jaxkv.cli.bench_throughput import _table, options_of
 from jaxkv.models import public_shapes
-from jaxkv.models.decoder import Config, random_parameters
+from jaxkv.models.decoder import random_parameters
 from jaxkv.options import Options
 from jaxkv.policies.full import Full
 from jaxkv.policies.longflow import LongFlow
 from jaxkv.policies.streaming_llm import StreamingLLM
 
-TINY = Config(
-    vocab_size=10,
-    hidden_size=4,
-    intermediate_size=6,
-    num_layers=1,
-    num_heads=2,
-    num_kv_heads=1,
-    head_dim=2,
-    max_positions=64,
-)
 QUICK = ["throughput", "--shape", "qwen3-8b", "--prompt", "6", "--new", "40"]
 QUICK += ["--budget", "16", "--batches", "2", "--steps", "4", "--repeats", "1"]
 QUICK += ["--ranges", "3", "--copy-gib", "0.01"]
@@ -45,7 +36,7 @@ QUICK += ["--ranges", "3", "--copy-gib", "0.01"]
 @pytest.fixture
 def run(capsys, monkeypatch):
     """Run `jaxkv bench` in this process, on a network that runs in no time."""
-    monkeypatch.setitem(public_shapes.SHAPES, "qwen3-8b", TINY)
+    monkeypatch.setitem(public_shapes.SHAPES, "qwen3-8b", BY_HAND)
 
     def run(*arguments):
         code = cli.main(["bench", *map(str, arguments)])
@@ -113,7 +104,7 @@ def test_a_cache_that_is_full_from_the_start_has_one_range():
 
 def test_rewind_to_a_part_of_the_slots():
     cache = decode_step.full_cache(
-        TINY, batch=2, slots=6, dtype=jnp.float32, key=jax.random.key(0)
+        BY_HAND, batch=2, slots=6, dtype=jnp.float32, key=jax.random.key(0)
     )
     start = decode_step.rewind(cache, steps=2, context=4, policy=Full(), filled=4)
     assert (kv.occupancy(start.cache[0]) == 4).all()
@@ -129,7 +120,7 @@ def test_rewind_to_a_part_of_the_slots():
 
 def test_a_loop_that_stops_early_is_noticed():
     cache = decode_step.full_cache(
-        TINY, batch=1, slots=6, dtype=jnp.float32, key=jax.random.key(0)
+        BY_HAND, batch=1, slots=6, dtype=jnp.float32, key=jax.random.key(0)
     )
     with pytest.raises(RuntimeError, match="did not produce its tokens"):
         decode_step.time_calls(
@@ -147,7 +138,7 @@ def test_the_largest_batch_is_the_largest_that_fits(options):
     work = Work(prompt=6, new=40)
 
     def needed(batch):
-        return throughput.bytes_needed(TINY, work, options, jnp.float32, batch=batch)
+        return throughput.bytes_needed(BY_HAND, work, options, jnp.float32, batch=batch)
 
     slots = options.num_slots(6, 40)
     tokens = 2 * 1 * slots * 2 * 4  # keys and values
@@ -155,9 +146,9 @@ def test_the_largest_batch_is_the_largest_that_fits(options):
     prefill = 64 * (3 * 6 + 2 * 4 + 4 * 2) * 4
     assert needed(1) == tokens + positions + prefill
     for room in (needed(1), needed(9) - 1, needed(9)):
-        batch = throughput.largest_batch(TINY, work, options, jnp.float32, room=room)
+        batch = throughput.largest_batch(BY_HAND, work, options, jnp.float32, room=room)
         assert needed(batch) <= room < needed(batch + 1)
-    assert throughput.largest_batch(TINY, work, options, jnp.float32, room=9) == 0
+    assert throughput.largest_batch(BY_HAND, work, options, jnp.float32, room=9) == 0
 
 
 @pytest.mark.parametrize(
@@ -171,16 +162,16 @@ def test_automatic_batches(largest, batches):
 def test_plan_begins_with_the_largest_and_skips_what_does_not_fit(monkeypatch):
     work = Work(prompt=6, new=4000)
     options = {"full": Options(), "small": Options(budget=16, decode=StreamingLLM())}
-    params = random_parameters(TINY, jax.random.key(0), jnp.float32)
-    need = throughput.bytes_needed(TINY, work, Options(), jnp.float32, batch=10)
+    params = random_parameters(BY_HAND, jax.random.key(0), jnp.float32)
+    need = throughput.bytes_needed(BY_HAND, work, Options(), jnp.float32, batch=10)
     limit = (need + sum(x.nbytes for x in jax.tree.leaves(params))) / throughput.USABLE
     monkeypatch.setattr(clock, "device_memory", lambda key: int(limit) + 1)
-    plan = plan_cells(TINY, params, work, options, None)
+    plan = plan_cells(BY_HAND, params, work, options, None)
     assert plan[0] == ("full", 8, None)  # a multiple of four
     assert plan[1][0] == "small"
     assert plan[1][1] > 8
     assert [batch for method, batch, _ in plan if method == "full"] == [8, 1]
-    skipped, fits = plan_cells(TINY, params, work, {"full": Options()}, [10, 11])
+    skipped, fits = plan_cells(BY_HAND, params, work, {"full": Options()}, [10, 11])
     assert skipped[:2] == ("full", 11)
     assert "at most 10 rows fit" in skipped[2]
     assert fits == ("full", 10, None)

@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+import tiny
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
@@ -18,20 +19,11 @@ from jaxkv import state as kv
 from jaxkv.kernels import dispatch, pointwise
 from jaxkv.kernels.cache import Token
 from jaxkv.kernels.per_shard import partition_spec, per_shard
-from jaxkv.models.decoder import Config, parameter_shapes
+from jaxkv.models.decoder import parameter_shapes
 
 FOLDER = Path(__file__).parent
-CONFIG = Config(
-    vocab_size=64,
-    hidden_size=32,
-    intermediate_size=48,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    qkv_bias=True,
-    output_bias=True,
-    qk_norm=True,
+CONFIG = dataclasses.replace(
+    tiny.CONFIG, vocab_size=64, tied=False, qkv_bias=True, output_bias=True
 )
 
 # Run by an interpreter of its own: the number of devices is fixed at the start.

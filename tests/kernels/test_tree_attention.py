@@ -7,13 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from packed import packed
+from tiny import BY_HAND
 
 from jaxkv import Options, generation, trees
 from jaxkv.kernels import dispatch, longflow_tree, tree_write
 from jaxkv.kernels import tree_attention as tree
 from jaxkv.kernels.tree_attention import tree_attention
 from jaxkv.kernels.tree_write import write_path
-from jaxkv.models.decoder import Config, Decoder, random_parameters
+from jaxkv.models.decoder import Decoder, random_parameters
 from jaxkv.speculation.drafters import PromptLookup
 from jaxkv.trees import DraftTree
 
@@ -194,17 +195,7 @@ def test_speculation_runs_what_goes_with_plain_decoding(implementation, monkeypa
 
     spy(tree, "tree_attention")
     spy(tree_write, "write_path")
-    network = Decoder(
-        Config(
-            vocab_size=9,
-            hidden_size=8,
-            intermediate_size=8,
-            num_layers=1,
-            num_heads=2,
-            num_kv_heads=1,
-            head_dim=4,
-        )
-    )
+    network = Decoder(BY_HAND)
     drafter = PromptLookup(num_draft_tokens=2)
     options = Options(speculate=drafter, decode_implementation=implementation)
 
