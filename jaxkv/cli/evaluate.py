@@ -10,8 +10,7 @@ from typer.core import TyperGroup
 from jaxkv.cli import flags, parsing
 from jaxkv.cli.groups import grouped
 from jaxkv.cli.sweep import Sweep, print_markdown, run_and_print
-from jaxkv.evaluation import experiment as experiments
-from jaxkv.evaluation.experiment import Experiment
+from jaxkv.evaluation.experiment import Experiment, report_of, write_report
 from jaxkv.evaluation.folder import merge_folders
 from jaxkv.evaluation.methods import (
     FULL,
@@ -266,8 +265,8 @@ def report(
     ] = False,
 ) -> None:
     """Print the tables of a folder as Markdown, and make its metrics anew."""
-    experiments.write_report(folder, pictures=pictures)
-    print(experiments.markdown(folder, baseline=baseline))
+    write_report(folder, pictures=pictures)
+    print(report_of(folder, baseline=baseline))
 
 
 @app.command()
@@ -283,8 +282,8 @@ def merge(
     So that a comparison can be shared by several processes or machines.
     """
     merge_folders(out, folders)
-    experiments.write_report(out, pictures=pictures)
-    print_markdown(experiments.markdown(out))
+    write_report(out, pictures=pictures)
+    print_markdown(report_of(out))
 
 
 def _by_length(

@@ -16,8 +16,12 @@ import typer
 from jaxkv import figures
 from jaxkv.cli import flags
 from jaxkv.cli.terminal import announce, progress
-from jaxkv.evaluation import experiment as experiments
-from jaxkv.evaluation.experiment import Experiment, Outcome
+from jaxkv.evaluation.experiment import (
+    Experiment,
+    Outcome,
+    report_of,
+    run_experiment,
+)
 from jaxkv.evaluation.folder import check_writable, safe_name
 from jaxkv.language_model import LanguageModel
 
@@ -123,7 +127,7 @@ def run_and_print(
         if sweep.as_json:
             print(json.dumps(_record(outcome, None if what is None else kept)))
             return
-        print_markdown(experiments.markdown(folder))
+        print_markdown(report_of(folder))
     if kept is not None:
         rich.console.Console(stderr=True).print(f"Results: {kept}", soft_wrap=True)
 
@@ -139,7 +143,7 @@ def _run(
         def show(text: str, done: int, total: int) -> None:
             bar.update(task, description=text, completed=done, total=total)
 
-        outcome = experiments.run(lm, experiment, folder, pictures=drawn, show=show)
+        outcome = run_experiment(lm, experiment, folder, pictures=drawn, show=show)
     if outcome.stats:
         announce(lm, outcome.stats)
     if sweep.pictures is None and not drawn and outcome.metrics["cells"]:

@@ -1,7 +1,8 @@
 """An experiment from flags to a folder: questions, sweep, metrics, pictures.
 
-`run` may be interrupted at any time and called again with the same experiment: what is
-in the folder is skipped, and all files that are made of predictions are made anew.
+`run_experiment` may be interrupted at any time and called again with the same
+experiment: what is in the folder is skipped, and all files that are made of predictions
+are made anew.
 """
 
 import dataclasses
@@ -14,11 +15,11 @@ import jax
 import numpy as np
 
 from jaxkv import figures
-from jaxkv.evaluation import pictures as drawings
 from jaxkv.evaluation import sweep, tables
 from jaxkv.evaluation.folder import Predictions, add_run, read_config, read_rows
 from jaxkv.evaluation.methods import Budget, Method
 from jaxkv.evaluation.metrics import by_cell, macro, typed
+from jaxkv.evaluation.pictures import draw_budgets, draw_heat_maps, write_grids
 from jaxkv.evaluation.questions import (
     Cell,
     Match,
@@ -141,7 +142,7 @@ class _Record:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What `run` gave.
+    """What `run_experiment` gave.
 
     Attributes:
       config: the content of `config.yaml`.
@@ -158,7 +159,7 @@ class Outcome:
     complete: bool
 
 
-def run(
+def run_experiment(
     lm: LanguageModel,
     experiment: Experiment,
     folder: Path,
@@ -299,21 +300,21 @@ def write_report(folder: Path, *, pictures: bool) -> dict[str, Any]:
         return metrics
     drawn, kind = folder / "pictures", config["kind"]
     if kind == "niah":
-        drawings.write_grids(drawn, rows)
+        write_grids(drawn, rows)
     if not pictures:
         return metrics
     title = f"{kind}, {config['model']}"
     if kind == "niah":
-        drawings.draw_heat_maps(drawn, rows, title=title)
+        draw_heat_maps(drawn, rows, title=title)
         return metrics
     column, label = "score", "score, mean over tasks"
     if kind in ("card", "reasoning"):
         column, label = "exact", "whole answers right"
-    drawings.draw_budgets(drawn, rows, title=title, column=column, label=label)
+    draw_budgets(drawn, rows, title=title, column=column, label=label)
     return metrics
 
 
-def markdown(folder: Path, *, baseline: str | None = None) -> str:
+def report_of(folder: Path, *, baseline: str | None = None) -> str:
     """Return the report of a folder; see `tables.report`."""
     rows = typed(read_rows(folder))
     return tables.report(rows, read_config(folder), baseline=baseline)

@@ -17,7 +17,10 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+import jax
 
 from jaxkv.arguments import check_fit
 from jaxkv.evaluation.folder import Key, key
@@ -27,6 +30,9 @@ from jaxkv.inference import Stats, generate
 from jaxkv.language_model import LanguageModel
 from jaxkv.options import Options
 from jaxkv.planning import bucket
+
+MAPS = Path("/proc/self/maps")
+MOST_MAPS = Path("/proc/sys/vm/max_map_count")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -280,6 +286,8 @@ def run_units(
         return deadline is not None and time.monotonic() >= deadline
 
     def work(unit: Unit) -> bool:
+        if side_by_side == 1:  # else another thread may be at work with its program
+            let_go_of_programs()
         try:
             for rows, counts in unit.batches():
                 if stop.is_set() or late():
@@ -300,6 +308,21 @@ def run_units(
             return all([future.result() for future in futures])
         finally:
             stop.set()  # an interrupt reaches this thread only
+
+
+def let_go_of_programs() -> None:
+    """Drop all compiled programs if they hold half of what Linux gives a process.
+
+    On a CPU each program takes hundreds of memory maps. A process without any left ends
+    in a segmentation fault, and a large sweep has that many programs.
+    """
+    try:
+        most = int(MOST_MAPS.read_text())
+        maps = MAPS.read_bytes().count(b"\n")
+    except OSError:  # another system
+        return
+    if maps > most / 2:
+        jax.clear_caches()
 
 
 def _run_batch(
