@@ -79,16 +79,16 @@ class Eviction:
             "prefill": registry.parse(self.prefill, registry.PREFILL, flag="--prefill"),
             "decode": registry.parse(self.decode, registry.DECODE, flag="--decode"),
         }
-        bounds = {"budget": self.budget, "compression_ratio": self.compression_ratio}
-        unbounded = all(bound is None for bound in bounds.values())
+        ratio = self.compression_ratio
+        unbounded = self.budget is None and ratio is None
         if unbounded and any(policy != Full() for policy in policies.values()):
             # What evicts the output needs one budget for all rows.
-            ratio = "" if policies["decode"].evicts else " or --compression-ratio"
+            other = "" if policies["decode"].evicts else " or --compression-ratio"
             raise ValueError(
                 f"--prefill {self.prefill} --decode {self.decode} evicts and needs "
-                f"--budget{ratio}."
+                f"--budget{other}."
             )
-        return bounds | policies
+        return {"budget": self.budget, **policies, "compression_ratio": ratio}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
