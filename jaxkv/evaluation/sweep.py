@@ -5,10 +5,10 @@ output buffer) follow each other, all batches of a program have one size, and a 
 holds rows of all budgets where budgets may differ within a batch. Two programs may run
 side by side, so that one compiles while the other computes.
 
-Programs stay until the process ends, and on a CPU their number is limited, to about 130
-with `needle`: see `jaxkv.inference`. A method that evicts the output has one program
-for each budget and length. A larger sweep is cut into several, whose folders
-`jaxkv eval merge` puts together, or calls `jax.clear_caches()` between two runs.
+On a CPU a process can hold some 130 programs of `needle` (see `jaxkv.inference`), and a
+method that evicts the output has one for each budget and length. So all are dropped
+when half of the process's memory maps are used; not with programs side by side. There
+a larger sweep is cut into several, whose folders `jaxkv eval merge` puts together.
 """
 
 import concurrent.futures
@@ -311,11 +311,7 @@ def run_units(
 
 
 def let_go_of_programs() -> None:
-    """Drop all compiled programs if they hold half of what Linux gives a process.
-
-    On a CPU each program takes hundreds of memory maps. A process without any left ends
-    in a segmentation fault, and a large sweep has that many programs.
-    """
+    """Drop all compiled programs if half of the process's memory maps are used."""
     try:
         most = int(MOST_MAPS.read_text())
         maps = MAPS.read_bytes().count(b"\n")
