@@ -223,6 +223,14 @@ def test_named_implementations_never_fall_back():
         causal_attention(q, k, v, scale=1.0, implementation="splash")
 
 
+def test_cudnn_names_what_it_does_not_take(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    with pytest.raises(
+        NotImplementedError, match="takes bfloat16 or float16, got float32; use"
+    ):
+        causal_attention(*prompt(4, 2, 8), scale=1.0, implementation="cudnn")
+
+
 @pytest.mark.parametrize("capability", ["7.5", "gfx942"])
 def test_triton_names_a_gpu_that_is_too_old(capability, monkeypatch):
     device = types.SimpleNamespace(device_kind="T4", compute_capability=capability)
