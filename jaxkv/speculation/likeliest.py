@@ -44,7 +44,8 @@ def top_three(logits: jax.Array, *, block: int = 128) -> jax.Array:
     """Return the ids of the three highest of `V` >= 3 logits, int32 `[..., 3]`.
 
     Without a sort: they lie in the three blocks with the highest maxima, so that the
-    vocabulary is read once. Ties go to the lower id.
+    vocabulary is read once. Ties go to the lower id. `jax.lax.top_k` takes 1.5 to 2.2
+    times as long on an H200 (`benchmarks/results/2026-11-27-house-h200.json`).
     """
     vocabulary = logits.shape[-1]
     block = min(block, vocabulary // 3)  # at least three blocks
