@@ -32,13 +32,18 @@ def cache_bytes(record, numbers=1):
     return slots * (2 * 2 * record["H"] + 4 * numbers)
 
 
+def all_in_place(record, cache):
+    """Return whether what is updated in place is the cache and a tile of targets."""
+    return 0 < record["alias_bytes"] - cache <= 4096
+
+
 @pytest.mark.parametrize("model", [1, 4])
 def test_longflow_compiles_in_place_on_every_topology(script, model):
     """On one device, and with its heads and their shared victim spread over four."""
     records = list(script.kernels(["longflow_attention"], model=model))
     assert [r["kind"] for r in records] == list(script.TOPOLOGIES)
     for record in records:
-        assert record["alias_bytes"] == cache_bytes(record, 2) / model  # norms
+        assert all_in_place(record, cache_bytes(record, 2) / model)  # norms
         assert record["temp_bytes"] < (1e6 if model == 1 else 4e6)
 
 
@@ -49,7 +54,7 @@ def test_longflow_compiles_in_place_on_every_topology(script, model):
 def test_other_kernels_compile_on_every_topology(script, part):
     for record in script.kernels([part]):
         if part == "decode_attention":
-            assert record["alias_bytes"] == cache_bytes(record)
+            assert all_in_place(record, cache_bytes(record))
         # Splash may copy queries, keys and values into the order of its axes.
         rows = 2 * record["T"] * (record["N"] + 2 * record["K"]) * record["H"]
         assert record["temp_bytes"] < (2 * rows if part == "causal_attention" else 2e6)
@@ -73,10 +78,10 @@ def test_longflow_compiles_at_odd_sizes(
 
     mesh = script.sharding.make_mesh(devices=script.devices("v5e:2x2")[:1])
     sizes = dict(B=3, N=heads, K=kv_heads, S=slots, H=head_dim)
-    query, token, slots, bound = script.decode_inputs(mesh, sizes, jnp.dtype(dtype))
+    *inputs, bound = script.decode_inputs(mesh, sizes, jnp.dtype(dtype))
     record = script.compile_one(
         lambda *x: longflow_attention_tpu(*x, scale=0.1, score=score, shared=False),
-        (query, token, slots, bound, bound),
+        (*inputs, bound, bound),
         mesh,
         donate_argnums=2,
     )
