@@ -162,7 +162,7 @@ def _sketch(network, params, tokens, lengths, keep, options, policy, steps):
         return (token, cache), token
 
     first = logits.argmax(-1).astype(jnp.int32)
-    positions = lengths + jnp.arange(steps - 1, dtype=jnp.int32)[:, None]
+    positions = lengths[None] + jnp.arange(steps - 1, dtype=jnp.int32)[:, None]
     _, rest = jax.lax.scan(step, (first, cache), positions)
     return jnp.concatenate([first[:, None], rest.T], axis=1)
 

@@ -108,7 +108,7 @@ def fill(
     """
     keys, values = (x[:, : state.slots].swapaxes(1, 2) for x in (keys, values))
     batch, kv_heads, length, _ = keys.shape
-    order = jnp.arange(length, dtype=jnp.int32)
+    order = jnp.arange(length, dtype=jnp.int32)[None]
     positions = jnp.where(order < lengths[:, None], order, FREE)[:, None]
     positions = jnp.broadcast_to(positions, (batch, kv_heads, length))
     filled = _put(state, keys, values, positions)

@@ -221,7 +221,7 @@ _RUNS = {"reference": _reference, "xla": _xla}
 
 def _paths(parents, depths, depth):
     """Return each node's ancestors by depth `[B, T, D + 1]`, and where they are."""
-    order = jnp.arange(depth + 1, dtype=jnp.int32)
+    order = jnp.arange(depth + 1, dtype=jnp.int32)[None, None]
     node = jnp.broadcast_to(
         jnp.arange(parents.shape[1], dtype=jnp.int32), parents.shape
     )
@@ -235,7 +235,7 @@ def _paths(parents, depths, depth):
 
 def _by_node(walk, weights):
     """Turn weights of ancestors `[B, K, T, G, D + 1]` into `[B, K, T, G, T]`."""
-    nodes = jnp.arange(walk.path.shape[1])
+    nodes = jnp.arange(walk.path.shape[1])[None, None, None]
     is_node = walk.on_path[..., None] & (walk.path[..., None] == nodes)
     return jnp.einsum(
         "bktgd,btdu->bktgu", weights, is_node.astype(jnp.float32), precision="highest"
@@ -264,9 +264,11 @@ def _weights(walk, slots, occupied):
     """
     own = jnp.where(walk.on_path[:, None], _along(slots, walk.path), -1)
     order = jnp.arange(own.shape[-1])
-    again = (own[..., :, None] == own[..., None, :]) & (order > order[:, None])
+    again = own[..., :, None] == own[..., None, :]
+    again &= (order[None, :] > order[:, None])[None, None, None]
     alive = walk.on_path[:, None] & ~again.any(-1)
-    overwritten = (own[..., None] == jnp.arange(occupied.shape[2])).any(3)
+    slot = jnp.arange(occupied.shape[2])[None, None, None, None]
+    overwritten = (own[..., None] == slot).any(3)
     old_alive = occupied[:, :, None] & ~overwritten
     old, new = tree_attention.softmax_over_both(
         walk.old, walk.new, old_alive[:, :, :, None], alive[:, :, :, None]
@@ -285,7 +287,7 @@ def _victims(walk, slots, positions, position, oldest, *, n_recent, shared):
     importance = old.mean(axis=3) * walk.old_size[:, :, None]  # [B, K, T, S]
     mine = new.mean(axis=3) * _along(walk.new_size, walk.path)  # [B, K, T, D + 1]
     held = jnp.broadcast_to(positions[:, :, None], importance.shape)
-    slot = jnp.arange(positions.shape[2])
+    slot = jnp.arange(positions.shape[2])[None, None, None]
     for d in range(own.shape[-1]):  # a later write comes after an earlier one
         here = own[..., d : d + 1] == slot
         importance = jnp.where(here, mine[..., d : d + 1], importance)

@@ -143,6 +143,7 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     """Normalise the last axis to unit root mean square, then scale by `weight`."""
     x32 = x.astype(jnp.float32)
     variance = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
+    weight = jnp.expand_dims(weight, range(x.ndim - 1))
     return (x32 * jax.lax.rsqrt(variance + eps)).astype(x.dtype) * weight
 
 

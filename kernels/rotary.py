@@ -29,7 +29,7 @@ def table(positions: jax.Array, frequencies: jax.Array) -> tuple[jax.Array, jax.
       positions: integers `[B, T]`.
       frequencies: float32 `[H / 2]`, in radians per position.
     """
-    angles = positions[..., None].astype(jnp.float32) * frequencies
+    angles = positions[..., None].astype(jnp.float32) * frequencies[None, None]
     return jnp.cos(angles), jnp.sin(angles)
 
 

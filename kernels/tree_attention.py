@@ -188,12 +188,11 @@ def _xla(query, nodes, slots, upcoming, depths, ancestors, *, scale):
     keys, values, positions, _, _ = slots
     order = jnp.arange(upcoming.shape[2], dtype=jnp.int32)
     never = jnp.int32(upcoming.shape[2])
-    slot = jnp.arange(keys.shape[2], dtype=jnp.int32)
+    slot = jnp.arange(keys.shape[2], dtype=jnp.int32)[None, None, None]
     hits = upcoming[..., None] == slot  # [B, K, D + 1, S]
     until = jnp.where(hits, order[:, None], never).min(2)  # [B, K, S]
-    again = (upcoming[..., :, None] == upcoming[..., None, :]) & (
-        order[None, :] > order[:, None]
-    )
+    again = upcoming[..., :, None] == upcoming[..., None, :]
+    again &= (order[None, :] > order[:, None])[None, None]
     until_new = jnp.where(again, order, never).min(-1)  # [B, K, D + 1]
     depth = depths[:, None, :, None]  # [B, 1, T, 1]
     old_alive = (positions >= 0)[:, :, None] & (depth < until[:, :, None])

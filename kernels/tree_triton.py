@@ -145,7 +145,8 @@ def pack(ancestors: jax.Array) -> jax.Array:
     batch, nodes, _ = ancestors.shape
     padded = jnp.pad(ancestors, ((0, 0), (0, 0), (0, -nodes % 32)))
     bits = padded.reshape(batch, nodes, -1, 32).astype(jnp.uint32)
-    words = (bits << jnp.arange(32, dtype=jnp.uint32)).sum(-1, dtype=jnp.uint32)
+    place = jnp.arange(32, dtype=jnp.uint32)[None, None, None]
+    words = (bits << place).sum(-1, dtype=jnp.uint32)
     return jax.lax.bitcast_convert_type(words, jnp.int32)
 
 

@@ -77,7 +77,7 @@ def _xla(nodes, slots, path, upcoming, count):
     keys, values, positions, target, _ = slots
     batch, kv_heads, num_slots = positions.shape
     slot = upcoming[..., :-1]
-    steps = jnp.arange(path.shape[1], dtype=jnp.int32)
+    steps = jnp.arange(path.shape[1], dtype=jnp.int32)[None, None]
     place = last_writes(slot, count, num_slots)
     flags = dict(mode="drop", unique_indices=True)
 
@@ -116,9 +116,9 @@ def last_writes(slot: jax.Array, count: jax.Array, slots: int):
     """
     batch, kv_heads, length = slot.shape
     steps = jnp.arange(length, dtype=jnp.int32)
-    written = (steps < count[:, None])[:, None]
+    written = (steps[None] < count[:, None])[:, None]
     same = slot[..., :, None] == slot[..., None, :]
-    later = steps[None, :] > steps[:, None]
+    later = (steps[None, :] > steps[:, None])[None, None]
     again = (same & later & written[..., None, :]).any(-1)
     b = jnp.arange(batch)[:, None, None]
     k = jnp.arange(kv_heads)[None, :, None]

@@ -111,7 +111,7 @@ def choose(platform: str, query=None, key=None) -> Implementation:
 
 def _last_visible(start, window, count):
     """Return the last key that each query sees, int32 `[B, W]`; -1 if it counts not."""
-    order = jnp.arange(window, dtype=jnp.int32)
+    order = jnp.arange(window, dtype=jnp.int32)[None]
     return jnp.where(order < count[:, None], start[:, None] + order, -1)
 
 
@@ -120,7 +120,7 @@ def _reference(query, key, start, *, scale, length, count, reduction):
     _, window, heads, _ = query.shape
     keys, kv_heads = key.shape[1:3]
     last = _last_visible(start, window, count)
-    seen = (jnp.arange(keys) <= last[..., None])[:, None]  # [B, 1, W, T]
+    seen = (jnp.arange(keys)[None, None] <= last[..., None])[:, None]  # [B, 1, W, T]
     k = jnp.repeat(key.astype(jnp.float32), heads // kv_heads, axis=2)
     q = query.astype(jnp.float32)
     logits = scale * jnp.einsum("bwnh,btnh->bnwt", q, k, precision="highest")
@@ -148,7 +148,7 @@ def _xla(query, key, start, *, scale, length, count, reduction):
             "bkrh,bskh->bkrs", grouped, tile, preferred_element_type=jnp.float32
         )
         index = first + jnp.arange(size, dtype=jnp.int32)
-        return jnp.where(index <= last[..., None], out, -jnp.inf)
+        return jnp.where(index[None, None, None] <= last[..., None], out, -jnp.inf)
 
     def add_up(i, carry):
         maximum, total = carry

@@ -91,8 +91,8 @@ def _run(query, key, start, count, *, scale, length, interpret):
     tile_rows = min(_ROWS, -(-rows // 16) * 16)
     padding = -rows % tile_rows
     # The last key that each row sees; -1 for rows that do not count, and for padding.
-    last = start[:, None] + jnp.arange(window, dtype=jnp.int32)
-    last = jnp.where(jnp.arange(window) < count[:, None], last, -1)
+    order = jnp.arange(window, dtype=jnp.int32)[None]
+    last = jnp.where(order < count[:, None], start[:, None] + order, -1)
     last = jnp.minimum(last, keys - 1).astype(jnp.int32)
     end = last.max(1) // _KEYS  # the last block of keys that anybody sees
     last = jnp.pad(

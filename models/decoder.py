@@ -164,7 +164,7 @@ class Layer(nn.Module):
             parts = project.project(x, weight, implementation=self.implementation)
             if bias:
                 bias = self.param(f"{name}_bias", _zeros(axes[1]), (columns,))
-                parts = (pointwise.join(parts, x.dtype) + bias)[None]
+                parts = (pointwise.join(parts, x.dtype) + bias[None, None])[None]
             return parts
 
         norm = self.param("attention_norm", _ones(None), (c.hidden_size,))

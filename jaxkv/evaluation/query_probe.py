@@ -60,7 +60,7 @@ def record(
         del state
         out = prefill.causal_attention(q, k, v, scale=scale_of(q))
         plain = rotate(q, -positions[None], frequencies)[0].astype(jnp.float32)
-        mean = jnp.where(is_prompt, plain, 0).sum(0) / length
+        mean = jnp.where(is_prompt, plain, 0).sum(0) / length.astype(jnp.float32)
         return out, (q[0, places], mean, k[0].swapaxes(0, 1))
 
     _, seen = network.apply(
@@ -169,7 +169,7 @@ def window_scores(
     """
     heads, size = queries.shape[2:]
     group = heads // keys.shape[1]
-    seen = jnp.arange(keys.shape[2]) < visible[:, None]  # [W, T]
+    seen = jnp.arange(keys.shape[2])[None] < visible[:, None]  # [W, T]
 
     def layer(arrays):
         q, k = (array.astype(jnp.float32) for array in arrays)

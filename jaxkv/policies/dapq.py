@@ -127,7 +127,7 @@ class DapQ(WholePrompt):
         """Return the contents, int32 `[B, N]`; see `policies.PrefillPolicy`."""
         del sketch
         shape = (lengths.shape[0], self.window_size)
-        order = jnp.arange(self.window_size)
+        order = jnp.arange(self.window_size)[None]
         key = jax.random.key(self.seed)
         match self.content:
             case "fixed":
@@ -140,11 +140,12 @@ class DapQ(WholePrompt):
                 return jnp.broadcast_to(ids, shape)
             case "random_tokens":
                 # The same fractions for each row, whatever batch it is in.
-                index = jax.random.uniform(key, shape[1:]) * lengths[:, None]
+                fractions = jax.random.uniform(key, shape[1:])[None]
+                index = fractions * lengths[:, None].astype(jnp.float32)
             case "random_span":
                 spans = jnp.maximum(lengths - self.window_size, 0) + 1
-                first = jnp.floor(jax.random.uniform(key) * spans)
-                index = first[:, None] + order
+                first = jnp.floor(jax.random.uniform(key) * spans.astype(jnp.float32))
+                index = first.astype(jnp.int32)[:, None] + order
             case _:
                 last = lengths[:, None] - self.window_size + order
                 index = jnp.where(order < self.prefix, order, last)
@@ -198,5 +199,5 @@ def attention_of_pseudo(
         granularity=granularity,
         reduction=reduction,
     )
-    real = jnp.arange(length) < prompt.lengths[:, None]
+    real = jnp.arange(length)[None] < prompt.lengths[:, None]
     return pool(scores, real, pooling=pooling, kernel_size=kernel_size)

@@ -74,10 +74,10 @@ def expected_attention(
 ) -> jax.Array:
     """Return the normalised expected attention of each token, float32 `[B, K, T]`."""
     batch, length, kv_heads, head_dim = prompt.keys.shape
-    real = jnp.arange(length) < prompt.lengths[:, None]
+    real = jnp.arange(length)[None] < prompt.lengths[:, None]
     mean, covariance = _statistics(prompt, n_sink)
-    ahead = prompt.lengths[:, None] + jnp.arange(n_future_positions)
-    angles = ahead[..., None].astype(jnp.float32) * prompt.frequencies
+    ahead = prompt.lengths[:, None] + jnp.arange(n_future_positions)[None]
+    angles = ahead[..., None].astype(jnp.float32) * prompt.frequencies[None, None]
     cos, sin = (f(angles).mean(1)[:, None] for f in (jnp.cos, jnp.sin))  # [B, 1, H / 2]
 
     keys = prompt.keys.astype(jnp.float32)
@@ -105,7 +105,8 @@ def _statistics(prompt, n_sink):
     # A prompt of nothing but sinks still has statistics.
     first = jnp.minimum(n_sink, prompt.lengths - 1)[:, None]
     counts = (index >= first) & (index < prompt.lengths[:, None])
-    weights = counts / counts.sum(1, keepdims=True)  # [B, T]
+    ones = counts.astype(jnp.float32)
+    weights = ones / ones.sum(1, keepdims=True)  # [B, T]
     mean = jnp.einsum("bt,btnh->bnh", weights, queries)
     centred = jnp.where(counts[..., None, None], queries - mean[:, None], 0.0)
     covariance = jnp.einsum("bt,btnh,btni->bnhi", weights, centred, centred)

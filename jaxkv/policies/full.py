@@ -41,7 +41,7 @@ class Full(WholePrompt, PlainAttention):
         out, state = attend_and_write(
             query, key, value, state, position, implementation=implementation
         )
-        target = state.target + (position[:, None] >= 0)
+        target = state.target + (position[:, None] >= 0).astype(jnp.int32)
         return out, dataclasses.replace(state, target=target)
 
     def attend_tree(
@@ -58,7 +58,8 @@ class Full(WholePrompt, PlainAttention):
         implementation=None,
     ) -> tuple[jax.Array, Pending]:
         """Append; see `Speculable.attend_tree`."""
-        upcoming = state.target[..., None] + jnp.arange(depth + 2, dtype=jnp.int32)
+        steps = jnp.arange(depth + 2, dtype=jnp.int32)
+        upcoming = state.target[..., None] + steps[None, None]
         return attend_tree_by_depth(
             *(query, key, value, state, position, upcoming, drafts, ancestors),
             implementation=implementation,

@@ -130,7 +130,7 @@ def attended_importance(
     before = (positions >= 0) & (positions <= newest[:, None, None])
     weights = decode.softmax(jnp.where(before[:, :, None], window, -jnp.inf))
     queries = (window > -jnp.inf).any(-1).sum(-1, keepdims=True)
-    mean = weights.sum(axis=2) / jnp.maximum(queries, 1)
+    mean = weights.sum(axis=2) / jnp.maximum(queries, 1).astype(jnp.float32)
     last = jnp.iinfo(jnp.int32).max
     order = jnp.argsort(jnp.where(before, positions, last), axis=-1)
     pooled = jax.lax.reduce_window(
@@ -170,8 +170,8 @@ def redundancy(
     def add(total, start):
         rows = jax.lax.dynamic_slice_in_dim(padded, start, block, axis=2)
         similarity = jnp.einsum("bkrh,bksh->bkrs", rows, unit)
-        itself = (start + jnp.arange(block))[:, None] == jnp.arange(slots)
-        similarity = jnp.where(itself, 0, similarity)
+        itself = (start + jnp.arange(block))[:, None] == jnp.arange(slots)[None]
+        similarity = jnp.where(itself[None, None], 0, similarity)
         similar = jnp.where(similarity > threshold, positions[:, :, None], -1)
         latest = similar.max(-1, keepdims=True)
         forgiven = (similar == latest) & (similar >= 0)
@@ -179,5 +179,6 @@ def redundancy(
 
     starts = block * jnp.arange(blocks)
     total, _ = jax.lax.scan(add, jnp.zeros(positions.shape, jnp.float32), starts)
-    mean = total / jnp.maximum(occupied.sum(-1, keepdims=True), 1)
+    number = jnp.maximum(occupied.sum(-1, keepdims=True), 1)
+    mean = total / number.astype(jnp.float32)
     return decode.softmax(jnp.where(occupied, mean, -jnp.inf))

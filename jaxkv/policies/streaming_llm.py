@@ -113,7 +113,7 @@ def next_oldest(
     known = min(count, state.slots)
     _, order = jax.lax.top_k(-age, known)
     evictable = (age != jnp.iinfo(jnp.int32).max).sum(-1, keepdims=True)
-    step = jnp.arange(count, dtype=jnp.int32)
+    step = jnp.arange(count, dtype=jnp.int32)[None, None]
     sinks = jnp.clip(n_sink - position, 0, count)[:, None, None]
     circle = jnp.maximum(evictable - sinks, 1)
     turn = jnp.where(step < sinks, step, sinks + (step - sinks) % circle)

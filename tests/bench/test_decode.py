@@ -141,7 +141,7 @@ def test_a_policy_begins_anew_at_each_rewind():
     start = decode_step.rewind(used, steps=4, context=6, policy=H2ODecode())
     for state in start.cache:
         assert (state.memory == 0).all()
-        assert (state.positions == jnp.arange(6)).all()
+        assert (state.positions == jnp.arange(6)[None, None]).all()
         assert (state.target == 0).all()
 
 

@@ -41,7 +41,7 @@ def inputs_of(steps):
             np.random.default_rng(seed).standard_normal((steps, *shape)), jnp.float32
         )
 
-    sure = jnp.asarray([1.0, 4.0])[:, None, None]
+    sure = jnp.asarray([1.0, 4.0])[None, :, None, None]
     order = jnp.tile(jnp.arange(steps, dtype=jnp.int32)[:, None], 2)
     new = draw(11, 2, 2, HEAD_DIM), draw(12, 2, 2, HEAD_DIM)
     return sure * draw(10, 2, 4, HEAD_DIM), *new, order
