@@ -209,20 +209,14 @@ class _One:
 
     def offsets(self) -> Iterator[tuple[tuple, Cosines]]:
         """Yield the right content at positions that are more and more wrong."""
-        count, steps = self._study.tokens, self._study.steps
+        steps, right = self._study.steps, self.content("same", self._study.tokens)
         for step in range(steps + 1):
             start = round(self._length * step / steps)
             where = f"{round(100 * step / steps)}%"
-            yield (
-                ("offsets", where),
-                self._compare(self.content("same", count), start),
-            )
+            yield ("offsets", where), self._compare(right, start)
         for beyond in BEYOND:
-            start = self._length + beyond
-            yield (
-                ("offsets", f"+{beyond}"),
-                self._compare(self.content("same", count), start),
-            )
+            where = f"+{beyond}"
+            yield ("offsets", where), self._compare(right, self._length + beyond)
 
     def windows(self, question: Question) -> Iterator[tuple[tuple, Any]]:
         """How well windows of queries know what the true ones will look at."""

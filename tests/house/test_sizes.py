@@ -11,15 +11,6 @@ ROOT = Path(__file__).resolve().parents[2]
 MODULE, FUNCTION = 400, 60  # lines of a file; lines of code of a function
 FOLDERS = ("jaxkv", "kernels", "models", "tests", "benchmarks")
 MODULES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
-# What rooms under work have still to cut. What is listed and short fails too.
-OPEN_MODULES = {"jaxkv/evaluation/position_study.py"}
-OPEN = {
-    ("benchmarks/cpu_vs_transformers.py", "main"),
-    ("benchmarks/speculation_needle.py", "main"),
-    ("benchmarks/tpu_compile.py", "generate"),
-    ("jaxkv/cli/bench_throughput.py", "throughput"),
-    ("kernels/longflow_triton.py", "longflow_attention_triton"),
-}
 SILENT = {
     tokenize.COMMENT,
     tokenize.DEDENT,
@@ -47,10 +38,16 @@ def code_lines(source: str) -> set[int]:
 
 
 def long_functions(source: str, most: int) -> list[tuple[str, int]]:
-    """Return the functions with more lines of code than `most`, and how many."""
+    """Return the functions with more lines of code than `most`, and how many.
+
+    The signature is not counted: that of a command is a table of flags.
+    """
     code = code_lines(source)
     functions = [
-        (node.name, len(code.intersection(range(node.lineno, node.end_lineno + 1))))
+        (
+            node.name,
+            len(code.intersection(range(node.body[0].lineno, node.end_lineno + 1))),
+        )
         for node in ast.walk(ast.parse(source))
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
     ]
@@ -60,19 +57,14 @@ def long_functions(source: str, most: int) -> list[tuple[str, int]]:
 @pytest.mark.parametrize("path", MODULES, ids=name)
 def test_modules_and_functions_are_short(path):
     source = path.read_text(encoding="utf-8")
-    lines = source.count("\n")
-    assert (lines > MODULE) == (name(path) in OPEN_MODULES), f"{lines} lines"
+    assert source.count("\n") <= MODULE
     if not path.stem.endswith("_body"):  # the body of a kernel is one program
-        found = {function for function, _ in long_functions(source, FUNCTION)}
-        listed = {function for module, function in OPEN if module == name(path)}
-        assert found == listed, (
-            f"longer than {FUNCTION} lines: {found}; in OPEN: {listed}"
-        )
+        assert long_functions(source, FUNCTION) == []
 
 
 def test_lines_are_counted_as_said():
     source = (
         'def f(\n  x,\n):\n  """A\n\n  B"""\n  # why\n\n  y = """\n"""\n  return y\n'
     )
-    assert long_functions(source, 5) == [("f", 6)]
-    assert long_functions(source, 6) == []
+    assert long_functions(source, 2) == [("f", 3)]
+    assert long_functions(source, 3) == []
