@@ -21,7 +21,13 @@ TOLERANCE = {"float32": 2e-6, "bfloat16": 2e-2, "float16": 3e-3}
 
 
 def draw(seed, *shape, dtype="float32"):
-    return jax.random.normal(jax.random.key(seed), shape, jnp.float32).astype(dtype)
+    drawn = np.random.default_rng(seed).standard_normal(shape, np.float32)
+    return jnp.asarray(drawn, dtype)
+
+
+def compiled(operation, **options):
+    """Return the operation as one program, where each step would be one of its own."""
+    return jax.jit(functools.partial(operation, **options))
 
 
 def prompt(num_heads, kv_heads, length, dtype="float32", head_dim=16):
@@ -35,7 +41,7 @@ def prompt(num_heads, kv_heads, length, dtype="float32", head_dim=16):
 @heads
 def test_prefill_reference_against_jax_nn(heads):
     q, k, v = prompt(*HEADS[heads], 37)
-    ours = causal_attention(q, k, v, scale=0.3, implementation="reference")
+    ours = compiled(causal_attention, scale=0.3, implementation="reference")(q, k, v)
     theirs = jax.nn.dot_product_attention(q, k, v, scale=0.3, is_causal=True)
     np.testing.assert_allclose(ours, theirs, atol=2e-6)
 
@@ -45,18 +51,16 @@ def test_prefill_reference_against_jax_nn(heads):
 @pytest.mark.parametrize("length", [1, 257, 600])
 def test_prefill_xla_against_reference(heads, dtype, length):
     q, k, v = prompt(*HEADS[heads], length, dtype)
-    ours = causal_attention(q, k, v, scale=0.3, implementation="xla")
-    exact = causal_attention(
-        *(x.astype(jnp.float32) for x in (q, k, v)),
-        scale=0.3,
-        implementation="reference",
+    run = compiled(causal_attention, scale=0.3, implementation="xla")
+    ours = run(q, k, v)
+    exact = compiled(causal_attention, scale=0.3, implementation="reference")(
+        *(x.astype(jnp.float32) for x in (q, k, v))
     )
     assert ours.dtype == q.dtype
     np.testing.assert_allclose(
         ours.astype(jnp.float32), exact, atol=TOLERANCE[dtype] * 2
     )
-    again = causal_attention(q, k, v, scale=0.3, implementation="xla")
-    np.testing.assert_array_equal(np.asarray(ours), np.asarray(again))
+    np.testing.assert_array_equal(np.asarray(ours), np.asarray(run(q, k, v)))
 
 
 def test_prefill_memory_is_linear_in_length():
@@ -158,10 +162,8 @@ def oracle(c, scale):
 @pytest.mark.parametrize("slots", [1, 7, 129])
 def test_backend_equals_reference(heads, implementation, dtype, slots):
     c = cache(*HEADS[heads], slots, dtype)
-    run = functools.partial(
-        decode_attention, **packed(c), scale=0.3, implementation=implementation
-    )
-    got, slots = run()
+    run = compiled(decode_attention, scale=0.3, implementation=implementation)
+    got, slots = run(**packed(c))
     out, keys, values, positions = oracle(c, 0.3)
     live = np.asarray(c["position"]) >= 0
     np.testing.assert_allclose(
@@ -172,7 +174,7 @@ def test_backend_equals_reference(heads, implementation, dtype, slots):
     np.testing.assert_array_equal(np.asarray(slots.values, np.float64), values)
     np.testing.assert_array_equal(slots.positions, positions)
     np.testing.assert_array_equal(slots.target, c["target"])
-    np.testing.assert_array_equal(np.asarray(got), np.asarray(run()[0]))
+    np.testing.assert_array_equal(np.asarray(got), np.asarray(run(**packed(c))[0]))
 
 
 def test_misshapen_arguments_are_named():
