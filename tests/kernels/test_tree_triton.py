@@ -258,7 +258,7 @@ def check_writing(case, seed) -> list[str]:
     for row in range(batch - 1):  # the last one writes nothing
         # To the deepest node; part of the way in one row.
         node = int(depths[row].argmax())
-        count[row] = depths[row, node] + (row != 1)
+        count[row] = int(depths[row, node]) + (row != 1)
         for depth in range(int(depths[row, node]), -1, -1):
             path[row, depth], node = node, parents[row, node]
     nodes = Nodes(key, value, jnp.int32([90, 91, 92, -1]))
