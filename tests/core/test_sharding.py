@@ -26,93 +26,6 @@ CONFIG = dataclasses.replace(
     tiny.CONFIG, vocab_size=64, tied=False, qkv_bias=True, output_bias=True
 )
 
-# Run by an interpreter of its own: the number of devices is fixed at the start.
-OPERATIONS = r"""
-import functools, re, sys
-import jax, jax.numpy as jnp, numpy as np
-from jaxkv import sharding
-from jaxkv.kernels import decode, dispatch, longflow, longflow_tpu
-from jaxkv.kernels import window_scores as windows
-from jaxkv.kernels.cache import Slots, Token
-from jaxkv.kernels.per_shard import partition_spec
-from jaxkv.kernels.scores import value_norms
-
-# No TPU and no GPU here: the one kernel is interpreted, and a stand-in for the other
-# looks at what it is handed, which must be one device's part.
-dispatch.tpu_unavailable = dispatch.triton_unavailable = lambda: ""
-longflow_tpu.longflow_attention_tpu = functools.partial(
-    longflow_tpu.longflow_attention_tpu, interpret=True)
-SHAPES = []
-
-def stand_in(function):
-    def run(*arguments, **options):
-        SHAPES.append(arguments[0].shape)
-        return function(*arguments, **options)
-    return run
-
-longflow.decode_attention_triton = stand_in(decode._xla)
-longflow.longflow_attention_triton = stand_in(
-    functools.partial(longflow._xla, axis=None))
-windows._RUNS["triton"] = stand_in(windows._xla)
-
-ALL = sys.argv[1] == "slow"
-mesh = sharding.make_mesh(data=2, model=2)
-rng = np.random.default_rng(0)
-B, N, K, S, H = 4, 8, 4, 12, 32
-
-def compare(function, letters, arrays, name, collectives):
-    alone = jax.jit(function)(*arrays)
-    with jax.set_mesh(mesh):
-        spread = jax.tree.map(
-            lambda axes, x: jax.device_put(
-                x, jax.NamedSharding(mesh, partition_spec(axes))), letters, arrays)
-        program = jax.jit(function).lower(*spread).compile()
-        text = program.as_text()
-        got = program(*spread)
-    found = re.findall(r"= \S+ (all-\w+|collective-\w+|reduce-scatter)", text)
-    assert found == collectives, (name, found)
-    for one, two in zip(jax.tree.leaves(alone), jax.tree.leaves(got), strict=True):
-        np.testing.assert_allclose(one, two, atol=2e-6, err_msg=name)
-        if one.dtype == jnp.int32:
-            np.testing.assert_array_equal(one, two, err_msg=name)
-
-def normal(*shape):
-    return jnp.asarray(rng.standard_normal(shape), jnp.float32)
-
-positions = rng.permuted(np.broadcast_to(np.arange(S), (B, K, S)), axis=-1)
-positions[0, :, [1, 5]] = -1
-positions, target, position, oldest, newest = (jnp.asarray(x, jnp.int32) for x in (
-    positions, rng.integers(0, S, (B, K)), [S, S + 1, -1, S],
-    [0, 2, 0, S + 9], [S, S - 1, S, S + 9]))
-values = normal(B, K, S, H)
-slots = Slots(normal(B, K, S, H), values, positions, target, value_norms(values, "l2"))
-arrays = [normal(B, N, H), Token(normal(B, K, H), normal(B, K, H), position), slots,
-          oldest, newest]
-letters = ["B N H", Token("B K H", "B K H", "B"),
-           Slots("B K S H", "B K S H", "B K S", "B K", "B K S"), "B", "B"]
-for shared in (True, False) if ALL else (True,):
-    for implementation in ("xla", "triton") + ("pallas_tpu", "reference") * ALL:
-        compare(
-            functools.partial(longflow.longflow_attention, scale=0.3, score="l2",
-                              shared=shared, implementation=implementation),
-            letters, arrays,
-            f"longflow {implementation} {shared}", ["all-gather"] * shared)
-
-arrays = [normal(B, 3, N, H), normal(B, S, K, H), jnp.asarray([0, 9, 4, 2], jnp.int32),
-          jnp.asarray([3, 1, 0, 3], jnp.int32)]
-for implementation in ("xla", "triton") + ("reference",) * ALL:
-    for reduction in ("sum", "max") if ALL else ("sum",):
-        def score(query, key, start, count):
-            return windows.window_scores(query, key, start, count=count, scale=0.3,
-                length=10, reduction=reduction, implementation=implementation)
-        compare(score, ["B W N H", "B T K H", "B", "B"], arrays,
-                f"window {implementation} {reduction}", [])
-assert SHAPES, "no stand-in was called"
-for alone, spread in zip(SHAPES[::2], SHAPES[1::2], strict=True):
-    assert (spread[0], spread[-2]) == (alone[0] / 2, alone[-2] / 2)
-print("equal")
-"""
-
 
 def test_every_parameter_has_a_partition():
     specs = sharding.parameter_specs(parameter_shapes(CONFIG))
@@ -205,19 +118,22 @@ def test_no_weights_are_gathered_for_triton(model, best, monkeypatch):
 )
 def test_operations_stay_on_their_devices(tmp_path, which):
     """Equal results, and nothing sent but what a shared victim needs."""
-    assert over_four_devices(tmp_path, "-c", OPERATIONS, which) == "equal"
+    assert over_four_devices(tmp_path, "sharded_operations.py", which) == "equal"
 
 
 @pytest.mark.slow
 def test_generation_over_four_devices(tmp_path):
-    assert over_four_devices(tmp_path, FOLDER / "sharded_generation.py") == "equal"
+    assert over_four_devices(tmp_path, "sharded_generation.py") == "equal"
 
 
-def over_four_devices(folder, *arguments):
-    """Run Python where JAX finds four devices, and return what it prints."""
+def over_four_devices(folder, program, *arguments):
+    """Run a program beside this file where JAX finds four devices; return its output.
+
+    In an interpreter of its own, because the number of devices is fixed at the start.
+    """
     flags = os.environ.get("XLA_FLAGS", "")
     run = subprocess.run(
-        [sys.executable, *arguments],
+        [sys.executable, FOLDER / program, *arguments],
         cwd=folder,
         env=dict(
             os.environ,

@@ -1,0 +1,141 @@
+"""Run by test_sharding.py, where JAX finds four devices: operations over a mesh.
+
+Prints "equal" where a mesh changes no result, nothing is sent but what a shared victim
+needs, and each device is handed its own part. Takes one argument, fast or slow.
+"""
+
+import functools
+import re
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxkv import sharding
+from jaxkv.kernels import decode, dispatch, longflow, longflow_tpu
+from jaxkv.kernels import window_scores as windows
+from jaxkv.kernels.cache import Slots, Token
+from jaxkv.kernels.per_shard import partition_spec
+from jaxkv.kernels.scores import value_norms
+
+B, N, K, S, H = 4, 8, 4, 12, 32
+RNG = np.random.default_rng(0)
+SHAPES = []  # of what the stand-ins were handed
+
+
+def stand_in(function):
+    def run(*arguments, **options):
+        SHAPES.append(arguments[0].shape)
+        return function(*arguments, **options)
+
+    return run
+
+
+def stand_in_for_devices():
+    """No TPU and no GPU here: interpret one kernel, and look at what another gets."""
+    dispatch.tpu_unavailable = dispatch.triton_unavailable = lambda: ""
+    longflow_tpu.longflow_attention_tpu = functools.partial(
+        longflow_tpu.longflow_attention_tpu, interpret=True
+    )
+    longflow.decode_attention_triton = stand_in(decode._xla)
+    longflow.longflow_attention_triton = stand_in(
+        functools.partial(longflow._xla, axis=None)
+    )
+    windows._RUNS["triton"] = stand_in(windows._xla)
+
+
+def compare(mesh, function, letters, arrays, name, collectives):
+    """Raise where the mesh changes a result, or sends more than `collectives`."""
+    alone = jax.jit(function)(*arrays)
+    with jax.set_mesh(mesh):
+        spread = jax.tree.map(
+            lambda axes, x: jax.device_put(
+                x, jax.NamedSharding(mesh, partition_spec(axes))
+            ),
+            letters,
+            arrays,
+        )
+        program = jax.jit(function).lower(*spread).compile()
+        got = program(*spread)
+    sent = r"= \S+ (all-\w+|collective-\w+|reduce-scatter)"
+    found = re.findall(sent, program.as_text())
+    assert found == collectives, (name, found)
+    for one, two in zip(jax.tree.leaves(alone), jax.tree.leaves(got), strict=True):
+        np.testing.assert_allclose(one, two, atol=2e-6, err_msg=name)
+        if one.dtype == jnp.int32:
+            np.testing.assert_array_equal(one, two, err_msg=name)
+
+
+def normal(*shape):
+    return jnp.asarray(RNG.standard_normal(shape), jnp.float32)
+
+
+def whole(*numbers):
+    return jnp.asarray(numbers, jnp.int32)
+
+
+def compare_longflow(mesh, everything):
+    positions = RNG.permuted(np.broadcast_to(np.arange(S), (B, K, S)), axis=-1)
+    positions[0, :, [1, 5]] = -1
+    target = RNG.integers(0, S, (B, K))
+    values = normal(B, K, S, H)
+    slots = Slots(
+        keys=normal(B, K, S, H),
+        values=values,
+        positions=whole(*positions),
+        target=whole(*target),
+        norms=value_norms(values, "l2"),
+    )
+    query = normal(B, N, H)
+    token = Token(normal(B, K, H), normal(B, K, H), whole(S, S + 1, -1, S))
+    oldest, newest = whole(0, 2, 0, S + 9), whole(S, S - 1, S, S + 9)
+    letters = [
+        "B N H",
+        Token("B K H", "B K H", "B"),
+        Slots("B K S H", "B K S H", "B K S", "B K", "B K S"),
+        *("B", "B"),
+    ]
+    arrays = [query, token, slots, oldest, newest]
+    for shared in (True, False) if everything else (True,):
+        for how in ("xla", "triton") + ("pallas_tpu", "reference") * everything:
+            function = functools.partial(
+                longflow.longflow_attention,
+                scale=0.3,
+                score="l2",
+                shared=shared,
+                implementation=how,
+            )
+            name = f"longflow {how} {shared}"
+            compare(mesh, function, letters, arrays, name, ["all-gather"] * shared)
+
+
+def compare_windows(mesh, everything):
+    arrays = [normal(B, 3, N, H), normal(B, S, K, H), whole(0, 9, 4, 2)]
+    arrays.append(whole(3, 1, 0, 3))
+    letters = ["B W N H", "B T K H", "B", "B"]
+    for how in ("xla", "triton") + ("reference",) * everything:
+        for reduction in ("sum", "max") if everything else ("sum",):
+
+            def score(query, key, start, count, how=how, reduction=reduction):
+                return windows.window_scores(
+                    *(query, key, start),
+                    count=count,
+                    scale=0.3,
+                    length=10,
+                    reduction=reduction,
+                    implementation=how,
+                )
+
+            compare(mesh, score, letters, arrays, f"window {how} {reduction}", [])
+
+
+if __name__ == "__main__":
+    stand_in_for_devices()
+    mesh = sharding.make_mesh(data=2, model=2)
+    compare_longflow(mesh, sys.argv[1] == "slow")
+    compare_windows(mesh, sys.argv[1] == "slow")
+    assert SHAPES, "no stand-in was called"
+    for alone, spread in zip(SHAPES[::2], SHAPES[1::2], strict=True):
+        assert (spread[0], spread[-2]) == (alone[0] / 2, alone[-2] / 2)
+    print("equal")
