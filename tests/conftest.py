@@ -37,7 +37,7 @@ if ON_CPU:
     os.environ["XLA_FLAGS"] = " ".join([*QUICK_TO_COMPILE, own])
 
 # Each compiled program maps some memory, and Linux allows a process 65,530 maps: one
-# that asks for more ends in a segmentation fault. A module stays far from it.
+# that asks for more ends in a segmentation fault. No test comes near it.
 MOST_MAPS = 65_530 // 4
 
 # Tests may import the modules beside them, also where pytest imports by path.
@@ -80,11 +80,11 @@ def memory_maps() -> int | None:
 
 
 def check_maps(where: str, most: int = MOST_MAPS) -> None:
-    """Raise where a module has left more memory maps than a run can afford."""
+    """Raise where a test has left more memory maps than a run can afford."""
     maps = memory_maps()
     if maps is not None and maps > most:
         raise RuntimeError(
-            f"{maps} memory maps after {where}, more than {most}: split the module, "
+            f"{maps} memory maps after {where}, more than {most}: split the test, "
             "or let go of what it has compiled"
         )
 
@@ -98,13 +98,21 @@ def programs_do_not_pile_up():
 
 
 @pytest.fixture(scope="module", autouse=True)
-def programs_are_let_go(request):
+def programs_are_let_go():
     """Let go of the compiled programs of a module when its last test has run."""
+    yield
+    jax.clear_caches()
+
+
+@pytest.fixture(autouse=True)
+def maps_are_bounded(request):
+    """Let go of them earlier where a module has many, and fail if a test has more."""
     yield
     try:
         check_maps(request.node.nodeid)
     finally:
-        jax.clear_caches()
+        if (memory_maps() or 0) > MOST_MAPS // 2:
+            jax.clear_caches()
 
 
 @pytest.fixture(autouse=True)

@@ -17,9 +17,9 @@ def test_memory_maps_are_counted():
         for i in range(40)
     ]
     assert conftest.memory_maps() > before + 10
-    with pytest.raises(RuntimeError, match="memory maps after a module, more than 10"):
-        conftest.check_maps("a module", most=10)
-    conftest.check_maps("a module")
+    with pytest.raises(RuntimeError, match="memory maps after a test, more than 10"):
+        conftest.check_maps("a test", most=10)
+    conftest.check_maps("a test")
     del held
 
 
