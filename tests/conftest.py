@@ -89,14 +89,6 @@ def check_maps(where: str, most: int = MOST_MAPS) -> None:
         )
 
 
-@pytest.fixture(autouse=True)
-def programs_do_not_pile_up():
-    """Let go of compiled programs in the middle of a module that makes many."""
-    yield
-    if (memory_maps() or 0) > MOST_MAPS // 2:
-        jax.clear_caches()
-
-
 @pytest.fixture(scope="module", autouse=True)
 def programs_are_let_go():
     """Let go of the compiled programs of a module when its last test has run."""
