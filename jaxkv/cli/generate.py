@@ -10,7 +10,6 @@ from typing import Annotated, Any
 import typer
 
 from jaxkv import inference, registry
-from jaxkv.arguments import encode
 from jaxkv.cli import flags, prompts
 from jaxkv.cli.groups import grouped
 from jaxkv.cli.terminal import TextStream, announce, progress
@@ -181,12 +180,12 @@ def generate(
         **speculation.arguments,
     }
     flags.check(arguments)
-    texts = prompts.read(prompt or [], prompt_file or [])
-    if stream and (json_ or len(texts) > 1):
+    records = prompts.read(prompt or [], prompt_file or [])
+    if stream and (json_ or len(records) > 1):
         raise ValueError("--stream takes one prompt and no --json.")
     lm = flags.load_model(model, dtype)
     # All at once, so that a bad prompt is found before a good one has cost anything.
-    ids = encode(lm, prompts.as_chat(lm, texts) if chat else texts)
+    ids = prompts.encode(lm, records, chat=chat)
     job = Job(
         arguments=arguments,
         batch_size=batch_size,

@@ -100,8 +100,9 @@ BAD_FILES = {
     "broken.jsonl": (b'{"prompt": "a"}\n{', "broken.jsonl:2: not valid JSON"),
     "key.jsonl": (b'{"text": "a"}', 'key.jsonl:1: expected an object with "prompt"'),
     "list.jsonl": (b"[1]", "list.jsonl:1: expected"),
-    "bool.jsonl": (b'{"prompt": [true]}', "bool.jsonl:1: expected"),
-    "id.jsonl": (b'{"prompt": [5000]}', "outside [0, 4096)"),
+    "bool.jsonl": (b'{"prompt": [true]}', 'bool.jsonl:1: "prompt" must be a'),
+    "id.jsonl": (b'{"prompt": [5000]}', "id.jsonl:1: has token ids outside [0, 4096)"),
+    "other.jsonl": (b'{"input": "a", "doc": "b"}', 'other.jsonl:1: unknown "doc"'),
     "no_ids.jsonl": (b'{"prompt": []}', "no_ids.jsonl:1: the prompt is empty"),
 }
 

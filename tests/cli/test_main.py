@@ -173,6 +173,36 @@ def test_prompts_of_every_source_are_the_same(jaxkv_, tiny, tiny_lm, stdin, tmp_
     assert {row["prompt_tokens"] for row in rows} == {len(ids)}
 
 
+def test_nothing_of_a_record_is_dropped(jaxkv_, tiny, tiny_lm, tmp_path):
+    """Prompts of known formats are those of the same texts put together by hand."""
+    user = [{"role": "user", "content": "a b?"}]
+    given = [
+        {"input": "a b?", "answer_prefix": " It is", "outputs": ["c"], "length": 9},
+        {"input": "b?", "context": "a", "answers": ["c"], "length": 9},
+        {"context": "a ", "question": "b?", "answer_prefix": "It is", "answer": ["c"]},
+        {"turns": ["a b?"], "question_id": 1, "category": "qa"},
+        {"messages": user},
+    ]
+    (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, given)))
+    flags = ["--prompt-file", tmp_path / "x.jsonl", "--json", "--max-new-tokens=4"]
+    plain, chat = (
+        [r["token_ids"] for r in records(jaxkv_("generate", tiny, *flags, *more)[1])]
+        for more in ([], ["--chat"])
+    )
+    texts = ["a b? It is", "a\n\nb?", "a b? It is"]
+    begun = tiny_lm.tokenizer.apply_chat_template(
+        user, add_generation_prompt=True, tokenize=False
+    )
+    begun = {
+        prefix: tiny_lm.tokenizer(begun + prefix, add_special_tokens=False)["input_ids"]
+        for prefix in ("", " It is")
+    }
+    out = jaxkv.generate(tiny_lm, [*texts, *begun.values()], max_new_tokens=4).tokens
+    assert list(map(tuple, plain)) == [*out[:3], out[3], out[3]]
+    assert tuple(chat[0]) == tuple(chat[2]) == out[4]
+    assert chat[3:] == plain[3:]
+
+
 def test_chat(jaxkv_, tiny, tiny_lm):
     message = [{"role": "user", "content": PROMPT}]
     text = tiny_lm.tokenizer.apply_chat_template(

@@ -1,0 +1,47 @@
+"""Conversations through a checkpoint's chat template, in token ids."""
+
+from collections.abc import Mapping, Sequence
+
+from jaxkv.language_model import LanguageModel
+
+
+def encode_chat(
+    lm: LanguageModel, messages: Sequence[Mapping[str, str]], *, answer_prefix: str = ""
+) -> list[int]:
+    """Return a conversation and the beginning of the assistant's next turn.
+
+    Args:
+      lm: a model whose tokenizer has a chat template.
+      messages: in their order, each with a "role" (system, user or assistant) and its
+        "content".
+      answer_prefix: text that the assistant's turn begins with.
+
+    Returns:
+      Token ids; special tokens are those of the template.
+
+    Raises:
+      ValueError: there is no template, it fails, or it leaves a message out.
+    """
+    if lm.tokenizer is None or not lm.tokenizer.chat_template:
+        raise ValueError(
+            f"{lm.name} has no chat template; leave --chat out, and write prompts "
+            "instead of conversations."
+        )
+    try:
+        text = lm.tokenizer.apply_chat_template(
+            list(messages), add_generation_prompt=True, tokenize=False
+        )
+    except Exception as error:  # a template is a program, and may raise anything
+        raise ValueError(
+            f"the chat template of {lm.name} fails: {type(error).__name__}: {error}"
+        ) from error
+    shown = "".join(text.split())
+    for number, message in enumerate(messages, 1):
+        # It may take reasoning out of an assistant's message, as some are made to do.
+        content = "".join(message["content"].split())
+        if message["role"] != "assistant" and content not in shown:
+            raise ValueError(
+                f"the chat template of {lm.name} leaves out message {number}, of the "
+                f"role {message['role']}."
+            )
+    return lm.tokenizer(text + answer_prefix, add_special_tokens=False)["input_ids"]
