@@ -28,6 +28,7 @@ from jaxkv.policies.streaming_llm import StreamingLLM
 from jaxkv.policies.tova import TOVA, TOVADecode
 from jaxkv.policies.vatp import VATP
 from jaxkv.sampling import Categorical, Greedy
+from jaxkv.soundness import LogitsError
 from jaxkv.speculation.counts import DraftStats
 from jaxkv.speculation.drafters import Aligned, Drafter, PromptLookup, Tree
 from jaxkv.speculation.rules import Conditional, Exact, FixedThreshold, TopK, Typical
@@ -57,6 +58,7 @@ __all__ = [
     "KNorm",
     "KVState",
     "LanguageModel",
+    "LogitsError",
     "LongFlow",
     "Options",
     "PrefillPolicy",

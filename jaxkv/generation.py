@@ -20,7 +20,7 @@ from jaxkv.attention import Network
 from jaxkv.forward import decode_step, logits_at_end, read
 from jaxkv.options import Options
 from jaxkv.policies.base import Speculable
-from jaxkv.sampling import Sampler, pick_next
+from jaxkv.sampling import Sampler, from_numbers, pick_next
 from jaxkv.sequences import Generation, append
 from jaxkv.speculation import loop as speculation
 from jaxkv.speculation.drafters import Drafter
@@ -78,6 +78,7 @@ def start(
         tokens=jnp.full((batch, max_out), -1, jnp.int32),
         lengths=jnp.zeros(batch, jnp.int32),
         done=jnp.zeros(batch, bool),
+        finite=jnp.ones(batch, bool),
         last=jnp.zeros(batch, jnp.int32),
         position=lengths - 1,
         cache=cache,
@@ -171,7 +172,7 @@ def advance(
     policy = cast(Speculable, options.decode)  # where something is drafted
 
     def running(g):
-        return ~g.done & (g.lengths < until)
+        return ~g.done & g.finite & (g.lengths < until)
 
     def plain_step(g):
         rows = running(g)
@@ -231,9 +232,14 @@ def _choose(
     stop_ids: jax.Array,
     sampler: Sampler,
 ) -> Running:
-    """Choose the next token of some rows, bool `[B]`, and append it."""
+    """Choose the next token of some rows, bool `[B]`, and append it.
+
+    Rows whose logits are not finite get none, and are marked.
+    """
     token = pick_next(sampler, logits, g.rngs, g.position + 1, g.seen)
-    return append(g, token[:, None], rows.astype(jnp.int32), stop_ids)
+    finite = from_numbers(logits, token)
+    g = dataclasses.replace(g, finite=g.finite & (finite | ~rows))
+    return append(g, token[:, None], (rows & finite).astype(jnp.int32), stop_ids)
 
 
 class Output(NamedTuple):
@@ -243,12 +249,14 @@ class Output(NamedTuple):
       tokens: int32 `[B, O]`, stop id included, -1 beyond the output.
       lengths: int32 `[B]`.
       stopped: bool `[B]`: by a stop id, not by the limit.
+      finite: bool `[B]`: false where logits were NaN or infinite, behind the output.
       cache: one state per layer.
     """
 
     tokens: jax.Array
     lengths: jax.Array
     stopped: jax.Array
+    finite: jax.Array
     cache: Cache
 
 
@@ -285,7 +293,7 @@ def generate_tokens(
     end = advance(
         network, params, generation, max_new_tokens, stop_ids, options=options
     )
-    return Output(end.tokens, end.lengths, end.done, end.cache)
+    return Output(end.tokens, end.lengths, end.done, end.finite, end.cache)
 
 
 start_jit = jax.jit(start, static_argnames=("network", "options", "slots", "max_out"))

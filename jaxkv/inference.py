@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxkv import arguments, generation, planning
+from jaxkv import arguments, generation, planning, soundness
 from jaxkv import state as kv
 from jaxkv.generation import Running
 from jaxkv.kernels import decode as decode_kernels
@@ -144,6 +144,7 @@ def generate(
 
     Raises:
       ValueError: bad prompts or options; the message says what to do.
+      LogitsError: the network gives NaN or infinity; a ValueError, too.
       NotImplementedError: a named implementation cannot run here.
     """
     options = arguments.static_options(
@@ -201,7 +202,7 @@ def _start(
     else:
         keep = keep.reshape(-1, plan.distinct)
         state = generation.start_copies_jit(*args, **shapes, keep=keep)
-    jax.block_until_ready(state.last)
+    soundness.check(state.finite, state.lengths, lm.params)  # waits, too
     return state
 
 
@@ -228,6 +229,7 @@ def _advance(
             rows = zip(np.asarray(state.tokens), shown, lengths, strict=True)
             on_tokens([out[first:last].tolist() for out, first, last in rows])
             shown = lengths
+        soundness.check(state.finite, lengths, lm.params)
         if until == max_new_tokens or np.asarray(state.done).all():
             return state
         until = min(until + block, max_new_tokens)

@@ -122,6 +122,19 @@ def pick_next(
     return sampler.pick(logits, jax.vmap(jax.random.fold_in)(keys, position))
 
 
+def from_numbers(logits: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Return whether each row's token was chosen from numbers, bool `[B]`.
+
+    Only what was chosen is looked at, because NaN and infinity win every choice, and
+    minus infinity wins where there is nothing else.
+
+    Args:
+      logits: float32 `[B, V]`, as the network gives them.
+      tokens: int32 `[B]`, from `pick_next`.
+    """
+    return jnp.isfinite(jnp.take_along_axis(logits, tokens[:, None], axis=1)[:, 0])
+
+
 def penalize(logits: jax.Array, seen: jax.Array, penalty: float) -> jax.Array:
     """Make tokens that have occurred less likely (Keskar et al., arXiv 1909.05858).
 

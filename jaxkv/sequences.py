@@ -24,6 +24,8 @@ class Generation(Generic[Drafts]):
       tokens: int32 `[B, O]`, the output so far, a stop id included; -1 beyond it.
       lengths: int32 `[B]`, tokens of the output so far.
       done: bool `[B]`, rows that ended by a stop id.
+      finite: bool `[B]`, rows whose logits were numbers so far. The others go no
+        further: what would be chosen from NaN or infinity means nothing.
       last: int32 `[B]`, the newest token, which the cache does not hold yet.
       position: int32 `[B]`, the newest token's position.
       cache: one state per layer.
@@ -37,6 +39,7 @@ class Generation(Generic[Drafts]):
     tokens: jax.Array
     lengths: jax.Array
     done: jax.Array
+    finite: jax.Array
     last: jax.Array
     position: jax.Array
     cache: Cache

@@ -168,6 +168,7 @@ def rewind(
         tokens=jnp.full((batch, steps), -1, jnp.int32),
         lengths=jnp.zeros(batch, jnp.int32),
         done=jnp.zeros(batch, bool),
+        finite=jnp.ones(batch, bool),
         last=jnp.zeros(batch, jnp.int32),
         position=jnp.full(batch, context, jnp.int32),
         cache=cache,

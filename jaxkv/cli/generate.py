@@ -19,6 +19,7 @@ from jaxkv.options import described
 from jaxkv.planning import bucket
 from jaxkv.provenance import provenance
 from jaxkv.sampling import Categorical, Greedy, Sampler
+from jaxkv.soundness import LogitsError
 from jaxkv.speculation.rules import Exact
 
 _BLOCK = 16  # tokens between two pieces of streamed text
@@ -221,14 +222,17 @@ def run(lm: LanguageModel, ids: Sequence[Sequence[int]], job: Job) -> None:
             batch = ids[first : first + job.batch_size]
             seeds = range(job.seed + first, job.seed + first + len(batch))
             text = TextStream(lm.tokenizer, _write) if stream else None
-            out = inference.generate(
-                lm,
-                batch,
-                seed=seeds,
-                on_tokens=text,
-                block=_BLOCK,
-                **job.arguments,
-            )
+            try:
+                out = inference.generate(
+                    lm,
+                    batch,
+                    seed=seeds,
+                    on_tokens=text,
+                    block=_BLOCK,
+                    **job.arguments,
+                )
+            except LogitsError as error:
+                raise error.of_prompts(first) from None
             stats.append(out.stats)
             if text:
                 text.finish((out.text or ("",))[0])

@@ -238,11 +238,17 @@ def tree_step(
     )
     path = trees.path_to(verdict.end, tree, above, depth=depth)  # [B, D + 1]
     new = _along(path, tree, verdict)
-    # One token more than passed, but no further than the first stop id or the limit.
+    # One token more than passed, but no further than the first stop id or the limit,
+    # and none that was chosen from something else than numbers.
     order = jnp.arange(depth + 1, dtype=jnp.int32)[None]
     first_stop = jnp.where(is_stop(new, stop_ids), order, depth + 1).min(-1)
     count = 1 + jnp.minimum(verdict.accepted, first_stop)
     count = jnp.where(running, jnp.minimum(count, until - g.lengths), 0)
+    picks = jnp.take_along_axis(verdict.picks, path, axis=1)
+    chosen = logits[jnp.arange(len(path), dtype=jnp.int32)[:, None], path, picks]
+    broken = jnp.where(jnp.isfinite(chosen), depth + 1, order).min(-1)
+    finite = g.finite & (broken >= count)
+    count = jnp.minimum(count, broken)
     how = dispatch.counterpart(implementation, tree_attention.Implementation)
     cache = tuple(
         trees.commit(state, layer, path, count, position, implementation=how)
@@ -257,7 +263,7 @@ def tree_step(
             *(s.counts, tree, path, accepted), running=running, brings=brings
         ),
     )
-    g = dataclasses.replace(g, cache=cache, speculation=s)
+    g = dataclasses.replace(g, cache=cache, finite=finite, speculation=s)
     return append(g, new, count, stop_ids)
 
 

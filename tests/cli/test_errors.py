@@ -5,9 +5,12 @@ import shutil
 import sys
 
 import jax
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from jaxkv import inference
+from jaxkv.soundness import LogitsError
 
 SMALL = ["--budget", "16", "--prefill", "streaming-llm", "--decode", "streaming-llm"]
 
@@ -159,6 +162,33 @@ def test_truncated_checkpoint(jaxkv_, tiny, tmp_path):
     shard.write_bytes(shard.read_bytes()[:-100])
     error = jaxkv_.error("generate", broken, "--prompt=x")
     assert shard.name in error
+
+
+def test_logits_that_are_no_numbers(jaxkv_, tiny, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny, broken)
+    (shard,) = broken.glob("*.safetensors")
+    tensors = load_file(shard)
+    tensors["model.norm.weight"][3] = np.nan
+    save_file(tensors, shard)
+    error = jaxkv_.error("generate", broken, "--prompt=x")
+    assert "behind prompt 0 are NaN or infinite" in error
+    assert "of the weight final_norm are NaN" in error
+
+
+def test_logits_that_are_no_numbers_in_a_later_batch(jaxkv_, tiny, monkeypatch):
+    working = inference.generate
+
+    def generate(lm, prompts, *, seed, **options):
+        if 1 in seed:
+            raise LogitsError({0: 4}, "why.")
+        return working(lm, prompts, seed=seed, **options)
+
+    monkeypatch.setattr(inference, "generate", generate)
+    batches = ["--batch-size=1", "--max-new-tokens=1"]
+    code, _, err = jaxkv_("generate", tiny, "--prompt=x", "--prompt=y", *batches)
+    assert code == 2
+    assert "behind prompt 1 and 4 tokens of its output are NaN" in err
 
 
 @pytest.fixture

@@ -26,6 +26,7 @@ def begun(rng):
         tokens=as_array(tokens),
         lengths=as_array(lengths),
         done=jnp.zeros(ROWS, bool),
+        finite=jnp.ones(ROWS, bool),
         last=as_array(tokens[np.arange(ROWS), lengths - 1]),
         position=as_array(10 + lengths),
         cache=(),

@@ -1,0 +1,77 @@
+"""What is said where a network gives NaN or infinity in place of logits."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+class LogitsError(ValueError):
+    """A network's logits are NaN or infinite, so that no token can be chosen.
+
+    Attributes:
+      tokens: how many tokens of its output each broken row has, by its index.
+      cause: what they come from, and what would help.
+    """
+
+    def __init__(self, tokens: Mapping[int, int], cause: str):
+        self.tokens = dict(tokens)
+        self.cause = cause
+        rows = [f"prompt {row}" for row in self.tokens]
+        few = ", ".join(rows[:3]) + (f" and {len(rows) - 3} more" * (len(rows) > 3))
+        first = min(self.tokens.values())
+        where = f" and {first} tokens of its output" if first else ""
+        super().__init__(
+            f"generate: the logits behind {few}{where} are NaN or infinite, so that no "
+            f"token can be chosen; {cause}"
+        )
+
+    def of_prompts(self, first: int) -> "LogitsError":
+        """Return the error of a batch whose first row is prompt number `first`."""
+        tokens = {first + row: count for row, count in self.tokens.items()}
+        return LogitsError(tokens, self.cause)
+
+
+def check(finite: jax.Array, lengths: jax.Array, params: Any) -> None:
+    """Raise LogitsError unless all rows were chosen from numbers.
+
+    Args:
+      finite: bool `[B]`, of `sequences.Generation`.
+      lengths: int32 `[B]`, tokens of the outputs.
+      params: of the network; they are looked at only where a row is broken.
+    """
+    rows = np.flatnonzero(~np.asarray(finite)).tolist()
+    if rows:
+        counts = np.asarray(lengths).tolist()
+        raise LogitsError({row: counts[row] for row in rows}, cause(params))
+
+
+def cause(params: Any) -> str:
+    """Return what makes logits NaN or infinite, and what would help.
+
+    Args:
+      params: of the network.
+    """
+    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
+    dtype = leaves[0][1].dtype
+    half = dtype == jnp.float16
+    for path, leaf in leaves:
+        # NaN cannot come from a cast; infinity can, to float16.
+        bad = leaf != leaf if half else ~jnp.isfinite(leaf)
+        if count := int(bad.sum()):
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            return (
+                f"{count} of {leaf.size} values of the weight {name} are NaN or "
+                "infinite: the checkpoint is damaged; fetch its files again."
+            )
+    if half:
+        return (
+            "float16 holds no number beyond 65,504; load the model with dtype bfloat16 "
+            "or float32, which do."
+        )
+    return (
+        f"all weights are numbers, but what the network computes exceeds {dtype}; "
+        "compare the checkpoint's files with their source."
+    )
