@@ -14,6 +14,7 @@ from annotated_types import Ge
 
 from jaxkv.fields import OddSize
 from jaxkv.policies.base import Prompt, Sketch, WholePrompt
+from jaxkv.policies.lookup import continuation
 from jaxkv.policies.scoring import (
     Granularity,
     Pooling,
@@ -27,8 +28,9 @@ from jaxkv.policies.scoring import (
 from jaxkv.state import KVState
 
 Content = Literal[
-    "prefix_suffix", "random_tokens", "random_span", "fixed", "vocabulary"
+    "prefix_suffix", "lookup", "random_tokens", "random_span", "fixed", "vocabulary"
 ]
+_LONGEST_MATCH = 16  # tokens that content "lookup" compares
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,7 +59,10 @@ class DapQ(WholePrompt):
         is most often the begin of the sequence: a model that was trained on rows of
         several documents takes it for the next one's, and its pseudo tokens then look
         at themselves instead of the prompt.
-      content: "prefix_suffix"; "random_tokens" of the prompt, drawn with replacement;
+      content: "prefix_suffix"; "lookup", what followed the prompt's last words where
+        they stood before, so that a prompt which begins its own answer drafts the rest
+        of it (see `lookup.continuation`; not in the paper); "random_tokens" of the
+        prompt, drawn with replacement;
         "random_span", consecutive tokens of the prompt; "fixed", `fixed_ids`, repeated;
         "vocabulary", any tokens. A draw depends on the seed and the prompt's length.
       fixed_ids: token ids of a sentence, for content "fixed".
@@ -135,6 +140,10 @@ class DapQ(WholePrompt):
                     order % len(self.fixed_ids)
                 ]
                 return jnp.broadcast_to(ids, shape)
+            case "lookup":
+                return continuation(
+                    tokens, lengths, count=self.window_size, longest=_LONGEST_MATCH
+                )
             case "vocabulary":
                 ids = jax.random.randint(key, shape[1:], 0, vocab_size, jnp.int32)
                 return jnp.broadcast_to(ids, shape)

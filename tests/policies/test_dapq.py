@@ -62,6 +62,27 @@ def test_prefix_and_suffix_by_hand():
     assert first == [10, 11, 12, 13]
 
 
+@pytest.mark.parametrize(
+    ("prompt", "wanted"),
+    [
+        ([1, 2, 3, 4, 5, 9, 9, 2, 3], [4, 5, 9, 9, 2, 3]),
+        ([1, 2, 3, 6, 9, 2, 3, 7, 1, 2, 3], [6, 9, 2, 3, 7, 1]),  # the longest match
+        ([2, 3, 6, 0, 2, 3, 7, 0, 2, 3], [7, 0, 2, 3, 7, 0]),  # the latest of two
+        ([7, 8, 7, 8, 7], [8, 7, 8, 7, 8, 7]),  # round the end
+        ([4, 4, 4, 4], [4, 4, 4, 4, 4, 4]),
+        ([1, 2, 3, 4], [3, 4, 1, 2, 3, 4]),  # no match: the prompt's end
+        ([5], [5, 5, 5, 5, 5, 5]),
+    ],
+)
+def test_looked_up_by_hand(prompt, wanted):
+    policy = DapQ(window_size=6, content="lookup")
+    rows = [[*prompt, *[0] * (12 - len(prompt))], [*prompt, *[prompt[-1]] * 8]]
+    for row in rows:  # whatever the padding holds
+        tokens = jnp.asarray(row, jnp.int32)[None]
+        lengths = jnp.asarray([len(prompt)], jnp.int32)
+        assert contents(policy, tokens, lengths) == [wanted]
+
+
 def test_other_contents():
     fixed = DapQ(window_size=5, prefix=2, content="fixed", fixed_ids=(7, 8, 9))
     assert contents(fixed, TOKENS, ROWS) == [[7, 8, 9, 7, 8]] * 2
