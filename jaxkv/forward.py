@@ -1,14 +1,13 @@
-"""The two ways through the network: a whole prompt, and one token after it.
+"""The ways through the network: a whole prompt, one token after it, given tokens.
 
-Both bind `attend` to a layer's state, and know nothing of loops or of how a token is
-chosen.
+All bind `attend` to a layer's state, and know nothing of how a token is chosen.
 
-Axis letters: `B` batch, `P` padded prompt, `T` prompt and pseudo tokens, padded, `V`
-vocabulary, `D` hidden size.
+Axis letters: `B` batch, `P` padded prompt, `T` prompt and pseudo tokens, padded, `N`
+given tokens, `V` vocabulary, `D` hidden size.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -203,3 +202,69 @@ def decode_step(
         attend,
     )
     return network.apply({"params": params}, hidden[:, 0], method="unembed"), cache
+
+
+class Fed(NamedTuple):
+    """What the network made of given tokens.
+
+    Attributes:
+      log_probs: float32 `[B, N]`, the logarithm of each token's probability after all
+        tokens before it, in nats; 0 beyond a row's tokens.
+      logits: float32 `[B, V]`, of the token after each row's last one.
+      cache: one state per layer.
+    """
+
+    log_probs: jax.Array
+    logits: jax.Array
+    cache: Cache
+
+
+def feed(
+    network: Network,
+    params: Any,
+    tokens: jax.Array,
+    counts: jax.Array,
+    position: jax.Array,
+    logits: jax.Array,
+    cache: Cache,
+    *,
+    options: Options,
+) -> Fed:
+    """Feed given tokens one by one, whatever the network would have chosen.
+
+    The decode policy evicts on the way, as it does while generating.
+
+    Args:
+      network: static.
+      params: its parameters.
+      tokens: int32 `[B, N]`.
+      counts: int32 `[B]`, how many of a row's tokens to feed; the others are padding.
+      position: int32 `[B]`, of the first of them.
+      logits: float32 `[B, V]`, what the network expects there.
+      cache: one state per layer.
+      options: static.
+    """
+
+    batch, number = tokens.shape
+
+    def step(order, fed):
+        running = order < counts
+        token = jax.lax.dynamic_index_in_dim(tokens, order, axis=1, keepdims=False)
+        chosen = jnp.take_along_axis(fed.logits, token[:, None], axis=1)[:, 0]
+        log_prob = chosen - jax.nn.logsumexp(fed.logits, axis=1)
+        log_prob = jnp.where(running, log_prob, 0.0)[:, None]
+        logits, cache = decode_step(
+            *(network, params, token, jnp.where(running, position + order, -1)),
+            fed.cache,
+            options=options,
+        )
+        return Fed(
+            jax.lax.dynamic_update_slice_in_dim(fed.log_probs, log_prob, order, axis=1),
+            jnp.where(running[:, None], logits, fed.logits),
+            cache,
+        )
+
+    none = jnp.zeros((batch, number), jnp.float32)
+    # As many steps as there are tokens, not as the buffer is wide.
+    steps = jnp.minimum(counts.max(), number)
+    return jax.lax.fori_loop(jnp.int32(0), steps, step, Fed(none, logits, cache))
