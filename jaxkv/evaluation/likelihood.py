@@ -1,0 +1,139 @@
+"""The likelihood of given text under a budget: teacher forcing through a policy.
+
+Axis letters: `B` texts, `T` tokens of each, `P` of them that are read as a prompt.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxkv.evaluation.methods import Method
+from jaxkv.forward import feed, logits_at_end, read
+from jaxkv.language_model import LanguageModel
+from jaxkv.models.decoder import Decoder
+from jaxkv.options import Options
+
+
+def windows(lm: LanguageModel, texts: list[str], *, length: int) -> np.ndarray:
+    """Return texts cut into windows of equal length that do not overlap.
+
+    Args:
+      lm: the model, whose tokenizer counts. No special token is added.
+      texts: what is left behind the last whole window of each is not used.
+      length: tokens `T` of a window.
+
+    Returns:
+      int32 `[B, T]`.
+
+    Raises:
+      ValueError: no text is as long.
+    """
+    rows = []
+    for text in texts:
+        ids = lm.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        whole = len(ids) // length * length
+        rows.append(np.array(ids[:whole], np.int32).reshape(-1, length))
+    found = np.concatenate(rows) if rows else np.zeros((0, length), np.int32)
+    if not len(found):
+        raise ValueError(
+            f"no text has {length} tokens; give a longer --text or shorter --lengths."
+        )
+    return found
+
+
+def losses(
+    lm: LanguageModel,
+    tokens: np.ndarray,
+    method: Method,
+    budget: int | None,
+    *,
+    prompt: int,
+    **implementations: Any,
+) -> np.ndarray:
+    """Return the negative log-likelihood of each token behind the prompt, in nats.
+
+    The prompt is read, and the prefill policy evicts from it; the rest is fed token by
+    token, and the decode policy evicts on the way. Without a policy all tokens are read
+    at once, which gives the same but for rounding.
+
+    Args:
+      lm: the model.
+      tokens: int32 `[B, T]`.
+      method: the two policies.
+      budget: in tokens; None where the method keeps everything.
+      prompt: `P`, how many tokens are read first.
+      **implementations: of `Options`.
+
+    Returns:
+      float32 `[B, T - P]`.
+    """
+    options = Options(
+        budget=budget, prefill=method.prefill, decode=method.decode, **implementations
+    )
+    options.check()
+    tokens = jnp.asarray(tokens, jnp.int32)
+    run = _fed if method.bounded else _read
+    return np.asarray(
+        run(lm.network, lm.params, tokens, prompt=prompt, options=options)
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("network", "prompt", "options"))
+def _fed(
+    network: Decoder, params: Any, tokens: jax.Array, *, prompt: int, options: Options
+) -> jax.Array:
+    batch, length = tokens.shape
+    lengths = jnp.full(batch, prompt, jnp.int32)
+    slots = options.layer_slots(prompt, length - prompt, network.config.num_layers)
+    hidden, cache = read(
+        *(network, params, tokens[:, :prompt], lengths),
+        options=options,
+        slots=slots,
+        keep=None,
+    )
+    fed = feed(
+        *(network, params, tokens[:, prompt:], jnp.full(batch, length - prompt)),
+        *(lengths, logits_at_end(network, params, hidden, lengths), cache),
+        options=options,
+    )
+    return -fed.log_probs
+
+
+@functools.partial(jax.jit, static_argnames=("network", "prompt", "options", "chunk"))
+def _read(
+    network: Decoder,
+    params: Any,
+    tokens: jax.Array,
+    *,
+    prompt: int,
+    options: Options,
+    chunk: int = 64,
+) -> jax.Array:
+    """Logits of `chunk` positions exist at a time, over all rows."""
+    batch, length = tokens.shape
+    hidden, _ = read(
+        *(network, params, tokens, jnp.full(batch, length, jnp.int32)),
+        options=options,
+        slots=length,
+        keep=None,
+    )
+    seen, given = hidden[:, prompt - 1 : length - 1], tokens[:, prompt:]
+    pad = -(length - prompt) % chunk
+    parts = [
+        jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2))
+        .reshape(batch, -1, chunk, *x.shape[2:])
+        .swapaxes(0, 1)
+        for x in (seen, given)
+    ]
+
+    def loss(part):
+        states, ids = part
+        logits = network.apply({"params": params}, states, method="unembed")
+        chosen = jnp.take_along_axis(logits, ids[..., None], axis=-1)[..., 0]
+        return jax.nn.logsumexp(logits, axis=-1) - chosen
+
+    found = jax.lax.map(loss, tuple(parts)).swapaxes(0, 1)
+    return found.reshape(batch, -1)[:, : length - prompt]
