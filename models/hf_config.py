@@ -5,14 +5,12 @@ numbers and is not supported is an error, never ignored.
 """
 
 import dataclasses
-import math
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 from jaxkv.models.checkpoint import CheckpointError, read_json
+from jaxkv.models.checkpoint_values import MOST_LAYERS, integer, number, unsupported
 from jaxkv.models.decoder import Config, Llama3Scaling
-
-_MOST = 2**31 - 1  # sizes and positions are int32
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -122,19 +120,19 @@ def stop_ids(folder: str | Path) -> tuple[int, ...]:
 
 def _convert(raw: dict[str, Any]) -> Config:
     model_type, family = _family(raw)
-    hidden_size = _integer(raw, "hidden_size")
-    num_heads = _integer(raw, "num_attention_heads")
+    hidden_size = integer(raw, "hidden_size")
+    num_heads = integer(raw, "num_attention_heads")
     default = _defaults(model_type, hidden_size, num_heads)
     for key, value in raw.items():
         _refuse_unknown(key, value, default)
-    max_positions = _integer(
+    max_positions = integer(
         raw, "max_position_embeddings", default["max_position_embeddings"]
     )
     _refuse_sliding_window(raw, model_type, default, max_positions)
     if raw.get("num_key_value_heads", 0) is None:  # null: as many as query heads
         num_kv_heads = num_heads
     else:
-        num_kv_heads = _integer(
+        num_kv_heads = integer(
             raw, "num_key_value_heads", default["num_key_value_heads"] or num_heads
         )
     if num_heads % num_kv_heads:
@@ -142,7 +140,7 @@ def _convert(raw: dict[str, Any]) -> Config:
             f"num_attention_heads={num_heads} must be a multiple of "
             f"num_key_value_heads={num_kv_heads}."
         )
-    head_dim = _integer(
+    head_dim = integer(
         raw, "head_dim", default.get("head_dim") or hidden_size // num_heads
     )
     if head_dim % 2:
@@ -153,14 +151,14 @@ def _convert(raw: dict[str, Any]) -> Config:
     else:
         qkv_bias, output_bias = family.bias == "qkv", False
     return Config(
-        vocab_size=_integer(raw, "vocab_size"),
+        vocab_size=integer(raw, "vocab_size"),
         hidden_size=hidden_size,
-        intermediate_size=_integer(raw, "intermediate_size"),
+        intermediate_size=integer(raw, "intermediate_size"),
         num_layers=_layers(raw),
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
-        rms_norm_eps=_number(raw, "rms_norm_eps", default["rms_norm_eps"]),
+        rms_norm_eps=number(raw, "rms_norm_eps", default["rms_norm_eps"]),
         rope_theta=rope_theta,
         rope_scaling=rope_scaling,
         max_positions=max_positions,
@@ -194,10 +192,10 @@ def _refuse_unknown(key: str, value: Any, default: dict[str, Any]) -> None:
         return
     if key in _NEUTRAL:
         if value not in _NEUTRAL[key]:
-            _unsupported(key, value, *_NEUTRAL[key])
+            unsupported(key, value, *_NEUTRAL[key])
     elif key in default and key != "sliding_window":  # which has a check of its own
         if value != default[key]:
-            _unsupported(key, value, default[key])
+            unsupported(key, value, default[key])
     elif key != "sliding_window":
         raise CheckpointError(
             f"{key}={value!r} is not known to jaxkv, and may change what the network "
@@ -210,17 +208,17 @@ def _family(raw: dict[str, Any]) -> tuple[str, _Family]:
     names = {family.architecture: key for key, family in _FAMILIES.items()}
     architectures = raw.get("architectures") or []
     if not isinstance(architectures, list):
-        _unsupported("architectures", architectures, [next(iter(names))])
+        unsupported("architectures", architectures, [next(iter(names))])
     model_type = raw.get("model_type")
     if model_type is None and architectures:
         model_type = names.get(str(architectures[0]))
     if not isinstance(model_type, str) or model_type not in _FAMILIES:
         key = "model_type" if raw.get("model_type") is not None else "architectures"
-        _unsupported(key, raw.get(key), *(_FAMILIES if key == "model_type" else names))
+        unsupported(key, raw.get(key), *(_FAMILIES if key == "model_type" else names))
     family = _FAMILIES[model_type]
     # A reward model or a bare encoder has the same model_type but another head.
     if architectures and family.architecture not in architectures:
-        _unsupported("architectures", architectures, [family.architecture])
+        unsupported("architectures", architectures, [family.architecture])
     return model_type, family
 
 
@@ -232,12 +230,12 @@ def _refuse_sliding_window(
     if not isinstance(layer_types, list) or any(
         kind != "full_attention" for kind in layer_types
     ):
-        _unsupported("layer_types", layer_types, "'full_attention' for every layer")
+        unsupported("layer_types", layer_types, "'full_attention' for every layer")
     if model_type == "mistral":
         key = "sliding_window"
         window = raw.get(key, default[key])  # Mistral has no switch
-        if window is not None and _integer({key: window}, key) < max_positions:
-            _unsupported(key, window, None, f"max_position_embeddings={max_positions}")
+        if window is not None and integer({key: window}, key) < max_positions:
+            unsupported(key, window, None, f"max_position_embeddings={max_positions}")
 
 
 def _rope(
@@ -247,25 +245,25 @@ def _rope(
     key = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
     rope = raw.get(key) or {}
     if not isinstance(rope, dict) or any(isinstance(v, dict) for v in rope.values()):
-        _unsupported(key, rope, "one flat object for all layers")
-    theta = _number(raw | rope, "rope_theta", 10_000.0)
+        unsupported(key, rope, "one flat object for all layers")
+    theta = number(raw | rope, "rope_theta", 10_000.0)
     if rope.get("partial_rotary_factor") not in (None, 1):
-        _unsupported("partial_rotary_factor", rope["partial_rotary_factor"], 1)
+        unsupported("partial_rotary_factor", rope["partial_rotary_factor"], 1)
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "llama3"):
-        _unsupported(f"{key}.rope_type", kind, "default", "llama3")
+        unsupported(f"{key}.rope_type", kind, "default", "llama3")
     outer = "original_max_position_embeddings"
     read = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
     if kind == "llama3":
         read |= {*_LLAMA3, outer}
     for name in rope.keys() - read:
-        _unsupported(f"{key}.{name}", rope[name])
+        unsupported(f"{key}.{name}", rope[name])
     if kind == "default":
         return theta, None
     # As in transformers, the key outside the object is the stronger one.
     scaling = Llama3Scaling(
-        **{name: _number(rope, name) for name in _LLAMA3},
-        original_max_positions=_integer(
+        **{name: number(rope, name) for name in _LLAMA3},
+        original_max_positions=integer(
             raw if outer in raw else rope, outer, max_positions
         ),
     )
@@ -278,33 +276,12 @@ def _rope(
 
 
 def _layers(raw: dict[str, Any]) -> int:
-    # Each is planned for before the first tensor is looked at.
-    layers = _integer(raw, "num_hidden_layers")
-    if layers > 10_000:
+    layers = integer(raw, "num_hidden_layers")
+    if layers > MOST_LAYERS:
         raise CheckpointError(
-            f"num_hidden_layers must be at most 10000, found {layers}."
+            f"num_hidden_layers must be at most {MOST_LAYERS}, found {layers}."
         )
     return layers
-
-
-def _integer(raw: dict[str, Any], key: str, default: int | None = None) -> int:
-    value: Any = raw.get(key)
-    if value is None:
-        value = default
-    if type(value) is not int or value < 1:
-        raise CheckpointError(f"{key} must be a positive integer, found {value!r}.")
-    if value > _MOST:
-        raise CheckpointError(f"{key} must be at most {_MOST}, found {value}.")
-    return value
-
-
-def _number(raw: dict[str, Any], key: str, default: float | None = None) -> float:
-    value: Any = raw.get(key)
-    if value is None:
-        value = default
-    if type(value) not in (int, float) or not 0 < value < math.inf:
-        raise CheckpointError(f"{key} must be a positive number, found {value!r}.")
-    return float(value)
 
 
 def _boolean(raw: dict[str, Any], key: str) -> bool:
@@ -314,8 +291,3 @@ def _boolean(raw: dict[str, Any], key: str) -> bool:
     if type(value) is not bool:
         raise CheckpointError(f"{key} must be true or false, found {value!r}.")
     return value
-
-
-def _unsupported(key: str, value: Any, *supported: Any) -> NoReturn:
-    choices = ", ".join(repr(choice) for choice in supported) or "none (leave it out)"
-    raise CheckpointError(f"{key}={value!r} is not supported; supported: {choices}.")

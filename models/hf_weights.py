@@ -19,19 +19,15 @@ from safetensors import SafetensorError, safe_open
 
 from jaxkv.models.checkpoint import CheckpointError, read_json
 from jaxkv.models.decoder import Config
+from jaxkv.models.parameter_plan import EMBEDDING, HEAD, Plan, at, plan_of, some
 
 DTYPES = ("float32", "bfloat16", "float16")
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
-_EMBEDDING = "model.embed_tokens.weight"
-_HEAD = "lm_head.weight"
 
 # The float types of a safetensors header, and what JAX makes of them without x64.
 _FLOATS = {"F64": "float32", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-
-# The tensors that make up one parameter, in the order they are joined, with shapes.
-_Parts = dict[str, tuple[int, ...]]
 
 
 def read_weights(
@@ -63,18 +59,18 @@ def read_weights(
       ValueError: if `dtype` is none of the four.
     """
     check_dtype(dtype)
-    plan = _plan(config)
+    plan = plan_of(config)
     params: dict[str, Any] = {}
     with contextlib.ExitStack() as stack:
         tensors = _open(Path(folder), stack)
         _check(tensors, plan, tied=config.tied)
         if dtype is None:
-            dtype = _FLOATS[tensors[_EMBEDDING].dtype]
+            dtype = _FLOATS[tensors[EMBEDDING].dtype]
         for path, parts in plan.items():
             array = _join([tensors[name] for name in parts])
             if array.ndim == 2 and path != ("embedding",):
                 array = array.T
-            target = _at(shardings, path)
+            target = at(shardings, path)
             node = params
             for key in path[:-1]:
                 node = node.setdefault(key, {})
@@ -89,43 +85,6 @@ def check_dtype(dtype: str | None) -> None:
     """Raise ValueError unless `dtype` is one the weights can be loaded in, or None."""
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {DTYPES} or None, found {dtype!r}.")
-
-
-def _plan(config: Config) -> dict[tuple[str, ...], _Parts]:
-    """Map the path of every parameter to the checkpoint's tensors that make it up."""
-    c = config
-    hidden, inner = c.hidden_size, c.intermediate_size
-    queries, keys = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-    plan: dict[tuple[str, ...], _Parts] = {
-        ("embedding",): {_EMBEDDING: (c.vocab_size, hidden)},
-        ("final_norm",): {"model.norm.weight": (hidden,)},
-    }
-    if not c.tied:
-        plan["head",] = {_HEAD: (c.vocab_size, hidden)}
-    for i in range(c.num_layers):
-        prefix = f"model.layers.{i}."
-        attention, mlp = f"{prefix}self_attn.", f"{prefix}mlp."
-        rows = {"q_proj": queries, "k_proj": keys, "v_proj": keys}
-        layer: dict[str, _Parts] = {
-            "attention_norm": {f"{prefix}input_layernorm.weight": (hidden,)},
-            "qkv": {f"{attention}{p}.weight": (n, hidden) for p, n in rows.items()},
-            "output": {f"{attention}o_proj.weight": (hidden, queries)},
-            "mlp_norm": {f"{prefix}post_attention_layernorm.weight": (hidden,)},
-            "gate_up": {
-                f"{mlp}gate_proj.weight": (inner, hidden),
-                f"{mlp}up_proj.weight": (inner, hidden),
-            },
-            "down": {f"{mlp}down_proj.weight": (hidden, inner)},
-        }
-        if c.qkv_bias:
-            layer["qkv_bias"] = {f"{attention}{p}.bias": (n,) for p, n in rows.items()}
-        if c.output_bias:
-            layer["output_bias"] = {f"{attention}o_proj.bias": (hidden,)}
-        if c.qk_norm:
-            layer["q_norm"] = {f"{attention}q_norm.weight": (c.head_dim,)}
-            layer["k_norm"] = {f"{attention}k_norm.weight": (c.head_dim,)}
-        plan |= {(f"layer_{i}", name): parts for name, parts in layer.items()}
-    return plan
 
 
 class _Tensor:
@@ -173,7 +132,7 @@ def _open(folder: Path, stack: contextlib.ExitStack) -> dict[str, _Tensor]:
         if listed != set(found):
             raise CheckpointError(
                 f"{folder / shard} does not hold what {_INDEX} says: missing "
-                f"{_some(listed - set(found))}, not listed {_some(set(found) - listed)}"
+                f"{some(listed - set(found))}, not listed {some(set(found) - listed)}"
                 "; fetch index and shards from the same revision."
             )
         tensors |= found
@@ -218,27 +177,25 @@ def _no_weights(folder: Path) -> str:
     torch_files = sorted(p.name for p in folder.glob("*.bin"))
     if torch_files:
         return (
-            f"{wanted}, only torch files {_some(torch_files)}; convert them with "
+            f"{wanted}, only torch files {some(torch_files)}; convert them with "
             "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)."
         )
     found = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
-    return f"{wanted}; found {_some(found)}."
+    return f"{wanted}; found {some(found)}."
 
 
-def _check(
-    tensors: Mapping[str, _Tensor], plan: dict[tuple[str, ...], _Parts], *, tied: bool
-) -> None:
+def _check(tensors: Mapping[str, _Tensor], plan: Plan, *, tied: bool) -> None:
     """Compare the headers with the plan, before anything large is read."""
     shapes = {name: shape for parts in plan.values() for name, shape in parts.items()}
     ignored = {name for name in tensors if name.endswith("rotary_emb.inv_freq")}
     if tied:
-        ignored.add(_HEAD)
+        ignored.add(HEAD)
     missing, extra = shapes.keys() - tensors.keys(), tensors.keys() - shapes - ignored
     if missing or extra:
-        hint = " (tie_word_embeddings is false)" if _HEAD in missing else ""
+        hint = " (tie_word_embeddings is false)" if HEAD in missing else ""
         raise CheckpointError(
-            f"The weights do not fit config.json: missing {_some(missing)}{hint}, "
-            f"superfluous {_some(extra)}."
+            f"The weights do not fit config.json: missing {some(missing)}{hint}, "
+            f"superfluous {some(extra)}."
         )
     for name, shape in shapes.items():
         tensor = tensors[name]
@@ -252,8 +209,8 @@ def _check(
                 f"{tensor.path}: tensor {name} must be of a type in {list(_FLOATS)}, "
                 f"found {tensor.dtype}; quantised checkpoints are not supported."
             )
-    if tied and _HEAD in tensors:
-        _check_tie(tensors[_EMBEDDING], tensors[_HEAD])
+    if tied and HEAD in tensors:
+        _check_tie(tensors[EMBEDDING], tensors[HEAD])
 
 
 def _check_tie(embedding: _Tensor, head: _Tensor) -> None:
@@ -268,8 +225,8 @@ def _check_tie(embedding: _Tensor, head: _Tensor) -> None:
         for rows in itertools.pairwise(bounds)
     ):
         raise CheckpointError(
-            f"{head.path}: config.json has tie_word_embeddings=true, but {_HEAD} "
-            f"differs from {_EMBEDDING}; set tie_word_embeddings to false."
+            f"{head.path}: config.json has tie_word_embeddings=true, but {HEAD} "
+            f"differs from {EMBEDDING}; set tie_word_embeddings to false."
         )
 
 
@@ -286,19 +243,3 @@ def _join(parts: list[_Tensor]) -> np.ndarray:
         array[start : start + part.shape[0]] = part.read()
         start += part.shape[0]
     return array
-
-
-def _at(tree: Any, path: tuple[str, ...]) -> Any:
-    """Return the leaf of a nested dict, or None of None."""
-    for key in path:
-        tree = None if tree is None else tree[key]
-    return tree
-
-
-def _some(names: Any) -> str:
-    """List a few names in order, and how many more there are."""
-    names = sorted(names)
-    if not names:
-        return "nothing"
-    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-    return ", ".join(names[:4]) + more

@@ -13,8 +13,15 @@ from typing import Any
 
 import jax
 
+from jaxkv.models import gguf_tokenizer
 from jaxkv.models.checkpoint import TEXT_FILES, CheckpointError, read_json
-from jaxkv.models.decoder import Config, Llama3Scaling, parameter_shapes
+from jaxkv.models.decoder import (
+    Config,
+    FrequencyFactors,
+    Llama3Scaling,
+    parameter_shapes,
+)
+from jaxkv.models.gguf_header import read_header
 from jaxkv.models.hf_weights import DTYPES, check_dtype
 
 _MARKER = "jaxkv.json"
@@ -45,7 +52,8 @@ def save_orbax(
       config: the network.
       folder: the folder to make; its parent exists.
       source: the checkpoint's folder, whose tokenizer and configuration files are
-        copied along; without it the copy holds the network only.
+        copied along, or its GGUF file, whose tokenizer is written as such files;
+        without it the copy holds the network only.
       overwrite: whether an older copy at `folder` is replaced. Nothing else is.
 
     Raises:
@@ -67,7 +75,7 @@ def save_orbax(
     partial.mkdir()
     try:
         if source is not None:
-            _copy_text(Path(source), partial)
+            _copy_text(Path(source), partial, config)
         with _checkpointer() as checkpointer:
             checkpointer.save(partial / _PARAMS, params)
         marker = {
@@ -172,10 +180,13 @@ def _check_target(folder: Path, *, overwrite: bool) -> None:
         )
 
 
-def _copy_text(source: Path, target: Path) -> None:
+def _copy_text(source: Path, target: Path, config: Config) -> None:
     """Copy the small files that a tokenizer and `stop_ids` need."""
+    if source.is_file():
+        gguf_tokenizer.write_files(read_header(source), target, config.vocab_size)
+        return
     if not source.is_dir():
-        raise CheckpointError(f"source={str(source)!r} is not a folder.")
+        raise CheckpointError(f"source={str(source)!r} is no folder and no file.")
     for pattern in (*TEXT_FILES, "additional_chat_templates/*.jinja"):
         for path in source.glob(pattern):
             if path.is_file() and not any(path.match(skip) for skip in _NOT_COPIED):
@@ -209,10 +220,7 @@ def _read_marker(path: Path) -> tuple[Config, str]:
         )
     try:
         fields = dict(marker["config"])
-        scaling = fields.pop("rope_scaling")
-        config = Config(
-            **fields, rope_scaling=Llama3Scaling(**scaling) if scaling else None
-        )
+        config = Config(**fields | {"rope_scaling": _scaling(fields["rope_scaling"])})
         dtype = marker["dtype"]
         check_dtype(dtype)
     except (KeyError, TypeError, ValueError) as error:
@@ -220,3 +228,11 @@ def _read_marker(path: Path) -> tuple[Config, str]:
             f"{path} is damaged ({type(error).__name__}: {error}); save the copy again."
         ) from error
     return config, dtype
+
+
+def _scaling(fields: Any) -> Llama3Scaling | FrequencyFactors | None:
+    if fields is None:
+        return None
+    if "factors" in fields:
+        return FrequencyFactors(factors=tuple(fields["factors"]))
+    return Llama3Scaling(**fields)

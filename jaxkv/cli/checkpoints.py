@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 
 from jaxkv.cli import flags
-from jaxkv.language_model import NEEDLE, needle_folder
-from jaxkv.models import checkpoint, hf_config, hf_weights, orbax_copy
+from jaxkv.language_model import locate, needle_folder, read_network
+from jaxkv.models import orbax_copy
 from jaxkv.needle import training
 
 
@@ -64,9 +64,8 @@ def convert(
 ) -> None:
     """Save an Orbax copy of a checkpoint, which loads faster."""
     # Not by way of `load`, which on a CPU would widen 16-bit weights.
-    folder = needle_folder() if model == NEEDLE else checkpoint.resolve(model)
+    folder = locate(model)
     if orbax_copy.is_orbax_copy(folder):
         raise ValueError(f"{folder} is an Orbax copy already.")
-    config = hf_config.read_config(folder)
-    params = hf_weights.read_weights(folder, config, dtype=dtype)
+    config, params = read_network(folder, dtype=dtype)
     orbax_copy.save_orbax(params, config, out, source=folder, overwrite=overwrite)

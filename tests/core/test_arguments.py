@@ -83,7 +83,7 @@ def test_a_name_is_no_model():
         (None, {}, "load takes the name of a checkpoint"),
         ("", {}, "the name of the checkpoint is empty"),
         ("~nobody-of-this-name/x", {}, "~nobody-of-this-name/x"),
-        ("needle", dict(revision="main"), "needle comes with the package"),
+        ("needle", dict(revision="main"), "needle comes with a package"),
     ],
 )
 def test_bad_names_say_what_to_do(name, options, message):

@@ -106,7 +106,7 @@ def test_orbax_never_overwrites_anything_else(tmp_path, original):
         save_orbax(params, config, tmp_path / "link", overwrite=True)
     with raises("is not a folder; make it first"):
         save_orbax(params, config, tmp_path / "absent/copy")
-    with raises("source=", "is not a folder"):
+    with raises("source=", "is no folder and no file"):
         save_orbax(params, config, tmp_path / "copy", source=tmp_path / "absent")
     assert not (tmp_path / "copy").exists()
 

@@ -1,0 +1,37 @@
+"""Values of a checkpoint's keys, each held against what the network can compute."""
+
+import math
+from typing import Any, NoReturn
+
+from jaxkv.models.checkpoint import CheckpointError
+
+MOST = 2**31 - 1  # sizes and positions are int32
+MOST_LAYERS = 10_000  # each is planned for before the first tensor is looked at
+
+
+def integer(raw: dict[str, Any], key: str, default: int | None = None) -> int:
+    """Return a positive integer, or `default` where the key is missing or null."""
+    value: Any = raw.get(key)
+    if value is None:
+        value = default
+    if type(value) is not int or value < 1:
+        raise CheckpointError(f"{key} must be a positive integer, found {value!r}.")
+    if value > MOST:
+        raise CheckpointError(f"{key} must be at most {MOST}, found {value}.")
+    return value
+
+
+def number(raw: dict[str, Any], key: str, default: float | None = None) -> float:
+    """Return a positive, finite number, or `default`."""
+    value: Any = raw.get(key)
+    if value is None:
+        value = default
+    if type(value) not in (int, float) or not 0 < value < math.inf:
+        raise CheckpointError(f"{key} must be a positive number, found {value!r}.")
+    return float(value)
+
+
+def unsupported(key: str, value: Any, *supported: Any) -> NoReturn:
+    """Raise for a value that the network does not compute."""
+    choices = ", ".join(repr(choice) for choice in supported) or "none (leave it out)"
+    raise CheckpointError(f"{key}={value!r} is not supported; supported: {choices}.")

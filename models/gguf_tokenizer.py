@@ -1,0 +1,272 @@
+"""The tokenizer and the chat template out of the metadata of a GGUF file.
+
+transformers reads them with torch only, and splits the text of some vocabularies in
+another way than they were made with, so they are put together here.
+"""
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+from jaxkv.models.checkpoint import CheckpointError
+from jaxkv.models.gguf_config import stop_ids
+from jaxkv.models.gguf_header import Header
+
+_PREFIX = "tokenizer.ggml."
+_CONTROL, _USER_DEFINED = 3, 4  # of `token_type`
+_SPACE = "▁"  # what sentencepiece writes for a space
+
+# How text is cut before merges: the pattern of GPT-2, and those that others follow.
+_CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_BREAKS = r"\s*[\r\n]+|\s+(?!\S)|\s+"
+_WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
+_SIGNS = r" ?[^\s\p{L}\p{N}]+[\r\n]*"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_START = r"[^\r\n\p{L}\p{N}]?"
+_GPT2 = "GPT-2"
+_DIGITS = "digits, then GPT-2"
+_LLAMA3 = rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}{{1,3}}|{_SIGNS}|{_BREAKS}"
+_QWEN2 = rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}|{_SIGNS}|{_BREAKS}"
+_TEKKEN = (
+    rf"{_START}{_UPPER}*{_LOWER}+|{_START}{_UPPER}+{_LOWER}*|\p{{N}}"
+    rf"| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_BREAKS}"
+)
+_SPLITS = {
+    None: _GPT2,
+    "default": _GPT2,
+    "gpt-2": _GPT2,
+    "smollm": _DIGITS,
+    "starcoder": _DIGITS,
+    "llama3": _LLAMA3,
+    "llama-v3": _LLAMA3,
+    "llama-bpe": _LLAMA3,
+    "falcon3": _LLAMA3,
+    "smaug-bpe": _LLAMA3,
+    "qwen2": _QWEN2,
+    "deepseek-r1-qwen": _QWEN2,
+    "tekken": _TEKKEN,
+}
+# Vocabularies whose tokens are taken whole where a piece of text is one, and which
+# begin a text with a token of its own unless the file says otherwise.
+_WHOLE = frozenset({"llama3", "llama-v3", "llama-bpe", "falcon3", "tekken"})
+
+
+def read_tokenizer(header: Header) -> Any:
+    """Return the transformers tokenizer of a file, or None if it has none.
+
+    Args:
+      header: of the file.
+
+    Returns:
+      A `PreTrainedTokenizerFast` with the file's special tokens and chat template.
+
+    Raises:
+      CheckpointError: if the tokenizer is of an unsupported kind, or one of its keys is
+        missing or damaged; the message names the key.
+    """
+    if header.metadata.get(_PREFIX + "model") in (None, "none", "no_vocab"):
+        if _PREFIX + "tokens" in header.metadata:
+            raise header.refuse(f"key {_PREFIX}model is missing.")
+        return None
+    try:
+        return _read(_Keys(header.metadata))
+    except CheckpointError as error:
+        raise header.refuse(str(error)) from None
+
+
+def write_files(header: Header, folder: Path, vocab_size: int) -> None:
+    """Write tokenizer and stop ids as the files of a Hugging Face folder.
+
+    Args:
+      header: of the GGUF file.
+      folder: where they go.
+      vocab_size: of the network.
+
+    Raises:
+      CheckpointError: as `read_tokenizer` and `stop_ids` do.
+    """
+    tokenizer = read_tokenizer(header)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    ids = {"eos_token_id": list(stop_ids(header, vocab_size))}
+    (folder / "generation_config.json").write_text(json.dumps(ids) + "\n", "utf-8")
+
+
+def _read(keys: "_Keys") -> Any:
+    from tokenizers import AddedToken
+    from transformers import PreTrainedTokenizerFast
+
+    model = keys.metadata[_PREFIX + "model"]
+    if model not in ("gpt2", "llama"):
+        raise CheckpointError(
+            f"{_PREFIX}model={model!r} is not supported; supported: 'gpt2', 'llama'."
+        )
+    tokens = keys.list("tokens", str)
+    ids = {token: index for index, token in enumerate(tokens)}
+    if len(ids) < len(tokens):
+        twice = next(t for i, t in enumerate(tokens) if ids[t] != i)
+        raise CheckpointError(f"{_PREFIX}tokens has {twice!r} twice.")
+    backend = _byte_level(keys, ids) if model == "gpt2" else _sentencepiece(keys, ids)
+    types = keys.list("token_type", int, length=len(tokens))
+    for kind, is_special in ((_CONTROL, True), (_USER_DEFINED, False)):
+        added = [
+            AddedToken(token, normalized=False, special=is_special)
+            for token, of in zip(tokens, types, strict=True)
+            if of == kind and token
+        ]
+        (backend.add_special_tokens if is_special else backend.add_tokens)(added)
+    special = {
+        name: tokens[index]
+        for name, key in (
+            ("bos_token", "bos"),
+            ("eos_token", "eos"),
+            ("unk_token", "unknown"),
+            ("pad_token", "padding"),
+        )
+        if (index := keys.token_id(key, len(tokens))) is not None
+    }
+    begins = model == "llama" or keys.metadata.get(_PREFIX + "pre") in _WHOLE
+    backend.post_processor = _ends(
+        ids,
+        special.get("bos_token") if keys.flag("add_bos_token", begins) else None,
+        special.get("eos_token") if keys.flag("add_eos_token", False) else None,
+    )
+    template = keys.metadata.get("tokenizer.chat_template")
+    if template is not None and not isinstance(template, str):
+        raise CheckpointError("tokenizer.chat_template must be a text.")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        chat_template=template,
+        clean_up_tokenization_spaces=False,
+        **special,
+    )
+
+
+def _byte_level(keys: "_Keys", ids: dict[str, int]) -> Any:
+    """Return a tokenizer that merges bytes within the pieces that a pattern cuts."""
+    from tokenizers import Regex, Tokenizer, decoders, models
+    from tokenizers import pre_tokenizers as pre
+
+    name = keys.metadata.get(_PREFIX + "pre")
+    if name not in tuple(_SPLITS):
+        raise CheckpointError(
+            f"{_PREFIX}pre={name!r} is not supported; supported: "
+            f"{', '.join(repr(key) for key in _SPLITS if key)}."
+        )
+    split = _SPLITS[name]
+    merges = [tuple(merge.split(" ")) for merge in keys.list("merges", str)]
+    backend = Tokenizer(_bpe(models.BPE, ids, merges, ignore_merges=name in _WHOLE))
+    steps: list[Any] = []
+    if split == _DIGITS:
+        steps.append(pre.Digits(individual_digits=True))
+    elif split != _GPT2:
+        steps.append(pre.Split(Regex(split), behavior="isolated"))
+    own = split in (_GPT2, _DIGITS)
+    steps.append(pre.ByteLevel(add_prefix_space=False, use_regex=own))
+    backend.pre_tokenizer = pre.Sequence(steps)
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def _sentencepiece(keys: "_Keys", ids: dict[str, int]) -> Any:
+    """Return a tokenizer that merges characters, and falls back to bytes."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    if keys.flag("remove_extra_whitespaces", False):
+        raise CheckpointError(f"{_PREFIX}remove_extra_whitespaces is not supported.")
+    if _PREFIX + "merges" in keys.metadata:
+        merges = [tuple(merge.split(" ")) for merge in keys.list("merges", str)]
+    else:
+        merges = _merges(ids, keys.list("scores", float, length=len(ids)))
+    unknown = keys.token_id("unknown", len(ids))
+    backend = Tokenizer(
+        _bpe(
+            models.BPE,
+            ids,
+            merges,
+            byte_fallback=True,
+            fuse_unk=True,
+            unk_token=None if unknown is None else list(ids)[unknown],
+        )
+    )
+    prefix = keys.flag("add_space_prefix", True)
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(
+        replacement=_SPACE, prepend_scheme="first" if prefix else "never", split=False
+    )
+    steps = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    if prefix:
+        steps.append(decoders.Strip(content=" ", left=1))
+    backend.decoder = decoders.Sequence(steps)
+    return backend
+
+
+def _merges(ids: dict[str, int], scores: list[float]) -> list[tuple[str, str]]:
+    """Return all ways to make a token of two, those of the best score first."""
+    found: list[tuple[float, tuple[str, str]]] = []
+    for token, index in ids.items():
+        cuts = ((token[:cut], token[cut:]) for cut in range(1, len(token)))
+        pairs = [(left, right) for left, right in cuts if left in ids and right in ids]
+        pairs.sort(key=lambda pair: (ids[pair[0]], ids[pair[1]]))
+        found += zip(itertools.repeat(-scores[index]), pairs, strict=False)
+    return [pair for _, pair in sorted(found, key=lambda entry: entry[0])]
+
+
+def _bpe(make: Any, ids: dict[str, int], merges: list[Any], **options: Any) -> Any:
+    try:
+        return make(vocab=ids, merges=merges, **options)
+    except Exception as error:  # the tokenizers library raises bare Exception
+        raise CheckpointError(
+            f"{_PREFIX}merges does not fit {_PREFIX}tokens ({error})."
+        ) from error
+
+
+def _ends(ids: dict[str, int], bos: str | None, eos: str | None) -> Any:
+    """Return what puts special tokens before and behind a text."""
+    from tokenizers.processors import TemplateProcessing
+
+    def around(text: str) -> str:
+        return " ".join(part for part in (bos, text, eos) if part)
+
+    return TemplateProcessing(
+        single=around("$A"),
+        pair=f"{around('$A')} {around('$B:1')}",
+        special_tokens=[(token, ids[token]) for token in {bos, eos} if token],
+    )
+
+
+class _Keys:
+    """The keys of the tokenizer, each held against its type."""
+
+    def __init__(self, metadata: dict[str, Any]):
+        self.metadata = metadata
+
+    def list(self, key: str, kind: type, length: int | None = None) -> list[Any]:
+        value = self.metadata.get(_PREFIX + key)
+        if value is None:
+            raise CheckpointError(f"key {_PREFIX}{key} is missing.")
+        if not isinstance(value, list) or not all(type(x) is kind for x in value):
+            raise CheckpointError(
+                f"{_PREFIX}{key} must be an array of {kind.__name__}."
+            )
+        if length is not None and len(value) != length:
+            raise CheckpointError(
+                f"{_PREFIX}{key} must have an entry for each of the {length} tokens, "
+                f"found {len(value)}."
+            )
+        return value
+
+    def flag(self, key: str, default: bool) -> bool:
+        value = self.metadata.get(_PREFIX + key, default)
+        if type(value) is not bool:
+            raise CheckpointError(f"{_PREFIX}{key} must be a bool, found {value!r}.")
+        return value
+
+    def token_id(self, key: str, size: int) -> int | None:
+        name = f"{_PREFIX}{key}_token_id"
+        value = self.metadata.get(name)
+        if value is not None and (type(value) is not int or not 0 <= value < size):
+            raise CheckpointError(
+                f"{name} must be a token id below {size}, found {value!r}."
+            )
+        return value

@@ -1,0 +1,196 @@
+"""The network's parameters out of the tensors of a GGUF file.
+
+All entries are checked before the first tensor is read. Then the parameters are made
+one at a time: some rows are dequantised, cast and put where they belong, and the whole
+is on its device before the next is touched. So the host holds one parameter, and never
+a second copy of the weights.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxkv.models.decoder import Config
+from jaxkv.models.gguf_config import EMBEDDING, FACTORS, FAMILIES
+from jaxkv.models.gguf_header import Header, Tensor
+from jaxkv.models.hf_weights import check_dtype
+from jaxkv.models.parameter_plan import Parts, at, plan_of, some
+
+# The types that JAX has, too; all others are quantised.
+_FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+_CHUNK = 2**22  # numbers that are dequantised at once
+
+# Names of modules: in a Hugging Face checkpoint, and in a GGUF file.
+_OUTER = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+}
+_INNER = {
+    "input_layernorm": "attn_norm",
+    "mlp.down_proj": "ffn_down",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.v_proj": "attn_v",
+}
+
+
+def read_weights(
+    header: Header, config: Config, *, dtype: str | None, shardings: Any = None
+) -> dict[str, Any]:
+    """Read the weights of a GGUF file into the parameter tree of `Decoder(config)`.
+
+    Args:
+      header: of the file.
+      config: the network, from `gguf_config.read_config`.
+      dtype: "float32", "bfloat16" or "float16" for every parameter; None is the type
+        of the embedding; if that is quantised, float32 on CPU and bfloat16 elsewhere.
+      shardings: a tree like the result with a `jax.sharding.Sharding` or a device at
+        every leaf; None puts everything on the default device.
+
+    Returns:
+      The parameter tree, as `parameter_shapes(config)` describes it.
+
+    Raises:
+      CheckpointError: if a tensor is missing, superfluous, misshapen, or of a type that
+        package `gguf` does not dequantise.
+      ValueError: if `dtype` is none of the four.
+    """
+    check_dtype(dtype)
+    plan = {
+        path: {_gguf_name(name): shape for name, shape in parts.items()}
+        for path, parts in plan_of(config).items()
+    }
+    _check(header, plan)
+    target_dtype = jnp.dtype(dtype or _own_dtype(header))
+    file = np.memmap(header.path, np.uint8, mode="r")
+    orders = _orders(header, config)
+    params: dict[str, Any] = {}
+    for path, parts in plan.items():
+        tensors = [header.tensors[name] for name in parts]
+        turned = len(tensors[0].shape) == 2 and path != ("embedding",)
+        array = _join(file, tensors, orders, target_dtype, turned=turned)
+        node = params
+        for key in path[:-1]:
+            node = node.setdefault(key, {})
+        # Wait, or host copies pile up.
+        placed = jax.device_put(array, at(shardings, path))
+        node[path[-1]] = placed.block_until_ready()
+        del array
+    return params
+
+
+def _gguf_name(name: str) -> str:
+    """Translate the name of a tensor of a Hugging Face checkpoint."""
+    module, _, kind = name.rpartition(".")
+    if module in _OUTER:
+        return f"{_OUTER[module]}.{kind}"
+    layer, _, inner = module.removeprefix("model.layers.").partition(".")
+    return f"blk.{layer}.{_INNER[inner]}.{kind}"
+
+
+def _own_dtype(header: Header) -> str:
+    quantised = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return _FLOATS.get(header.tensors[EMBEDDING].type, quantised)
+
+
+def _check(header: Header, plan: dict[tuple[str, ...], Parts]) -> None:
+    """Compare the entries with the plan, before anything large is read."""
+    from gguf.constants import GGMLQuantizationType
+    from gguf.quants import dequantize
+
+    shapes = {name: shape for parts in plan.values() for name, shape in parts.items()}
+    found = header.tensors
+    missing, extra = shapes.keys() - found.keys(), found.keys() - shapes - {FACTORS}
+    if missing or extra:
+        raise header.refuse(
+            f"the tensors do not fit the metadata: missing {some(missing)}, "
+            f"superfluous {some(extra)}."
+        )
+    known = set()
+    for name, shape in shapes.items():
+        tensor = found[name]
+        if tensor.shape != shape:
+            raise header.refuse(
+                f"tensor {name} must have shape {shape} by the metadata, found "
+                f"{tensor.shape}."
+            )
+        if tensor.type in known:
+            continue
+        row = np.zeros((1, tensor.row_bytes), np.uint8)
+        try:
+            dequantize(row, GGMLQuantizationType[tensor.type])
+        except NotImplementedError:
+            raise header.refuse(
+                f"tensor {name} is of type {tensor.type}, which package gguf does not "
+                "dequantise."
+            ) from None
+        known.add(tensor.type)
+
+
+def _orders(header: Header, config: Config) -> dict[str, np.ndarray]:
+    """Return where each row of a query or key tensor belongs, by the tensor's name.
+
+    Files of the `llama` architecture hold rows `0, H/2, 1, H/2 + 1, ...` of each head.
+    """
+    if not FAMILIES[header.metadata["general.architecture"]].interleaved:
+        return {}
+    half = config.head_dim // 2
+    orders = {}
+    for module, heads in (("q", config.num_heads), ("k", config.num_kv_heads)):
+        rows = np.arange(heads * config.head_dim).reshape(heads, 2, half)
+        for layer in range(config.num_layers):
+            for kind in ("weight", "bias"):
+                order = rows.swapaxes(1, 2).ravel()
+                orders[f"blk.{layer}.attn_{module}.{kind}"] = order
+    return orders
+
+
+def _join(
+    file: np.ndarray,
+    tensors: list[Tensor],
+    orders: dict[str, np.ndarray],
+    dtype: np.dtype,
+    *,
+    turned: bool,
+) -> np.ndarray:
+    """Read the tensors of one parameter, `[in, out]` if `turned`, else `[out, in]`."""
+    lengths = [tensor.shape[0] for tensor in tensors]
+    shape = (sum(lengths), *tensors[0].shape[1:])
+    array = np.empty(shape[::-1] if turned else shape, dtype)
+    rows = array.T if turned else array
+    start = 0
+    for tensor, length in zip(tensors, lengths, strict=True):
+        own = rows[start : start + length]
+        order = orders.get(tensor.name)
+        for first, chunk in _chunks(file, tensor):
+            places: Any = slice(first, first + len(chunk))
+            own[places if order is None else order[places]] = chunk
+        start += length
+    return array
+
+
+def _chunks(file: np.ndarray, tensor: Tensor) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield the numbers along the first axis in float32, and the index of each part."""
+    from gguf.constants import GGMLQuantizationType
+    from gguf.quants import dequantize
+
+    size = max(1, _CHUNK // tensor.shape[-1])
+    for first in range(0, tensor.rows, size):
+        count = min(size, tensor.rows - first)
+        start = tensor.offset + first * tensor.row_bytes
+        raw = np.asarray(file[start : start + count * tensor.row_bytes])
+        rows = dequantize(
+            raw.reshape(count, tensor.row_bytes), GGMLQuantizationType[tensor.type]
+        )
+        yield first, rows if len(tensor.shape) > 1 else rows[0]
