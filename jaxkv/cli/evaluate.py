@@ -132,10 +132,13 @@ def ruler(
     *,
     sweep: Sweep,
 ) -> None:
-    """RULER's tasks that need no corpus, by method and budget of the prompt."""
+    """RULER's tasks that need no corpus, by method and budget of the prompt.
+
+    --tasks also takes quote, continue and edit, whose answers are long.
+    """
     _by_length(
         model,
-        parsing.names(tasks, RETRIEVAL),
+        parsing.names(tasks or ",".join(RETRIEVAL), RETRIEVAL + QUOTING),
         lengths,
         kind="ruler",
         methods=parse_prefill_methods(methods, decode=decode),
