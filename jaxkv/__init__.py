@@ -6,6 +6,7 @@ the pure functions underneath. Policies say what the cache keeps.
 
 import jaxkv._clone  # noqa: F401
 from jaxkv._version import __version__
+from jaxkv.conversation import Chat
 from jaxkv.forward import decode_step, prefill
 from jaxkv.generation import generate_tokens
 from jaxkv.inference import Completion, Stats, generate
@@ -42,6 +43,7 @@ __all__ = [
     "VATP",
     "Aligned",
     "Categorical",
+    "Chat",
     "CheckpointError",
     "Completion",
     "Conditional",

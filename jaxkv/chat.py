@@ -22,6 +22,45 @@ def encode_chat(
     Raises:
       ValueError: there is no template, it fails, or it leaves a message out.
     """
+    return _encode(lm, _render(lm, messages) + answer_prefix)
+
+
+def encode_addition(
+    lm: LanguageModel,
+    messages: Sequence[Mapping[str, str]],
+    answer: str,
+    new: Sequence[Mapping[str, str]],
+) -> list[int] | None:
+    """Return what comes behind the assistant's answer when a conversation goes on.
+
+    Args:
+      lm: a model whose tokenizer has a chat template.
+      messages: the conversation up to the answer.
+      answer: the assistant's, as the tokens that it gave read.
+      new: the messages behind it.
+
+    Returns:
+      Token ids, the end of the answer's turn first; None where the template writes
+      what was before in another way than it did, as those do that take reasoning out.
+
+    Raises:
+      ValueError: there is no template, it fails, or it leaves a message out.
+    """
+    before = _render(lm, messages)
+    spoken = {"role": "assistant", "content": answer}
+    after = _render(lm, [*messages, spoken, *new])
+    for said in (answer, answer.strip()):  # most templates strip
+        if after.startswith(before + said):
+            return _encode(lm, after.removeprefix(before + said))
+    return None
+
+
+def _encode(lm: LanguageModel, text: str) -> list[int]:
+    return lm.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def _render(lm: LanguageModel, messages: Sequence[Mapping[str, str]]) -> str:
+    """Return a conversation as text, up to the beginning of the assistant's turn."""
     if lm.tokenizer is None or not lm.tokenizer.chat_template:
         raise ValueError(
             f"{lm.name} has no chat template; leave --chat out, and write prompts "
@@ -44,4 +83,4 @@ def encode_chat(
                 f"the chat template of {lm.name} leaves out message {number}, of the "
                 f"role {message['role']}."
             )
-    return lm.tokenizer(text + answer_prefix, add_special_tokens=False)["input_ids"]
+    return text

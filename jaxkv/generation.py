@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxkv.attention import Network
-from jaxkv.forward import decode_step, logits_at_end, read
+from jaxkv.forward import decode_step, feed, logits_at_end, read
 from jaxkv.options import Options
 from jaxkv.policies.base import Speculable
 from jaxkv.sampling import Sampler, from_numbers, pick_next
@@ -143,6 +143,59 @@ def start_copies(
     # What does not depend on the budget is not repeated: all but the evictions.
     copies = jax.vmap(begin)(keep, keys.reshape(keep.shape))
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), copies)
+
+
+def follow(
+    network: Network,
+    params: Any,
+    generation: Running,
+    tokens: jax.Array,
+    counts: jax.Array,
+    stop_ids: jax.Array,
+    *,
+    options: Options,
+    max_out: int,
+) -> Running:
+    """Feed more of a prompt behind an output, and choose the first token of the next.
+
+    The cache stays, so that a turn of a conversation costs its own tokens only.
+
+    Args:
+      network: static.
+      params: its parameters.
+      generation: of the output before, without drafts. Its newest token is not in the
+        cache yet: `tokens` begin with it, or with what stands in its place.
+      tokens: int32 `[B, N]`.
+      counts: int32 `[B]`, at least 1; the other tokens are padding.
+      stop_ids: int32 `[E]`; -1 stands for none.
+      options: static.
+      max_out: size `O` of the output buffer.
+
+    Returns:
+      The state of the loop after one token of the new output.
+    """
+    batch = len(tokens)
+    unknown = jnp.zeros((batch, network.config.vocab_size), jnp.float32)
+    fed = feed(
+        *(network, params, tokens, counts, generation.position, unknown),
+        generation.cache,
+        options=options,
+    )
+    seen = generation.seen
+    if seen is not None:
+        real = jnp.arange(tokens.shape[1])[None] < counts[:, None]
+        seen = seen.at[jnp.arange(batch)[:, None], tokens].max(real)
+    begun = dataclasses.replace(
+        generation,
+        tokens=jnp.full((batch, max_out), -1, jnp.int32),
+        lengths=jnp.zeros(batch, jnp.int32),
+        done=jnp.zeros(batch, bool),
+        position=generation.position + counts - 1,
+        cache=fed.cache,
+        seen=seen,
+    )
+    every = jnp.ones(batch, bool)
+    return _choose(begun, fed.logits, every, stop_ids, options.sampler)
 
 
 def advance(
@@ -300,6 +353,7 @@ start_jit = jax.jit(start, static_argnames=("network", "options", "slots", "max_
 start_copies_jit = jax.jit(
     start_copies, static_argnames=("network", "options", "slots", "max_out")
 )
+follow_jit = jax.jit(follow, static_argnames=("network", "options", "max_out"))
 advance_jit = jax.jit(
     advance, static_argnames=("network", "options"), donate_argnames="generation"
 )

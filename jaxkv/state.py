@@ -157,6 +157,30 @@ def _put(state, keys, values, positions):
     )
 
 
+def grow(state: KVState, more: int) -> KVState:
+    """Append free slots to a state whose decode policy keeps everything.
+
+    Args:
+      state: of one layer.
+      more: slots.
+
+    Returns:
+      The state, with `target` at each head's first free slot.
+    """
+
+    def pad(x: jax.Array, value: int) -> jax.Array:
+        width = [(0, 0), (0, 0), (0, more)] + [(0, 0)] * (x.ndim - 3)
+        return jnp.pad(x, width, constant_values=value)
+
+    grown = dataclasses.replace(
+        state,
+        keys=pad(state.keys, 0),
+        values=pad(state.values, 0),
+        positions=pad(state.positions, FREE),
+    )
+    return dataclasses.replace(grown, target=first_free(grown))
+
+
 def first_free(state: KVState) -> jax.Array:
     """Return the lowest free slot of each head, int32 `[B, K]`; 0 where none is."""
     return jnp.argmax(~occupied(state), axis=-1).astype(jnp.int32)
