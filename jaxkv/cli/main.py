@@ -15,7 +15,7 @@ import jax
 import typer
 
 from jaxkv._version import __version__
-from jaxkv.cli import checkpoints, demo, evaluate, generate, study
+from jaxkv.cli import chat, checkpoints, demo, evaluate, generate, study
 
 app = typer.Typer(
     add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
@@ -140,6 +140,7 @@ def _use_compilation_cache() -> None:
 
 app.command()(demo.demo)
 app.command()(generate.generate)
+app.command()(chat.chat)
 app.command()(checkpoints.train)
 app.command()(checkpoints.convert)
 

@@ -1,0 +1,152 @@
+"""`jaxkv chat`: a conversation on the terminal, with any budget."""
+
+import sys
+from collections.abc import Iterator
+from typing import Annotated
+
+import typer
+
+from jaxkv import registry
+from jaxkv.cli import flags
+from jaxkv.cli.generate import Sampling
+from jaxkv.cli.groups import grouped
+from jaxkv.cli.terminal import TextStream, announce, megabytes
+from jaxkv.conversation import Chat
+from jaxkv.language_model import NEEDLE
+from jaxkv.policies.full import Full
+
+_BLOCK = 8  # tokens between two pieces of streamed text
+_HELP = "/reset forgets all, /budget N (or all), /stats, /help, /exit (or Ctrl-D)"
+
+Policy = Annotated[str | None, typer.Option(help="As in jaxkv generate.")]
+
+
+@grouped
+def chat(
+    *,
+    model: flags.Model = NEEDLE,
+    system: Annotated[
+        str | None, typer.Option(help="What the system says first.")
+    ] = None,
+    budget: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Tokens of the conversation that each layer and head may keep."
+        ),
+    ] = None,
+    prefill: Policy = None,
+    decode: Policy = None,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, help="Longest answer, in tokens.")
+    ] = 512,
+    sampling: Sampling,
+    seed: flags.Seed = 0,
+    dtype: flags.Dtype = None,
+) -> None:
+    """Talk with a model; the cache stays between turns, within the budget."""
+    for flag, policy in (("--prefill", prefill), ("--decode", decode)):
+        if policy is not None and budget is None:
+            raise ValueError(f"{flag} {policy} evicts and needs --budget.")
+    policies = {
+        "prefill": prefill
+        and registry.parse(prefill, registry.PREFILL, flag="--prefill"),
+        "decode": decode and registry.parse(decode, registry.DECODE, flag="--decode"),
+    }
+    sampler = sampling.sampler
+    lm = flags.load_model(model, dtype)
+
+    def begin(tokens: int | None) -> Chat:
+        # Where a budget comes later there may be no policies yet.
+        given = policies if tokens is not None else {}
+        return Chat.begin(
+            lm, system=system, budget=tokens, sampler=sampler, seed=seed, **given
+        )
+
+    talk = begin(budget)
+    if lm.tokenizer is None or not lm.tokenizer.chat_template:
+        raise ValueError(
+            f"{lm.name} has no chat template; use jaxkv generate, or another model."
+        )
+    if sys.stdin.isatty():
+        _say(f"{lm.name}; {_HELP}")
+    for line in _lines():
+        command, _, argument = line.strip().partition(" ")
+        if not command:
+            continue
+        if command in ("/exit", "/quit"):
+            return
+        try:
+            if command == "/reset":
+                talk = begin(talk.options.budget)
+            elif command == "/budget":
+                talk = talk.with_budget(_budget(argument))
+                _say("the next turn reads the conversation anew")
+            elif command == "/stats":
+                _say(_stats(talk))
+            elif command.startswith("/"):
+                _say(_HELP)
+            else:
+                talk = _turn(talk, line, max_new_tokens)
+        except ValueError as error:  # one turn is not the whole conversation
+            _say(str(error))
+
+
+def _turn(talk: Chat, text: str, max_new_tokens: int) -> Chat:
+    """Return the chat after a turn; Ctrl-C leaves it as it was."""
+    stream = TextStream(talk.lm.tokenizer, _write)
+    try:
+        after, out = talk.say(
+            text, max_new_tokens=max_new_tokens, on_tokens=stream, block=_BLOCK
+        )
+    except KeyboardInterrupt:
+        _write("\n")
+        _say("interrupted; this turn is forgotten")
+        return talk
+    stream.finish((out.text or ("",))[0])
+    _write("\n")
+    if not talk.tokens:
+        announce(talk.lm, [out.stats])
+    _say(_stats(after))
+    return after
+
+
+def _stats(talk: Chat) -> str:
+    budget = "all" if talk.options.budget is None else talk.options.budget
+    policies = [talk.options.prefill, talk.options.decode]
+    kept = [type(policy).__name__ for policy in policies if policy != Full()]
+    by = f" by {' and '.join(kept)}" if kept else ""
+    return (
+        f"{len(talk.tokens)} tokens seen, {talk.kept} kept (budget {budget}{by}), "
+        f"{megabytes(talk.cache_bytes)}"
+    )
+
+
+def _budget(argument: str) -> int | None:
+    if argument.strip() in ("", "all"):
+        return None
+    try:
+        return int(argument)
+    except ValueError:
+        raise ValueError(
+            f"/budget takes a number of tokens, or all, got {argument.strip()!r}."
+        ) from None
+
+
+def _lines() -> Iterator[str]:
+    """Yield what is typed, or what standard input holds, line by line."""
+    if not sys.stdin.isatty():
+        yield from (line.rstrip("\n") for line in sys.stdin)
+        return
+    while True:
+        try:
+            yield input("> ")
+        except EOFError:
+            return
+
+
+def _write(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+def _say(message: str) -> None:
+    print(f"jaxkv: {message}", file=sys.stderr)
