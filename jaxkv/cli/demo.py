@@ -14,7 +14,6 @@ from rich.text import Text
 
 from jaxkv.cli import flags
 from jaxkv.cli.terminal import (
-    TextStream,
     announce,
     megabytes,
     progress,
@@ -25,6 +24,7 @@ from jaxkv.inference import Stats, generate
 from jaxkv.language_model import NEEDLE, LanguageModel
 from jaxkv.policies.streaming_llm import StreamingLLM
 from jaxkv.tasks.samples import Sample
+from jaxkv.terminal import TextStream
 
 RETRIEVAL = ("niah_multikey", "niah_multiquery", "vt")
 REASONING = "ledger"

@@ -12,7 +12,7 @@ import typer
 from jaxkv import inference, registry
 from jaxkv.cli import flags, prompts
 from jaxkv.cli.groups import grouped
-from jaxkv.cli.terminal import TextStream, announce, progress
+from jaxkv.cli.terminal import announce, progress
 from jaxkv.inference import Completion
 from jaxkv.language_model import NEEDLE, LanguageModel
 from jaxkv.options import described
@@ -21,6 +21,7 @@ from jaxkv.provenance import provenance
 from jaxkv.sampling import Categorical, Greedy, Sampler
 from jaxkv.soundness import LogitsError
 from jaxkv.speculation.rules import Exact
+from jaxkv.terminal import TextStream
 
 _BLOCK = 16  # tokens between two pieces of streamed text
 

@@ -1,8 +1,7 @@
-"""What commands show while they run: a progress bar, a stream of text, one line."""
+"""What commands show while they run: a progress bar, and one line at the end."""
 
 import sys
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Iterable
 
 import jax
 import rich.console
@@ -55,34 +54,3 @@ def megabytes(num_bytes: float) -> str:
 def right_aligned(*names: str) -> list[Column]:
     """Return columns of a table whose numbers stand one below the other."""
     return [Column(name, justify="right", no_wrap=True) for name in names]
-
-
-class TextStream:
-    """Turns one row's new tokens into text as they come; an `on_tokens` of `generate`.
-
-    A token may be a part of a character, and a tokenizer may take back a space, so all
-    tokens are decoded each time and only what is settled is written.
-    """
-
-    def __init__(self, tokenizer: Any, write: Callable[[str], Any]):
-        """Write the text through `write`, without special tokens."""
-        self._tokenizer = tokenizer
-        self._write = write
-        self._tokens: list[int] = []
-        self._shown = ""
-
-    def __call__(self, rows: list[list[int]]) -> None:
-        """Take the new tokens of the only row."""
-        (new,) = rows
-        self._tokens += new
-        text = self._tokenizer.decode(self._tokens, skip_special_tokens=True)
-        self._show(text.rstrip("\N{REPLACEMENT CHARACTER}"))
-
-    def finish(self, text: str) -> None:
-        """Write what is missing of the whole text."""
-        self._show(text)
-
-    def _show(self, text: str) -> None:
-        if len(text) > len(self._shown) and text.startswith(self._shown):
-            self._write(text[len(self._shown) :])
-            self._shown = text

@@ -9,7 +9,7 @@ import pytest
 
 import jaxkv
 from jaxkv.cli import generate
-from jaxkv.cli.terminal import TextStream
+from jaxkv.terminal import TextStream
 
 PROMPT = "The magic number is"
 
