@@ -10,10 +10,11 @@ from jaxkv import registry
 from jaxkv.cli import flags
 from jaxkv.cli.generate import Sampling
 from jaxkv.cli.groups import grouped
-from jaxkv.cli.terminal import TextStream, announce, megabytes
+from jaxkv.cli.terminal import announce, megabytes
 from jaxkv.conversation import Chat
 from jaxkv.language_model import NEEDLE
 from jaxkv.policies.full import Full
+from jaxkv.terminal import TextStream
 
 _BLOCK = 8  # tokens between two pieces of streamed text
 _HELP = "/reset forgets all, /budget N (or all), /stats, /help, /exit (or Ctrl-D)"
