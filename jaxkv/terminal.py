@@ -45,7 +45,7 @@ class TextStream:
         if self._rules is None:
             return
         for token in new:
-            if self._rules.has_text(token):
+            if self._rules.counts(token, behind=self._tokens[-1:]):
                 self._tokens.append(token)
                 self._open = self._open + 1 if self._rules.is_byte(token) else 0
         closed = len(self._tokens) - self._open
@@ -76,7 +76,8 @@ class TextStream:
         if first <= 0:
             return
         tail = self._settled(self._tokens[first : self._done])
-        if tail:  # else a space at the text's beginning may have been taken off
+        # The decoder may take off the first characters, and of no text it has not yet.
+        if tail or not self._rules.strips:
             del self._tokens[:first]
             self._done, self._seen = _TAIL, len(tail)
 
@@ -89,11 +90,12 @@ class TextStream:
 class _Rules:
     """What a decoder of the tokenizers library does where two tokens meet."""
 
-    def __init__(self, backend: Any, *, by_bytes: bool):
+    def __init__(self, backend: Any, *, by_bytes: bool, strips: bool):
         self.by_bytes = by_bytes  # all tokens are bytes, put together and decoded
+        self.strips = strips  # the text's beginning is cut
         self._backend = backend
         added = backend.get_added_tokens_decoder().values()
-        self._skipped = {None, "", *(token.content for token in added if token.special)}
+        self._skipped = {None, *(token.content for token in added if token.special)}
         self._names: dict[int, str | None] = {}
 
     @classmethod
@@ -107,14 +109,22 @@ class _Rules:
         if text != backend.decode(probe, skip_special_tokens=True):
             return None  # transformers changes what the decoder gives
         steps = _flat(json.loads(backend.decoder.__getstate__()))
-        by_bytes = [step["type"] for step in steps] == ["ByteLevel"]
+        types = [step["type"] for step in steps]
+        by_bytes = types == ["ByteLevel"]
         if not (by_bytes or _is_local(steps)):
             return None
-        return cls(backend, by_bytes=by_bytes)
+        strips = "Fuse" in types and "Strip" in types[types.index("Fuse") :]
+        return cls(backend, by_bytes=by_bytes, strips=strips)
 
-    def has_text(self, token: int) -> bool:
-        """Return whether decoding uses a token, and neither skips it nor lacks it."""
-        return self._name(token) not in self._skipped
+    def counts(self, token: int, *, behind: list[int]) -> bool:
+        """Return whether decoding uses a token: it neither skips it nor lacks it.
+
+        One without text may end a run of bytes, but a second such one does nothing.
+        """
+        name = self._name(token)
+        if name == "" and (self.by_bytes or [self._name(t) for t in behind] == [""]):
+            return False
+        return name not in self._skipped
 
     def is_byte(self, token: int) -> bool:
         """Return whether a token may be a byte of a run that is decoded as a whole."""
@@ -140,7 +150,7 @@ def _is_local(steps: list[dict[str, Any]]) -> bool:
     for step in steps:
         match step:
             case {"type": "Replace", "pattern": {"String": str(old)}, "content": new}:
-                known = len(old) == 1 and "<" not in new
+                known = len(old) == 1 and new != "" and "<" not in new
             case {"type": "Strip", "stop": int(stop)}:
                 known = not fused or stop == 0
             case {"type": "ByteFallback"}:

@@ -132,6 +132,14 @@ def test_a_character_that_later_bytes_spoil_is_held_back():
     assert before == ["���" + " the", "end"]
 
 
+def test_a_token_without_text_ends_a_run_of_bytes():
+    tokenizer = made("metaspace")
+    ids = [byte(tokenizer, 0xC3), *tokenizer.convert_tokens_to_ids(["", ""])]
+    ids += [byte(tokenizer, 0xA9), *tokenizer.convert_tokens_to_ids(["end"])]
+    before, text = streamed(tokenizer, ids, range(len(ids)))
+    assert text == "".join(before) == "��end"
+
+
 class Counting:
     """A tokenizer that counts the tokens it has decoded."""
 
@@ -152,6 +160,8 @@ LONG = {  # tokens that come over and over
     "special tokens": ("Llama 2", ["<s>", "</s>"]),
     "spaces": ("twelve spaces", ["▁"]),
     "nothing": ("Gemma", [""]),
+    "nothing, cut": ("twelve spaces", [""]),
+    "nothing of each": ("each piece", ["▁"]),
     "text": ("bytes", ["a", "b"]),
     "no characters": ("bytes", ["ð"]),
     "parts of characters": ("bytes", ["ð", "Ł", "Ļ", "Ĥ"]),
