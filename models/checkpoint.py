@@ -117,7 +117,7 @@ def resolve(
 
 def _gguf_file(folder: Path) -> Path | None:
     """Return the GGUF file of a folder that holds no other weights."""
-    files = sorted(p for p in folder.iterdir() if p.suffix.lower() == ".gguf")
+    files = sorted(p for p in folder.glob("*") if p.suffix.lower() == ".gguf")
     if not files or any(folder.glob("*.safetensors")):
         return None
     if len(files) > 1:

@@ -92,7 +92,7 @@ def read_config(header: Header) -> Config:
     try:
         return _convert(header)
     except CheckpointError as error:
-        raise header.refuse(str(error)) from None
+        raise header.error(str(error)) from None
 
 
 def family(header: Header) -> Family:
@@ -113,7 +113,7 @@ def stop_ids(header: Header, vocab_size: int) -> tuple[int, ...]:
         if value is None:
             continue
         if type(value) is not int or not 0 <= value < vocab_size:
-            raise header.refuse(
+            raise header.error(
                 f"{key} must be a token id below {vocab_size}, found {value!r}."
             )
         found[value] = None

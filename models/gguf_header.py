@@ -68,7 +68,7 @@ class Header:
     metadata: dict[str, Any]
     tensors: dict[str, Tensor]
 
-    def refuse(self, problem: str) -> CheckpointError:
+    def error(self, problem: str) -> CheckpointError:
         """Return the error that says what is wrong with the file."""
         return CheckpointError(f"{self.path}: {problem}")
 

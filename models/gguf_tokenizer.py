@@ -67,12 +67,12 @@ def read_tokenizer(header: Header) -> Any:
     """
     if header.metadata.get(_PREFIX + "model") in (None, "none", "no_vocab"):
         if _PREFIX + "tokens" in header.metadata:
-            raise header.refuse(f"key {_PREFIX}model is missing.")
+            raise header.error(f"key {_PREFIX}model is missing.")
         return None
     try:
         return _read(_Keys(header.metadata))
     except CheckpointError as error:
-        raise header.refuse(str(error)) from None
+        raise header.error(str(error)) from None
 
 
 def write_files(header: Header, folder: Path, vocab_size: int) -> None:

@@ -113,7 +113,7 @@ def _check(header: Header, plan: dict[tuple[str, ...], Parts]) -> None:
     found = header.tensors
     missing, extra = shapes.keys() - found.keys(), found.keys() - shapes - {FACTORS}
     if missing or extra:
-        raise header.refuse(
+        raise header.error(
             f"the tensors do not fit the metadata: missing {some(missing)}, "
             f"superfluous {some(extra)}."
         )
@@ -121,7 +121,7 @@ def _check(header: Header, plan: dict[tuple[str, ...], Parts]) -> None:
     for name, shape in shapes.items():
         tensor = found[name]
         if tensor.shape != shape:
-            raise header.refuse(
+            raise header.error(
                 f"tensor {name} must have shape {shape} by the metadata, found "
                 f"{tensor.shape}."
             )
@@ -131,7 +131,7 @@ def _check(header: Header, plan: dict[tuple[str, ...], Parts]) -> None:
         try:
             dequantize(row, GGMLQuantizationType[tensor.type])
         except NotImplementedError:
-            raise header.refuse(
+            raise header.error(
                 f"tensor {name} is of type {tensor.type}, which package gguf does not "
                 "dequantise."
             ) from None

@@ -1,16 +1,21 @@
 """Network and reader against transformers and torch, on tiny random checkpoints.
 
-Each case is written by `save_pretrained`, and both sides load that very folder.
+Each case is written by `save_pretrained`, and both sides load that very folder; our
+side reads the same weights from a GGUF file, too.
 """
 
 import json
 
+import gguf_files
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
+from jaxkv.models import gguf_config, gguf_weights
 from jaxkv.models.decoder import Decoder, parameter_shapes
+from jaxkv.models.gguf_header import read_header
 from jaxkv.models.hf_config import read_config, stop_ids
 from jaxkv.models.hf_weights import read_weights
 
@@ -105,12 +110,37 @@ def shapes_of(tree):
     return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
 
 
-def assert_same_logits(folder):
+def read(folder, layout="hub"):
+    """Return configuration and float32 parameters, by way of a GGUF file or not."""
+    if layout == "hub":
+        config = read_config(folder)
+        return config, read_weights(folder, config, dtype="float32")
+    header = read_header(to_gguf(folder))
+    config = gguf_config.read_config(header)
+    return config, gguf_weights.read_weights(header, config, dtype="float32")
+
+
+def to_gguf(folder):
+    """Write the weights of a folder as a GGUF file, with torch's rotary factors."""
+    model = load_torch(folder)
+    config = read_config(folder)
+    arch = {"mistral": "llama"}.get(model.config.model_type, model.config.model_type)
+    tensors = load_file(folder / "model.safetensors")
+    tensors = gguf_files.gguf_tensors(tensors, config, arch)
+    if config.rope_scaling is not None:
+        steps = np.arange(0, config.head_dim, 2) / config.head_dim
+        scaled = model.model.rotary_emb.inv_freq.numpy()
+        factors = config.rope_theta**-steps / scaled
+        tensors["rope_freqs.weight"] = factors.astype(np.float32)
+    keys = gguf_files.metadata(config, arch)
+    return gguf_files.write(folder / "model.gguf", keys, tensors, arch=arch)
+
+
+def assert_same_logits(folder, layout="hub"):
     tokens = random_tokens((2, LENGTH))
     with torch.no_grad():
         expected = load_torch(folder)(torch.from_numpy(tokens)).logits.numpy()
-    config = read_config(folder)
-    params = read_weights(folder, config, dtype="float32")
+    config, params = read(folder, layout)
     assert shapes_of(params) == shapes_of(parameter_shapes(config))
     found = jax.jit(forward, static_argnums=0)(config, params, tokens)
     assert found.dtype == jnp.float32
@@ -118,9 +148,10 @@ def assert_same_logits(folder):
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("layout", ["hub", "gguf"])
 @pytest.mark.parametrize("case", CASES)
-def test_logits(tmp_path, case):
-    assert_same_logits(make(tmp_path, case))
+def test_logits(tmp_path, case, layout):
+    assert_same_logits(make(tmp_path, case), layout)
 
 
 @pytest.mark.parametrize("case", ["llama-rope-head_dim", "qwen2"])

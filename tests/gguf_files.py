@@ -1,0 +1,101 @@
+"""GGUF files, written by package gguf as llama.cpp's converter would.
+
+The names of the tensors come from package gguf, independently of `models.gguf_weights`.
+"""
+
+import contextlib
+import dataclasses
+
+import gguf
+import numpy as np
+from hf_checkpoints import CONFIG, hf_tensors
+
+WORDS = ["<|end|>", "<|user|>", "a", "b", "c", "ab", "abc", "Ġ", "Ġa", "1", "2", "Ċ"]
+TEMPLATE = "{% for m in messages %}<|user|>{{ m.content }}{% endfor %}<|end|>"
+TOKENIZER = {
+    "tokenizer.ggml.model": "gpt2",
+    "tokenizer.ggml.pre": "smollm",
+    "tokenizer.ggml.tokens": WORDS + [f"x{i}" for i in range(8)],
+    "tokenizer.ggml.token_type": [3, 3, *[1] * 18],
+    "tokenizer.ggml.merges": ["a b", "ab c", "Ġ a"],
+    "tokenizer.ggml.eos_token_id": 0,
+    "tokenizer.ggml.bos_token_id": 1,
+    "tokenizer.chat_template": TEMPLATE,
+}
+
+
+def metadata(config, arch="llama"):
+    """Return the keys of an architecture, as the converter writes them."""
+    keys = {
+        "block_count": config.num_layers,
+        "context_length": config.max_positions,
+        "embedding_length": config.hidden_size,
+        "feed_forward_length": config.intermediate_size,
+        "attention.head_count": config.num_heads,
+        "attention.head_count_kv": config.num_kv_heads,
+        "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+        "attention.key_length": config.head_dim,
+        "attention.value_length": config.head_dim,
+        "rope.freq_base": config.rope_theta,
+    }
+    if arch == "llama":
+        keys |= {
+            "vocab_size": config.vocab_size,
+            "rope.dimension_count": config.head_dim,
+        }
+    return {f"{arch}.{key}": value for key, value in keys.items()}
+
+
+def gguf_tensors(tensors, config, arch="llama"):
+    """Rename Hugging Face's tensors, and permute those of llama."""
+    kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
+    names = gguf.get_tensor_name_map(kinds[arch], config.num_layers)
+    out = {}
+    for name, tensor in tensors.items():
+        if arch == "llama" and ("q_proj" in name or "k_proj" in name):
+            heads = config.num_heads if "q_proj" in name else config.num_kv_heads
+            split = tensor.reshape(heads, 2, -1, *tensor.shape[1:])
+            tensor = split.swapaxes(1, 2).reshape(tensor.shape)
+        out[names.get_name(name, try_suffixes=(".weight", ".bias"))] = tensor
+    return out
+
+
+def quantised(array, kind):
+    """Return the bytes of a matrix, random ones where gguf cannot quantise."""
+    kind = gguf.GGMLQuantizationType[kind]
+    with contextlib.suppress(NotImplementedError):
+        return gguf.quants.quantize(array, kind)
+    rng = np.random.default_rng(array.size)
+    shape = gguf.quants.quant_shape_to_byte_shape(array.shape, kind)
+    raw = rng.integers(0, 256, shape, np.uint8)
+    block_bytes = gguf.GGML_QUANT_SIZES[kind][1]
+    blocks = raw.reshape(-1, block_bytes)
+    scales = {"Q4_K": [0, 2], "Q6_K": [208], "Q2_K": [80, 82], "Q3_K": [108]}
+    for start in scales.get(kind.name, []):  # of the whole block, in float16
+        blocks[:, start : start + 2] = np.float16([0.002]).view(np.uint8)
+    return raw
+
+
+def write(path, keys, tensors, *, arch="llama", kind="F32"):
+    """Write a file; matrices are quantised, all else is float32."""
+    writer = gguf.GGUFWriter(path, arch)
+    for key, value in keys.items():
+        writer.add_key_value(key, value, gguf.GGUFValueType.get_type(value))
+    for name, tensor in tensors.items():
+        if tensor.ndim == 2 and kind != "F32":
+            raw = quantised(tensor, kind)
+            writer.add_tensor(name, raw, raw_dtype=gguf.GGMLQuantizationType[kind])
+        else:
+            writer.add_tensor(name, tensor)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def tiny(arch="llama", **changes):
+    """Return configuration, keys and tensors of a tiny random network."""
+    config = dataclasses.replace(CONFIG, **changes)
+    keys = metadata(config, arch) | TOKENIZER
+    return config, keys, gguf_tensors(hf_tensors(config), config, arch)
