@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxkv.models.checkpoint import CheckpointError
 from jaxkv.models.decoder import Config
 from jaxkv.models.gguf_config import EMBEDDING, FACTORS, FAMILIES
 from jaxkv.models.gguf_header import Header, Tensor
@@ -79,7 +80,10 @@ def read_weights(
     for path, parts in plan.items():
         tensors = [header.tensors[name] for name in parts]
         turned = len(tensors[0].shape) == 2 and path != ("embedding",)
-        array = _join(file, tensors, orders, target_dtype, turned=turned)
+        try:
+            array = _join(file, tensors, orders, target_dtype, turned=turned)
+        except CheckpointError as error:
+            raise header.error(str(error)) from None
         node = params
         for key in path[:-1]:
             node = node.setdefault(key, {})
@@ -190,7 +194,12 @@ def _chunks(file: np.ndarray, tensor: Tensor) -> Iterator[tuple[int, np.ndarray]
         count = min(size, tensor.rows - first)
         start = tensor.offset + first * tensor.row_bytes
         raw = np.asarray(file[start : start + count * tensor.row_bytes])
-        rows = dequantize(
-            raw.reshape(count, tensor.row_bytes), GGMLQuantizationType[tensor.type]
-        )
+        raw = raw.reshape(count, tensor.row_bytes)
+        with np.errstate(all="ignore"):
+            rows = dequantize(raw, GGMLQuantizationType[tensor.type])
+        if not np.isfinite(rows).all():
+            raise CheckpointError(
+                f"tensor {tensor.name} is damaged, it holds NaN or infinite numbers; "
+                "fetch the file again."
+            )
         yield first, rows if len(tensor.shape) > 1 else rows[0]

@@ -60,33 +60,37 @@ def gguf_tensors(tensors, config, arch="llama"):
     return out
 
 
-def quantised(array, kind):
-    """Return the bytes of a matrix, random ones where gguf cannot quantise."""
+def quantised(array, kind, most=100.0):
+    """Return the bytes of a matrix, random ones where gguf cannot quantise.
+
+    Blocks are drawn until none has a number above `most`, or one that is none.
+    """
     kind = gguf.GGMLQuantizationType[kind]
     with contextlib.suppress(NotImplementedError):
         return gguf.quants.quantize(array, kind)
     rng = np.random.default_rng(array.size)
     shape = gguf.quants.quant_shape_to_byte_shape(array.shape, kind)
-    raw = rng.integers(0, 256, shape, np.uint8)
     block_bytes = gguf.GGML_QUANT_SIZES[kind][1]
-    blocks = raw.reshape(-1, block_bytes)
-    scales = {"Q4_K": [0, 2], "Q6_K": [208], "Q2_K": [80, 82], "Q3_K": [108]}
-    for start in scales.get(kind.name, []):  # of the whole block, in float16
-        blocks[:, start : start + 2] = np.float16([0.002]).view(np.uint8)
-    return raw
+    blocks = np.zeros((np.prod(shape) // block_bytes, block_bytes), np.uint8)
+    wild = np.ones(len(blocks), bool)
+    while wild.any():
+        blocks[wild] = rng.integers(0, 256, blocks[wild].shape, np.uint8)
+        with np.errstate(all="ignore"):
+            wild = ~(np.abs(gguf.quants.dequantize(blocks, kind)) <= most).all(axis=1)
+    return blocks.reshape(shape)
 
 
 def write(path, keys, tensors, *, arch="llama", kind="F32"):
-    """Write a file; matrices are quantised, all else is float32."""
+    """Write a file; matrices are quantised, a pair of bytes and type is taken as is."""
     writer = gguf.GGUFWriter(path, arch)
     for key, value in keys.items():
         writer.add_key_value(key, value, gguf.GGUFValueType.get_type(value))
     for name, tensor in tensors.items():
-        if tensor.ndim == 2 and kind != "F32":
-            raw = quantised(tensor, kind)
-            writer.add_tensor(name, raw, raw_dtype=gguf.GGMLQuantizationType[kind])
-        else:
-            writer.add_tensor(name, tensor)
+        if not isinstance(tensor, tuple) and tensor.ndim == 2 and kind != "F32":
+            tensor = quantised(tensor, kind), kind
+        raw, of = tensor if isinstance(tensor, tuple) else (tensor, None)
+        raw_dtype = None if of is None else gguf.GGMLQuantizationType[of]
+        writer.add_tensor(name, raw, raw_dtype=raw_dtype)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

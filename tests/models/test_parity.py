@@ -154,6 +154,40 @@ def test_logits(tmp_path, case, layout):
     assert_same_logits(make(tmp_path, case), layout)
 
 
+@pytest.mark.parametrize(
+    "kind", ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q6_K"]
+)
+def test_logits_of_gguf_types(tmp_path, kind):
+    """Here transformers reads the GGUF file, too."""
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+    sizes = dict(hidden_size=256, intermediate_size=512, head_dim=64, vocab_size=160)
+    _, keys, tensors = gguf_files.tiny(**sizes)
+    matrices = {name: 0.1 * x for name, x in tensors.items() if x.ndim == 2}
+    if kind != "F32":
+        matrices = {
+            name: (gguf_files.quantised(matrix, kind, most=0.3), kind)
+            for name, matrix in matrices.items()
+        }
+    path = tmp_path / "model.gguf"
+    gguf_files.write(path, keys | {"general.name": "tiny"}, tensors | matrices)
+    model = transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.from_pretrained(tmp_path, gguf_file=path.name),
+        dtype=torch.float32,
+    ).eval()
+    weights = load_gguf_checkpoint(path, return_tensors=True, model_to_load=model)
+    model.load_state_dict(weights["tensors"])
+    tokens = random_tokens((2, LENGTH))
+    with torch.no_grad():
+        expected = model(torch.from_numpy(tokens)).logits.numpy()
+    header = read_header(path)
+    config = gguf_config.read_config(header)
+    params = gguf_weights.read_weights(header, config, dtype="float32")
+    found = jax.jit(forward, static_argnums=0)(config, params, tokens)
+    assert np.std(expected) > 1
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("case", ["llama-rope-head_dim", "qwen2"])
 @pytest.mark.parametrize("type_key", ["type", "rope_type"])
 def test_logits_of_transformers_4_spelling(tmp_path, case, type_key):
