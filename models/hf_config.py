@@ -11,6 +11,7 @@ from typing import Any, Literal
 from jaxkv.models.checkpoint import CheckpointError, read_json
 from jaxkv.models.checkpoint_values import MOST_LAYERS, integer, number, unsupported
 from jaxkv.models.decoder import Config, Llama3Scaling
+from jaxkv.models.quiet import quiet_transformers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -171,12 +172,11 @@ def _convert(raw: dict[str, Any]) -> Config:
 
 def _defaults(model_type: str, hidden_size: int, num_heads: int) -> dict[str, Any]:
     """Return what transformers takes for absent keys at these sizes."""
-    from transformers import CONFIG_MAPPING
-
     try:
-        config = CONFIG_MAPPING[model_type](
-            hidden_size=hidden_size, num_attention_heads=num_heads
-        )
+        with quiet_transformers() as transformers:
+            config = transformers.CONFIG_MAPPING[model_type](
+                hidden_size=hidden_size, num_attention_heads=num_heads
+            )
     except Exception as error:  # what transformers raises differs between versions
         message = " ".join(str(error).split())
         raise CheckpointError(

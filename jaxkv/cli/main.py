@@ -37,8 +37,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
       argv: the arguments; those of the process if None.
     """
-    # Its advice (no torch, long prompts) is for other programs than this one.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     settings = _Settings()
     try:
         code = app(

@@ -16,6 +16,7 @@ import numpy as np
 
 from jaxkv.fields import MOST
 from jaxkv.language_model import LanguageModel
+from jaxkv.models import hf_tokenizer
 from jaxkv.tasks import TASKS, Sample, make, reasoning, score_all
 
 Match = Literal["all", "any"]
@@ -261,8 +262,7 @@ def _need_tokenizer(lm: LanguageModel) -> None:
 
 
 def _encode(tokenizer: Any, prompts: Sequence[str]) -> list[np.ndarray]:
-    rows = tokenizer(list(prompts))["input_ids"]
-    return [np.array(row, np.int32) for row in rows]
+    return [np.array(hf_tokenizer.encode(tokenizer, p), np.int32) for p in prompts]
 
 
 def _record(line: str, where: str) -> dict[str, Any]:

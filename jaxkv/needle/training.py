@@ -25,7 +25,7 @@ import rich.console
 import rich.progress
 
 from jaxkv.kernels import prefill
-from jaxkv.models import hf_export
+from jaxkv.models import hf_export, hf_tokenizer
 from jaxkv.models.decoder import Config, Decoder, random_parameters
 
 CONFIG = Config(
@@ -244,10 +244,8 @@ _tokenizer: Any  # of a worker
 
 def _start_worker(tokenizer_folder: str) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    from transformers import AutoTokenizer
-
     global _tokenizer
-    _tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    _tokenizer = hf_tokenizer.read_tokenizer(Path(tokenizer_folder))
 
 
 def _make_rows(length: int, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -354,9 +352,7 @@ def write_checkpoint(
     config: Config, params: Any, folder: Path, tokenizer_folder: Path
 ) -> None:
     """Write bfloat16 weights and the tokenizer's files as a Hugging Face folder."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    tokenizer = hf_tokenizer.read_tokenizer(Path(tokenizer_folder))
     hf_export.write_qwen3(
         jax.tree.map(lambda x: x.astype(jnp.bfloat16), params),
         config,

@@ -1,0 +1,36 @@
+"""Keeps what transformers says to users of transformers from users of jaxkv."""
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from types import ModuleType
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[ModuleType]:
+    """Import transformers and drop its warnings within; errors are let through.
+
+    It warns that torch is missing, which jaxkv does not need, and about the classes
+    of tokenizers, which jaxkv checks itself. Its log level is as before afterwards.
+
+    Yields:
+      The package `transformers`.
+    """
+    logger = logging.getLogger("transformers")
+
+    def is_error(record: logging.LogRecord) -> bool:
+        return record.levelno >= logging.ERROR
+
+    # The import sets the level, so that only a filter can hold back what it says.
+    logger.addFilter(is_error)
+    try:
+        import transformers
+
+        level = logger.level
+        logger.setLevel(max(level, logging.ERROR))  # of the loggers below it, too
+        try:
+            yield transformers
+        finally:
+            logger.setLevel(level)
+    finally:
+        logger.removeFilter(is_error)
