@@ -72,14 +72,15 @@ class TextStream:
 
     def _forget(self) -> None:
         """Keep the tokens that the text of the next ones may depend on."""
-        first = self._done - _TAIL
+        # Behind what is taken off, where every other token may have no text.
+        length = _TAIL + 2 * self._rules.cut
+        first = self._done - length
         if first <= 0:
             return
         tail = self._settled(self._tokens[first : self._done])
-        # The decoder may take off the first characters, and of no text it has not yet.
-        if tail or not self._rules.strips:
+        if tail or not self._rules.cut:
             del self._tokens[:first]
-            self._done, self._seen = _TAIL, len(tail)
+            self._done, self._seen = length, len(tail)
 
     def _show(self, text: str) -> None:
         if text:
@@ -90,9 +91,9 @@ class TextStream:
 class _Rules:
     """What a decoder of the tokenizers library does where two tokens meet."""
 
-    def __init__(self, backend: Any, *, by_bytes: bool, strips: bool):
+    def __init__(self, backend: Any, *, by_bytes: bool, cut: int):
         self.by_bytes = by_bytes  # all tokens are bytes, put together and decoded
-        self.strips = strips  # the text's beginning is cut
+        self.cut = cut  # characters that may be taken off the text's beginning
         self._backend = backend
         added = backend.get_added_tokens_decoder().values()
         self._skipped = {None, *(token.content for token in added if token.special)}
@@ -113,8 +114,9 @@ class _Rules:
         by_bytes = types == ["ByteLevel"]
         if not (by_bytes or _is_local(steps)):
             return None
-        strips = "Fuse" in types and "Strip" in types[types.index("Fuse") :]
-        return cls(backend, by_bytes=by_bytes, strips=strips)
+        whole = steps[types.index("Fuse") :] if "Fuse" in types else []
+        cut = sum(step["start"] for step in whole if step["type"] == "Strip")
+        return cls(backend, by_bytes=by_bytes, cut=cut)
 
     def counts(self, token: int, *, behind: list[int]) -> bool:
         """Return whether decoding uses a token: it neither skips it nor lacks it.
