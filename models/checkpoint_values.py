@@ -15,7 +15,9 @@ def integer(raw: dict[str, Any], key: str, default: int | None = None) -> int:
     if value is None:
         value = default
     if type(value) is not int or value < 1:
-        raise CheckpointError(f"{key} must be a positive integer, found {value!r}.")
+        raise CheckpointError(
+            f"{key} must be a positive integer, found {shown(value)}."
+        )
     if value > MOST:
         raise CheckpointError(f"{key} must be at most {MOST}, found {value}.")
     return value
@@ -27,11 +29,19 @@ def number(raw: dict[str, Any], key: str, default: float | None = None) -> float
     if value is None:
         value = default
     if type(value) not in (int, float) or not 0 < value < math.inf:
-        raise CheckpointError(f"{key} must be a positive number, found {value!r}.")
+        raise CheckpointError(f"{key} must be a positive number, found {shown(value)}.")
     return float(value)
 
 
 def unsupported(key: str, value: Any, *supported: Any) -> NoReturn:
     """Raise for a value that the network does not compute."""
     choices = ", ".join(repr(choice) for choice in supported) or "none (leave it out)"
-    raise CheckpointError(f"{key}={value!r} is not supported; supported: {choices}.")
+    raise CheckpointError(
+        f"{key}={shown(value)} is not supported; supported: {choices}."
+    )
+
+
+def shown(value: Any) -> str:
+    """Return the start of a value that may be a whole vocabulary."""
+    text = repr(value)
+    return text if len(text) <= 120 else f"{text[:120]}..."

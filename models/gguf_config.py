@@ -114,7 +114,8 @@ def stop_ids(header: Header, vocab_size: int) -> tuple[int, ...]:
             continue
         if type(value) is not int or not 0 <= value < vocab_size:
             raise header.error(
-                f"{key} must be a token id below {vocab_size}, found {value!r}."
+                f"{key} must be a token id below {vocab_size}, found "
+                f"{values.shown(value)}."
             )
         found[value] = None
     return tuple(found)
@@ -174,7 +175,7 @@ def _convert(header: Header) -> Config:
 def _architecture(metadata: dict[str, Any]) -> str:
     """Return `general.architecture`, after a look at the keys of whole files."""
     architecture = metadata.get("general.architecture")
-    if architecture not in FAMILIES:
+    if architecture not in tuple(FAMILIES):  # it may be an array
         values.unsupported("general.architecture", architecture, *FAMILIES)
     kind = metadata.get("general.type", "model")
     if kind != "model":
@@ -182,8 +183,8 @@ def _architecture(metadata: dict[str, Any]) -> str:
     parts = metadata.get("split.count", 0)
     if parts not in (0, 1):
         raise CheckpointError(
-            f"split.count={parts}: the file is one of several parts; join them with "
-            "llama-gguf-split --merge."
+            f"split.count={values.shown(parts)}: the file is one of several parts; "
+            "join them with llama-gguf-split --merge."
         )
     return architecture
 
@@ -194,8 +195,8 @@ def _refuse_unknown(name: str, key: str, value: Any) -> None:
         return
     if key not in _NEUTRAL:
         raise CheckpointError(
-            f"{name}={value!r:.80} is not known to jaxkv, and may change what the "
-            "network computes."
+            f"{name}={values.shown(value)} is not known to jaxkv, and may change what "
+            "the network computes."
         )
     if value not in _NEUTRAL[key]:
         values.unsupported(name, value, *_NEUTRAL[key])
@@ -237,7 +238,8 @@ def _factors(header: Header, head_dim: int) -> FrequencyFactors | None:
     ).tolist()
     if not all(0 < factor < float("inf") for factor in stored):
         raise CheckpointError(
-            f"tensor {FACTORS} must hold positive numbers, found {stored}."
+            f"tensor {FACTORS} must hold positive numbers, found "
+            f"{values.shown(stored)}."
         )
     return FrequencyFactors(factors=tuple(stored))
 

@@ -8,7 +8,6 @@ length, and takes seconds to make an array of every token of a vocabulary.
 import dataclasses
 import math
 import os
-import struct
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -121,7 +120,7 @@ class _Reader:
         metadata: dict[str, Any] = {}
         for index in range(num_keys):
             self._what = f"the name of metadata key {index}"
-            key = self._string()
+            key = self._name()
             self._what = f"key {key[:80]!r}"
             if key in metadata:
                 raise self._damaged("occurs twice")
@@ -129,7 +128,7 @@ class _Reader:
         entries: dict[str, tuple[list[int], int, int]] = {}
         for index in range(num_tensors):
             self._what = f"the name of tensor {index}"
-            name = self._string()
+            name = self._name()
             self._what = f"the entry of tensor {name[:80]!r}"
             if name in entries:
                 raise self._damaged("occurs twice")
@@ -242,10 +241,15 @@ class _Reader:
     def _number(self, kind: str) -> int:
         return int(np.frombuffer(self._take(np.dtype(kind).itemsize), f"<{kind}")[0])
 
+    def _name(self) -> str:
+        name = self._string()
+        if not name.isprintable():  # it would break the lines that name it
+            raise self._damaged(f"is {name[:80]!r}")
+        return name
+
     def _string(self) -> str:
-        (length,) = struct.unpack("<Q", self._take(8))
         try:
-            return self._take(length).decode("utf-8")
+            return self._take(self._number("u8")).decode("utf-8")
         except UnicodeDecodeError:
             raise self._damaged("is not UTF-8 text") from None
 

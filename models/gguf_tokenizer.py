@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxkv.models.checkpoint import CheckpointError
+from jaxkv.models.checkpoint_values import shown
 from jaxkv.models.gguf_config import stop_ids
 from jaxkv.models.gguf_header import Header
 from jaxkv.models.quiet import quiet_transformers
@@ -100,13 +101,14 @@ def _read(keys: "_Keys") -> Any:
     model = keys.metadata[_PREFIX + "model"]
     if model not in ("gpt2", "llama"):
         raise CheckpointError(
-            f"{_PREFIX}model={model!r} is not supported; supported: 'gpt2', 'llama'."
+            f"{_PREFIX}model={shown(model)} is not supported; supported: 'gpt2', "
+            "'llama'."
         )
     tokens = keys.list("tokens", str)
     ids = {token: index for index, token in enumerate(tokens)}
     if len(ids) < len(tokens):
         twice = next(t for i, t in enumerate(tokens) if ids[t] != i)
-        raise CheckpointError(f"{_PREFIX}tokens has {twice!r} twice.")
+        raise CheckpointError(f"{_PREFIX}tokens has {shown(twice)} twice.")
     backend = _byte_level(keys, ids) if model == "gpt2" else _sentencepiece(keys, ids)
     types = keys.list("token_type", int, length=len(tokens))
     for kind, is_special in ((_CONTROL, True), (_USER_DEFINED, False)):
@@ -152,12 +154,13 @@ def _byte_level(keys: "_Keys", ids: dict[str, int]) -> Any:
     name = keys.metadata.get(_PREFIX + "pre")
     if name not in tuple(_SPLITS):
         raise CheckpointError(
-            f"{_PREFIX}pre={name!r} is not supported; supported: "
+            f"{_PREFIX}pre={shown(name)} is not supported; supported: "
             f"{', '.join(repr(key) for key in _SPLITS if key)}."
         )
     split = _SPLITS[name]
-    merges = [tuple(merge.split(" ")) for merge in keys.list("merges", str)]
-    backend = Tokenizer(_bpe(models.BPE, ids, merges, ignore_merges=name in _WHOLE))
+    backend = Tokenizer(
+        _bpe(models.BPE, ids, keys.merges(), ignore_merges=name in _WHOLE)
+    )
     steps: list[Any] = []
     if split == _DIGITS:
         steps.append(pre.Digits(individual_digits=True))
@@ -177,7 +180,7 @@ def _sentencepiece(keys: "_Keys", ids: dict[str, int]) -> Any:
     if keys.flag("remove_extra_whitespaces", False):
         raise CheckpointError(f"{_PREFIX}remove_extra_whitespaces is not supported.")
     if _PREFIX + "merges" in keys.metadata:
-        merges = [tuple(merge.split(" ")) for merge in keys.list("merges", str)]
+        merges = keys.merges()
     else:
         merges = _merges(ids, keys.list("scores", float, length=len(ids)))
     unknown = keys.token_id("unknown", len(ids))
@@ -217,8 +220,9 @@ def _bpe(make: Any, ids: dict[str, int], merges: list[Any], **options: Any) -> A
     try:
         return make(vocab=ids, merges=merges, **options)
     except Exception as error:  # the tokenizers library raises bare Exception
+        message = " ".join(str(error).split())
         raise CheckpointError(
-            f"{_PREFIX}merges does not fit {_PREFIX}tokens ({error})."
+            f"{_PREFIX}merges does not fit {_PREFIX}tokens ({message})."
         ) from error
 
 
@@ -257,10 +261,22 @@ class _Keys:
             )
         return value
 
+    def merges(self) -> "list[tuple[str, ...]]":
+        pairs = [tuple(merge.split(" ")) for merge in self.list("merges", str)]
+        for pair in pairs:
+            if len(pair) != 2:
+                raise CheckpointError(
+                    f"{_PREFIX}merges has {shown(' '.join(pair))}; expected two tokens "
+                    "and a space between them."
+                )
+        return pairs
+
     def flag(self, key: str, default: bool) -> bool:
         value = self.metadata.get(_PREFIX + key, default)
         if type(value) is not bool:
-            raise CheckpointError(f"{_PREFIX}{key} must be a bool, found {value!r}.")
+            raise CheckpointError(
+                f"{_PREFIX}{key} must be a bool, found {shown(value)}."
+            )
         return value
 
     def token_id(self, key: str, size: int) -> int | None:
@@ -268,6 +284,6 @@ class _Keys:
         value = self.metadata.get(name)
         if value is not None and (type(value) is not int or not 0 <= value < size):
             raise CheckpointError(
-                f"{name} must be a token id below {size}, found {value!r}."
+                f"{name} must be a token id below {size}, found {shown(value)}."
             )
         return value

@@ -10,6 +10,11 @@ import gguf
 import numpy as np
 from hf_checkpoints import CONFIG, hf_tensors
 
+from jaxkv.models.gguf_config import read_config, stop_ids
+from jaxkv.models.gguf_header import read_header
+from jaxkv.models.gguf_tokenizer import read_tokenizer
+from jaxkv.models.gguf_weights import read_weights
+
 WORDS = ["<|end|>", "<|user|>", "a", "b", "c", "ab", "abc", "Ġ", "Ġa", "1", "2", "Ċ"]
 TEMPLATE = "{% for m in messages %}<|user|>{{ m.content }}{% endfor %}<|end|>"
 TOKENIZER = {
@@ -103,3 +108,20 @@ def tiny(arch="llama", **changes):
     config = dataclasses.replace(CONFIG, **changes)
     keys = metadata(config, arch) | TOKENIZER
     return config, keys, gguf_tensors(hf_tensors(config), config, arch)
+
+
+def load(path):
+    """Read all that `jaxkv.load` reads, without a device's default dtype."""
+    header = read_header(path)
+    config = read_config(header)
+    read_weights(header, config, dtype="float32")
+    read_tokenizer(header)
+    stop_ids(header, config.vocab_size)
+
+
+def write_changed(path, change=lambda keys, tensors: None, *, arch="llama", **options):
+    """Write a tiny file whose keys and tensors were changed in place."""
+    switches = {"qwen2": dict(qkv_bias=True), "qwen3": dict(qk_norm=True)}.get(arch, {})
+    _, keys, tensors = tiny(arch, **switches)
+    change(keys, tensors)
+    return write(path, keys, tensors, arch=arch, **options)
