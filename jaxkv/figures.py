@@ -1,8 +1,11 @@
 """What all pictures share. matplotlib is an extra, and is imported at the call."""
 
 import importlib.util
+import io
 from pathlib import Path
 from typing import Any
+
+from jaxkv.provenance import write_whole
 
 
 def available() -> bool:
@@ -41,9 +44,10 @@ def save(figure: Any, stem: Path) -> list[Path]:
     Returns:
       The two files.
     """
-    stem.parent.mkdir(parents=True, exist_ok=True)
     # Not with_suffix: a name may have dots of its own.
     files = [stem.with_name(f"{stem.name}.{kind}") for kind in ("png", "svg")]
     for file in files:
-        figure.savefig(file, dpi=150)
+        drawn = io.BytesIO()
+        figure.savefig(drawn, dpi=150, format=file.suffix[1:])
+        write_whole(file, drawn.getvalue())
     return files

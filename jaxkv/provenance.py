@@ -1,10 +1,12 @@
 """Where and how a measurement was made, and its safe arrival on disk."""
 
+import contextlib
 import datetime
 import importlib.metadata
 import json
 import os
 import platform
+import secrets
 import shlex
 import subprocess
 import sys
@@ -46,17 +48,32 @@ def provenance() -> dict[str, Any]:
     }
 
 
-def write_whole(path: str | os.PathLike[str], text: str) -> None:
-    """Write a file of UTF-8 text in a folder that may be new.
+def write_whole(path: str | os.PathLike[str], content: str | bytes) -> None:
+    """Write a file in a folder that may be new, text as UTF-8.
 
-    The text goes to `<path>.partial`, which is then renamed. A crash before that leaves
-    the old file as it was; no half a file ever bears its name.
+    The content goes to a file beside it, onto the disk, and is then renamed. A crash
+    before that leaves the old file as it was; no half a file ever bears its name. Of
+    two processes that write at once, one wins.
+
+    Raises:
+      OSError: it cannot be written; nothing is left but what was there.
     """
     path = Path(path)
+    content = content.encode() if isinstance(content, str) else content
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".partial")
-    beside.write_bytes(text.encode())
-    beside.replace(path)
+    beside = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
+    try:
+        with open(beside, "xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            beside.unlink()
+        if isinstance(error, OSError):  # a full disk does not say where
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
 
 
 def write_json(path: str | os.PathLike[str], content: dict[str, Any]) -> None:

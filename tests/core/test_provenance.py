@@ -1,5 +1,6 @@
 """Where a measurement was made, and that a file is whole or is the old one."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -14,18 +15,24 @@ def test_a_new_file_in_a_new_folder(tmp_path):
     assert list(file.parent.iterdir()) == [file]  # nothing half-written is left
 
 
-@pytest.mark.parametrize("step", ["write_bytes", "replace"])
-def test_a_crash_leaves_the_old_file(tmp_path, monkeypatch, step):
+def test_bytes_are_written_as_they_are(tmp_path):
+    write_whole(tmp_path / "a.png", b"\x89\r\n")
+    assert (tmp_path / "a.png").read_bytes() == b"\x89\r\n"
+
+
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+@pytest.mark.parametrize("error", [OSError(28, "No space left"), KeyboardInterrupt()])
+def test_a_crash_leaves_the_old_file(tmp_path, monkeypatch, step, error):
     file = tmp_path / "a.json"
     write_whole(file, "old")
 
-    def crash(path, content):
-        if step == "write_bytes":
-            with open(path, "wb") as half:
-                half.write(content[:2])
-        raise OSError(28, "No space left on device")
+    def crash(*_):
+        raise error
 
-    monkeypatch.setattr(Path, step, crash)
-    with pytest.raises(OSError, match="No space left"):
+    monkeypatch.setattr(os if step == "fsync" else Path, step, crash)
+    with pytest.raises(type(error)) as raised:
         write_json(file, {"new": 1})
+    if isinstance(error, OSError):
+        assert (raised.value.errno, raised.value.filename) == (28, str(file))
     assert file.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [file]  # what is half-written is taken away
