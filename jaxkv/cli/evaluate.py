@@ -9,9 +9,10 @@ from typer.core import TyperGroup
 
 from jaxkv.cli import flags, parsing
 from jaxkv.cli.groups import grouped
-from jaxkv.cli.sweep import Sweep, print_markdown, run_and_print
-from jaxkv.evaluation.experiment import Experiment, report_of, write_report
+from jaxkv.cli.sweep import Sweep, print_markdown, run_and_print, say
+from jaxkv.evaluation.experiment import Experiment
 from jaxkv.evaluation.folder import merge_folders
+from jaxkv.evaluation.lock import FolderInUse, one_writer
 from jaxkv.evaluation.methods import (
     FULL,
     Budget,
@@ -29,6 +30,7 @@ from jaxkv.evaluation.questions import (
     Cell,
     Match,
 )
+from jaxkv.evaluation.reports import faults_of, report_of, write_report
 from jaxkv.language_model import NEEDLE
 from jaxkv.planning import row_budgets
 from jaxkv.registry import PREFILL
@@ -187,12 +189,17 @@ def reasoning(
 def file(
     model: flags.Model = NEEDLE,
     task_file: Annotated[
-        Path, typer.Option(help="JSON lines in RULER's own format: input, outputs.")
+        Path, typer.Option(help="JSON lines: RULER's, LongBench's, or your own.")
     ] = ...,  # type: ignore[assignment]
     methods: Methods = "full",
     budgets: Budgets = "6%,12.5%,25%,50%",
     decode: flags.Decode = "full",
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest output.")] = 128,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Longest output; default: what the file says, or 128."
+        ),
+    ] = None,
     match: Annotated[
         Match, typer.Option(help="Whether all wanted strings must occur, or any.")
     ] = "all",
@@ -268,8 +275,18 @@ def report(
     ] = False,
 ) -> None:
     """Print the tables of a folder as Markdown, and make its metrics anew."""
-    write_report(folder, pictures=pictures)
-    print(report_of(folder, baseline=baseline))
+    text = report_of(folder, baseline=baseline)
+    if faults := faults_of(folder):
+        say(faults)
+    try:
+        with one_writer(folder):
+            write_report(folder, pictures=pictures)
+    except (FolderInUse, OSError) as error:  # a run is at work, or it is read-only
+        if pictures:
+            raise
+        why = f"{folder} cannot be written" if isinstance(error, OSError) else error
+        say(f"the metrics in the folder are not made anew: {why}")
+    print(text)
 
 
 @app.command()
@@ -284,8 +301,10 @@ def merge(
 
     So that a comparison can be shared by several processes or machines.
     """
-    merge_folders(out, folders)
-    write_report(out, pictures=pictures)
+    with one_writer(out):
+        for fault in merge_folders(out, folders):
+            say(fault)
+        write_report(out, pictures=pictures)
     print_markdown(report_of(out))
 
 

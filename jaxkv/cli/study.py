@@ -1,5 +1,6 @@
 """`jaxkv study`: looks into a model, to see why a method works."""
 
+import itertools
 import json
 from pathlib import Path
 from typing import Annotated, Any
@@ -7,9 +8,9 @@ from typing import Annotated, Any
 import typer
 
 from jaxkv.cli import flags, parsing
+from jaxkv.cli.progress import shown
 from jaxkv.cli.sweep import print_markdown
-from jaxkv.cli.terminal import progress
-from jaxkv.evaluation import position_study
+from jaxkv.evaluation import digests, position_study
 from jaxkv.evaluation.folder import check_writable
 from jaxkv.evaluation.methods import parse_budgets
 from jaxkv.evaluation.position_study import Study
@@ -75,16 +76,18 @@ def positions(
     drawn = DEVELOPMENT_SEED if development else REPORT_SEED
     cell = Cell(task=task, length=length)
     questions = draw_questions(lm, [cell], samples=samples, seed=drawn)
-    with progress() as bar:
-        shown = bar.add_task("prompts", total=samples)
+    done = itertools.count(1)
+    with shown("answers") as show:
         found = position_study.measure(
             *(lm, questions, study),
             batch_size=batch_size,
-            advance=lambda: bar.advance(shown),
+            advance=lambda: show("prompts", next(done), samples),
         )
     config = {
         "model": lm.name,
         "dtype": lm.dtype.name,
+        **digests.of_model(lm),
+        "questions": digests.of_questions(questions),
         "task": task,
         "length": length,
         "samples": samples,

@@ -15,14 +15,13 @@ import typer
 
 from jaxkv import figures
 from jaxkv.cli import flags
-from jaxkv.cli.terminal import announce, progress
-from jaxkv.evaluation.experiment import (
-    Experiment,
-    Outcome,
-    report_of,
-    run_experiment,
-)
-from jaxkv.evaluation.folder import check_writable, safe_name
+from jaxkv.cli.progress import shown
+from jaxkv.cli.terminal import announce
+from jaxkv.evaluation.experiment import Experiment, Outcome, run_experiment
+from jaxkv.evaluation.folder import PREDICTIONS, safe_name
+from jaxkv.evaluation.lock import one_writer
+from jaxkv.evaluation.reports import report_of
+from jaxkv.evaluation.rows import to_text
 from jaxkv.language_model import LanguageModel
 
 Out = Annotated[
@@ -114,22 +113,38 @@ def run_and_print(
         parts = (experiment.kind, what, model)
         kept = Path("results") / "__".join(map(safe_name, parts))
     if kept is not None:
-        check_writable(kept)  # before the work, not after it
+        with one_writer(kept):  # is it free, and can it be written? Before the work
+            pass
     lm = flags.load_model(model, sweep.dtype)
     with contextlib.ExitStack() as stack:
         folder = kept or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        before = _size(folder)
         try:
             outcome = _run(lm, sweep, experiment, folder)
-        except KeyboardInterrupt:
-            if kept is not None:
-                say(f"interrupted; the same command goes on in {kept}")
+        except BaseException as error:
+            interrupted = isinstance(error, KeyboardInterrupt)
+            if kept is not None and (interrupted or _size(folder) > before):
+                how = "interrupted" if interrupted else "stopped"
+                say(f"{how}; the same command goes on in {kept}")
             raise
         if sweep.as_json:
             print(json.dumps(_record(outcome, None if what is None else kept)))
-            return
-        print_markdown(report_of(folder))
-    if kept is not None:
+        else:
+            print_markdown(report_of(folder))
+    if kept is not None and not sweep.as_json:
         rich.console.Console(stderr=True).print(f"Results: {kept}", soft_wrap=True)
+    if outcome.ran.failed:
+        raise ValueError(
+            f"out of memory: {'; '.join(outcome.ran.failed)} could not run, all others "
+            "have. Lower --batch-size or --max-new-tokens, take --dtype bfloat16, or "
+            "leave these out; what is there is kept."
+        )
+
+
+def _size(folder: Path) -> int:
+    """Return the size of a folder's predictions; a new file begins with a header."""
+    path = folder / PREDICTIONS
+    return path.stat().st_size if path.exists() else len(to_text([], header=True))
 
 
 def _run(
@@ -137,13 +152,10 @@ def _run(
 ) -> Outcome:
     """Run an experiment with a progress bar, and say on stderr how it went."""
     drawn = figures.available() if sweep.pictures is None else sweep.pictures
-    with progress() as bar:
-        task = bar.add_task("")
-
-        def show(text: str, done: int, total: int) -> None:
-            bar.update(task, description=text, completed=done, total=total)
-
-        outcome = run_experiment(lm, experiment, folder, pictures=drawn, show=show)
+    with shown("begins") as show:
+        outcome = run_experiment(
+            lm, experiment, folder, pictures=drawn, show=show, tell=say
+        )
     if outcome.stats:
         announce(lm, outcome.stats)
     if sweep.pictures is None and not drawn and outcome.metrics["cells"]:
@@ -151,7 +163,7 @@ def _run(
             "no pictures without matplotlib; pip install 'jaxkv[plot]', then "
             f"jaxkv eval report {folder} --pictures"
         )
-    if not outcome.complete:
+    if outcome.ran.late:
         say(f"--seconds is over; the same command goes on in {folder}")
     return outcome
 
@@ -169,7 +181,7 @@ def _record(outcome: Outcome, folder: Path | None) -> dict[str, Any]:
 
 def say(message: str) -> None:
     """Print one line on stderr."""
-    print(f"jaxkv: {message}", file=sys.stderr)
+    print(f"jaxkv: {' '.join(message.split())}", file=sys.stderr)
 
 
 def print_markdown(text: str) -> None:

@@ -15,11 +15,11 @@ import jax
 import numpy as np
 
 from jaxkv import figures
-from jaxkv.evaluation import sweep, tables
-from jaxkv.evaluation.folder import Predictions, add_run, read_config, read_rows
+from jaxkv.evaluation import digests, plan, sweep
+from jaxkv.evaluation.folder import Predictions, begin_run, end_run, refuse_other
+from jaxkv.evaluation.lock import one_writer
 from jaxkv.evaluation.methods import Budget, Method
-from jaxkv.evaluation.metrics import by_cell, macro, typed
-from jaxkv.evaluation.pictures import draw_budgets, draw_heat_maps, write_grids
+from jaxkv.evaluation.plan import Unit
 from jaxkv.evaluation.questions import (
     Cell,
     Match,
@@ -27,11 +27,12 @@ from jaxkv.evaluation.questions import (
     draw_questions,
     read_task_file,
 )
-from jaxkv.evaluation.sweep import Batch, Unit
+from jaxkv.evaluation.reports import write_report
+from jaxkv.evaluation.sweep import Batch
 from jaxkv.inference import Stats
 from jaxkv.language_model import LanguageModel
 from jaxkv.options import described
-from jaxkv.provenance import provenance, write_json
+from jaxkv.provenance import provenance
 
 Kind = Literal["card", "niah", "ruler", "reasoning", "file"]
 Progress = Callable[[str, int, int], Any]  # what is done, how much of it, of how much
@@ -50,7 +51,7 @@ class Experiment:
       samples: per cell.
       seed: of the samples.
       max_new_tokens: the longest output; None takes the longest answer of each length,
-        for the card of each cell.
+        for the card of each cell, for a file what it says.
       match: whether one wanted string is enough.
       batch_size: most prompts generated from together.
       mixed: whether a batch may hold rows of different budgets.
@@ -76,16 +77,16 @@ class Experiment:
     characters: int = 0
     arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
 
-    def config(self, lm: LanguageModel) -> dict[str, Any]:
-        """Return what decides the predictions, for `config.yaml`."""
+    def decided(self, lm: LanguageModel) -> dict[str, Any]:
+        """Return what decides the predictions, for `config.yaml`, but the questions."""
         return {
             "kind": self.kind,
             "model": lm.name,
             "dtype": lm.dtype.name,
+            **digests.of_model(lm),
             "query_aware": True,  # the question is a part of the prompt that is cut
             "seed": self.seed,
             "samples": self.samples,
-            "cells": [dataclasses.asdict(cell) for cell in self.cells],
             "file": None if self.file is None else str(self.file),
             "methods": [
                 {"name": m.name} | described({"prefill": m.prefill, "decode": m.decode})
@@ -97,6 +98,18 @@ class Experiment:
             "characters": self.characters,
             "arguments": described(self.arguments),
         }
+
+
+def _cells(questions: Sequence[Question]) -> list[dict[str, Any]]:
+    """Return the cells of questions for `config.yaml`, each with what it asks."""
+    found: dict[Cell, list[Question]] = {}
+    for question in questions:
+        found.setdefault(question.cell, []).append(question)
+    return [
+        dataclasses.asdict(cell)
+        | {"questions": len(some), "digest": digests.of_questions(some)}
+        for cell, some in found.items()
+    ]
 
 
 class _Clock:
@@ -147,16 +160,16 @@ class Outcome:
     Attributes:
       config: the content of `config.yaml`.
       metrics: the content of `metrics.json`.
-      meta: what has been added to `run_meta.json`.
+      meta: what `run_meta.json` says of the run.
       stats: what each batch cost that has run now.
-      complete: whether nothing is missing; if not, the time was over.
+      ran: whether something is missing, and why.
     """
 
     config: dict[str, Any]
     metrics: dict[str, Any]
     meta: dict[str, Any]
     stats: list[Stats]
-    complete: bool
+    ran: sweep.Ran
 
 
 def run_experiment(
@@ -166,6 +179,7 @@ def run_experiment(
     *,
     pictures: bool,
     show: Progress = lambda what, done, total: None,
+    tell: Callable[[str], Any] = lambda line: None,
 ) -> Outcome:
     """Run what is missing in a folder, and write all its files.
 
@@ -175,46 +189,51 @@ def run_experiment(
       folder: new, or of an earlier run of the same experiment.
       pictures: whether to draw.
       show: is told what is done.
+      tell: is told what was wrong and has been put right, a line each.
 
     Raises:
-      ValueError: the folder is of another experiment, or something cannot work; nothing
-        has run then.
+      ValueError: the folder is of another experiment, somebody else writes into it, or
+        something cannot work; nothing has run then. Or logits are no numbers, so that
+        outputs cannot be scored; what has run before is kept.
+      OSError: something cannot be written; what has been written is kept.
     """
     if pictures:
         figures.require()
     limit = experiment.seconds
     deadline = None if limit is None else time.monotonic() + limit
     clock = _Clock()
-    config = experiment.config(lm)
-    predictions = Predictions(folder, config)
-    origin = provenance()
-    questions = _questions(lm, experiment, show)
-    clock.lap("questions")
-    units = _plan(lm, experiment, questions, predictions)
-    clock.lap("plan")
-    total = sum(len(unit.rows) for unit in units)
-    record = _Record(predictions, clock, show, total)
-    complete = sweep.run_units(
-        lm,
-        units,
-        record,
-        match=experiment.match,
-        deadline=deadline,
-        side_by_side=experiment.side_by_side,
-        characters=experiment.characters,
-        **experiment.arguments,
-    )
-    clock.lap("run")
-    metrics = write_report(folder, pictures=pictures)
-    clock.lap("report")
-    meta = origin | _meta(experiment, clock, complete)
-    add_run(folder, meta)
+    with one_writer(folder):
+        config = experiment.decided(lm)
+        refuse_other(folder, config)  # before any question is made
+        questions = _questions(lm, experiment, show)
+        config["cells"] = _cells(questions)
+        clock.lap("questions")
+        predictions = Predictions(folder, config)
+        if predictions.mended:
+            tell(predictions.mended)
+        units = _plan(lm, experiment, questions, predictions)
+        clock.lap("plan")
+        origin = provenance()
+        begin_run(folder, origin | {"complete": False})
+        record = _Record(predictions, clock, show, sum(len(u.rows) for u in units))
+        ran = sweep.run_units(
+            lm,
+            units,
+            record,
+            match=experiment.match,
+            deadline=deadline,
+            side_by_side=experiment.side_by_side,
+            characters=experiment.characters,
+            tell=tell,
+            **experiment.arguments,
+        )
+        clock.lap("run")
+        metrics = write_report(folder, pictures=pictures)
+        clock.lap("report")
+        meta = origin | _meta(experiment, clock, ran.complete)
+        end_run(folder, meta)
     return Outcome(
-        config=config,
-        metrics=metrics,
-        meta=meta,
-        stats=record.stats,
-        complete=complete,
+        config=config, metrics=metrics, meta=meta, stats=record.stats, ran=ran
     )
 
 
@@ -222,7 +241,6 @@ def _questions(
     lm: LanguageModel, experiment: Experiment, show: Progress
 ) -> list[Question]:
     if experiment.file is not None:
-        assert experiment.max_new_tokens is not None, "a file does not say it"
         return read_task_file(
             lm, experiment.file, max_new_tokens=experiment.max_new_tokens
         )
@@ -243,21 +261,22 @@ def _plan(
     predictions: Predictions,
 ) -> list[Unit]:
     """Return what the folder lacks, or raise ValueError for what cannot work."""
-    units = sweep.plan(
+    units = plan.plan(
         questions,
         experiment.methods,
         experiment.budgets,
         whole=whole(experiment.kind, questions),
-        outputs=sweep.longest_outputs(
+        outputs=plan.longest_outputs(
             questions,
             by_cell=experiment.kind == "card",
             limit=experiment.max_new_tokens,
         ),
         batch_size=experiment.batch_size,
         mixed=experiment.mixed,
+        apart=experiment.kind == "file",
         done=predictions.done,
     )
-    sweep.check_positions(lm, units)
+    plan.check_positions(lm, units)
     return units
 
 
@@ -276,48 +295,6 @@ def whole(kind: Kind, questions: Sequence[Question]) -> Callable[[Question], flo
         sums.setdefault(q.cell, []).append(len(q.ids) + q.answer_tokens)
     means = {cell: float(np.mean(tokens)) for cell, tokens in sums.items()}
     return lambda question: means[question.cell]
-
-
-def write_report(folder: Path, *, pictures: bool) -> dict[str, Any]:
-    """Write metrics and pictures of the predictions in a folder; return the metrics.
-
-    Args:
-      folder: of an experiment.
-      pictures: whether to draw.
-
-    Raises:
-      ValueError: the folder holds no results, or matplotlib is missing.
-    """
-    rows = typed(read_rows(folder))
-    config = read_config(folder)
-    metrics = {
-        "cells": by_cell(rows),
-        "macro": macro(rows),
-        "macro_exact": macro(rows, "exact"),
-    }
-    write_json(folder / "metrics.json", metrics)
-    if not rows:
-        return metrics
-    drawn, kind = folder / "pictures", config["kind"]
-    if kind == "niah":
-        write_grids(drawn, rows)
-    if not pictures:
-        return metrics
-    title = f"{kind}, {config['model']}"
-    if kind == "niah":
-        draw_heat_maps(drawn, rows, title=title)
-        return metrics
-    column, label = "score", "score, mean over tasks"
-    if kind in ("card", "reasoning"):
-        column, label = "exact", "whole answers right"
-    draw_budgets(drawn, rows, title=title, column=column, label=label)
-    return metrics
-
-
-def report_of(folder: Path, *, baseline: str | None = None) -> str:
-    """Return the report of a folder; see `tables.report`."""
-    rows = typed(read_rows(folder))
-    return tables.report(rows, read_config(folder), baseline=baseline)
 
 
 def _meta(experiment: Experiment, clock: _Clock, complete: bool) -> dict[str, Any]:

@@ -5,7 +5,7 @@ reasoning tasks); `exact` is 1 where nothing is missing. The macro average weigh
 alike.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,32 +25,6 @@ def groups(rows: Rows, names: Sequence[str]) -> dict[tuple, list[Mapping[str, An
     for row in rows:
         found.setdefault(tuple(row[name] for name in names), []).append(row)
     return found
-
-
-def typed(rows: Iterable[Mapping[str, str]]) -> list[dict[str, Any]]:
-    """Return rows of `predictions.csv` with numbers for what was text.
-
-    Raises:
-      ValueError: something is no number; the message names the row.
-    """
-    return [_typed(row, number) for number, row in enumerate(rows, 1)]
-
-
-def _typed(row: Mapping[str, str], number: int) -> dict[str, Any]:
-    whole = ["length", "index", "exact", "truncated"]
-    whole += ["prompt_tokens", "output_tokens", "cache_bytes"]
-    try:
-        return (
-            dict(row)
-            | {name: int(row[name]) for name in whole}
-            | {
-                "score": float(row["score"]),
-                "depth": float(row["depth"]) if row["depth"] else None,
-                "budget_tokens": int(row["budget_tokens"] or 0) or None,
-            }
-        )
-    except ValueError as error:
-        raise ValueError(f"row {number} of predictions.csv: {error}.") from error
 
 
 def by_cell(rows: Rows) -> list[dict[str, Any]]:
@@ -139,6 +113,7 @@ def differences(rows: Rows, baseline: str) -> list[dict[str, Any]]:
             found = average_difference(list(by_task.values()))
             records.append(
                 dict(zip(POINT, values, strict=True))
+                | {"samples": sum(map(len, by_task.values()))}
                 | dict(zip(("difference", "low", "high"), found, strict=True))
             )
     return records

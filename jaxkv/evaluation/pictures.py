@@ -5,53 +5,61 @@ needs no matplotlib.
 """
 
 import csv
+import io
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jaxkv import figures
+from jaxkv.evaluation.coverage import Coverage, Point
 from jaxkv.evaluation.folder import safe_name
 from jaxkv.evaluation.methods import FULL
 from jaxkv.evaluation.metrics import Rows, groups, macro
 from jaxkv.evaluation.statistics import mean_interval
+from jaxkv.provenance import write_whole
 
 
-def grids(rows: Rows) -> dict[tuple[str, str], list[list[Any]]]:
+def grids(rows: Rows, cover: Coverage) -> dict[Point, list[list[Any]]]:
     """Return the mean score by depth and length, for each method and budget.
 
     Each grid is a table: a header of lengths, then one line per depth, the depth first;
-    None where nothing has run.
+    None where not all questions have been answered.
     """
+    depths = sorted({depth for _, _, depth in cover.wanted if depth is not None})
+    lengths = sorted({length for _, length, _ in cover.wanted})
     found = {}
-    pairs = groups(rows, ("method", "budget"))
-    for pair, group in pairs.items():
-        scores = {
-            place: mean_interval(row["score"] for row in some)[0]
-            for place, some in groups(group, ("depth", "length")).items()
-        }
-        depths = sorted({depth for depth, _ in scores})
-        lengths = sorted({length for _, length in scores})
-        found[pair] = [["depth", *lengths]] + [
+    by_point = groups(rows, ("method", "budget"))
+    for point in cover.points:
+        group = by_point.get(point, [])
+        scores = {}
+        for (depth, length), some in groups(group, ("depth", "length")).items():
+            there, wanted = cover.share(*point, length=length, depth=depth)
+            if there == wanted:
+                mean, _, _ = mean_interval(row["score"] for row in some)
+                scores[depth, length] = mean
+        found[point] = [["depth", *lengths]] + [
             [depth, *(scores.get((depth, length)) for length in lengths)]
             for depth in depths
         ]
     return found
 
 
-def write_grids(folder: Path, rows: Rows) -> list[Path]:
+def write_grids(folder: Path, rows: Rows, cover: Coverage) -> list[Path]:
     """Write each grid as `heatmap__METHOD__BUDGET.csv`; return the files."""
-    folder.mkdir(parents=True, exist_ok=True)
     written = []
-    for (method, budget), grid in grids(rows).items():
+    for (method, budget), grid in grids(rows, cover).items():
         path = folder / f"heatmap__{safe_name(method)}__{safe_name(budget)}.csv"
-        with open(path, "w", encoding="utf-8", newline="") as file:
-            csv.writer(file).writerows(grid)
+        text = io.StringIO()
+        csv.writer(text).writerows(grid)
+        write_whole(path, text.getvalue())
         written.append(path)
     return written
 
 
-def draw_heat_maps(folder: Path, rows: Rows, *, title: str) -> list[Path]:
+def draw_heat_maps(
+    folder: Path, rows: Rows, cover: Coverage, *, title: str
+) -> list[Path]:
     """Draw each grid, red for 0 and green for 1; return the files.
 
     Raises:
@@ -59,7 +67,7 @@ def draw_heat_maps(folder: Path, rows: Rows, *, title: str) -> list[Path]:
     """
     figures.require()
     written = []
-    for (method, budget), grid in grids(rows).items():
+    for (method, budget), grid in grids(rows, cover).items():
         (_, *lengths), *lines = grid
         values = [
             [float("nan") if value is None else value for value in line[1:]]
@@ -74,8 +82,8 @@ def draw_heat_maps(folder: Path, rows: Rows, *, title: str) -> list[Path]:
         axes.set_yticks(range(len(lines)), [f"{line[0]:.0%}" for line in lines])
         axes.set_xlabel("tokens of the prompt")
         axes.set_ylabel("depth of the needle")
-        mean = sum(flat) / len(flat)
-        axes.set_title(f"{title}: {method}, budget {budget}, mean {mean:.1%}")
+        mean = f"mean {sum(flat) / len(flat):.1%}" if flat else "no cell finished"
+        axes.set_title(f"{title}: {method}, budget {budget}, {mean}")
         figure.colorbar(image, label="score")
         name = f"heatmap__{safe_name(method)}__{safe_name(budget)}"
         written += figures.save(figure, folder / name)
@@ -83,13 +91,16 @@ def draw_heat_maps(folder: Path, rows: Rows, *, title: str) -> list[Path]:
 
 
 def draw_budgets(
-    folder: Path, rows: Rows, *, title: str, column: str, label: str
+    folder: Path, rows: Rows, cover: Coverage, *, title: str, column: str, label: str
 ) -> list[Path]:
     """Draw the macro average against the budget, a panel per length; return the files.
 
+    A mean that lacks questions has no point, and a method without one says so.
+
     Args:
       folder: where `budgets.png` and `.svg` go.
-      rows: from `metrics.typed`.
+      rows: each once, with numbers.
+      cover: how much of what is wanted they are.
       title: of the picture.
       column: "score" or "exact".
       label: of the vertical axis.
@@ -97,8 +108,12 @@ def draw_budgets(
     Raises:
       ValueError: matplotlib is missing.
     """
-    records = macro(rows, column)
-    lengths = sorted({record["length"] for record in records})
+    records = [
+        record
+        for record in macro(rows, column)
+        if _is_whole(cover, record["method"], record["budget"], record["length"])
+    ]
+    lengths = sorted({length for _, length, _ in cover.wanted})
     figure = figures.empty(figsize=(3 + 4.5 * len(lengths), 4.2))
     panels = figure.subplots(1, len(lengths), squeeze=False, sharey=True)
     methods = dict.fromkeys(r["method"] for r in records if r["budget"] != FULL)
@@ -117,8 +132,15 @@ def draw_budgets(
     names = list(dict.fromkeys(r["method"] for r in records))
     lines = [shown[name] for name in names]
     figure.legend(lines, names, loc="outside right upper", fontsize="small")
-    figure.suptitle(title)
+    without = list(dict.fromkeys(m for m, _ in cover.points if m not in names))
+    lacking = f"\nno point yet: {', '.join(without)}" if without else ""
+    figure.suptitle(title + lacking)
     return figures.save(figure, folder / "budgets")
+
+
+def _is_whole(cover: Coverage, method: str, budget: str, length: int) -> bool:
+    there, wanted = cover.share(method, budget, length=length)
+    return there == wanted
 
 
 def _styles() -> Iterator[dict[str, str]]:

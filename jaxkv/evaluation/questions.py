@@ -7,17 +7,19 @@ the output); long answers must be right line by line, quotations word for word.
 """
 
 import dataclasses
-import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from jaxkv.fields import MOST
+from jaxkv.arguments import encode
+from jaxkv.chat import encode_chat
 from jaxkv.language_model import LanguageModel
 from jaxkv.models import hf_tokenizer
 from jaxkv.tasks import TASKS, Sample, make, reasoning, score_all
+from jaxkv.tasks.records import Record, read_records
 
 Match = Literal["all", "any"]
 
@@ -34,6 +36,8 @@ RETRIEVAL = (
 )
 REASONING = ("ledger", "machine")
 QUOTING = ("quote", "continue", "edit")
+
+OUTPUT = 128  # tokens of the longest output where nothing says it
 
 # Development looks at one seed, reports at another; training uses neither, and its
 # keys are of another vocabulary besides.
@@ -173,67 +177,91 @@ def _drawn(
 
 
 def read_task_file(
-    lm: LanguageModel, file: Path, *, max_new_tokens: int
+    lm: LanguageModel, file: Path, *, max_new_tokens: int | None = None
 ) -> list[Question]:
-    """Read questions from a JSON-lines file in RULER's own format.
+    """Read questions and right answers from a JSON-lines file.
 
-    Each line is an object with "input" (a text) and "outputs" (the strings a right
-    answer contains); "answer_prefix" (text the answer goes on from), "index" and
-    "length" are optional, other keys are ignored. The task is the file's name.
+    All formats of `jaxkv.tasks.records` are read. The questions make one table, whose
+    length is that of the longest prompt: what a file says of lengths is each sample's
+    own. A record's task is what it says, else the file's name.
 
     Args:
       lm: a model with a tokenizer.
       file: the file.
-      max_new_tokens: longest output; such files do not say it.
+      max_new_tokens: longest output; None takes what each record says, else 128.
 
     Raises:
-      ValueError: a line is not such an object, or an index comes twice; the message
-        names the line.
+      ValueError: a line is no question with a right answer, or an index comes twice;
+        the message names the line.
       OSError: the file cannot be read.
     """
     _need_tokenizer(lm)
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{file} is not UTF-8 text (byte {error.start}); convert it."
-        ) from error
-    records: dict[int, dict[str, Any]] = {}
-    # Not splitlines: JSON strings may hold separators that Python splits at.
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        record = _record(line, f"{file}:{number}")
-        index = record.get("index", len(records))
-        if index in records:
+    records = read_records(file.read_bytes(), str(file))
+    name = os.fsencode(file.stem).decode("utf-8", "replace")
+    numbered: dict[tuple[str, int], Record] = {}
+    counts: dict[str, int] = {}
+    for record in records:
+        task = record.task or name
+        index = counts.get(task, 0) if record.index is None else record.index
+        _check_question(record)
+        if (task, index) in numbered:
             raise ValueError(
-                f"{file}:{number}: index {index} has come before; number the lines "
+                f"{record.where}: index {index} has come before; number the lines "
                 'differently or leave "index" out.'
             )
-        records[index] = record
-    if not records:
-        raise ValueError(f"{file}: holds no line with a question.")
-    prompts = [r["input"] + r.get("answer_prefix", "") for r in records.values()]
-    rows = _encode(lm.tokenizer, prompts)
+        numbered[task, index] = record
+        counts[task] = counts.get(task, 0) + 1
+    rows = [_ids(lm, record) for record in records]
     longest = max(map(len, rows))
     return [
         Question(
-            cell=Cell(task=file.stem, length=record.get("length", longest)),
+            cell=Cell(task=task, length=longest),
             index=index,
             ids=ids,
             sample=Sample(
-                task=file.stem,
-                segments=((prompt, False), ("", True)),
-                outputs=tuple(record["outputs"]),
-                max_new_tokens=max_new_tokens,
+                task=task,
+                segments=((_asked(record), False), ("", True)),
+                outputs=record.outputs,
+                max_new_tokens=max_new_tokens or record.max_new_tokens or OUTPUT,
             ),
             answer_tokens=0,
             by_lines=False,
         )
-        for (index, record), prompt, ids in zip(
-            records.items(), prompts, rows, strict=True
-        )
+        for ((task, index), record), ids in zip(numbered.items(), rows, strict=True)
     ]
+
+
+def _check_question(record: Record) -> None:
+    if not record.outputs:
+        raise ValueError(
+            f'{record.where}: lacks "outputs", the strings that a right answer has.'
+        )
+    if record.later_turns:
+        raise ValueError(
+            f"{record.where}: has {len(record.later_turns)} turns behind the first "
+            "answer, but one answer is scored; leave them out."
+        )
+
+
+def _asked(record: Record) -> str:
+    """Return a record's prompt as a text, for a sample."""
+    if record.messages:
+        return "\n".join(message["content"] for message in record.messages)
+    return record.prompt if isinstance(record.prompt, str) else ""
+
+
+def _ids(lm: LanguageModel, record: Record) -> np.ndarray:
+    """Return a record's token ids; a conversation goes through the chat template."""
+    try:
+        asked: Any = (
+            encode_chat(lm, record.messages, answer_prefix=record.answer_prefix)
+            if record.messages
+            else record.prompt
+        )
+        return np.array(encode(lm, [asked])[0], np.int32)
+    except ValueError as error:
+        said = str(error).removeprefix("generate: ").removeprefix("prompt 0 ")
+        raise ValueError(f"{record.where}: {said}") from error
 
 
 def judge(
@@ -263,50 +291,3 @@ def _need_tokenizer(lm: LanguageModel) -> None:
 
 def _encode(tokenizer: Any, prompts: Sequence[str]) -> list[np.ndarray]:
     return [np.array(hf_tokenizer.encode(tokenizer, p), np.int32) for p in prompts]
-
-
-def _record(line: str, where: str) -> dict[str, Any]:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: not valid JSON: {error}") from error
-    if not isinstance(record, dict):
-        raise ValueError(f"{where}: expected an object, got {type(record).__name__}.")
-    outputs = record.get("outputs")
-    if not (
-        isinstance(outputs, list)
-        and outputs
-        and all(isinstance(output, str) and output for output in outputs)
-    ):
-        raise ValueError(
-            f'{where}: "outputs" must be a list of texts, at least one, got '
-            f"{json.dumps(outputs)[:80]}."
-        )
-    for key, kind, optional in (
-        ("input", str, False),
-        ("answer_prefix", str, True),
-        ("index", int, True),
-        ("length", int, True),
-    ):
-        value = record.get(key)
-        if optional and value in (None, ""):
-            record.pop(key, None)
-        elif type(value) is not kind or value == "":
-            raise ValueError(
-                f'{where}: "{key}" must be of type {kind.__name__} and not empty, '
-                f"got {json.dumps(value)[:80]}."
-            )
-    if not 1 <= record.get("length", 1) <= MOST:
-        raise ValueError(
-            f'{where}: "length" is a number of tokens, 1 to {MOST}, got '
-            f"{record['length']}."
-        )
-    for text in (record["input"], record.get("answer_prefix", ""), *outputs):
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise ValueError(
-                f"{where}: {text[:40]!a} is no valid Unicode: it has half of a pair (a "
-                "lone surrogate)."
-            ) from None
-    return record

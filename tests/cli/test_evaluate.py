@@ -9,10 +9,9 @@ import yaml
 import jaxkv
 from jaxkv import figures
 from jaxkv.cli import evaluate
+from jaxkv.evaluation import folder as results
 from jaxkv.evaluation import sweep
-from jaxkv.evaluation.folder import read_rows
 from jaxkv.evaluation.questions import REPORT_SEED, Cell, draw_questions
-from jaxkv.inference import Stats
 from jaxkv.planning import row_budgets
 from jaxkv.registry import PREFILL
 
@@ -28,48 +27,6 @@ def read(folder):
 
 def metrics(folder):
     return json.loads((folder / "metrics.json").read_text())
-
-
-@pytest.fixture
-def reader(monkeypatch, tiny_lm):
-    """Let `generate` answer with what the cache would hold: the prompt's last tokens.
-
-    Returns the list of its calls; each is the arguments but model and prompts.
-    """
-    calls = []
-
-    def generate(lm, prompts, **arguments):
-        calls.append(arguments)
-        budgets = arguments["budget"] or 10**6
-        if type(budgets) is int:
-            budgets = [budgets] * len(prompts)
-        texts = tuple(
-            tiny_lm.tokenizer.decode(ids[-kept:])
-            for ids, kept in zip(prompts, budgets, strict=True)
-        )
-        stats = Stats(
-            prompt_tokens=tuple(map(len, prompts)),
-            cache_bytes=100 * len(prompts),
-            slots=max(budgets),
-            compile_seconds=1.0,
-            prefill_seconds=2.0,
-            decode_seconds=3.0,
-            tokens_per_second=0.0,
-            prefill_implementation="xla",
-            decode_implementation="xla",
-        )
-        lengths = tuple(map(len, prompts))
-        reasons = ("stop",) * len(prompts)
-        return jaxkv.Completion(
-            text=texts,
-            tokens=tuple(map(tuple, prompts)),
-            lengths=lengths,
-            finish_reason=reasons,
-            stats=stats,
-        )
-
-    monkeypatch.setattr(sweep, "generate", generate)
-    return calls
 
 
 @pytest.mark.slow
@@ -140,7 +97,7 @@ def test_a_run_is_gone_on_with_where_it_ended(jaxkv_, tiny, tmp_path, reader):
     path = tmp_path / "predictions.csv"
     text = path.read_bytes()
     path.write_bytes(text[: len(text) * 2 // 3])
-    kept = len(read_rows(tmp_path))
+    kept = len(results.read(tmp_path).rows)
     assert 0 < kept < len(rows)
     assert jaxkv_(*flags)[0] == 0
     missing = len(rows) - kept
@@ -181,7 +138,7 @@ def test_a_card_is_gone_on_with_reported_and_merged(jaxkv_, tiny, tmp_path, read
     rows, calls = read(one), len(reader)
     path = one / "predictions.csv"
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    missing = len(rows) - len(read_rows(one))
+    missing = len(rows) - len(results.read(one).rows)
     assert 0 < missing < len(rows)
     assert jaxkv_(*CARD, tiny, "--out", one)[:2] == (0, text)
     assert 0 < len(reader) - calls <= missing

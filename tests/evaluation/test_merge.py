@@ -4,18 +4,19 @@ import json
 
 import pytest
 
+from jaxkv.evaluation import folder
 from jaxkv.evaluation.folder import (
-    COLUMNS,
     Predictions,
-    add_run,
+    begin_run,
     merge_folders,
+    read,
     read_config,
-    read_rows,
     write_yaml,
 )
+from jaxkv.evaluation.rows import COLUMNS
 
 
-def make(folder, methods, indices, **changes):
+def make(place, methods, indices, **changes):
     config = {
         "kind": "ruler",
         "model": "tiny",
@@ -31,9 +32,9 @@ def make(folder, methods, indices, **changes):
         for name in methods
         for i in indices
     ]
-    Predictions(folder, config).append(rows)
-    add_run(folder, {"command": methods[0]})
-    return folder
+    Predictions(place, config).append(rows)
+    begin_run(place, {"command": methods[0]})
+    return place
 
 
 def test_rows_methods_cells_and_runs_come_together(jaxkv_, tmp_path):
@@ -43,7 +44,7 @@ def test_rows_methods_cells_and_runs_come_together(jaxkv_, tmp_path):
     three = make(tmp_path / "three", ["dapq"], [2, 3], cells=longer)
     code, out, _ = jaxkv_("eval", "merge", tmp_path / "all", one, two, three)
     assert code == 0 and "| dapq | 8 |" in out
-    rows = read_rows(tmp_path / "all")
+    rows = read(tmp_path / "all").rows
     assert [(row["method"], row["index"]) for row in rows] == [
         *[("full", "0"), ("full", "1"), ("snapkv", "0"), ("snapkv", "1")],
         *[("dapq", str(i)) for i in range(4)],
@@ -101,3 +102,45 @@ def test_a_configuration_with_a_date_is_another(jaxkv_, tmp_path):
         file.write("when: 2020-01-01\n")
     error = jaxkv_.error("eval", "merge", tmp_path / "all", one, two)
     assert 'has when="2020-01-01"' in error
+
+
+def test_other_questions_are_refused(jaxkv_, tmp_path):
+    cell = {"task": "vt", "length": 64, "depth": None, "questions": 1, "digest": "a"}
+    one = make(tmp_path / "one", ["full"], [0], cells=[cell])
+    two = make(tmp_path / "two", ["dapq"], [0], cells=[cell | {"digest": "b"}])
+    error = jaxkv_.error("eval", "merge", tmp_path / "all", one, two)
+    assert f"{two} asks other questions of vt at 64 than {one}" in error
+
+
+def test_a_damaged_part_is_merged_without_what_is_damaged(jaxkv_, tmp_path):
+    one = make(tmp_path / "one", ["full"], [0, 1, 2])
+    two = make(tmp_path / "two", ["dapq"], [0, 1, 2])
+    path = one / "predictions.csv"
+    before = path.read_bytes().replace(b",1,0.5,", b",1,x,")
+    path.write_bytes(before)
+    code, out, err = jaxkv_("eval", "merge", tmp_path / "all", one, two)
+    assert code == 0 and path.read_bytes() == before
+    assert err == f"jaxkv: {path}: row 2 (line 3) is damaged; left out.\n"
+    assert len(read(tmp_path / "all").rows) == 5
+    assert "**Unfinished: 5 of 6 rows.**" in out
+
+
+def test_a_merge_that_was_stopped_can_be_done_again(jaxkv_, tmp_path, monkeypatch):
+    one = make(tmp_path / "one", ["full"], [0])
+    two = make(tmp_path / "two", ["dapq"], [0])
+    written = []
+
+    def stop(path, content):
+        written.append(path.name)
+        if path.name == "predictions.csv":
+            raise KeyboardInterrupt
+        ours(path, content)
+
+    ours = folder.write_whole
+    monkeypatch.setattr(folder, "write_whole", stop)
+    assert jaxkv_("eval", "merge", tmp_path / "all", one, two)[0] == 130
+    assert written[-1] == "predictions.csv"
+    error = jaxkv_.error("eval", "report", tmp_path / "all")
+    assert "holds no predictions.csv" in error
+    monkeypatch.undo()
+    assert jaxkv_("eval", "merge", tmp_path / "all", one, two)[0] == 0

@@ -8,6 +8,7 @@ import pytest
 
 from jaxkv import figures
 from jaxkv.evaluation import metrics, pictures, tables
+from jaxkv.evaluation.coverage import coverage
 from jaxkv.evaluation.statistics import half_width, mean_interval
 from jaxkv.tasks import wilson
 
@@ -57,16 +58,6 @@ def test_intervals():
     assert mean_interval([0.9, 1, 1, 1, 0.1])[2] == 1.0  # cut at the end
 
 
-def test_typed_reads_what_is_written():
-    text = {name: str(value) for name, value in row(0.25, depth=0.1).items()}
-    assert metrics.typed([text]) == [row(0.25, depth=0.1)]
-    text |= {"depth": "", "budget_tokens": ""}
-    assert metrics.typed([text])[0]["depth"] is None
-    assert metrics.typed([text])[0]["budget_tokens"] is None
-    with pytest.raises(ValueError, match=r"row 2 of predictions.csv: .* 'abc'"):
-        metrics.typed([text, text | {"score": "abc"}])
-
-
 def test_cells():
     (cell,) = metrics.by_cell(rows([1, 0.5, 1, 0.5]))
     assert (cell["score"], cell["exact"], cell["samples"]) == (0.75, 0.5, 4)
@@ -89,7 +80,7 @@ def test_the_macro_average_of_one_task_has_the_task_s_interval():
     """Of 200 wrong answers, up to 1.9 % may be right, and the table says so."""
     (record,) = metrics.macro(rows([0] * 200))
     assert (record["low"], record["high"]) == pytest.approx(wilson(0, 200))
-    assert "0.0 ± 1.9" in tables.overview([record])
+    assert "0.0 ± 1.9" in tables.overview([record], {("a", "6%"): (200, 200)})
 
 
 def test_differences_are_paired():
@@ -125,7 +116,9 @@ def test_a_baseline_may_lack_a_length():
 def test_an_overview_has_a_column_per_budget():
     some = rows([1, 1], budget="full", method="full") + rows([1, 0], budget="6%")
     some += rows([0, 0], budget="3%")
-    lines = tables.overview(metrics.macro(some)).split("\n")
+    cover = coverage(some, {})
+    shares = {point: cover.share(*point) for point in cover.points}
+    lines = tables.overview(metrics.macro(some), shares).split("\n")
     assert lines[0] == "| method | 6% | 3% | full |"
     assert lines[2].startswith("| full |  |  | 100.0 ± ")
     assert lines[3].startswith("| a | 50.0 ± ")
@@ -152,8 +145,8 @@ GRID = [
 
 def test_grids(tmp_path):
     want = [["depth", 100, 200], [0.0, 0.5, None], [0.5, 1.0, 0.25]]
-    assert pictures.grids(GRID) == {("a", "6%"): want}
-    (path,) = pictures.write_grids(tmp_path / "p", GRID)
+    assert pictures.grids(GRID, coverage(GRID, {})) == {("a", "6%"): want}
+    (path,) = pictures.write_grids(tmp_path / "p", GRID, coverage(GRID, {}))
     assert path.name == "heatmap__a__6pct.csv"
     with open(path, newline="", encoding="utf-8") as file:
         assert list(csv.reader(file))[1] == ["0.0", "0.5", ""]
@@ -161,23 +154,27 @@ def test_grids(tmp_path):
 
 def test_missing_matplotlib_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(figures.importlib.util, "find_spec", lambda _: None)
+    cover = coverage(GRID, {})
     with pytest.raises(ValueError, match=r"pip install 'jaxkv\[plot\]'"):
-        pictures.draw_heat_maps(tmp_path, GRID, title="t")
+        pictures.draw_heat_maps(tmp_path, GRID, cover, title="t")
     with pytest.raises(ValueError, match="pictures need matplotlib"):
-        pictures.draw_budgets(tmp_path, GRID, title="t", column="score", label="s")
+        pictures.draw_budgets(
+            tmp_path, GRID, cover, title="t", column="score", label="s"
+        )
     assert not list(tmp_path.iterdir())
 
 
 def test_pictures(tmp_path):
     pytest.importorskip("matplotlib")
-    files = pictures.draw_heat_maps(tmp_path, GRID, title="niah, m")
+    cover = coverage(GRID, {})
+    files = pictures.draw_heat_maps(tmp_path, GRID, cover, title="niah, m")
     assert [file.name for file in files] == [
         "heatmap__a__6pct.png",
         "heatmap__a__6pct.svg",
     ]
     some = [*GRID, *rows([1], method="full", budget="full", length=100)]
     files += pictures.draw_budgets(
-        tmp_path, some, title="t", column="exact", label="right"
+        tmp_path, some, coverage(some, {}), title="t", column="exact", label="right"
     )
     assert files[0].read_bytes().startswith(b"\x89PNG")
     assert all(file.stat().st_size > 1000 for file in files)
@@ -190,7 +187,8 @@ def test_a_method_looks_the_same_at_every_length(tmp_path, monkeypatch):
     monkeypatch.setattr(figures, "save", lambda figure, stem: drawn.append(figure))
     some = [row(0.5, method=f"m{i}", length=100) for i in range(12)]
     some += [row(0.5, method=f"m{i}", length=200) for i in (11, 5, 12)]
-    pictures.draw_budgets(tmp_path, some, title="t", column="score", label="s")
+    cover = coverage(some, {})
+    pictures.draw_budgets(tmp_path, some, cover, title="t", column="score", label="s")
     (figure,) = drawn
     looks = {}
     for axes in figure.axes:

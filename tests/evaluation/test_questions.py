@@ -1,5 +1,7 @@
 """Questions are drawn and tokenised once, and files in RULER's format are read."""
 
+import copy
+import dataclasses
 import json
 
 import numpy as np
@@ -83,8 +85,8 @@ def test_task_files(tiny_lm, tmp_path):
         {"index": 7, "input": "Who", "answer_prefix": " is", "outputs": ["x"]},
     )
     first, second = read_task_file(tiny_lm, path, max_new_tokens=9)
-    assert first.cell == Cell(task="qa_1", length=50)
-    assert second.cell == Cell(task="qa_1", length=max(len(first.ids), len(second.ids)))
+    longest = max(len(first.ids), len(second.ids))
+    assert first.cell == second.cell == Cell(task="qa_1", length=longest)
     assert (first.index, second.index) == (0, 7)
     assert second.ids.tolist() == tiny_lm.tokenizer("Who is")["input_ids"]
     assert second.sample.max_new_tokens == 9
@@ -95,29 +97,68 @@ def test_task_files(tiny_lm, tmp_path):
     assert judge(sample, "green", by_lines=False, match="any") == (False, 0.0)
 
 
+def test_the_public_formats_are_read(tiny_lm, tmp_path):
+    path = write(
+        tmp_path / "mine.jsonl",
+        {
+            "context": "A is 1.",
+            "question": "A?",
+            "answer_prefix": "It is",
+            "answer": "1",
+        },
+        {"context": "B is 2.", "input": "B?", "answers": ["2", "two"], "length": 9},
+        {"prompt": [5, 6, 7], "outputs": ["x"], "max_new_tokens": 30},
+        {"prompt": "C", "outputs": ["x"], "task": "other"},
+    )
+    found = read_task_file(tiny_lm, path)
+    ids = tiny_lm.tokenizer(["A is 1.\n\nA? It is", "B is 2.\n\nB?", "C"])["input_ids"]
+    assert [q.ids.tolist() for q in found] == [*ids[:2], [5, 6, 7], ids[2]]
+    assert [q.sample.outputs for q in found[:2]] == [("1",), ("2", "two")]
+    assert [q.sample.max_new_tokens for q in found] == [128, 128, 30, 128]
+    # One table: one length, and a task for each name.
+    assert {q.cell.length for q in found} == {max(map(len, ids))}
+    tasks = [("mine", 0), ("mine", 1), ("mine", 2), ("other", 0)]
+    assert [(q.cell.task, q.index) for q in found] == tasks
+
+
+def test_conversations_go_through_the_chat_template(tiny_lm, tmp_path):
+    asked = [{"role": "user", "content": "Who?"}]
+    path = write(tmp_path / "c.jsonl", {"messages": asked, "outputs": ["x"]})
+    tokenizer = copy.deepcopy(tiny_lm.tokenizer)
+    tokenizer.chat_template = None
+    with pytest.raises(ValueError, match=r"c\.jsonl:1: .* has no chat template"):
+        read_task_file(dataclasses.replace(tiny_lm, tokenizer=tokenizer), path)
+    tokenizer.chat_template = "{{ messages[0]['content'] }}, said the user. "
+    lm = dataclasses.replace(tiny_lm, tokenizer=tokenizer)
+    (one,) = read_task_file(lm, path)
+    said = tokenizer("Who?, said the user. ", add_special_tokens=False)
+    assert one.ids.tolist() == said["input_ids"]
+
+
+GOOD = {"input": "a", "outputs": ["b"], "index": 0, "answer_prefix": ""}
+
+
 @pytest.mark.parametrize(
     ("record", "message"),
     [
         ("{", r"t\.jsonl:2: not valid JSON"),
-        ([1], r"t\.jsonl:2: expected an object, got list"),
-        ({"outputs": ["a"]}, r't\.jsonl:2: "input" must be of type str'),
-        ({"input": "", "outputs": ["a"]}, '"input" must be of type str and not empty'),
-        ({"input": "a"}, r't\.jsonl:2: "outputs" must be a list of texts'),
-        ({"input": "a", "outputs": []}, '"outputs" must be a list'),
-        ({"input": "a", "outputs": [""]}, '"outputs" must be a list'),
-        ({"input": "a", "outputs": "a"}, '"outputs" must be a list'),
-        ({"input": "a", "outputs": ["a"], "index": "1"}, '"index" must be of type int'),
-        ({"input": "a", "outputs": ["a"], "length": True}, '"length" must be of type'),
-        ({"input": "a", "outputs": ["a"], "length": 0}, '"length" is a number of tok'),
-        ({"input": "a", "outputs": ["a"], "length": 2**40}, r't\.jsonl:2: "length" is'),
-        ({"input": "\ud800", "outputs": ["a"]}, r"t\.jsonl:2: .* half of a pair"),
-        ({"input": "a", "outputs": ["\udfff"]}, "half of a pair"),
-        ({"input": "a", "outputs": ["a"], "index": 0}, "index 0 has come before"),
+        ({"outputs": ["a"]}, r't\.jsonl:2: expected an object with "prompt"'),
+        ({"input": "a"}, r't\.jsonl:2: lacks "outputs"'),
+        ({"input": "a", "outputs": [""]}, r't\.jsonl:2: "outputs" must be a list'),
+        ({"input": "a", "outputs": ["a"], "foo": 1}, r't\.jsonl:2: unknown "foo"'),
+        (
+            {"turns": ["a", "b"], "outputs": ["a"]},
+            "has 1 turns behind the first answer",
+        ),
+        (
+            {"prompt": [5, 99999], "outputs": ["a"]},
+            r"t\.jsonl:2: has token ids outside",
+        ),
+        ({"input": "a", "outputs": ["a"], "index": 0}, "2: index 0 has come before"),
     ],
 )
 def test_bad_lines_are_refused_with_their_number(tiny_lm, tmp_path, record, message):
-    good = {"input": "a", "outputs": ["b"], "index": 0, "answer_prefix": ""}
-    path = write(tmp_path / "t.jsonl", good, record)
+    path = write(tmp_path / "t.jsonl", GOOD, record)
     with pytest.raises(ValueError, match=message):
         read_task_file(tiny_lm, path, max_new_tokens=9)
 
@@ -125,11 +166,17 @@ def test_bad_lines_are_refused_with_their_number(tiny_lm, tmp_path, record, mess
 def test_bad_files_are_refused(tiny_lm, tmp_path):
     path = tmp_path / "t.jsonl"
     path.write_text("\n")
-    with pytest.raises(ValueError, match="holds no line with a question"):
+    with pytest.raises(ValueError, match="holds no prompt"):
         read_task_file(tiny_lm, path, max_new_tokens=9)
     path.write_bytes(b"\xff")
     with pytest.raises(ValueError, match="is not UTF-8 text"):
         read_task_file(tiny_lm, path, max_new_tokens=9)
+
+
+def test_a_file_s_name_may_hold_anything(tiny_lm, tmp_path):
+    for name in ('a\n,|"b".jsonl', b"b\xff.jsonl".decode("utf-8", "surrogateescape")):
+        (one,) = read_task_file(tiny_lm, write(tmp_path / name, GOOD))
+        assert one.cell.task.encode()
 
 
 def test_a_model_without_tokenizer_is_named(tiny_lm):
