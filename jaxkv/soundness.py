@@ -1,6 +1,6 @@
 """What is said where a network gives NaN or infinity in place of logits."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -28,9 +28,9 @@ class LogitsError(ValueError):
             f"token can be chosen; {cause}"
         )
 
-    def of_prompts(self, first: int) -> "LogitsError":
-        """Return the error of a batch whose first row is prompt number `first`."""
-        tokens = {first + row: count for row, count in self.tokens.items()}
+    def of_prompts(self, numbers: Sequence[int]) -> "LogitsError":
+        """Return the error of a batch whose rows are the prompts of these numbers."""
+        tokens = {numbers[row]: count for row, count in self.tokens.items()}
         return LogitsError(tokens, self.cause)
 
 

@@ -1,18 +1,19 @@
 """The flags that commands share, and what the library is handed for them."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 import jax
 import typer
 
+from jaxkv import arguments as checks
 from jaxkv import registry
-from jaxkv.arguments import static_options
 from jaxkv.kernels import decode as decode_kernels
 from jaxkv.kernels import prefill as prefill_kernels
 from jaxkv.language_model import LanguageModel, load
 from jaxkv.options import Options
+from jaxkv.planning import row_budgets
 from jaxkv.policies.full import Full
 
 Model = Annotated[
@@ -126,7 +127,35 @@ def check(arguments: Mapping[str, Any]) -> None:
     Raises:
       ValueError: what needs neither a model nor its prompts is wrong.
     """
-    names = {field.name for field in dataclasses.fields(Options)}
-    options = static_options(**{n: x for n, x in arguments.items() if n in names})
     # A ratio makes a budget of each prompt, which `generate` checks.
-    options.check(None if arguments["compression_ratio"] is None else ())
+    ratio = arguments["compression_ratio"]
+    _options(arguments).check(None if ratio is None else ())
+
+
+def check_fit(
+    lm: LanguageModel, ids: Sequence[int], arguments: Mapping[str, Any]
+) -> None:
+    """Check a prompt against its model and the arguments of `jaxkv.generate`.
+
+    Args:
+      lm: the model.
+      ids: the prompt.
+      arguments: checked already.
+
+    Raises:
+      ValueError: they do not go together.
+    """
+    options = _options(arguments)
+    budgets = row_budgets(
+        arguments["budget"],
+        arguments["compression_ratio"],
+        [ids],
+        evicts=options.decode.evicts,
+    )
+    options.check(budgets)
+    checks.check_fit(lm, [ids], arguments["max_new_tokens"], options, budgets)
+
+
+def _options(arguments: Mapping[str, Any]) -> Options:
+    names = {field.name for field in dataclasses.fields(Options)}
+    return checks.static_options(**{n: x for n, x in arguments.items() if n in names})

@@ -1,13 +1,17 @@
 """Prompts from the command line's flags, from files, and from standard input."""
 
+import contextlib
+import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from jaxkv import arguments
 from jaxkv.chat import encode_chat
+from jaxkv.cli import flags
 from jaxkv.language_model import LanguageModel
-from jaxkv.tasks.records import Record, decode_text, read_records
+from jaxkv.tasks.records import Message, Record, decode_text, read_records
 
 _LINES = (".jsonl", ".ndjson")
 
@@ -40,39 +44,138 @@ def read(texts: Sequence[str], files: Sequence[Path]) -> list[Record]:
     return found
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Asked:
+    """A prompt, ready for a model.
+
+    Attributes:
+      record: where it comes from.
+      number: among all prompts, from 0.
+      ids: its token ids.
+      messages: the conversation so far; () if it is none.
+      turn: of the conversation, from 0.
+    """
+
+    record: Record
+    number: int
+    ids: Sequence[int]
+    messages: tuple[Message, ...] = ()
+    turn: int = 0
+
+    @property
+    def turns(self) -> int:
+        """How many answers are asked for."""
+        return 1 + len(self.record.later_turns)
+
+
 def encode(
-    lm: LanguageModel, records: Sequence[Record], *, chat: bool
-) -> list[list[int]]:
-    """Return the token ids of each prompt, or of a conversation's first turn.
+    lm: LanguageModel,
+    records: Sequence[Record],
+    options: Mapping[str, Any],
+    *,
+    chat: bool,
+) -> list[Asked]:
+    """Tokenise prompts, and check them all before one of them costs anything.
 
     Args:
       lm: the model.
       records: the prompts; conversations always go through the chat template.
+      options: arguments of `jaxkv.generate`.
       chat: put the others through it too, each as a user's message.
 
     Raises:
-      ValueError: a prompt is bad, or there is no template for it; the message names
-        where it comes from.
+      ValueError: a prompt is bad, does not fit the model or the options, or there is no
+        template for it; the message names where it comes from.
     """
-    rows = []
-    for record in records:
-        try:
-            rows += arguments.encode(lm, [_prompt(lm, record, chat=chat)])
-        except ValueError as error:
-            said = str(error).removeprefix("generate: ").removeprefix("prompt 0 ")
-            raise ValueError(f"{record.where}: {said}") from error
-    return rows
+    found = []
+    for number, record in enumerate(records):
+        with _named(record.where):
+            messages = record.messages
+            if chat and not messages:
+                if not isinstance(record.body, str):
+                    raise ValueError("--chat takes prompts of text, not of token ids.")
+                messages = ({"role": "user", "content": record.body},)
+            ids = _ids(lm, messages, record)
+            asked = Asked(record=record, number=number, ids=ids, messages=messages)
+            flags.check_fit(lm, ids, options)
+            _check_turns(lm, asked, options["max_new_tokens"])
+        found.append(asked)
+    return found
 
 
-def _prompt(
-    lm: LanguageModel, record: Record, *, chat: bool
-) -> str | tuple[int, ...] | list[int]:
-    if not (chat or record.messages):
-        return record.prompt
-    if not isinstance(record.body, str):
-        raise ValueError("--chat takes prompts of text, not of token ids.")
-    asked = record.messages or ({"role": "user", "content": record.body},)
-    return encode_chat(lm, asked, answer_prefix=record.answer_prefix)
+def next_turns(
+    lm: LanguageModel,
+    batch: Sequence[Asked],
+    answers: Sequence[str] | None,
+    options: Mapping[str, Any],
+) -> list[Asked]:
+    """Return what is asked behind the answers of a batch, in its conversations.
+
+    Args:
+      lm: the model.
+      batch: what was asked.
+      answers: their texts.
+      options: arguments of `jaxkv.generate`.
+
+    Raises:
+      ValueError: a conversation has become too long.
+    """
+    found = []
+    for asked, answer in zip(batch, answers or (), strict=answers is not None):
+        if asked.turn + 1 == asked.turns:
+            continue
+        turn = asked.record.later_turns[asked.turn]
+        said = (*asked.messages, *_exchange(answer, turn))
+        with _named(f"{asked.record.where}: turn {asked.turn + 2}"):
+            ids = _ids(lm, said, asked.record)
+            flags.check_fit(lm, ids, options)
+        found.append(
+            dataclasses.replace(asked, ids=ids, messages=said, turn=asked.turn + 1)
+        )
+    return found
+
+
+def _exchange(answer: str, turn: str) -> tuple[Message, Message]:
+    return (
+        {"role": "assistant", "content": answer},
+        {"role": "user", "content": turn},
+    )
+
+
+def _check_turns(lm: LanguageModel, asked: Asked, max_new_tokens: int) -> None:
+    """Raise ValueError for a conversation whose last turn may not fit the model."""
+    if asked.turns == 1:
+        return
+    said = asked.messages
+    for turn in asked.record.later_turns:
+        said += _exchange("", turn)
+    needed = len(encode_chat(lm, said)) + asked.turns * max_new_tokens
+    if needed > lm.config.max_positions:
+        raise ValueError(
+            f"{asked.turns} turns with answers of --max-new-tokens {max_new_tokens} "
+            f"need {needed} positions, but {lm.name} was made for "
+            f"{lm.config.max_positions}; shorten one of them."
+        )
+
+
+def _ids(
+    lm: LanguageModel, messages: Sequence[Message], record: Record
+) -> Sequence[int]:
+    if messages:
+        prompt = encode_chat(lm, messages, answer_prefix=record.answer_prefix)
+    else:
+        prompt = record.prompt
+    return arguments.encode(lm, [prompt])[0]
+
+
+@contextlib.contextmanager
+def _named(where: str) -> Iterator[None]:
+    """Put the name of a prompt in front of what is said of it."""
+    try:
+        yield
+    except ValueError as error:
+        said = str(error).removeprefix("generate: ").removeprefix("prompt 0 ")
+        raise ValueError(f"{where}: {said}") from error
 
 
 def _whole(where: str, text: str) -> Record:

@@ -10,6 +10,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jaxkv import inference
+from jaxkv.cli import prompts
 from jaxkv.soundness import LogitsError
 
 SMALL = ["--budget", "16", "--prefill", "streaming-llm", "--decode", "streaming-llm"]
@@ -105,6 +106,14 @@ BAD_FILES = {
     "list.jsonl": (b"[1]", "list.jsonl:1: expected"),
     "bool.jsonl": (b'{"prompt": [true]}', 'bool.jsonl:1: "prompt" must be a'),
     "id.jsonl": (b'{"prompt": [5000]}', "id.jsonl:1: has token ids outside [0, 4096)"),
+    "late.jsonl": (
+        b'{"prompt": "a"}\n{"prompt": "' + b"a 1 " * 3000 + b'"}',
+        "late.jsonl:2: a prompt of ",
+    ),
+    "turns.jsonl": (
+        b'{"turns": ["a"]}\n{"turns": ["a", "' + b"a 1 " * 1000 + b'"]}',
+        "turns.jsonl:2: 2 turns with answers of --max-new-tokens 64 need ",
+    ),
     "other.jsonl": (b'{"input": "a", "doc": "b"}', 'other.jsonl:1: unknown "doc"'),
     "no_ids.jsonl": (b'{"prompt": []}', "no_ids.jsonl:1: the prompt is empty"),
 }
@@ -116,6 +125,32 @@ def test_bad_files(jaxkv_, tiny, tmp_path, name):
     (tmp_path / name).write_bytes(content)
     flag = f"--prompt-file={tmp_path / name}"
     assert message in jaxkv_.error("generate", tiny, flag)
+
+
+def test_a_bad_prompt_is_found_before_a_good_one_costs_anything(jaxkv_, tiny):
+    long = "a 1 " * 3000
+    flags = ["--prompt=a", "--prompt", long, "--batch-size=1"]
+    assert "--prompt 2: a prompt of" in jaxkv_.error("generate", tiny, *flags)
+    # A budget that holds a short prompt, and no long one.
+    flags = ["--prompt=a", "--prompt", "a 1 " * 30, "--batch-size=1", "--budget=20"]
+    assert "--prompt 2: the prompt has" in jaxkv_.error("generate", tiny, *flags)
+
+
+def test_a_conversation_that_becomes_too_long_keeps_its_answers(
+    jaxkv_, tiny, tiny_lm, tmp_path, monkeypatch
+):
+    """What is known before is checked before; an answer may read longer, though."""
+    (tmp_path / "x.jsonl").write_text('{"turns": ["a", "b"]}')
+    monkeypatch.setattr(prompts, "_check_turns", lambda *_: None)
+    monkeypatch.setattr(prompts, "_exchange", lambda *_: (_long(), _long()))
+    flag = f"--prompt-file={tmp_path / 'x.jsonl'}"
+    code, out, err = jaxkv_("generate", tiny, flag, "--json")
+    assert (code, out.count("\n")) == (2, 1)
+    assert "x.jsonl:1: turn 2: a prompt of" in err
+
+
+def _long():
+    return {"role": "user", "content": "a 1 " * 3000}
 
 
 def test_bad_standard_input(jaxkv_, tiny, stdin, monkeypatch):

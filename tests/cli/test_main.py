@@ -8,7 +8,8 @@ import sys
 import pytest
 
 import jaxkv
-from jaxkv.cli import generate
+from jaxkv.chat import encode_chat
+from jaxkv.cli import answers
 from jaxkv.terminal import TextStream
 
 PROMPT = "The magic number is"
@@ -203,6 +204,33 @@ def test_nothing_of_a_record_is_dropped(jaxkv_, tiny, tiny_lm, tmp_path):
     assert chat[3:] == plain[3:]
 
 
+def test_turns_are_asked_behind_each_answer(jaxkv_, tiny, tiny_lm, tmp_path):
+    given = [{"turns": ["a b?", "c?", "d?"]}, {"turns": ["e"]}, {"turns": ["f", "g"]}]
+    (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, given)))
+    flags = ["--prompt-file", tmp_path / "x.jsonl", "--max-new-tokens=5", "--seed=3"]
+    flags += ["--temperature=1"]
+    rows = records(jaxkv_("generate", tiny, *flags, "--json")[1])
+    asked = [(row.get("prompt"), row.get("turn"), row["seed"]) for row in rows]
+    first = [(0, 0, 3), (None, None, 4), (2, 0, 5)]
+    assert asked == [*first, (0, 1, 3), (2, 1, 5), (0, 2, 3)]
+    said = [{"role": "user", "content": "a b?"}]
+    for row, turn in zip([rows[0], rows[3], rows[5]], ["c?", "d?", ""], strict=True):
+        ids = encode_chat(tiny_lm, said)
+        out = jaxkv.generate(
+            *(tiny_lm, [ids]),
+            max_new_tokens=5,
+            seed=[3],
+            sampler=jaxkv.Categorical(temperature=1.0),
+        )
+        assert row["token_ids"] == list(out.tokens[0])
+        assert row["prompt_tokens"] == len(ids)
+        said += [{"role": "assistant", "content": row["text"]}]
+        said += [{"role": "user", "content": turn}]
+    # The text has the same answers, with an empty line between two.
+    _, text, _ = jaxkv_("generate", tiny, *flags)
+    assert text == "\n".join(row["text"] + "\n" for row in rows)
+
+
 def test_chat(jaxkv_, tiny, tiny_lm):
     message = [{"role": "user", "content": PROMPT}]
     text = tiny_lm.tokenizer.apply_chat_template(
@@ -227,7 +255,7 @@ def test_stop_id(jaxkv_, tiny, tiny_lm):
 def test_streamed_text_is_the_whole_text(jaxkv_, tiny, monkeypatch):
     common = ["generate", tiny, "--prompt", PROMPT, "--temperature", "2", "--seed", "3"]
     pieces = []
-    monkeypatch.setattr(generate, "_write", pieces.append)
+    monkeypatch.setattr(answers, "_write", pieces.append)
     assert jaxkv_(*common, "--stream")[0] == 0
     streamed = list(pieces)
     pieces.clear()

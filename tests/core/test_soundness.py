@@ -136,6 +136,6 @@ def test_the_pure_function_says_which_rows():
 
 
 def test_many_rows_are_few_words():
-    error = LogitsError({row: 0 for row in range(9)}, "why.").of_prompts(8)
+    error = LogitsError({row: 0 for row in range(9)}, "why.").of_prompts(range(8, 17))
     assert "behind prompt 8, prompt 9, prompt 10 and 6 more are NaN" in str(error)
     assert str(error).endswith("; why.")
