@@ -23,14 +23,14 @@ from jaxkv.policies.scoring import (
     check_kept_anyway,
     keep_anyway,
     keep_top,
-    pool,
+    pool_in_budget,
 )
 from jaxkv.state import KVState
 
 Content = Literal[
     "prefix_suffix", "lookup", "random_tokens", "random_span", "fixed", "vocabulary"
 ]
-_LONGEST_MATCH = 16  # tokens that content "lookup" compares
+_MATCH = (3, 16)  # fewest and most tokens that content "lookup" compares
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,6 +73,8 @@ class DapQ(WholePrompt):
         output needs is not thinned out by the others, which look elsewhere.
       pooling: of `S` along the prompt: "none", "max" or "avg".
       kernel_size: of the pooling, odd.
+      clusters: places of the prompt that a budget reaches at least: the kernel is
+        narrower where the budget holds fewer of its width; 0 is the paper.
       n_recent: last tokens of the prompt that stay whatever they score.
       n_sink: first tokens that do.
       granularity: "kv_head" averages scores over the query heads of a key/value head.
@@ -89,6 +91,7 @@ class DapQ(WholePrompt):
     reduction: Reduction = "max"
     pooling: Pooling = "max"
     kernel_size: OddSize = 31
+    clusters: Annotated[int, Ge(0)] = 0
     n_recent: Annotated[int, Ge(0)] = 0
     n_sink: Annotated[int, Ge(0)] = 0
     granularity: Granularity = "kv_head"
@@ -141,8 +144,12 @@ class DapQ(WholePrompt):
                 ]
                 return jnp.broadcast_to(ids, shape)
             case "lookup":
+                shortest, longest = _MATCH
                 return continuation(
-                    tokens, lengths, count=self.window_size, longest=_LONGEST_MATCH
+                    *(tokens, lengths),
+                    count=self.window_size,
+                    shortest=shortest,
+                    longest=longest,
                 )
             case "vocabulary":
                 ids = jax.random.randint(key, shape[1:], 0, vocab_size, jnp.int32)
@@ -170,6 +177,7 @@ class DapQ(WholePrompt):
             kernel_size=self.kernel_size,
             granularity=self.granularity,
             reduction=self.reduction,
+            clusters=self.clusters,
         )
         scores = keep_anyway(
             scores, prompt.lengths, n_sink=self.n_sink, n_recent=self.n_recent
@@ -185,6 +193,7 @@ def attention_of_pseudo(
     kernel_size: int,
     granularity: Granularity = "kv_head",
     reduction: Reduction = "sum",
+    clusters: int = 0,
 ) -> jax.Array:
     """Return what the pseudo tokens pay to each token of the prompt, pooled.
 
@@ -195,6 +204,7 @@ def attention_of_pseudo(
       kernel_size: of the pooling.
       granularity: see `DapQ`.
       reduction: see `DapQ`.
+      clusters: see `DapQ`.
 
     Returns:
       Float32 `[B, heads, T - N]`, -inf beyond the prompt.
@@ -209,4 +219,9 @@ def attention_of_pseudo(
         reduction=reduction,
     )
     real = jnp.arange(length)[None] < prompt.lengths[:, None]
-    return pool(scores, real, pooling=pooling, kernel_size=kernel_size)
+    return pool_in_budget(
+        *(scores, real, prompt.keep),
+        pooling=pooling,
+        kernel_size=kernel_size,
+        clusters=clusters,
+    )

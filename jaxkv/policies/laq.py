@@ -14,6 +14,7 @@ from jaxkv.policies.base import Prompt, Sketch, WholePrompt
 from jaxkv.policies.dapq import attention_of_pseudo
 from jaxkv.policies.scoring import (
     Pooling,
+    Reduction,
     check_kept_anyway,
     check_room_for_window,
     keep_anyway,
@@ -43,6 +44,8 @@ class LAQ(WholePrompt):
       draft_window_size: of the SnapKV that the sketch is decoded from.
       pooling: of the scores, in both passes.
       kernel_size: of the pooling, odd.
+      reduction: of the scores in the second pass; see `DapQ`.
+      clusters: of the pooling in the second pass; see `DapQ`.
       n_recent: last tokens of the prompt that stay whatever they score.
     """
 
@@ -50,6 +53,8 @@ class LAQ(WholePrompt):
     draft_window_size: Annotated[int, Ge(1)] = 32
     pooling: Pooling = "max"
     kernel_size: OddSize = 7
+    reduction: Reduction = "sum"
+    clusters: Annotated[int, Ge(0)] = 0
     n_recent: Annotated[int, Ge(0)] = 0
     sketches = True
 
@@ -86,6 +91,8 @@ class LAQ(WholePrompt):
             window=self.window_size,
             pooling=self.pooling,
             kernel_size=self.kernel_size,
+            reduction=self.reduction,
+            clusters=self.clusters,
         )
         scores = keep_anyway(scores, prompt.lengths, n_recent=self.n_recent)
         return keep_top(prompt, scores, state, budget=budget)

@@ -10,19 +10,20 @@ import jax.numpy as jnp
 
 
 def continuation(
-    tokens: jax.Array, lengths: jax.Array, *, count: int, longest: int
+    tokens: jax.Array, lengths: jax.Array, *, count: int, shortest: int, longest: int
 ) -> jax.Array:
     """Return what followed the prompt's last words where they stood before.
 
     Of all earlier places, the one counts where most tokens before it equal those at the
     prompt's end, up to `longest`; of several the latest. What is looked up beyond the
-    prompt's end starts anew at that place. Without any match the last tokens of the
-    prompt are returned.
+    prompt's end starts anew at that place. Where fewer than `shortest` match, the last
+    tokens of the prompt are returned: what follows a common word means nothing.
 
     Args:
       tokens: int32 `[B, P]`, right-padded.
       lengths: int32 `[B]`, at least 1.
       count: `N`.
+      shortest: tokens that must match, at least 1.
       longest: tokens that are compared.
 
     Returns:
@@ -45,4 +46,4 @@ def continuation(
     period = jnp.maximum(lengths - 1 - place, 1)
     found = place + 1 + order % period
     last = (lengths - count + order) % lengths
-    return jnp.take_along_axis(tokens, jnp.where(best > 0, found, last), axis=1)
+    return jnp.take_along_axis(tokens, jnp.where(best >= shortest, found, last), axis=1)

@@ -174,6 +174,43 @@ def pool(
     return jnp.where(real, scores, -jnp.inf)
 
 
+def pool_in_budget(
+    scores: jax.Array,
+    real: jax.Array,
+    keep: jax.Array,
+    *,
+    pooling: Pooling,
+    kernel_size: int,
+    clusters: int,
+) -> jax.Array:
+    """Smooth scores by a kernel that leaves a small budget for several places.
+
+    A token brings its neighbours with it, so that a budget of `m` tokens reaches
+    `m / kernel_size` places. The kernel is halved, row by row, until there are enough.
+
+    Args:
+      scores: float32 `[B, heads, L]`.
+      real: bool `[B, L]`; see `pool`.
+      keep: int32 `[B]`, the budgets.
+      pooling: see `pool`.
+      kernel_size: the widest kernel, odd.
+      clusters: places that a budget reaches at least; 0 never halves.
+
+    Returns:
+      Float32 `[B, heads, L]`, -inf where not `real`.
+    """
+    widths = [kernel_size]
+    while clusters and widths[-1] > 1:
+        widths.append(widths[-1] // 2 | 1)
+    *wider, narrowest = widths
+    pooled = pool(scores, real, pooling=pooling, kernel_size=narrowest)
+    for width in reversed(wider):
+        fits = ((width - 1) * clusters <= keep)[:, None, None]
+        wide = pool(scores, real, pooling=pooling, kernel_size=width)
+        pooled = jnp.where(fits, wide, pooled)
+    return pooled
+
+
 def keep_anyway(
     scores: jax.Array,
     lengths: jax.Array,

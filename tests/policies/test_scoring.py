@@ -6,7 +6,7 @@ import pytest
 from prompts_by_hand import prompt_of
 
 from jaxkv import state as kv
-from jaxkv.policies.scoring import keep_anyway, keep_top, pool
+from jaxkv.policies.scoring import keep_anyway, keep_top, pool, pool_in_budget
 
 
 def test_ties_favour_the_earlier_token_and_padding_never_wins():
@@ -28,6 +28,23 @@ def test_pooling_masks_padding_before_and_after():
     ]:
         got = pool(scores, real, pooling=pooling, kernel_size=3)
         np.testing.assert_allclose(got[0, 0], want, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("keep", "width"), [(120, 31), (119, 15), (56, 15), (55, 7), (12, 7), (1, 1)]
+)
+def test_a_small_budget_narrows_the_kernel(keep, width):
+    scores = jnp.asarray(np.random.default_rng(0).normal(size=(2, 1, 80)), jnp.float32)
+    real = jnp.arange(80)[None] < jnp.asarray([[80], [50]])
+    got = pool_in_budget(
+        *(scores, real, jnp.asarray([keep, 1000])),
+        pooling="max",
+        kernel_size=31,
+        clusters=4 if keep != 12 else 2,
+    )
+    for row, size in enumerate((width, 31)):
+        wanted = pool(scores, real, pooling="max", kernel_size=size)
+        np.testing.assert_array_equal(got[row], wanted[row])
 
 
 @pytest.mark.parametrize("pooling", ["max", "avg"])
