@@ -9,6 +9,7 @@ from typer.core import TyperGroup
 
 from jaxkv.cli import flags, parsing
 from jaxkv.cli.groups import grouped
+from jaxkv.cli.perplexity import perplexity
 from jaxkv.cli.sweep import Sweep, print_markdown, run_and_print, say
 from jaxkv.evaluation.experiment import Experiment
 from jaxkv.evaluation.folder import merge_folders
@@ -262,6 +263,9 @@ def card(
         **sweep.options,
     )
     run_and_print(model, sweep, experiment, what=None)
+
+
+app.command()(perplexity)
 
 
 @app.command()
