@@ -14,6 +14,7 @@ from jaxkv.models.checkpoint_values import shown
 from jaxkv.models.gguf_config import stop_ids
 from jaxkv.models.gguf_header import Header
 from jaxkv.models.quiet import quiet_transformers
+from jaxkv.models.tokenizer_checks import check, one_line
 
 _PREFIX = "tokenizer.ggml."
 _CONTROL, _USER_DEFINED = 3, 4  # of `token_type`
@@ -22,10 +23,10 @@ _SPACE = "▁"  # what sentencepiece writes for a space
 # How text is cut before merges: the pattern of GPT-2, and those that others follow.
 _CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _BREAKS = r"\s*[\r\n]+|\s+(?!\S)|\s+"
-_WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
+_START = r"[^\r\n\p{L}\p{N}]?"
+_WORDS = rf"{_START}\p{{L}}+"
 _SIGNS = r" ?[^\s\p{L}\p{N}]+[\r\n]*"
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_START = r"[^\r\n\p{L}\p{N}]?"
 _GPT2 = "GPT-2"
 _DIGITS = "digits, then GPT-2"
 _LLAMA3 = rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}{{1,3}}|{_SIGNS}|{_BREAKS}"
@@ -52,6 +53,7 @@ _SPLITS = {
 # Vocabularies whose tokens are taken whole where a piece of text is one, and which
 # begin a text with a token of its own unless the file says otherwise.
 _WHOLE = frozenset({"llama3", "llama-v3", "llama-bpe", "falcon3", "tekken"})
+_COMPOSED = "qwen2"  # joins accents to their letters first
 
 
 def read_tokenizer(header: Header) -> Any:
@@ -138,17 +140,25 @@ def _read(keys: "_Keys") -> Any:
     if template is not None and not isinstance(template, str):
         raise CheckpointError("tokenizer.chat_template must be a text.")
     with quiet_transformers() as transformers:
-        return transformers.PreTrainedTokenizerFast(
+        tokenizer = transformers.PreTrainedTokenizerFast(
             tokenizer_object=backend,
             chat_template=template,
             clean_up_tokenization_spaces=False,
             **special,
         )
+    check(
+        tokenizer,
+        "the tokenizer",
+        vocabulary=ids,
+        encode=lambda text: backend.encode(text, add_special_tokens=False).ids,
+        decode=lambda numbers: backend.decode(numbers, skip_special_tokens=False),
+    )
+    return tokenizer
 
 
 def _byte_level(keys: "_Keys", ids: dict[str, int]) -> Any:
     """Return a tokenizer that merges bytes within the pieces that a pattern cuts."""
-    from tokenizers import Regex, Tokenizer, decoders, models
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers
     from tokenizers import pre_tokenizers as pre
 
     name = keys.metadata.get(_PREFIX + "pre")
@@ -161,6 +171,8 @@ def _byte_level(keys: "_Keys", ids: dict[str, int]) -> Any:
     backend = Tokenizer(
         _bpe(models.BPE, ids, keys.merges(), ignore_merges=name in _WHOLE)
     )
+    if name == _COMPOSED:
+        backend.normalizer = normalizers.NFC()
     steps: list[Any] = []
     if split == _DIGITS:
         steps.append(pre.Digits(individual_digits=True))
@@ -175,7 +187,7 @@ def _byte_level(keys: "_Keys", ids: dict[str, int]) -> Any:
 
 def _sentencepiece(keys: "_Keys", ids: dict[str, int]) -> Any:
     """Return a tokenizer that merges characters, and falls back to bytes."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer, decoders, models, normalizers
 
     if keys.flag("remove_extra_whitespaces", False):
         raise CheckpointError(f"{_PREFIX}remove_extra_whitespaces is not supported.")
@@ -195,8 +207,10 @@ def _sentencepiece(keys: "_Keys", ids: dict[str, int]) -> Any:
         )
     )
     prefix = keys.flag("add_space_prefix", True)
-    backend.pre_tokenizer = pre_tokenizers.Metaspace(
-        replacement=_SPACE, prepend_scheme="first" if prefix else "never", split=False
+    # As sentencepiece does it: a space more, also before one and behind special tokens.
+    replace = normalizers.Replace(" ", _SPACE)
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.Prepend(_SPACE), replace] if prefix else [replace]
     )
     steps = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     if prefix:
@@ -220,9 +234,8 @@ def _bpe(make: Any, ids: dict[str, int], merges: list[Any], **options: Any) -> A
     try:
         return make(vocab=ids, merges=merges, **options)
     except Exception as error:  # the tokenizers library raises bare Exception
-        message = " ".join(str(error).split())
         raise CheckpointError(
-            f"{_PREFIX}merges does not fit {_PREFIX}tokens ({message})."
+            f"{_PREFIX}merges does not fit {_PREFIX}tokens ({one_line(error)})."
         ) from error
 
 
