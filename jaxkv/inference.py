@@ -34,6 +34,7 @@ from jaxkv.language_model import LanguageModel
 from jaxkv.planning import Plan
 from jaxkv.policies.base import DecodePolicy, PrefillPolicy
 from jaxkv.sampling import Sampler, row_keys
+from jaxkv.shown import brief
 from jaxkv.speculation.counts import DraftStats, draft_stats
 from jaxkv.speculation.drafters import Drafter
 from jaxkv.speculation.rules import Rule
@@ -67,6 +68,8 @@ class Stats:
     decode_implementation: str
     drafts: DraftStats | None = None
 
+    __repr__ = brief
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Completion:
@@ -85,6 +88,8 @@ class Completion:
     lengths: tuple[int, ...]
     finish_reason: tuple[str, ...]
     stats: Stats
+
+    __repr__ = brief
 
 
 def generate(

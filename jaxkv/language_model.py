@@ -48,6 +48,18 @@ class LanguageModel:
     tokenizer: Any
     stop_ids: tuple[int, ...]
 
+    def __repr__(self) -> str:
+        """Return a line of name, family, size, dtype and device, and no weights."""
+        devices = sorted(map(str, self.params["embedding"].devices()))
+        place = devices[0] if len(devices) == 1 else f"{len(devices)} devices"
+        size = sum(leaf.size for leaf in jax.tree.leaves(self.params))
+        return (
+            f"LanguageModel({self.name}: {self.config.family} network of "
+            f"{self.config.num_layers} layers and {size / 1e6:,.3g} M parameters, "
+            f"{self.dtype.name} on {place}"
+            f"{'' if self.tokenizer is not None else ', no tokenizer'})"
+        )
+
     @property
     def config(self) -> Config:
         """Sizes of the network."""

@@ -10,6 +10,7 @@ from typing import Generic, TypeVar
 import jax
 import jax.numpy as jnp
 
+from jaxkv.shown import brief
 from jaxkv.state import Cache
 
 Drafts = TypeVar("Drafts", covariant=True)
@@ -46,6 +47,8 @@ class Generation(Generic[Drafts]):
     rngs: jax.Array
     seen: jax.Array | None
     speculation: Drafts
+
+    __repr__ = brief
 
 
 def append(

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxkv.kernels.cache import Slots
+from jaxkv.shown import brief
 
 FREE = -1  # in `positions`: nothing lies in this slot
 
@@ -46,6 +47,8 @@ class KVState:
     positions: jax.Array
     target: jax.Array
     memory: Any = ()
+
+    __repr__ = brief
 
     @property
     def slots(self) -> int:

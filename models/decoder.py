@@ -102,6 +102,13 @@ class Config:
     tied: bool = False
 
     @property
+    def family(self) -> str:
+        """Name of the family that has these switches; Mistral's are those of Llama."""
+        if self.qk_norm:
+            return "Qwen3"
+        return "Qwen2" if self.qkv_bias and not self.output_bias else "Llama"
+
+    @property
     def qkv_size(self) -> int:
         """Columns of the fused query-key-value projection."""
         return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxkv.shown import brief
 from jaxkv.trees import KINDS, DraftTree
 
 
@@ -139,6 +140,8 @@ class DraftStats:
     drafted_by_kind: dict[str, int]
     accepted_by_kind: dict[str, int]
     unexpected: float | None
+
+    __repr__ = brief
 
 
 def draft_stats(
