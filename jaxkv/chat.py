@@ -2,7 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 
-from jaxkv.language_model import LanguageModel
+from jaxkv.language_model import NEEDLE, LanguageModel
+
+
+def speaks_in_chats(lm: LanguageModel) -> bool:
+    """Return whether a model was made for conversations; needle only has a template."""
+    return lm.name != NEEDLE and bool(getattr(lm.tokenizer, "chat_template", None))
 
 
 def encode_chat(

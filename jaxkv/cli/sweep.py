@@ -14,6 +14,7 @@ import rich.markdown
 import typer
 
 from jaxkv import figures
+from jaxkv.chat import speaks_in_chats
 from jaxkv.cli import flags
 from jaxkv.cli.progress import shown
 from jaxkv.cli.terminal import announce
@@ -39,6 +40,8 @@ class Sweep:
     """What is common to all comparisons; each field is a flag.
 
     Attributes:
+      chat: ask in the model's chat template.
+      system: what the system says first, in a chat.
       batch_size: most prompts generated from together.
       mixed: whether a batch may hold rows of different budgets.
       side_by_side: programs that run at the same time.
@@ -52,6 +55,13 @@ class Sweep:
       as_json: print the metrics as JSON instead of tables.
     """
 
+    chat: Annotated[
+        bool,
+        typer.Option("--chat", help="Ask in the model's chat template, as users do."),
+    ] = False
+    system: Annotated[
+        str | None, typer.Option(help="What the system says first; with --chat.")
+    ] = None
     batch_size: flags.BatchSize = 8
     mixed: Annotated[
         bool,
@@ -81,7 +91,10 @@ class Sweep:
     @property
     def options(self) -> dict[str, Any]:
         """The fields that `Experiment` takes."""
-        names = ("batch_size", "mixed", "side_by_side", "seconds", "characters")
+        if self.system is not None and not self.chat:
+            raise ValueError("--system goes with --chat; add it.")
+        names = ("chat", "system", "batch_size", "mixed", "side_by_side", "seconds")
+        names += ("characters",)
         return {name: getattr(self, name) for name in names} | {
             "arguments": {
                 "prefill_implementation": self.prefill_implementation,
@@ -156,6 +169,8 @@ def _run(
         outcome = run_experiment(
             lm, experiment, folder, pictures=drawn, show=show, tell=say
         )
+    if not experiment.chat and speaks_in_chats(lm):
+        say(f"{lm.name} has a chat template, and is asked without; see --chat")
     if outcome.stats:
         announce(lm, outcome.stats)
     if sweep.pictures is None and not drawn and outcome.metrics["cells"]:

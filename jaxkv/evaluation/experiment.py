@@ -24,6 +24,7 @@ from jaxkv.evaluation.questions import (
     Cell,
     Match,
     Question,
+    as_chat,
     draw_questions,
     read_task_file,
 )
@@ -53,6 +54,8 @@ class Experiment:
       max_new_tokens: the longest output; None takes the longest answer of each length,
         for the card of each cell, for a file what it says.
       match: whether one wanted string is enough.
+      chat: ask in the model's chat template.
+      system: what the system says first, in a chat.
       batch_size: most prompts generated from together.
       mixed: whether a batch may hold rows of different budgets.
       side_by_side: programs that run at the same time.
@@ -70,6 +73,8 @@ class Experiment:
     seed: int = 0
     max_new_tokens: int | None = None
     match: Match = "all"
+    chat: bool = False
+    system: str | None = None
     batch_size: int = 8
     mixed: bool = True
     side_by_side: int = 1
@@ -95,6 +100,8 @@ class Experiment:
             "budgets": [budget.name for budget in self.budgets],
             "max_new_tokens": self.max_new_tokens,
             "match": self.match,
+            "chat": self.chat,
+            "system": self.system,
             "characters": self.characters,
             "arguments": described(self.arguments),
         }
@@ -242,16 +249,22 @@ def _questions(
 ) -> list[Question]:
     if experiment.file is not None:
         return read_task_file(
-            lm, experiment.file, max_new_tokens=experiment.max_new_tokens
+            *(lm, experiment.file),
+            max_new_tokens=experiment.max_new_tokens,
+            chat=experiment.chat,
+            system=experiment.system,
         )
     total = experiment.samples * len(experiment.cells)
-    return draw_questions(
+    questions = draw_questions(
         lm,
         experiment.cells,
         samples=experiment.samples,
         seed=experiment.seed,
         advance=lambda done: show("samples", done, total),
     )
+    if not experiment.chat:
+        return questions
+    return as_chat(lm, questions, system=experiment.system)
 
 
 def _plan(

@@ -44,6 +44,8 @@ OUTPUT = 128  # tokens of the longest output where nothing says it
 DEVELOPMENT_SEED = 1_000_003
 REPORT_SEED = 2_000_003
 
+CHAT_WORDS = 32  # tokens that an answer in a conversation may begin with
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cell:
@@ -176,8 +178,49 @@ def _drawn(
     ]
 
 
+def as_chat(
+    lm: LanguageModel, questions: Sequence[Question], *, system: str | None = None
+) -> list[Question]:
+    """Return questions as a user's turn in the model's chat template.
+
+    The answer that a prompt begins stays in the user's turn, and an output may have
+    `CHAT_WORDS` tokens more, since a sentence comes before what is asked for.
+
+    Args:
+      lm: a model whose tokenizer has a chat template.
+      questions: from `draw_questions`.
+      system: what the system says first; None leaves it to the template.
+
+    Raises:
+      ValueError: there is no template, or it fails.
+    """
+    return [
+        dataclasses.replace(
+            question,
+            ids=np.array(
+                encode_chat(lm, _turns(question.sample.prompt, system)), np.int32
+            ),
+            sample=dataclasses.replace(
+                question.sample,
+                max_new_tokens=question.sample.max_new_tokens + CHAT_WORDS,
+            ),
+        )
+        for question in questions
+    ]
+
+
+def _turns(text: str, system: str | None) -> list[dict[str, str]]:
+    said = [] if system is None else [{"role": "system", "content": system}]
+    return [*said, {"role": "user", "content": text}]
+
+
 def read_task_file(
-    lm: LanguageModel, file: Path, *, max_new_tokens: int | None = None
+    lm: LanguageModel,
+    file: Path,
+    *,
+    max_new_tokens: int | None = None,
+    chat: bool = False,
+    system: str | None = None,
 ) -> list[Question]:
     """Read questions and right answers from a JSON-lines file.
 
@@ -189,6 +232,8 @@ def read_task_file(
       lm: a model with a tokenizer.
       file: the file.
       max_new_tokens: longest output; None takes what each record says, else 128.
+      chat: make a user's turn of each prompt that is a text.
+      system: what the system says first, in such a conversation.
 
     Raises:
       ValueError: a line is no question with a right answer, or an index comes twice;
@@ -211,6 +256,8 @@ def read_task_file(
             )
         numbered[task, index] = record
         counts[task] = counts.get(task, 0) + 1
+    if chat:
+        records = [_in_chat(record, system) for record in records]
     rows = [_ids(lm, record) for record in records]
     longest = max(map(len, rows))
     return [
@@ -229,6 +276,12 @@ def read_task_file(
         )
         for ((task, index), record), ids in zip(numbered.items(), rows, strict=True)
     ]
+
+
+def _in_chat(record: Record, system: str | None) -> Record:
+    if record.messages or not isinstance(record.prompt, str):
+        return record  # it says itself how it is asked
+    return dataclasses.replace(record, messages=tuple(_turns(record.prompt, system)))
 
 
 def _check_question(record: Record) -> None:

@@ -254,6 +254,19 @@ def test_a_file_of_questions(jaxkv_, tiny, tmp_path, reader, named):
     assert f"{path}:1:" in jaxkv_.error(*command, *flags[:-1], tmp_path / "other")
 
 
+def test_questions_in_a_chat(jaxkv_, tiny, tmp_path, reader):
+    flags = [*RULER, tiny, "--methods=full", "--no-pictures", "--out"]
+    code, _, err = jaxkv_(*flags, tmp_path / "plain")
+    assert code == 0 and "has a chat template, and is asked without; see --chat" in err
+    code, _, err = jaxkv_(*flags, tmp_path / "chat", "--chat", "--system=be brief")
+    assert code == 0 and "see --chat" not in err
+    plain, chat = (read(tmp_path / name) for name in ("plain", "chat"))
+    for before, after in zip(plain, chat, strict=True):
+        assert int(after["prompt_tokens"]) > int(before["prompt_tokens"])
+    config = yaml.safe_load((tmp_path / "chat" / "config.yaml").read_text())
+    assert (config["chat"], config["system"]) == (True, "be brief")
+
+
 def test_the_folder_has_a_name_by_default(jaxkv_, tiny, tmp_path, reader, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(evaluate.flags, "load_model", lambda *_: jaxkv.load(tiny))
@@ -298,6 +311,7 @@ BAD = {
         ["card", "--compression-ratio=0.5", "--budget=9", "--prefill=snapkv"],
         "not both",
     ),
+    "system": (["ruler", "--system=x"], "--system goes with --chat"),
     "no folder": (["report", "/no/such"], "holds no predictions.csv"),
 }
 

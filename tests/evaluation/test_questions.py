@@ -7,8 +7,11 @@ import json
 import numpy as np
 import pytest
 
+from jaxkv.chat import encode_chat, speaks_in_chats
 from jaxkv.evaluation.questions import (
+    CHAT_WORDS,
     Cell,
+    as_chat,
     counter,
     draw_questions,
     draw_sample,
@@ -41,6 +44,40 @@ def test_a_question_is_the_sample_of_its_number(tiny_lm):
     sample = questions[2].sample
     assert judge(sample, sample.answer, by_lines=True) == (True, 1.0)
     assert not judge(sample, sample.answer + "\nmore", by_lines=True)[0]
+
+
+@pytest.mark.parametrize("system", [None, "be brief"])
+def test_a_question_in_a_chat_is_a_turn_of_the_user(tiny_lm, system):
+    cell = Cell(task="vt", length=300)
+    plain = draw_questions(tiny_lm, [cell], samples=2, seed=7)
+    said = [{"role": "system", "content": system}] if system else []
+    for before, after in zip(
+        plain, as_chat(tiny_lm, plain, system=system), strict=True
+    ):
+        turn = {"role": "user", "content": before.sample.prompt}
+        np.testing.assert_array_equal(after.ids, encode_chat(tiny_lm, [*said, turn]))
+        assert after.ids.dtype == np.int32
+        assert after.sample.max_new_tokens == before.sample.max_new_tokens + CHAT_WORDS
+        assert after.sample.outputs == before.sample.outputs
+
+
+def test_texts_of_a_file_are_put_into_a_chat(tiny_lm, tmp_path):
+    file = tmp_path / "q.jsonl"
+    messages = [{"role": "user", "content": "b"}]
+    rows = [{"prompt": "a", "outputs": ["x"]}, {"messages": messages, "outputs": ["x"]}]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    first, second = read_task_file(tiny_lm, file, chat=True, system="s")
+    asked = [{"role": "system", "content": "s"}, {"role": "user", "content": "a"}]
+    assert first.ids.tolist() == encode_chat(tiny_lm, asked)
+    assert second.ids.tolist() == encode_chat(tiny_lm, messages)
+    plain, _ = read_task_file(tiny_lm, file)
+    assert plain.ids.tolist() == tiny_lm.tokenizer("a")["input_ids"]
+
+
+def test_needle_is_no_model_for_chats(tiny_lm):
+    assert speaks_in_chats(dataclasses.replace(tiny_lm, name="other"))
+    assert not speaks_in_chats(dataclasses.replace(tiny_lm, name="needle"))
+    assert not speaks_in_chats(dataclasses.replace(tiny_lm, tokenizer=None))
 
 
 def test_the_fast_count_is_the_slow_one(tiny_lm):
