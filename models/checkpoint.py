@@ -112,7 +112,8 @@ def resolve(
         if folder.suffix.lower() == ".gguf":
             return folder
         raise CheckpointError(
-            f"{folder} is a file, but no .gguf; give the folder that holds config.json."
+            f"{folder} is a file, but its name does not end in .gguf; give such a "
+            "file, or the folder that holds config.json."
         )
     name = str(path_or_hub_id)
     try:

@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from plain_forward import forward
 from safetensors.numpy import load_file
 
 from jaxkv.models import gguf_config, gguf_weights
-from jaxkv.models.decoder import Decoder, parameter_shapes
+from jaxkv.models.decoder import parameter_shapes
 from jaxkv.models.gguf_header import read_header
 from jaxkv.models.hf_config import read_config, stop_ids
 from jaxkv.models.hf_weights import read_weights
@@ -85,21 +86,6 @@ def load_torch(folder):
     return transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager"
     ).eval()
-
-
-def attend(q, k, v, state):
-    """Plain causal attention over the whole sequence; no cache."""
-    return jax.nn.dot_product_attention(q, k, v, is_causal=True), state
-
-
-def forward(config, params, tokens):
-    """Return float32 logits `[B, T, V]`."""
-    decoder = Decoder(config)
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    cache = (None,) * config.num_layers
-    variables = {"params": params}
-    hidden, _ = decoder.apply(variables, tokens, positions, cache, attend)
-    return decoder.apply(variables, hidden, method=Decoder.unembed)
 
 
 def random_tokens(shape):

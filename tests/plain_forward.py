@@ -1,0 +1,21 @@
+"""The network without a cache, to compare with."""
+
+import jax
+import jax.numpy as jnp
+
+from jaxkv.models.decoder import Decoder
+
+
+def attend(q, k, v, state):
+    """Plain causal attention over the whole sequence; no cache."""
+    return jax.nn.dot_product_attention(q, k, v, is_causal=True), state
+
+
+def forward(config, params, tokens):
+    """Return float32 logits `[B, T, V]`."""
+    decoder = Decoder(config)
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    cache = (None,) * config.num_layers
+    variables = {"params": params}
+    hidden, _ = decoder.apply(variables, tokens, positions, cache, attend)
+    return decoder.apply(variables, hidden, method=Decoder.unembed)
