@@ -12,7 +12,16 @@ import pytest
 import jaxkv
 from jaxkv._version import __version__
 
-HEAVY = ("jax_triton", "matplotlib", "optax", "torch", "transformers", "typer", "tyro")
+HEAVY = (
+    "gguf",
+    "jax_triton",
+    "matplotlib",
+    "optax",
+    "torch",
+    "transformers",
+    "typer",
+    "tyro",
+)
 
 PUBLIC = [name for name in jaxkv.__all__ if not name.startswith("_")]
 
