@@ -10,10 +10,15 @@ MOST_LAYERS = 10_000  # each is planned for before the first tensor is looked at
 
 
 def integer(raw: dict[str, Any], key: str, default: int | None = None) -> int:
-    """Return a positive integer, or `default` where the key is missing or null."""
+    """Return a positive integer, or `default` where the key is missing or null.
+
+    Some tools write integers as 2048.0 or 1e6; no digit is lost.
+    """
     value: Any = raw.get(key)
     if value is None:
         value = default
+    if type(value) is float and value.is_integer() and value <= MOST:
+        value = int(value)
     if type(value) is not int or value < 1:
         raise CheckpointError(
             f"{key} must be a positive integer, found {shown(value)}."

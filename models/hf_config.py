@@ -34,13 +34,12 @@ _FAMILIES = {
 
 # Keys that change what the network computes, and the values that leave it alone.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu",),
+    "hidden_act": ("silu", "swish"),
     "mlp_bias": (False,),
-    "quantization_config": (),
+    "quantization_config": ({},),
     "partial_rotary_factor": (1,),
     "rope_interleaved": (False,),
     "use_mrope": (False,),
-    "use_sliding_window": (False,),
     "num_experts": (0, 1),
     "num_local_experts": (0, 1),
     "is_encoder_decoder": (False,),
@@ -50,7 +49,8 @@ _READ = frozenset(
     "architectures attention_bias head_dim hidden_size intermediate_size layer_types "
     "max_position_embeddings model_type num_attention_heads num_hidden_layers "
     "num_key_value_heads original_max_position_embeddings rms_norm_eps "
-    "rope_parameters rope_scaling rope_theta tie_word_embeddings vocab_size".split()
+    "rope_parameters rope_scaling rope_theta sliding_window tie_word_embeddings "
+    "use_sliding_window vocab_size".split()
 )
 # Keys that no number of the network depends on: tokens, training, sampling, records.
 _INERT = frozenset(
@@ -66,7 +66,23 @@ _INERT = frozenset(
     "transformers.js_config transformers_version unsloth_fixed unsloth_version "
     "use_cache".split()
 )
+_LAYER_TYPES = {"full_attention", "sliding_attention"}
 _LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor")
+_ORIGINAL = "original_max_position_embeddings"
+# What each scaling reads; the default's keys may stand beside those of any other.
+_ROPE_KEYS: dict[str, set[str]] = {
+    "default": {
+        *("rope_type", "type", "rope_theta", "partial_rotary_factor", "factor"),
+        _ORIGINAL,
+    },
+    "linear": set(),
+    "dynamic": set(),
+    "yarn": {
+        *("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
+        "attention_factor",
+    },
+    "llama3": {"low_freq_factor", "high_freq_factor"},
+}
 
 
 def read_config(folder: str | Path) -> Config:
@@ -110,6 +126,7 @@ def stop_ids(folder: str | Path) -> tuple[int, ...]:
         if value is None:
             continue
         ids = value if isinstance(value, list) else [value]
+        ids = [int(i) if type(i) is float and i.is_integer() else i for i in ids]
         if not all(type(i) is int and i >= 0 for i in ids):
             raise CheckpointError(
                 f"{path}: eos_token_id must be a token id or a list of them, "
@@ -193,10 +210,10 @@ def _refuse_unknown(key: str, value: Any, default: dict[str, Any]) -> None:
     if key in _NEUTRAL:
         if value not in _NEUTRAL[key]:
             unsupported(key, value, *_NEUTRAL[key])
-    elif key in default and key != "sliding_window":  # which has a check of its own
+    elif key in default:
         if value != default[key]:
             unsupported(key, value, default[key])
-    elif key != "sliding_window":
+    else:
         raise CheckpointError(
             f"{key}={value!r} is not known to jaxkv, and may change what the network "
             "computes; take the key out if you know that it does not."
@@ -225,17 +242,32 @@ def _family(raw: dict[str, Any]) -> tuple[str, _Family]:
 def _refuse_sliding_window(
     raw: dict[str, Any], model_type: str, default: dict[str, Any], max_positions: int
 ) -> None:
-    """Raise if any layer attends to a window only; a set but unused one is fine."""
-    layer_types = raw.get("layer_types") or []
-    if not isinstance(layer_types, list) or any(
-        kind != "full_attention" for kind in layer_types
+    """Raise if any layer attends to a window that is shorter than a sequence may be."""
+    kinds = raw.get("layer_types") or []
+    if not isinstance(kinds, list) or not set(map(str, kinds)) <= _LAYER_TYPES:
+        unsupported("layer_types", kinds, "'full_attention' for every layer")
+    window = raw.get("sliding_window", default.get("sliding_window"))
+    switched_on = raw.get("use_sliding_window") or False
+    if type(switched_on) is not bool:
+        unsupported("use_sliding_window", switched_on, False)
+    if window is not None and (
+        integer({"sliding_window": window}, "sliding_window") >= max_positions
     ):
-        unsupported("layer_types", layer_types, "'full_attention' for every layer")
-    if model_type == "mistral":
-        key = "sliding_window"
-        window = raw.get(key, default[key])  # Mistral has no switch
-        if window is not None and integer({key: window}, key) < max_positions:
-            unsupported(key, window, None, f"max_position_embeddings={max_positions}")
+        return
+    if model_type == "mistral":  # has no switch, and one kind of layer
+        if window is not None:
+            unsupported(
+                "sliding_window",
+                window,
+                None,
+                f"max_position_embeddings={max_positions}",
+            )
+    elif "sliding_attention" in kinds:
+        unsupported("layer_types", kinds, "'full_attention' for every layer")
+    elif switched_on and not kinds and window is not None:
+        first = raw.get("max_window_layers", default.get("max_window_layers", 0))
+        if type(first) not in (int, float) or first < _layers(raw):
+            unsupported("use_sliding_window", True, False)
 
 
 def _rope(
@@ -249,23 +281,22 @@ def _rope(
     theta = number(raw | rope, "rope_theta", 10_000.0)
     if rope.get("partial_rotary_factor") not in (None, 1):
         unsupported("partial_rotary_factor", rope["partial_rotary_factor"], 1)
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "llama3"):
+    kind = rope.get("rope_type", rope.get("type")) or "default"
+    if not isinstance(kind, str) or kind not in _ROPE_KEYS:
         unsupported(f"{key}.rope_type", kind, "default", "llama3")
-    outer = "original_max_position_embeddings"
-    read = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
-    if kind == "llama3":
-        read |= {*_LLAMA3, outer}
-    for name in rope.keys() - read:
+    given = {name: value for name, value in rope.items() if value is not None}
+    for name in given.keys() - _ROPE_KEYS[kind] - _ROPE_KEYS["default"]:
         unsupported(f"{key}.{name}", rope[name])
-    if kind == "default":
-        return theta, None
     # As in transformers, the key outside the object is the stronger one.
+    original = integer(
+        raw if raw.get(_ORIGINAL) is not None else rope, _ORIGINAL, max_positions
+    )
+    if kind != "llama3":
+        _refuse_acting(key, kind, given, original == max_positions)
+        return theta, None
     scaling = Llama3Scaling(
         **{name: number(rope, name) for name in _LLAMA3},
-        original_max_positions=integer(
-            raw if outer in raw else rope, outer, max_positions
-        ),
+        original_max_positions=original,
     )
     if scaling.high_freq_factor <= scaling.low_freq_factor:
         raise CheckpointError(
@@ -273,6 +304,20 @@ def _rope(
             f"low_freq_factor={scaling.low_freq_factor}."
         )
     return theta, scaling
+
+
+def _refuse_acting(key: str, kind: str, rope: dict[str, Any], unscaled: bool) -> None:
+    """Raise for a scaling that changes a number; by a factor of 1 it changes none."""
+    if kind == "default":
+        if rope.get("factor", 1) != 1:
+            unsupported(f"{key}.factor", rope["factor"], 1)
+    elif kind == "dynamic":  # acts beyond the positions that the checkpoint has
+        number(rope, "factor")
+    elif rope.get("factor") != 1 or rope.get("attention_factor", 1) != 1:
+        supported = ("default", "llama3", f"{kind} with a factor of 1")
+        unsupported(f"{key}.rope_type", kind, *supported)
+    elif kind == "yarn" and not unscaled:  # from which some versions take the factor
+        unsupported(f"{key}.{_ORIGINAL}", rope.get(_ORIGINAL), "no other context")
 
 
 def _layers(raw: dict[str, Any]) -> int:

@@ -23,6 +23,13 @@ LLAMA = dict(
     num_key_value_heads=2,
     max_position_embeddings=64,
 )
+QWEN2 = dict(
+    model_type="qwen2",
+    architectures=...,
+    use_sliding_window=True,
+    sliding_window=16,
+    max_window_layers=2,
+)
 SCALING = dict(
     factor=8.0,
     low_freq_factor=1.0,
@@ -74,6 +81,35 @@ def test_config_of_llama(tmp_path):
         (dict(architectures=...), {}),
         (dict(quantization_config=None, mlp_bias=False, hidden_act="silu"), {}),
         (dict(partial_rotary_factor=1.0, rope_scaling={"type": "default"}), {}),
+        # integers as some tools write them
+        (dict(hidden_size=8.0, vocab_size=2e1, head_dim=2.0), {}),
+        (dict(max_position_embeddings=1e6), dict(max_positions=1_000_000)),
+        # another name, and scalings that change nothing
+        (dict(hidden_act="swish", quantization_config={}), {}),
+        (dict(rope_scaling={"type": "linear", "factor": 1.0}), {}),
+        (dict(rope_scaling={"rope_type": "default", "factor": 1}), {}),
+        (dict(rope_scaling={"type": None, "factor": None}), {}),
+        (dict(rope_scaling={"type": "dynamic", "factor": 4.0}), {}),
+        (
+            dict(
+                rope_parameters={
+                    **dict(rope_type="yarn", factor=1.0, rope_theta=7, beta_fast=32),
+                    **dict(original_max_position_embeddings=64, attention_factor=1.0),
+                }
+            ),
+            dict(rope_theta=7),
+        ),
+        (
+            dict(rope_scaling={"type": "default"}, original_max_position_embeddings=32),
+            {},
+        ),
+        # windows that no sequence fills, and switches without a window
+        (dict(use_sliding_window=True), {}),
+        (dict(use_sliding_window=True, sliding_window=64), {}),
+        (
+            dict(layer_types=["sliding_attention"] * 2, sliding_window=64),
+            {},
+        ),
         # Llama ignores these in transformers, too
         (dict(sliding_window=16), {}),
         # transformers' default, nothing, and keys that no number depends on
@@ -109,6 +145,24 @@ def test_config_of_other_families(tmp_path, model_type, switches):
         )
     )
     assert found == dataclasses.replace(plain, **switches)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        QWEN2,  # no layer lies above the last one
+        QWEN2 | dict(max_window_layers=...),
+        QWEN2 | dict(layer_types=["full_attention"] * 2, max_window_layers=0),
+        QWEN2 | dict(sliding_window=None, max_window_layers=0),
+        QWEN2 | dict(sliding_window=64.0, max_window_layers=0),
+        QWEN2 | dict(layer_types=["sliding_attention"] * 2, sliding_window=64),
+        QWEN2 | dict(use_sliding_window=False, max_window_layers=0),
+    ],
+)
+def test_windows_that_never_act(tmp_path, changes):
+    plain = write_config(tmp_path, model_type="qwen2", architectures=...)
+    plain = read_config(plain)
+    assert read_config(write_config(tmp_path, **changes)) == plain
 
 
 @pytest.mark.parametrize(
@@ -175,7 +229,17 @@ def test_llama3_scaling_finds_the_original_context(tmp_path):
         (dict(num_local_experts=8), ["num_local_experts=8"]),
         (dict(num_experts=8), ["num_experts=8"]),
         (dict(is_encoder_decoder=True), ["is_encoder_decoder=True"]),
-        (dict(use_sliding_window=True), ["use_sliding_window=True", "False"]),
+        (
+            dict(use_sliding_window=True, sliding_window=16),
+            ["use_sliding_window=True", "False"],
+        ),
+        (QWEN2 | dict(max_window_layers=1), ["use_sliding_window=True", "False"]),
+        (dict(use_sliding_window="no"), ["use_sliding_window='no'", "False"]),
+        (
+            QWEN2 | dict(layer_types=["full_attention", "sliding_attention"]),
+            ["layer_types=", "full_attention"],
+        ),
+        (dict(layer_types=["linear_attention"]), ["layer_types=", "full_attention"]),
         (dict(layer_types=1), ["layer_types=1", "full_attention"]),
         (
             dict(layer_types=["sliding_attention", "full_attention"]),
@@ -202,6 +266,40 @@ def test_llama3_scaling_finds_the_original_context(tmp_path):
             ["rope_scaling.rope_type='linear'", "'default', 'llama3'"],
         ),
         (
+            dict(rope_scaling={"type": "linear"}),
+            ["rope_type='linear'", "'linear with a factor of 1'"],
+        ),
+        (
+            dict(rope_scaling={"type": "default", "factor": 2}),
+            ["rope_scaling.factor=2 is not supported; supported: 1"],
+        ),
+        (
+            dict(rope_scaling={"type": "dynamic", "factor": -2}),
+            ["factor must be a positive number, found -2"],
+        ),
+        (
+            dict(rope_scaling={"type": "dynamic", "factor": 2.0, "alpha": 1000}),
+            ["rope_scaling.alpha=1000"],
+        ),
+        (
+            dict(rope_scaling={"type": "yarn", "factor": 1, "attention_factor": 1.5}),
+            ["rope_scaling.rope_type='yarn'"],
+        ),
+        (
+            dict(
+                rope_scaling={
+                    "type": "yarn",
+                    "factor": 1,
+                    "original_max_position_embeddings": 32,
+                }
+            ),
+            ["rope_scaling.original_max_position_embeddings=32"],
+        ),
+        (
+            dict(rope_scaling={"type": "default", "mrope_section": [16, 24, 24]}),
+            ["rope_scaling.mrope_section=[16, 24, 24]"],
+        ),
+        (
             dict(rope_parameters={"rope_type": "yarn", "factor": 2.0}),
             ["rope_parameters.rope_type='yarn'"],
         ),
@@ -222,7 +320,10 @@ def test_llama3_scaling_finds_the_original_context(tmp_path):
         (dict(hidden_size="8"), ["hidden_size must be", "'8'"]),
         (dict(num_hidden_layers=0), ["num_hidden_layers must be", "0"]),
         (dict(intermediate_size=True), ["intermediate_size must be", "True"]),
-        (dict(num_attention_heads=3.0), ["num_attention_heads must be", "3.0"]),
+        (dict(num_attention_heads=4.5), ["num_attention_heads must be", "4.5"]),
+        (dict(vocab_size=1e300), ["vocab_size must be", "1e+300"]),
+        (dict(vocab_size=float("inf")), ["vocab_size must be", "inf"]),
+        (dict(vocab_size=float("nan")), ["vocab_size must be", "nan"]),
         (dict(num_key_value_heads=3), ["num_attention_heads=4", "=3"]),
         (dict(head_dim=3), ["head_dim=3 must be even"]),
         (dict(rms_norm_eps=float("nan")), ["rms_norm_eps must be", "nan"]),
@@ -299,6 +400,7 @@ def test_missing_config(tmp_path):
         ({"eos_token_id": [5, 9, 5]}, {"eos_token_id": 2}, (5, 9)),
         ({"eos_token_id": 5}, {"eos_token_id": 2}, (5,)),
         ({"eos_token_id": 0}, {"eos_token_id": 2}, (0,)),
+        ({"eos_token_id": [5.0, 9]}, {"eos_token_id": 2}, (5, 9)),
         ({"eos_token_id": None}, {"eos_token_id": 2}, (2,)),
         ({}, {"eos_token_id": [2, 3]}, (2, 3)),
         (None, {"eos_token_id": 2}, (2,)),
@@ -313,7 +415,7 @@ def test_stop_ids(tmp_path, generation, config, expected):
     assert stop_ids(tmp_path) == expected
 
 
-@pytest.mark.parametrize("value", ["</s>", [2, "3"], -1, True, 2.0])
+@pytest.mark.parametrize("value", ["</s>", [2, "3"], -1, True, 2.5])
 def test_stop_ids_refuses(tmp_path, value):
     (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": value}))
     with raises("eos_token_id must be", repr(value)):
