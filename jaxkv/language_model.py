@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.metadata
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,7 @@ def load(
     *,
     dtype: str | None = None,
     revision: str | None = None,
+    follow_links: bool = False,
 ) -> LanguageModel:
     """Load a checkpoint: Hugging Face's layout, a GGUF file, or an Orbax copy.
 
@@ -85,6 +87,8 @@ def load(
       dtype: "float32", "bfloat16" or "float16"; None is the checkpoint's own (bfloat16
         if it is quantised), but float32 on CPU, which has no fast 16-bit arithmetic.
       revision: branch, tag or commit of a hub id.
+      follow_links: read weights that are links out of the folder, not only those of
+        the Hub's cache.
 
     Returns:
       The model, its parameters on the default device.
@@ -96,7 +100,7 @@ def load(
     folder = locate(name, revision=revision)
     if dtype is None and jax.default_backend() == "cpu":
         dtype = "float32"
-    config, params = read_network(folder, dtype=dtype)
+    config, params = read_network(folder, dtype=dtype, follow_links=follow_links)
     if folder.is_file():
         header = gguf_header.read_header(folder)
         tokenizer = gguf_tokenizer.read_tokenizer(header)
@@ -118,7 +122,8 @@ def locate(name: str | os.PathLike[str], *, revision: str | None = None) -> Path
     """Return the folder or the GGUF file of a checkpoint.
 
     Args:
-      name: as `load` takes it.
+      name: as `load` takes it. A checkpoint of a package goes before a folder of its
+        name; "./needle" or a `Path` is the folder.
       revision: branch, tag or commit of a hub id.
 
     Raises:
@@ -129,22 +134,31 @@ def locate(name: str | os.PathLike[str], *, revision: str | None = None) -> Path
             f"load takes the name of a checkpoint, a folder or a Hub id, got {name!r}."
         )
     packaged = {NEEDLE: needle_folder, SMOLLM2: smollm2_file}.get(str(name))
-    if packaged is None:
+    if packaged is None or (isinstance(name, os.PathLike) and Path(name).exists()):
         return checkpoint.resolve(name, revision=revision)
     if revision is not None:
         raise checkpoint.CheckpointError(
             f"{revision=} selects a version of a Hub model, but {name} comes with a "
             "package; leave the revision out."
         )
-    return packaged()
+    found, here = packaged(), Path(name)
+    if here.exists() and not here.samefile(found):
+        logging.getLogger(__name__).warning(
+            f"jaxkv: {name} is the checkpoint of a package; write ./{name} for the "
+            f"{'folder' if here.is_dir() else 'file'} of that name here."
+        )
+    return found
 
 
-def read_network(folder: Path, *, dtype: str | None) -> tuple[Config, dict[str, Any]]:
+def read_network(
+    folder: Path, *, dtype: str | None, follow_links: bool = False
+) -> tuple[Config, dict[str, Any]]:
     """Read what `locate` has found.
 
     Args:
       folder: a folder or a GGUF file.
       dtype: of the parameters; None is the checkpoint's own.
+      follow_links: see `load`.
 
     Returns:
       The network's configuration, and its parameters on the default device.
@@ -158,8 +172,11 @@ def read_network(folder: Path, *, dtype: str | None) -> tuple[Config, dict[str, 
         return config, gguf_weights.read_weights(header, config, dtype=dtype)
     if orbax_copy.is_orbax_copy(folder):
         return orbax_copy.load_orbax(folder, dtype=dtype)
+    checkpoint.check_adapter(folder)
     config = hf_config.read_config(folder)
-    return config, hf_weights.read_weights(folder, config, dtype=dtype)
+    return config, hf_weights.read_weights(
+        folder, config, dtype=dtype, follow_links=follow_links
+    )
 
 
 def save(lm: LanguageModel, folder: str | os.PathLike[str], **options: Any) -> None:

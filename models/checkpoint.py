@@ -5,6 +5,7 @@ the `gguf_*` modules read a file.
 """
 
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,13 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 
 # What a tokenizer and its chat templates may consist of, besides the weights.
-TEXT_FILES = ("*.json", "*.model", "*.txt", "*.jinja")
+TEXT_FILES = ("*.json", "*.model", "*.tiktoken", "*.txt", "*.jinja")
 
 # Some repositories hold the same weights a second time, under their makers' own names.
 _DUPLICATES = ("consolidated*.safetensors", "original/*", "onnx/*")
+
+
+_ADAPTER = "adapter_config.json"
 
 
 class CheckpointError(ValueError):
@@ -148,6 +152,31 @@ def _gguf_file(folder: Path) -> Path | None:
             "give the one to load."
         )
     return files[0]
+
+
+def check_adapter(folder: Path) -> None:
+    """Raise if a folder holds only an adapter; say so if one lies beside the weights.
+
+    Args:
+      folder: of a checkpoint.
+
+    Raises:
+      CheckpointError: there are no weights but an adapter's (LoRA).
+    """
+    if not (folder / _ADAPTER).exists():
+        return
+    weights = {path.name for path in folder.glob("*.safetensors")}
+    if (folder / "config.json").exists() and weights - {"adapter_model.safetensors"}:
+        logging.getLogger(__name__).warning(
+            f"jaxkv: {folder} holds a full checkpoint and an adapter ({_ADAPTER}); the "
+            "adapter is not applied."
+        )
+        return
+    base = read_json(folder / _ADAPTER).get("base_model_name_or_path")
+    raise CheckpointError(
+        f"{folder} holds only an adapter{f' of {base}' if base else ''}; merge it with "
+        "PeftModel.merge_and_unload(), save_pretrained, and load that folder."
+    )
 
 
 def _hub_failure(name: str, revision: str | None, error: Exception) -> str:

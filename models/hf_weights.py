@@ -36,6 +36,7 @@ def read_weights(
     *,
     dtype: str | None,
     shardings: Any = None,
+    follow_links: bool = False,
 ) -> dict[str, Any]:
     """Read the weights of a checkpoint into the parameter tree of `Decoder(config)`.
 
@@ -49,6 +50,8 @@ def read_weights(
         type in which the checkpoint stores its embedding.
       shardings: a tree like the result with a `jax.sharding.Sharding` or a device at
         every leaf; None puts everything on the default device.
+      follow_links: read files of the folder that are links to somewhere else, not
+        only those of the Hub's cache.
 
     Returns:
       The parameter tree, as `parameter_shapes(config)` describes it.
@@ -62,7 +65,7 @@ def read_weights(
     plan = plan_of(config)
     params: dict[str, Any] = {}
     with contextlib.ExitStack() as stack:
-        tensors = _open(Path(folder), stack)
+        tensors = _open(Path(folder), stack, follow_links)
         _check(tensors, plan, tied=config.tied)
         if dtype is None:
             dtype = _FLOATS[tensors[EMBEDDING].dtype]
@@ -111,10 +114,12 @@ class _Tensor:
             ) from error
 
 
-def _open(folder: Path, stack: contextlib.ExitStack) -> dict[str, _Tensor]:
+def _open(
+    folder: Path, stack: contextlib.ExitStack, follow_links: bool
+) -> dict[str, _Tensor]:
     """Open the safetensors files of a folder and list their tensors."""
     if (folder / _SINGLE).exists():  # it wins over an index, as in transformers
-        return _open_file(folder, _SINGLE, stack)
+        return _open_file(folder, _SINGLE, stack, follow_links)
     if not (folder / _INDEX).exists():
         raise CheckpointError(_no_weights(folder))
     index = read_json(folder / _INDEX).get("weight_map")
@@ -127,7 +132,7 @@ def _open(folder: Path, stack: contextlib.ExitStack) -> dict[str, _Tensor]:
         )
     tensors: dict[str, _Tensor] = {}
     for shard in sorted(set(index.values())):
-        found = _open_file(folder, shard, stack)
+        found = _open_file(folder, shard, stack, follow_links)
         listed = {name for name, file in index.items() if file == shard}
         if listed != set(found):
             raise CheckpointError(
@@ -140,10 +145,10 @@ def _open(folder: Path, stack: contextlib.ExitStack) -> dict[str, _Tensor]:
 
 
 def _open_file(
-    folder: Path, name: str, stack: contextlib.ExitStack
+    folder: Path, name: str, stack: contextlib.ExitStack, follow_links: bool
 ) -> dict[str, _Tensor]:
     path = folder / name
-    _refuse_outside(folder, name)
+    _refuse_outside(folder, name, follow_links)
     if not path.is_file():
         raise CheckpointError(f"{path} is missing, but {_INDEX} names it; fetch it.")
     try:
@@ -155,19 +160,27 @@ def _open_file(
         ) from error
 
 
-def _refuse_outside(folder: Path, name: str) -> None:
+def _refuse_outside(folder: Path, name: str, follow_links: bool) -> None:
     """Raise if a file named by the checkpoint leaves the folder, also by a link."""
+    named = PurePosixPath(name)
+    if named.is_absolute() or ".." in named.parts:
+        raise CheckpointError(
+            f"{folder}: the weights file {name!r} lies outside of the folder; copy it "
+            f"into the folder, and correct {_INDEX}."
+        )
+    if follow_links:
+        return
     root = folder.resolve()
     allowed = [root]
     if root.parent.name == "snapshots":
         # The Hub's cache: files are links into the model's or the whole cache's blobs.
         allowed += [root.parents[1] / "blobs", root.parents[2] / "blobs"]
-    named, target = PurePosixPath(name), Path(os.path.realpath(root / name))
-    inside = any(target.is_relative_to(base) for base in allowed)
-    if named.is_absolute() or ".." in named.parts or not inside:
+    target = Path(os.path.realpath(root / name))
+    if not any(target.is_relative_to(base) for base in allowed):
         raise CheckpointError(
-            f"{folder}: the weights file {name!r} leads to {target}, "
-            "outside of the folder; copy the file into the folder."
+            f"{folder}: the weights file {name!r} is a link to {target}, outside of "
+            "the folder; copy the file into the folder, or allow such links: "
+            "follow_links=True of jaxkv.load, --follow-links of the command line."
         )
 
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from jaxkv import registry
 from jaxkv.cli import flags, parsing
 from jaxkv.kernels.decode import Implementation
-from jaxkv.language_model import NEEDLE, load
+from jaxkv.language_model import NEEDLE, LanguageModel, load
 from jaxkv.models.decoder import Config, Decoder, random_parameters
 from jaxkv.models.public_shapes import SHAPES
 from jaxkv.options import Options
@@ -40,11 +40,12 @@ class Source:
         Literal[tuple(SHAPES)] | None,  # type: ignore[valid-type]
         typer.Option(help="Random weights of this shape instead; downloads nothing."),
     ] = None
+    follow_links: flags.FollowLinks = False
 
     def load(self, dtype: str | None) -> tuple[str, Decoder, Any]:
         """Return a name, a network and its parameters."""
         if self.shape is None:
-            lm = load(self.model or NEEDLE, dtype=dtype)
+            lm = self._model(dtype)
             return lm.name, lm.network, lm.params
         name, config, dtype_ = self.sizes(dtype)
         params = random_parameters(config, jax.random.key(0), dtype_)
@@ -57,13 +58,17 @@ class Source:
           ValueError: both a checkpoint and a shape are named.
         """
         if self.shape is None:
-            lm = load(self.model or NEEDLE, dtype=dtype)
+            lm = self._model(dtype)
             return lm.name, lm.config, lm.dtype
         if self.model is not None:
             raise ValueError(
                 "--model and --shape exclude each other; pass one of them."
             )
         return self.shape, SHAPES[self.shape], random_dtype(dtype)
+
+    def _model(self, dtype: str | None) -> LanguageModel:
+        name = self.model or NEEDLE
+        return load(name, dtype=dtype, follow_links=self.follow_links)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

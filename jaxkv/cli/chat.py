@@ -43,6 +43,7 @@ def chat(
     sampling: Sampling,
     seed: flags.Seed = 0,
     dtype: flags.Dtype = None,
+    follow_links: flags.FollowLinks = False,
 ) -> None:
     """Talk with a model; the cache stays between turns, within the budget."""
     for flag, policy in (("--prefill", prefill), ("--decode", decode)):
@@ -54,7 +55,7 @@ def chat(
         "decode": decode and registry.parse(decode, registry.DECODE, flag="--decode"),
     }
     sampler = sampling.sampler
-    lm = flags.load_model(model, dtype)
+    lm = flags.load_model(model, dtype, follow_links=follow_links)
 
     def begin(tokens: int | None) -> Chat:
         # Where a budget comes later there may be no policies yet.

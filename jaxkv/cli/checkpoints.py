@@ -61,11 +61,12 @@ def convert(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an older copy.")
     ] = False,
+    follow_links: flags.FollowLinks = False,
 ) -> None:
     """Save an Orbax copy of a checkpoint, which loads faster."""
     # Not by way of `load`, which on a CPU would widen 16-bit weights.
     folder = locate(model)
     if orbax_copy.is_orbax_copy(folder):
         raise ValueError(f"{folder} is an Orbax copy already.")
-    config, params = read_network(folder, dtype=dtype)
+    config, params = read_network(folder, dtype=dtype, follow_links=follow_links)
     orbax_copy.save_orbax(params, config, out, source=folder, overwrite=overwrite)

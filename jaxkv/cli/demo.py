@@ -60,9 +60,10 @@ def demo(
     ] = None,
     seed: flags.Seed = 0,
     dtype: flags.Dtype = None,
+    follow_links: flags.FollowLinks = False,
 ) -> None:
     """Ask about long documents, with the full cache and with a small one."""
-    lm = flags.load_model(model, dtype)
+    lm = flags.load_model(model, dtype, follow_links=follow_links)
     run(lm, length=length, budget=budget or length // 8, seed=seed)
 
 

@@ -27,6 +27,12 @@ Dtype = Annotated[
     str | None,
     typer.Option(help="float32, bfloat16 or float16; default: what suits the device."),
 ]
+FollowLinks = Annotated[
+    bool,
+    typer.Option(
+        "--follow-links", help="Read weights that are links out of their folder."
+    ),
+]
 Budget = Annotated[
     int | None,
     typer.Option(min=1, help="Tokens that each layer and head may keep; default: all."),
@@ -108,7 +114,9 @@ class Kernels:
         return dataclasses.asdict(self)
 
 
-def load_model(model: str, dtype: str | None) -> LanguageModel:
+def load_model(
+    model: str, dtype: str | None, *, follow_links: bool = False
+) -> LanguageModel:
     """Load a model, after a look at whether JAX has a device to put it on.
 
     Raises:
@@ -118,7 +126,7 @@ def load_model(model: str, dtype: str | None) -> LanguageModel:
         jax.devices()
     except RuntimeError as error:  # e.g. JAX_PLATFORMS names what is not there
         raise ValueError(f"JAX finds no device: {error}") from error
-    return load(model, dtype=dtype)
+    return load(model, dtype=dtype, follow_links=follow_links)
 
 
 def check(arguments: Mapping[str, Any]) -> None:

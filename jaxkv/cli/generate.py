@@ -134,6 +134,7 @@ def generate(
         ),
     ] = None,
     dtype: flags.Dtype = None,
+    follow_links: flags.FollowLinks = False,
     batch_size: flags.BatchSize = 8,
     kernels: flags.Kernels,
     json_: flags.Json = False,
@@ -155,7 +156,7 @@ def generate(
     records = prompts.read(prompt or [], prompt_file or [])
     if stream and (json_ or len(records) > 1):
         raise ValueError("--stream takes one prompt and no --json.")
-    lm = flags.load_model(model, dtype)
+    lm = flags.load_model(model, dtype, follow_links=follow_links)
     # All at once, so that a bad prompt is found before a good one has cost anything.
     asked = prompts.encode(lm, records, arguments, chat=chat)
     job = answers.Job(

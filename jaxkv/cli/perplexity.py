@@ -55,6 +55,7 @@ def perplexity(
         int, typer.Option(min=1, help="Windows that are read together.")
     ] = 8,
     dtype: flags.Dtype = None,
+    follow_links: flags.FollowLinks = False,
     kernels: flags.Kernels,
     out: Annotated[
         Path | None, typer.Option(help="JSON file; the same command goes on with it.")
@@ -75,7 +76,7 @@ def perplexity(
         check_writable(out.parent)
     names = text or [measuring.PYDOC]
     texts = measuring.read_texts(names)
-    lm = flags.load_model(model, dtype)
+    lm = flags.load_model(model, dtype, follow_links=follow_links)
     if lm.tokenizer is None:
         raise ValueError(f"{lm.name} has no tokenizer, which perplexity needs.")
     if length > lm.config.max_positions:

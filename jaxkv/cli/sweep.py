@@ -50,6 +50,7 @@ class Sweep:
       out: folder of results.
       pictures: whether to draw; None where matplotlib is installed.
       dtype: of the weights.
+      follow_links: whether they may be links out of their folder.
       prefill_implementation: attention over the prompt.
       decode_implementation: attention over the cache.
       as_json: print the metrics as JSON instead of tables.
@@ -84,6 +85,7 @@ class Sweep:
     out: Out = None
     pictures: Pictures = None
     dtype: flags.Dtype = None
+    follow_links: flags.FollowLinks = False
     prefill_implementation: flags.PrefillImplementation = None
     decode_implementation: flags.DecodeImplementation = None
     as_json: flags.Json = False
@@ -128,7 +130,7 @@ def run_and_print(
     if kept is not None:
         with one_writer(kept):  # is it free, and can it be written? Before the work
             pass
-    lm = flags.load_model(model, sweep.dtype)
+    lm = flags.load_model(model, sweep.dtype, follow_links=sweep.follow_links)
     with contextlib.ExitStack() as stack:
         folder = kept or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         before = _size(folder)

@@ -1,12 +1,14 @@
 """Finding a checkpoint: a folder here, or a model of the Hub."""
 
+import codecs
+
 import huggingface_hub
 import pytest
 from hf_checkpoints import raises
 from huggingface_hub import constants as hub_constants
 from huggingface_hub import errors as hub_errors
 
-from jaxkv.models.checkpoint import resolve
+from jaxkv.models.checkpoint import check_adapter, read_json, read_text, resolve
 
 
 def hub(monkeypatch, answer):
@@ -119,3 +121,46 @@ def test_resolve_refuses_files_and_revisions_of_folders(tmp_path):
         resolve(tmp_path / "config.json")
     with raises("revision='v1'", "is a folder"):
         resolve(tmp_path, "v1")
+
+
+def test_byte_order_mark(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_bytes(codecs.BOM_UTF8 + b'{"a": 1}')
+    assert read_json(path) == {"a": 1}
+    assert read_text(path) == '{"a": 1}'
+
+
+def test_text_that_cannot_be_read(tmp_path):
+    with raises("absent cannot be read", "a checkpoint folder has it"):
+        read_text(tmp_path / "absent")
+    (tmp_path / "text").write_bytes(b"\xff")
+    with raises("text is not UTF-8 text", "fetch the file again"):
+        read_text(tmp_path / "text")
+
+
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize(
+    "files",
+    [ADAPTER, (*ADAPTER, "config.json"), (*ADAPTER, "model.safetensors"), ADAPTER[:1]],
+)
+def test_only_an_adapter(tmp_path, files):
+    for name in files:
+        (tmp_path / name).write_text('{"base_model_name_or_path": "owner/base"}')
+    with raises("holds only an adapter of owner/base", "merge_and_unload"):
+        check_adapter(tmp_path)
+    (tmp_path / ADAPTER[0]).write_text("{}")
+    with raises("holds only an adapter; merge"):
+        check_adapter(tmp_path)
+
+
+@pytest.mark.parametrize("weights", ["model.safetensors", "model-1-of-2.safetensors"])
+def test_an_adapter_beside_a_full_checkpoint(tmp_path, caplog, weights):
+    for name in ("config.json", weights):
+        (tmp_path / name).write_text("{}")
+    check_adapter(tmp_path)
+    assert not caplog.records
+    (tmp_path / ADAPTER[0]).write_text("{}")
+    check_adapter(tmp_path)
+    assert "the adapter is not applied" in caplog.text

@@ -249,8 +249,24 @@ def test_shard_outside_of_the_folder(tmp_path, where):
     elif where == "link":
         (folder / where).symlink_to(outside)
     write_index(folder, dict.fromkeys(tensors, where))
-    with raises(where, "outside of the folder"):
+    with raises(where, "outside of the folder", "copy"):
         read_weights(folder, config, dtype=None)
+    if where == "link":
+        read_weights(folder, config, dtype=None, follow_links=True)
+    else:  # an index says nothing of other folders
+        with raises(where, "lies outside of the folder", "correct model.safetensors"):
+            read_weights(folder, config, dtype=None, follow_links=True)
+
+
+def test_a_link_to_the_only_file(tmp_path):
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    config, _ = write_checkpoint(folder)
+    (folder / MODEL).rename(tmp_path / "x")
+    (folder / MODEL).symlink_to(tmp_path / "x")
+    with raises(MODEL, "is a link to", "follow_links=True", "--follow-links"):
+        read_weights(folder, config, dtype=None)
+    read_weights(folder, config, dtype=None, follow_links=True)
 
 
 @pytest.mark.parametrize("blobs", ["cache/models--a--b/blobs", "cache/blobs"])
