@@ -106,13 +106,13 @@ def _read(keys: "_Keys") -> Any:
             f"{_PREFIX}model={shown(model)} is not supported; supported: 'gpt2', "
             "'llama'."
         )
-    tokens = keys.list("tokens", str)
+    tokens = keys.array("tokens", str)
     ids = {token: index for index, token in enumerate(tokens)}
     if len(ids) < len(tokens):
         twice = next(t for i, t in enumerate(tokens) if ids[t] != i)
         raise CheckpointError(f"{_PREFIX}tokens has {shown(twice)} twice.")
     backend = _byte_level(keys, ids) if model == "gpt2" else _sentencepiece(keys, ids)
-    types = keys.list("token_type", int, length=len(tokens))
+    types = keys.array("token_type", int, length=len(tokens))
     for kind, is_special in ((_CONTROL, True), (_USER_DEFINED, False)):
         added = [
             AddedToken(token, normalized=False, special=is_special)
@@ -194,7 +194,7 @@ def _sentencepiece(keys: "_Keys", ids: dict[str, int]) -> Any:
     if _PREFIX + "merges" in keys.metadata:
         merges = keys.merges()
     else:
-        merges = _merges(ids, keys.list("scores", float, length=len(ids)))
+        merges = _merges(ids, keys.array("scores", float, length=len(ids)))
     unknown = keys.token_id("unknown", len(ids))
     backend = Tokenizer(
         _bpe(
@@ -259,7 +259,7 @@ class _Keys:
     def __init__(self, metadata: dict[str, Any]):
         self.metadata = metadata
 
-    def list(self, key: str, kind: type, length: int | None = None) -> list[Any]:
+    def array(self, key: str, kind: type, length: int | None = None) -> list[Any]:
         value = self.metadata.get(_PREFIX + key)
         if value is None:
             raise CheckpointError(f"key {_PREFIX}{key} is missing.")
@@ -274,8 +274,8 @@ class _Keys:
             )
         return value
 
-    def merges(self) -> "list[tuple[str, ...]]":
-        pairs = [tuple(merge.split(" ")) for merge in self.list("merges", str)]
+    def merges(self) -> list[tuple[str, ...]]:
+        pairs = [tuple(merge.split(" ")) for merge in self.array("merges", str)]
         for pair in pairs:
             if len(pair) != 2:
                 raise CheckpointError(

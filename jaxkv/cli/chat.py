@@ -10,7 +10,7 @@ from jaxkv import registry
 from jaxkv.cli import flags
 from jaxkv.cli.generate import Sampling
 from jaxkv.cli.groups import grouped
-from jaxkv.cli.terminal import announce, megabytes
+from jaxkv.cli.terminal import announce, megabytes, say
 from jaxkv.conversation import Chat
 from jaxkv.language_model import NEEDLE
 from jaxkv.policies.full import Full
@@ -70,7 +70,7 @@ def chat(
             f"{lm.name} has no chat template; use jaxkv generate, or another model."
         )
     if sys.stdin.isatty():
-        _say(f"{lm.name}; {_HELP}")
+        say(f"{lm.name}; {_HELP}")
     for line in _lines():
         command, _, argument = line.strip().partition(" ")
         if not command:
@@ -82,15 +82,15 @@ def chat(
                 talk = begin(talk.options.budget)
             elif command == "/budget":
                 talk = talk.with_budget(_budget(argument))
-                _say("the next turn reads the conversation anew")
+                say("the next turn reads the conversation anew")
             elif command == "/stats":
-                _say(_stats(talk))
+                say(_stats(talk))
             elif command.startswith("/"):
-                _say(_HELP)
+                say(_HELP)
             else:
                 talk = _turn(talk, line, max_new_tokens)
         except ValueError as error:  # one turn is not the whole conversation
-            _say(str(error))
+            say(str(error))
 
 
 def _turn(talk: Chat, text: str, max_new_tokens: int) -> Chat:
@@ -102,13 +102,13 @@ def _turn(talk: Chat, text: str, max_new_tokens: int) -> Chat:
         )
     except KeyboardInterrupt:
         _write("\n")
-        _say("interrupted; this turn is forgotten")
+        say("interrupted; this turn is forgotten")
         return talk
     stream.finish((out.text or ("",))[0])
     _write("\n")
     if not talk.tokens:
         announce(talk.lm, [out.stats])
-    _say(_stats(after))
+    say(_stats(after))
     return after
 
 
@@ -148,7 +148,3 @@ def _lines() -> Iterator[str]:
 
 def _write(text: str) -> None:
     print(text, end="", flush=True)
-
-
-def _say(message: str) -> None:
-    print(f"jaxkv: {message}", file=sys.stderr)

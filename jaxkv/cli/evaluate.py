@@ -10,7 +10,8 @@ from typer.core import TyperGroup
 from jaxkv.cli import flags, parsing
 from jaxkv.cli.groups import grouped
 from jaxkv.cli.perplexity import perplexity
-from jaxkv.cli.sweep import Sweep, print_markdown, run_and_print, say
+from jaxkv.cli.sweep import Sweep, print_markdown, run_and_print
+from jaxkv.cli.terminal import say
 from jaxkv.evaluation.experiment import Experiment
 from jaxkv.evaluation.folder import merge_folders
 from jaxkv.evaluation.lock import FolderInUse, one_writer

@@ -7,8 +7,10 @@ from typing import Annotated, Any
 import typer
 
 from jaxkv import registry
+from jaxkv.chat import speaks_in_chats
 from jaxkv.cli import answers, flags, prompts
 from jaxkv.cli.groups import grouped
+from jaxkv.cli.terminal import say
 from jaxkv.language_model import NEEDLE
 from jaxkv.sampling import Categorical, Greedy, Sampler
 from jaxkv.speculation.rules import Exact
@@ -118,6 +120,9 @@ def generate(
         bool,
         typer.Option("--chat", help="Wrap prompts in a chat template."),
     ] = False,
+    system: Annotated[
+        str | None, typer.Option(help="What the system says first, with --chat.")
+    ] = None,
     max_new_tokens: Annotated[
         int, typer.Option(min=1, help="Longest output, in tokens.")
     ] = 64,
@@ -158,7 +163,7 @@ def generate(
         raise ValueError("--stream takes one prompt and no --json.")
     lm = flags.load_model(model, dtype, follow_links=follow_links)
     # All at once, so that a bad prompt is found before a good one has cost anything.
-    asked = prompts.encode(lm, records, arguments, chat=chat)
+    asked = prompts.encode(lm, records, arguments, chat=chat, system=system)
     job = answers.Job(
         arguments=arguments,
         batch_size=batch_size,
@@ -167,3 +172,6 @@ def generate(
         stream=stream,
     )
     answers.run(lm, asked, job)
+    plain = any(isinstance(a.record.body, str) and not a.messages for a in asked)
+    if plain and speaks_in_chats(lm):
+        say(f"{lm.name} has a chat template, and is asked without; see --chat")

@@ -10,7 +10,8 @@ from jaxkv import figures
 from jaxkv.cli import flags
 from jaxkv.cli.groups import grouped
 from jaxkv.cli.progress import shown
-from jaxkv.cli.sweep import print_markdown, say
+from jaxkv.cli.sweep import print_markdown
+from jaxkv.cli.terminal import say
 from jaxkv.evaluation import perplexity as measuring
 from jaxkv.evaluation.folder import check_writable
 from jaxkv.evaluation.methods import (

@@ -74,6 +74,7 @@ def encode(
     options: Mapping[str, Any],
     *,
     chat: bool,
+    system: str | None = None,
 ) -> list[Asked]:
     """Tokenise prompts, and check them all before one of them costs anything.
 
@@ -82,10 +83,12 @@ def encode(
       records: the prompts; conversations always go through the chat template.
       options: arguments of `jaxkv.generate`.
       chat: put the others through it too, each as a user's message.
+      system: what the system says first in each conversation, if not None.
 
     Raises:
       ValueError: a prompt is bad, does not fit the model or the options, or there is no
-        template for it; the message names where it comes from.
+        template for it, or no place for `system`; the message names where it comes
+        from.
     """
     found = []
     for number, record in enumerate(records):
@@ -95,12 +98,22 @@ def encode(
                 if not isinstance(record.body, str):
                     raise ValueError("--chat takes prompts of text, not of token ids.")
                 messages = ({"role": "user", "content": record.body},)
+            if system is not None:
+                messages = _with_system(system, messages)
             ids = _ids(lm, messages, record)
             asked = Asked(record=record, number=number, ids=ids, messages=messages)
             flags.check_fit(lm, ids, options)
             _check_turns(lm, asked, options["max_new_tokens"])
         found.append(asked)
     return found
+
+
+def _with_system(system: str, messages: tuple[Message, ...]) -> tuple[Message, ...]:
+    if not messages:
+        raise ValueError("--system goes with --chat, or with files of conversations.")
+    if messages[0]["role"] == "system":
+        raise ValueError("the conversation has a system's message; leave --system out.")
+    return ({"role": "system", "content": system}, *messages)
 
 
 def next_turns(

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import json
-import sys
 import tempfile
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,7 +16,7 @@ from jaxkv import figures
 from jaxkv.chat import speaks_in_chats
 from jaxkv.cli import flags
 from jaxkv.cli.progress import shown
-from jaxkv.cli.terminal import announce
+from jaxkv.cli.terminal import announce, say
 from jaxkv.evaluation.experiment import Experiment, Outcome, run_experiment
 from jaxkv.evaluation.folder import PREDICTIONS, safe_name
 from jaxkv.evaluation.lock import one_writer
@@ -194,11 +193,6 @@ def _record(outcome: Outcome, folder: Path | None) -> dict[str, Any]:
         "metrics": outcome.metrics,
         "run_meta": outcome.meta,
     }
-
-
-def say(message: str) -> None:
-    """Print one line on stderr."""
-    print(f"jaxkv: {' '.join(message.split())}", file=sys.stderr)
 
 
 def print_markdown(text: str) -> None:

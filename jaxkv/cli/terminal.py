@@ -27,6 +27,11 @@ def progress(*, hidden: bool = False) -> rich.progress.Progress:
     )
 
 
+def say(message: str) -> None:
+    """Print one line on stderr."""
+    print(f"jaxkv: {' '.join(message.split())}", file=sys.stderr)
+
+
 def announce(lm: LanguageModel, stats: Iterable[Stats]) -> None:
     """Print the one line that says what ran where, on stderr."""
     stats = list(stats)
@@ -37,10 +42,9 @@ def announce(lm: LanguageModel, stats: Iterable[Stats]) -> None:
     drafts = [s.drafts for s in stats if s.drafts]
     spoken = f"; {together(drafts)}" if drafts else ""
     kind = "" if device.device_kind == device.platform else f" ({device.device_kind})"
-    print(
-        f"jaxkv: {lm.name} on {device.platform}{kind}, {lm.dtype.name}, "
-        f"prefill={prefill}, decode={decode}{spoken}",
-        file=sys.stderr,
+    say(
+        f"{lm.name} on {device.platform}{kind}, {lm.dtype.name}, "
+        f"prefill={prefill}, decode={decode}{spoken}"
     )
 
 

@@ -40,7 +40,7 @@ def test_eval_card(jaxkv_, tiny, tmp_path):
     common = ["eval", "card", tiny, "--tasks=vt,ledger", "--lengths=300"]
     common += ["--answers=128", "--samples=3", "--batch-size=2", *SMALL]
     code, text, err = jaxkv_(*common, "--out", out)
-    assert (code, err.count("\n")) == (0, 2)
+    assert (code, err.count("\n")) == (0, 3)
     names = {"predictions.csv", "metrics.json", "config.yaml", "run_meta.json"}
     assert {path.name for path in out.iterdir()} == names
     with open(out / "predictions.csv", newline="", encoding="utf-8") as file:
@@ -195,7 +195,7 @@ def test_processes(tiny, tmp_path):
     }
     cold = subprocess.run(command, stdout=subprocess.PIPE, check=True, **settings)
     assert len(records(cold.stdout)) == 1
-    assert cold.stderr.count("\n") == 1, cold.stderr
+    assert cold.stderr.count("\n") == 2, cold.stderr
     assert len(list((tmp_path / "jaxkv" / "xla").iterdir())) > 2
     # The JSON is flushed as it is printed, the version at the end.
     for arguments in (command, [*command[:3], "--version"]):

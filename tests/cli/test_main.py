@@ -42,7 +42,9 @@ def test_text_is_that_of_the_library_and_one_line_says_what_ran(jaxkv_, tiny, ti
     code, out, err = jaxkv_("generate", tiny, "--prompt", PROMPT)
     assert code == 0
     assert out == jaxkv.generate(tiny_lm, PROMPT).text[0] + "\n"
-    assert err == f"jaxkv: {tiny} on cpu, float32, prefill=xla, decode=xla\n"
+    first, second = err.splitlines()
+    assert first == f"jaxkv: {tiny} on cpu, float32, prefill=xla, decode=xla"
+    assert second.endswith("see --chat")
 
 
 def test_json_schema(jaxkv_, tiny, tiny_lm):
@@ -57,7 +59,7 @@ def test_json_schema(jaxkv_, tiny, tiny_lm):
     )
     timing = record.pop("timing")
     versions = record.pop("versions")
-    assert (code, err.count("\n")) == (0, 1)
+    assert (code, err.count("\n")) == (0, 2)  # and that it speaks in chats
     assert record == {
         "text": want.text[0],
         "token_ids": list(want.tokens[0]),
@@ -106,7 +108,7 @@ def test_drafts_change_nothing_and_are_told_of(jaxkv_, tiny):
     assert told["matcher_ms"] > 0
     _, _, err = jaxkv_(*common, *drafts)
     assert f"{told['accepted']} of {told['drafted']} drafted tokens accepted" in err
-    assert err.count("\n") == 1
+    assert err.count("\n") == 2
 
 
 @pytest.mark.parametrize(
@@ -242,6 +244,41 @@ def test_chat(jaxkv_, tiny, tiny_lm):
     assert records(out)[0]["token_ids"] == list(
         jaxkv.generate(tiny_lm, [ids]).tokens[0]
     )
+
+
+def test_system(jaxkv_, tiny, tiny_lm, tmp_path):
+    """It goes in front of prompts in a chat, and of conversations in files."""
+    user = {"role": "user", "content": PROMPT}
+    file = tmp_path / "chats.jsonl"
+    file.write_text(json.dumps({"messages": [user]}) + "\n")
+    ids = encode_chat(tiny_lm, [{"role": "system", "content": "be brief"}, user])
+    answer = list(jaxkv.generate(tiny_lm, [ids]).tokens[0])
+    for prompt in (["--chat", "--prompt", PROMPT], ["--prompt-file", file]):
+        flags = ["generate", tiny, *prompt, "--system=be brief", "--json"]
+        _, out, _ = jaxkv_(*flags)
+        assert records(out)[0]["prompt_tokens"] == len(ids)
+        assert records(out)[0]["token_ids"] == answer
+    err = jaxkv_.error("generate", tiny, "--prompt", PROMPT, "--system=x")
+    assert "--prompt 1: --system goes with --chat" in err
+    said = [{"role": "system", "content": "be long"}, user]
+    file.write_text(json.dumps({"messages": said}) + "\n")
+    err = jaxkv_.error("generate", tiny, "--prompt-file", file, "--system=x")
+    assert "chats.jsonl:1: the conversation has a system's message" in err
+
+
+def test_a_model_made_for_chats_says_so(jaxkv_, tiny, tmp_path):
+    ids = tmp_path / "ids.jsonl"
+    ids.write_text('{"prompt": [3, 4, 5]}\n')
+    line = f"jaxkv: {tiny} has a chat template, and is asked without; see --chat\n"
+    few = ["--max-new-tokens=1"]
+    for model, flags, said in (
+        (tiny, ["--prompt=a"], True),
+        (tiny, ["--prompt=a", "--chat"], False),
+        (tiny, ["--prompt-file", ids], False),
+        ("needle", ["--prompt=a"], False),
+    ):
+        code, _, err = jaxkv_("generate", model, *flags, *few)
+        assert (code, line in err) == (0, said), (model, flags)
 
 
 def test_stop_id(jaxkv_, tiny, tiny_lm):
