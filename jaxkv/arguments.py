@@ -1,7 +1,8 @@
 """Checks of what callers hand to `jaxkv.generate`, before anything costs time."""
 
 import operator
-from collections.abc import Callable, Sequence
+import reprlib
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any, TypeGuard
 
 import jax
@@ -10,11 +11,12 @@ import numpy as np
 
 from jaxkv.fields import MOST, MOST_SEED
 from jaxkv.language_model import LanguageModel
-from jaxkv.models import hf_tokenizer
 from jaxkv.options import Options
 from jaxkv.policies.full import Full
 
-Prompts = Sequence[str | Sequence[int] | np.ndarray] | str
+# Their elements are no values in an order: a mapping's are its names.
+UNORDERED = Mapping | Set
+TEXTS = str | bytes | bytearray | memoryview
 
 _KINDS = {  # of options: a method that each must have, and an example
     "prefill": ("compress", "DapQ()"),
@@ -31,12 +33,13 @@ def integer(name: str, value: Any, *, most: int = MOST) -> int:
     Truth values and fractions are refused: they are somebody's mistake.
     """
     try:
-        if isinstance(value, bool | np.bool_):
+        truth = isinstance(value, bool) or "bool" in str(getattr(value, "dtype", ""))
+        if truth or getattr(value, "ndim", 0):
             raise TypeError
         number = operator.index(value)
     except TypeError:
         raise ValueError(
-            f"generate: {name} must be a whole number, got {value!r}."
+            f"generate: {name} must be a whole number, got {brief(value)}."
         ) from None
     if abs(number) > most:
         raise ValueError(
@@ -47,47 +50,29 @@ def integer(name: str, value: Any, *, most: int = MOST) -> int:
 
 def integers(name: str, values: Any, *, most: int = MOST) -> list[int]:
     """Return a list of `integer`, or raise ValueError."""
-    if isinstance(values, str | bytes) or not hasattr(values, "__iter__"):
+    if isinstance(values, UNORDERED | TEXTS) or not is_iterable(values):
         raise ValueError(
-            f"generate: {name} must be a list of whole numbers, got {values!r}."
+            f"generate: {name} must be a list of whole numbers, got {brief(values)}."
         )
     return [integer(f"{name}[{i}]", v, most=most) for i, v in enumerate(values)]
 
 
+def is_iterable(values: Any) -> bool:
+    """Return whether this is no single value; an array of no axes has `__iter__`."""
+    return hasattr(values, "__iter__") and getattr(values, "ndim", 1) > 0
+
+
 def is_collection(values: Any) -> TypeGuard[Sequence[Any]]:
-    """Return whether this is no single value; an array of no axes has `__len__` too."""
-    return hasattr(values, "__len__") and getattr(values, "ndim", 1) > 0
+    """Return whether this has values in an order, and says how many they are."""
+    ordered = not isinstance(values, UNORDERED)
+    return ordered and hasattr(values, "__len__") and is_iterable(values)
 
 
-def token_ids(index: int, prompt: Any) -> Any:
-    """Return the ids of a prompt that is no text, an array or a list of integers."""
-    if isinstance(prompt, np.ndarray):
-        if prompt.ndim != 1 or prompt.dtype.kind not in "iu":
-            raise ValueError(
-                f"generate: prompt {index} must be a text or a list of token ids, got "
-                f"an array of shape {prompt.shape} and dtype {prompt.dtype}."
-            )
-        return prompt  # thousands of long prompts need not become lists
-    if isinstance(prompt, bytes) or not hasattr(prompt, "__iter__"):
-        raise ValueError(
-            f"generate: prompt {index} must be a text or a list of token ids, got "
-            f"{prompt!r}."
-        )
-    return integers(f"prompts[{index}]", prompt)
-
-
-def text(index: int, prompt: str) -> str:
-    """Return a prompt that tokenizers can read, or raise ValueError."""
-    if not prompt:
-        raise ValueError(f"generate: prompt {index} is empty.")
-    try:
-        prompt.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"generate: prompt {index} is no valid Unicode: character "
-            f"{error.start} is half of a pair (a lone surrogate)."
-        ) from None
-    return prompt
+def brief(value: Any) -> str:
+    """Return what a value looks like, in one line; an array may be large."""
+    words = reprlib.Repr()
+    words.maxstring = words.maxother = words.maxlong = 60
+    return " ".join(words.repr(value).split())
 
 
 def static_options(**given: Any) -> Options:
@@ -135,42 +120,6 @@ def limits(
             f"{on_tokens!r}."
         )
     return numbers["max_new_tokens"], numbers["block"]
-
-
-def encode(lm: LanguageModel, prompts: Prompts) -> list[list[int]]:
-    """Return the token ids of prompts, or raise ValueError for bad ones."""
-    if not isinstance(lm, LanguageModel):
-        raise ValueError(
-            f"generate: the first argument is a model from jaxkv.load, got {lm!r}."
-        )
-    if isinstance(prompts, str):
-        prompts = [prompts]
-    if isinstance(prompts, bytes) or not is_collection(prompts):
-        raise ValueError(
-            "generate: prompts must be a list of texts or of lists of token ids, got "
-            f"{prompts!r}."
-        )
-    if len(prompts) == 0:
-        raise ValueError("generate: got no prompts; pass at least one.")
-    ids = []
-    for index, prompt in enumerate(prompts):
-        if isinstance(prompt, str):
-            if lm.tokenizer is None:
-                raise ValueError(
-                    f"generate: {lm.name} has no tokenizer; pass token ids, not text."
-                )
-            row = hf_tokenizer.encode(lm.tokenizer, text(index, prompt))
-        else:
-            row = token_ids(index, prompt)
-        if not len(row):
-            raise ValueError(f"generate: prompt {index} has no tokens.")
-        if np.min(row) < 0 or np.max(row) >= lm.config.vocab_size:
-            raise ValueError(
-                f"generate: prompt {index} has token ids outside "
-                f"[0, {lm.config.vocab_size})."
-            )
-        ids.append(row)
-    return ids
 
 
 def seeds(seed: int | Sequence[int], rows: int) -> int | list[int]:

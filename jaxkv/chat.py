@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from jaxkv.language_model import NEEDLE, LanguageModel
+from jaxkv.prompts import too_long
 
 
 def speaks_in_chats(lm: LanguageModel) -> bool:
@@ -61,6 +62,12 @@ def encode_addition(
 
 
 def _encode(lm: LanguageModel, text: str) -> list[int]:
+    most = lm.config.max_positions
+    if too_long(lm.tokenizer, text, most):
+        raise ValueError(
+            f"a conversation of {len(text)} characters has more than {most} tokens, "
+            f"but {lm.name} was made for {most}; shorten it."
+        )
     return lm.tokenizer(text, add_special_tokens=False)["input_ids"]
 
 

@@ -33,6 +33,7 @@ from jaxkv.kernels import window_scores
 from jaxkv.language_model import LanguageModel
 from jaxkv.planning import Plan
 from jaxkv.policies.base import DecodePolicy, PrefillPolicy
+from jaxkv.prompts import Prompts, encode
 from jaxkv.sampling import Sampler, row_keys
 from jaxkv.shown import brief
 from jaxkv.speculation.counts import DraftStats, draft_stats
@@ -94,7 +95,7 @@ class Completion:
 
 def generate(
     lm: LanguageModel,
-    prompts: arguments.Prompts,
+    prompts: Prompts,
     *,
     max_new_tokens: int = 64,
     budget: int | Sequence[int] | None = None,
@@ -117,8 +118,9 @@ def generate(
 
     Args:
       lm: from `jaxkv.load`.
-      prompts: texts, or lists or arrays of token ids; they may differ in length. Each
-        gets exactly what it would get alone.
+      prompts: a text; a list of texts, or of lists or arrays of token ids; or what a
+        transformers tokenizer returns, whose attention mask says what is padding. They
+        may differ in length. Each gets exactly what it would get alone.
       max_new_tokens: longest output; changing it within a bucket compiles nothing.
       budget: tokens that each layer and head may keep: of the prompt, and of prompt
         and output together if `decode` evicts. None keeps everything. One number for
@@ -163,7 +165,7 @@ def generate(
         scores_implementation=scores_implementation,
     )
     max_new_tokens, block = arguments.limits(max_new_tokens, block, on_tokens)
-    ids = arguments.encode(lm, prompts)
+    ids = encode(lm, prompts)
     budgets = planning.row_budgets(
         budget, compression_ratio, ids, evicts=options.decode.evicts
     )

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxkv import arguments
+from jaxkv import prompts as library
 from jaxkv.chat import encode_chat
 from jaxkv.cli import flags
 from jaxkv.language_model import LanguageModel
@@ -178,7 +178,7 @@ def _ids(
         prompt = encode_chat(lm, messages, answer_prefix=record.answer_prefix)
     else:
         prompt = record.prompt
-    return arguments.encode(lm, [prompt])[0]
+    return library.encode(lm, [prompt])[0]
 
 
 @contextlib.contextmanager

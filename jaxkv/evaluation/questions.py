@@ -14,10 +14,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from jaxkv.arguments import encode
 from jaxkv.chat import encode_chat
 from jaxkv.language_model import LanguageModel
 from jaxkv.models import hf_tokenizer
+from jaxkv.prompts import encode
 from jaxkv.tasks import TASKS, Sample, make, reasoning, score_all
 from jaxkv.tasks.records import Record, read_records
 
