@@ -17,11 +17,13 @@ from jaxkv.models import (
     gguf_tokenizer,
     gguf_weights,
     hf_config,
+    hf_generation,
     hf_tokenizer,
     hf_weights,
     orbax_copy,
 )
 from jaxkv.models.decoder import Config, Decoder
+from jaxkv.sampling import Categorical, Greedy, Sampler
 
 NEEDLE = "needle"  # the word that names the shipped checkpoint
 SMOLLM2 = "smollm2"  # and the one that another package brings, with its version
@@ -67,6 +69,30 @@ class LanguageModel:
         return self.network.config
 
     @property
+    def sampler(self) -> Sampler:
+        """How the checkpoint's makers draw tokens; `generate` is greedy unless told.
+
+        It is what `generation_config.json` says, as transformers understands it, and
+        `Greedy()` without that file. What jaxkv has no counterpart of is left out and
+        named in a line of the log.
+
+        Raises:
+          CheckpointError: the file is damaged, or a value is out of its range.
+        """
+        if not (self.folder / hf_generation.FILE).exists():
+            return Greedy()
+        named, others = hf_generation.drawing(self.folder)
+        if others:
+            left_out = ", ".join(f"{name}={value!r}" for name, value in others.items())
+            logging.getLogger(__name__).warning(
+                f"jaxkv: {hf_generation.FILE} of {self.name}: left out {left_out}, "
+                "which jaxkv does not have."
+            )
+        if named["temperature"]:
+            return Categorical(**named)
+        return Greedy(repetition_penalty=named["repetition_penalty"])
+
+    @property
     def dtype(self) -> jnp.dtype:
         """Dtype of the parameters and of the cache."""
         return self.params["embedding"].dtype
@@ -107,7 +133,7 @@ def load(
         stop_ids = gguf_config.stop_ids(header, config.vocab_size)
     else:
         tokenizer = hf_tokenizer.read_tokenizer(folder)
-        stop_ids = hf_config.stop_ids(folder)
+        stop_ids = hf_generation.stop_ids(folder)
     return LanguageModel(
         name=str(name),
         folder=folder,

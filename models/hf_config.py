@@ -109,33 +109,6 @@ def read_config(folder: str | Path) -> Config:
         raise CheckpointError(f"{path}: {error}") from None
 
 
-def stop_ids(folder: str | Path) -> tuple[int, ...]:
-    """Return the token ids that end a text, in the checkpoint's order.
-
-    They are `eos_token_id` of `generation_config.json`, or of `config.json` where the
-    former is absent or silent; empty if neither names one.
-
-    Raises:
-      CheckpointError: if a file is damaged or an id is not a non-negative integer.
-    """
-    for name in ("generation_config.json", "config.json"):
-        path = Path(folder) / name
-        if not path.exists():
-            continue
-        value = read_json(path).get("eos_token_id")
-        if value is None:
-            continue
-        ids = value if isinstance(value, list) else [value]
-        ids = [int(i) if type(i) is float and i.is_integer() else i for i in ids]
-        if not all(type(i) is int and i >= 0 for i in ids):
-            raise CheckpointError(
-                f"{path}: eos_token_id must be a token id or a list of them, "
-                f"found {value!r}."
-            )
-        return tuple(dict.fromkeys(ids))
-    return ()
-
-
 def _convert(raw: dict[str, Any]) -> Config:
     model_type, family = _family(raw)
     hidden_size = integer(raw, "hidden_size")

@@ -54,8 +54,9 @@ def chat(
         and registry.parse(prefill, registry.PREFILL, flag="--prefill"),
         "decode": decode and registry.parse(decode, registry.DECODE, flag="--decode"),
     }
-    sampler = sampling.sampler
+    sampling.sampler  # noqa: B018 -- looked at before a model is loaded
     lm = flags.load_model(model, dtype, follow_links=follow_links)
+    sampler = sampling.sampler_of(lm)
 
     def begin(tokens: int | None) -> Chat:
         # Where a budget comes later there may be no policies yet.

@@ -11,7 +11,8 @@ from jaxkv.chat import speaks_in_chats
 from jaxkv.cli import answers, flags, prompts
 from jaxkv.cli.groups import grouped
 from jaxkv.cli.terminal import say
-from jaxkv.language_model import NEEDLE
+from jaxkv.language_model import NEEDLE, LanguageModel
+from jaxkv.models import hf_generation
 from jaxkv.sampling import Categorical, Greedy, Sampler
 from jaxkv.speculation.rules import Exact
 
@@ -61,13 +62,25 @@ class Speculation:
         return {"speculate": drafter, "accept": rule}
 
 
+_CUTS = ("top_k", "top_p", "min_p")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
     """How a token is chosen."""
 
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = (
-        0.0
-    )
+    use_generation_config: Annotated[
+        bool,
+        typer.Option(
+            "--use-generation-config",
+            help="Draw as the checkpoint's generation_config.json says; the flags "
+            "below go before it.",
+        ),
+    ] = False
+    temperature: Annotated[
+        float | None,
+        typer.Option(help="0, the default, takes the likeliest token."),
+    ] = None
     top_k: Annotated[int | None, typer.Option(help="Draw from this many; 0: all.")] = (
         None
     )
@@ -79,26 +92,51 @@ class Sampling:
         typer.Option(help="Least probability, relative to the likeliest token's."),
     ] = None
     repetition_penalty: Annotated[
-        float, typer.Option(help="Makes tokens seen before less likely; 1 is off.")
-    ] = 1.0
+        float | None,
+        typer.Option(help="Makes tokens seen before less likely; 1, the default, not."),
+    ] = None
 
     @property
     def sampler(self) -> Sampler:
-        """The sampler of the flags.
+        """The sampler of the flags alone, to be checked before a model is loaded.
 
         Raises:
           ValueError: a value would have no effect.
         """
-        values = {n: x for n, x in dataclasses.asdict(self).items() if x is not None}
-        if self.temperature != 0:
+        usual = 1.0 if self.use_generation_config else 0.0  # as far as is known yet
+        values = {"temperature": usual} | self._given
+        if values["temperature"] != 0:
             return Categorical(**values)
-        cuts = [name for name in ("top_k", "top_p", "min_p") if name in values]
+        cuts = [name for name in _CUTS if name in values]
         if cuts:
             raise ValueError(
                 f"--{cuts[0].replace('_', '-')} does nothing at temperature 0, which "
                 "is greedy; add --temperature."
             )
-        return Greedy(repetition_penalty=self.repetition_penalty)
+        return Greedy(repetition_penalty=values.get("repetition_penalty", 1.0))
+
+    def sampler_of(self, lm: LanguageModel) -> Sampler:
+        """Return the sampler, the checkpoint's own where the flags ask for it.
+
+        Raises:
+          ValueError: the checkpoint has none, or a value would have no effect.
+        """
+        if not self.use_generation_config:
+            return self.sampler
+        if not (lm.folder / hf_generation.FILE).exists():
+            raise ValueError(
+                f"--use-generation-config: {lm.name} has no {hf_generation.FILE}."
+            )
+        own = {"temperature": 0.0} | dataclasses.asdict(lm.sampler)
+        if self.temperature == 0:
+            own = {name: value for name, value in own.items() if name not in _CUTS}
+        return Sampling(**own | self._given).sampler
+
+    @property
+    def _given(self) -> dict[str, Any]:
+        values = dataclasses.asdict(self)
+        del values["use_generation_config"]
+        return {name: value for name, value in values.items() if value is not None}
 
 
 @grouped
@@ -162,6 +200,7 @@ def generate(
     if stream and (json_ or len(records) > 1):
         raise ValueError("--stream takes one prompt and no --json.")
     lm = flags.load_model(model, dtype, follow_links=follow_links)
+    arguments["sampler"] = sampling.sampler_of(lm)
     # All at once, so that a bad prompt is found before a good one has cost anything.
     asked = prompts.encode(lm, records, arguments, chat=chat, system=system)
     job = answers.Job(

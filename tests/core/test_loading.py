@@ -1,12 +1,15 @@
 """Which checkpoint a name stands for, and what of its folder is read."""
 
 import codecs
+import dataclasses
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 
 import jaxkv
+from jaxkv.cli.generate import Sampling
 from jaxkv.language_model import NEEDLE, SMOLLM2, locate, needle_folder
 
 
@@ -69,3 +72,72 @@ def test_links_and_adapters(copy, tmp_path, caplog, jaxkv_):
     weights.unlink()
     with pytest.raises(jaxkv.CheckpointError, match="holds only an adapter"):
         jaxkv.load(copy)
+
+
+@pytest.mark.parametrize(
+    ("config", "expected", "said"),
+    [
+        (None, jaxkv.Greedy(), ""),
+        ({}, jaxkv.Greedy(), ""),
+        ({"repetition_penalty": 1.5}, jaxkv.Greedy(repetition_penalty=1.5), ""),
+        (
+            {"do_sample": True, "temperature": 0.5, "num_beams": 4},
+            jaxkv.Categorical(temperature=0.5, top_k=50),
+            "left out num_beams=4, which jaxkv does not have",
+        ),
+    ],
+)
+def test_sampler(tiny_lm, tmp_path, caplog, config, expected, said):
+    if config is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(config))
+    assert dataclasses.replace(tiny_lm, folder=tmp_path).sampler == expected
+    assert said in caplog.text
+    assert bool(said) == bool(caplog.records)
+
+
+OWN = dict(do_sample=True, temperature=0.5, top_p=0.8, repetition_penalty=1.5)
+
+
+@pytest.mark.parametrize(
+    ("flags", "config", "expected"),
+    [
+        ({}, OWN, jaxkv.Greedy()),
+        (dict(temperature=2.0), OWN, jaxkv.Categorical(temperature=2.0)),
+        (
+            dict(use_generation_config=True),
+            OWN,
+            jaxkv.Categorical(
+                temperature=0.5, top_k=50, top_p=0.8, repetition_penalty=1.5
+            ),
+        ),
+        (
+            dict(use_generation_config=True, temperature=2.0, top_k=0),
+            OWN,
+            jaxkv.Categorical(temperature=2.0, top_p=0.8, repetition_penalty=1.5),
+        ),
+        (
+            dict(use_generation_config=True, temperature=0.0),
+            OWN,
+            jaxkv.Greedy(repetition_penalty=1.5),
+        ),
+        (dict(use_generation_config=True), {}, jaxkv.Greedy()),
+    ],
+)
+def test_sampler_of_the_command_line(tiny_lm, tmp_path, flags, config, expected):
+    (tmp_path / "generation_config.json").write_text(json.dumps(config))
+    lm = dataclasses.replace(tiny_lm, folder=tmp_path)
+    sampling = Sampling(**flags)
+    sampling.sampler.check()
+    assert sampling.sampler_of(lm) == expected
+
+
+def test_sampler_of_the_command_line_refuses(jaxkv_, copy):
+    path = copy / "generation_config.json"
+    ask = ["generate", copy, "--prompt", "a", "--use-generation-config"]
+    path.write_text("{}")
+    said = jaxkv_.error(*ask, "--top-k", "3")
+    assert "--top-k does nothing at temperature 0" in said
+    path.write_text('{"top_p": 2}')
+    assert "top_p must be a number above 0" in jaxkv_.error(*ask)
+    path.unlink()
+    assert "has no generation_config.json" in jaxkv_.error(*ask)

@@ -320,7 +320,7 @@ def test_against_transformers(tmp_path):
 
 
 def test_files_are_written_for_the_folder_of_a_copy(tmp_path):
-    from jaxkv.models import hf_config, hf_tokenizer
+    from jaxkv.models import hf_generation, hf_tokenizer
 
     header = read_header(write_changed(tmp_path / "x.gguf"))
     gguf_tokenizer.write_files(header, tmp_path, 20)
@@ -329,4 +329,4 @@ def test_files_are_written_for_the_folder_of_a_copy(tmp_path):
         assert copy(text)["input_ids"] == first(text)["input_ids"]
     assert copy.chat_template == TEMPLATE
     assert copy.special_tokens_map == first.special_tokens_map
-    assert hf_config.stop_ids(tmp_path) == (0,)
+    assert hf_generation.stop_ids(tmp_path) == (0,)

@@ -1,4 +1,4 @@
-"""Reading `config.json` and the ids that end a text."""
+"""Reading `config.json`."""
 
 import dataclasses
 import json
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from jaxkv.models.checkpoint import CheckpointError
 from jaxkv.models.decoder import Config, Llama3Scaling
-from jaxkv.models.hf_config import read_config, stop_ids
+from jaxkv.models.hf_config import read_config
 
 LLAMA = dict(
     architectures=["LlamaForCausalLM"],
@@ -392,31 +392,3 @@ def test_damaged_json(tmp_path, content, word):
 def test_missing_config(tmp_path):
     with raises("config.json cannot be read"):
         read_config(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("generation", "config", "expected"),
-    [
-        ({"eos_token_id": [5, 9, 5]}, {"eos_token_id": 2}, (5, 9)),
-        ({"eos_token_id": 5}, {"eos_token_id": 2}, (5,)),
-        ({"eos_token_id": 0}, {"eos_token_id": 2}, (0,)),
-        ({"eos_token_id": [5.0, 9]}, {"eos_token_id": 2}, (5, 9)),
-        ({"eos_token_id": None}, {"eos_token_id": 2}, (2,)),
-        ({}, {"eos_token_id": [2, 3]}, (2, 3)),
-        (None, {"eos_token_id": 2}, (2,)),
-        (None, {}, ()),
-        (None, None, ()),
-    ],
-)
-def test_stop_ids(tmp_path, generation, config, expected):
-    for name, content in [("generation_config", generation), ("config", config)]:
-        if content is not None:
-            (tmp_path / f"{name}.json").write_text(json.dumps(content))
-    assert stop_ids(tmp_path) == expected
-
-
-@pytest.mark.parametrize("value", ["</s>", [2, "3"], -1, True, 2.5])
-def test_stop_ids_refuses(tmp_path, value):
-    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": value}))
-    with raises("eos_token_id must be", repr(value)):
-        stop_ids(tmp_path)

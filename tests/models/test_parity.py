@@ -17,7 +17,8 @@ from safetensors.numpy import load_file
 from jaxkv.models import gguf_config, gguf_weights
 from jaxkv.models.decoder import parameter_shapes
 from jaxkv.models.gguf_header import read_header
-from jaxkv.models.hf_config import read_config, stop_ids
+from jaxkv.models.hf_config import read_config
+from jaxkv.models.hf_generation import stop_ids
 from jaxkv.models.hf_weights import read_weights
 
 torch = pytest.importorskip("torch")
