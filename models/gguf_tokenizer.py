@@ -274,14 +274,16 @@ class _Keys:
             )
         return value
 
-    def merges(self) -> list[tuple[str, ...]]:
-        pairs = [tuple(merge.split(" ")) for merge in self.array("merges", str)]
-        for pair in pairs:
-            if len(pair) != 2:
+    def merges(self) -> list[tuple[str, str]]:
+        pairs = []
+        for merge in self.array("merges", str):
+            left, space, right = merge.partition(" ")
+            if not space or " " in right:
                 raise CheckpointError(
-                    f"{_PREFIX}merges has {shown(' '.join(pair))}; expected two tokens "
-                    "and a space between them."
+                    f"{_PREFIX}merges has {shown(merge)}; expected two tokens and a "
+                    "space between them."
                 )
+            pairs.append((left, right))
         return pairs
 
     def flag(self, key: str, default: bool) -> bool:
