@@ -123,6 +123,25 @@ def test_texts_are_cut_and_merged_as_by_the_original(pre, text):
     assert_same(pre, text)
 
 
+@pytest.mark.parametrize(
+    ("pre", "pieces"),
+    [
+        ("gpt-2", ["12", "a", "b"]),
+        ("smollm", ["1", "2", "a", "b"]),
+        ("qwen2", ["1", "2", "a", "b"]),
+        ("llama-bpe", ["12", "ab"]),
+        ("tekken", ["1", "2", "ab"]),
+    ],
+)
+def test_digits_and_words_that_are_tokens(pre, pieces):
+    """Digits stand alone or not; a word that no merge makes is whole or not."""
+    tokens = ["1", "2", "12", "a", "b", "ab"]
+    keys = dict(model="gpt2", pre=pre, tokens=tokens, merges=["1 2"])
+    keys |= dict(token_type=[1] * len(tokens))
+    tokenizer = read({f"tokenizer.ggml.{key}": value for key, value in keys.items()})
+    assert tokenizer.convert_ids_to_tokens(tokenizer("12ab")["input_ids"]) == pieces
+
+
 @pytest.mark.parametrize("pre", CUTS)
 @given(text=st.text(st.sampled_from("ab 1\n\r\tZ'\u00e9\u5317<_/")))
 def test_any_text(pre, text):
