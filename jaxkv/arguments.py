@@ -5,8 +5,6 @@ import reprlib
 from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any, TypeGuard
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxkv.fields import MOST, MOST_SEED
@@ -133,15 +131,15 @@ def seeds(seed: int | Sequence[int], rows: int) -> int | list[int]:
     return integers("seed", seed, most=MOST_SEED)
 
 
-def stop_ids(lm: LanguageModel, given: Sequence[int] | None) -> jax.Array:
+def stop_ids(lm: LanguageModel, given: Sequence[int] | None) -> np.ndarray:
     """Return the ids that end a row, int32 `[E]`; -1 stands for none."""
     stops = lm.stop_ids if given is None else integers("stop_ids", given)
-    return jnp.asarray(stops if len(stops) else [-1], jnp.int32)
+    return np.array(stops if len(stops) else [-1], np.int32)
 
 
 def spans(
     pool: Sequence[tuple[int, int]] | None, ids: list[list[int]], options: Options
-) -> jax.Array | None:
+) -> np.ndarray | None:
     """Return `pool=` as int32 `[B, 2]`, or None, or raise ValueError."""
     if pool is None:
         return None
@@ -169,7 +167,7 @@ def spans(
                 f"generate: pool= has the span ({first}, {after}) for a prompt of "
                 f"{len(row)} tokens; it must lie within, and hold at least one."
             )
-    return jnp.asarray(pool, jnp.int32)
+    return np.array(found, np.int32)
 
 
 def check_fit(

@@ -8,7 +8,6 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Self
 
-import jax.numpy as jnp
 import numpy as np
 
 from jaxkv import arguments, inference, planning, soundness
@@ -240,8 +239,8 @@ class Chat:
         padded = np.zeros((1, bucket(len(new))), np.int32)
         padded[0, : len(new)] = new
         state = follow_jit(
-            *(self.lm.network, self.lm.params, state, jnp.asarray(padded)),
-            *(jnp.asarray([len(new)], jnp.int32), stops),
+            *(self.lm.network, self.lm.params, state, padded),
+            *(np.array([len(new)], np.int32), stops),
             options=begun.plan.options,
             max_out=max(begun.plan.max_out, bucket(max_new_tokens)),
         )

@@ -20,6 +20,7 @@ from jaxkv.attention import Network
 from jaxkv.forward import decode_step, feed, logits_at_end, read
 from jaxkv.options import Options
 from jaxkv.policies.base import Speculable
+from jaxkv.programs import bounded_jit
 from jaxkv.sampling import Sampler, from_numbers, pick_next
 from jaxkv.seeds import independent
 from jaxkv.sequences import Generation, append
@@ -350,14 +351,21 @@ def generate_tokens(
     return Output(end.tokens, end.lengths, end.done, end.finite, end.cache)
 
 
-start_jit = jax.jit(start, static_argnames=("network", "options", "slots", "max_out"))
-start_copies_jit = jax.jit(
-    start_copies, static_argnames=("network", "options", "slots", "max_out")
-)
-follow_jit = jax.jit(follow, static_argnames=("network", "options", "max_out"))
-advance_jit = jax.jit(
-    advance, static_argnames=("network", "options"), donate_argnames="generation"
-)
-generate_jit = jax.jit(
-    generate_tokens, static_argnames=("network", "options", "slots", "max_out")
-)
+_PARAMS = ("params",)
+start_jit = bounded_jit(
+    implied=_PARAMS, static_argnames=("network", "options", "slots", "max_out")
+)(start)
+start_copies_jit = bounded_jit(
+    implied=_PARAMS, static_argnames=("network", "options", "slots", "max_out")
+)(start_copies)
+follow_jit = bounded_jit(
+    implied=_PARAMS, static_argnames=("network", "options", "max_out")
+)(follow)
+advance_jit = bounded_jit(
+    implied=_PARAMS,
+    static_argnames=("network", "options"),
+    donate_argnames="generation",
+)(advance)
+generate_jit = bounded_jit(
+    implied=_PARAMS, static_argnames=("network", "options", "slots", "max_out")
+)(generate_tokens)

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Self
 
 from jaxkv.fields import check_types
 from jaxkv.kernels import decode as decode_kernels
@@ -127,6 +127,19 @@ class Options:
     def prompt_budget(self) -> int | None:
         """Tokens of the prompt that a layer may keep; None for all."""
         return None if self.budget is None else self.budget - self.decode.spare
+
+    def of_the_loop(self) -> Self:
+        """Return what decoding reads, so that prompts of any policy share its program.
+
+        The budget is in the shape of the cache by then.
+        """
+        return dataclasses.replace(
+            self,
+            budget=None,
+            prefill=Full(),
+            prefill_implementation=None,
+            scores_implementation=None,
+        )
 
     def num_slots(self, prompt: int, new: int, *, kept: int | None = None) -> int:
         """Return the slots of a state.

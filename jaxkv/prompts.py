@@ -14,6 +14,7 @@ from jaxkv.arguments import (
     is_collection,
     is_iterable,
 )
+from jaxkv.fields import MOST
 from jaxkv.language_model import LanguageModel
 from jaxkv.models import hf_tokenizer
 
@@ -50,10 +51,25 @@ def encode(lm: LanguageModel, prompts: Prompts) -> list[Sequence[int] | np.ndarr
         if np.min(row) < 0 or np.max(row) >= lm.config.vocab_size:
             raise ValueError(
                 f"generate: prompt {index} has token ids outside "
-                f"[0, {lm.config.vocab_size})."
+                f"[0, {lm.config.vocab_size}), {_outside(lm, row)}."
             )
         ids.append(row)
     return ids
+
+
+def _outside(lm: LanguageModel, row: Any) -> str:
+    """Name a token that the network has no row for."""
+    values = np.asarray(row)
+    first = int(values[(values < 0) | (values >= lm.config.vocab_size)][0])
+    token = None
+    if lm.tokenizer is not None and 0 <= first <= MOST:
+        token = lm.tokenizer.convert_ids_to_tokens(first)
+    if token is None:
+        return f"such as {first}"
+    return (
+        f"such as {first}, which is {token!r}: the tokenizer of {lm.name} has more "
+        "tokens than its network; leave that one out"
+    )
 
 
 def too_long(tokenizer: Any, text: str, most: int) -> bool:

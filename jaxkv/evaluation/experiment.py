@@ -222,7 +222,9 @@ def run_experiment(
         clock.lap("plan")
         origin = provenance()
         begin_run(folder, origin | {"complete": False})
-        record = _Record(predictions, clock, show, sum(len(u.rows) for u in units))
+        total = sum(len(unit.rows) for unit in units)
+        record = _Record(predictions, clock, show, total)
+        show("the first batch", 0, total)
         ran = sweep.run_units(
             lm,
             units,

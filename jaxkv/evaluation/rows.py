@@ -40,7 +40,7 @@ class Damage(NamedTuple):
     """Lines of a file that are no row.
 
     Attributes:
-      row: its number, from 1; the header is none.
+      row: its number, from 1; the header is none, and what is damaged in a row is one.
       line: of the file, from 1, where it begins.
       text: as it lies there; bytes that are no UTF-8 are surrogates.
     """
@@ -74,7 +74,7 @@ class Rows(NamedTuple):
         """Return what is wrong, a part of a sentence each; an unfinished end is not."""
         found = []
         if self.damaged:
-            few = [f"{d.row} (line {d.line})" for d in self.damaged[:5]]
+            few = [f"{d.row} ({_lines(d)})" for d in self.damaged[:5]]
             more = len(self.damaged) - len(few)
             rest = f" and {more} more" if more else ""
             many = len(self.damaged) > 1
@@ -84,6 +84,13 @@ class Rows(NamedTuple):
             verb = "rows are" if self.repeated > 1 else "row is"
             found.append(f"{self.repeated} {verb} there more than once")
         return found
+
+
+def _lines(damage: Damage) -> str:
+    more = damage.text.count("\n")
+    if not more:
+        return f"line {damage.line}"
+    return f"lines {damage.line} to {damage.line + more}"
 
 
 def key(row: Mapping[str, Any]) -> Key:

@@ -6,11 +6,14 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import jaxkv
+from jaxkv.chat import encode_chat
 from jaxkv.cli.generate import Sampling
 from jaxkv.language_model import NEEDLE, SMOLLM2, locate, needle_folder
+from jaxkv.prompts import encode
 
 
 def test_a_folder_of_the_name_of_a_packaged_checkpoint(tmp_path, monkeypatch, caplog):
@@ -141,3 +144,31 @@ def test_sampler_of_the_command_line_refuses(jaxkv_, copy):
     assert "top_p must be a number above 0" in jaxkv_.error(*ask)
     path.unlink()
     assert "has no generation_config.json" in jaxkv_.error(*ask)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_network(copy):
+    path = copy / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    config["added_tokens_decoder"] = {"4096": {"content": "<more>", "special": True}}
+    path.write_text(json.dumps(config))
+    lm = jaxkv.load(copy)
+    (ids,) = encode(lm, ["the cat"])
+    assert max(ids) < lm.config.vocab_size
+    for prompt in ("the <more> cat", [5, 4096], np.array([5, 4096])):
+        with pytest.raises(ValueError, match=r"such as 4096, which is '<more>': the"):
+            encode(lm, [prompt])
+    for prompt in ([5, 4097], [-5], np.array([2**40])):
+        with pytest.raises(ValueError, match=rf"\), such as {prompt[-1]}\.$"):
+            encode(lm, [prompt])
+
+
+def test_bos_stands_once_in_prompts_and_chats(tiny_lm):
+    bos = tiny_lm.tokenizer.bos_token
+    once = encode(tiny_lm, ["the cat"])
+    assert once[0][0] == tiny_lm.tokenizer.bos_token_id
+    assert encode(tiny_lm, [f"{bos}the cat"]) == once
+    chat = encode_chat(tiny_lm, [{"role": "user", "content": "the cat"}])
+    assert chat.count(tiny_lm.tokenizer.bos_token_id) == 1
+    text = tiny_lm.tokenizer.decode(chat)
+    assert text.startswith(bos)
+    assert encode(tiny_lm, [text]) == [chat]

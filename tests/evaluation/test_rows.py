@@ -58,7 +58,9 @@ def test_one_damaged_row_takes_no_other_with_it(damage, prediction):
     assert [d.row for d in found.damaged] == [3] and not found.unfinished
     begin = whole[: whole.index(pieces[2])].count(b"\n") + 1
     assert found.damaged[0].line == begin
-    assert found.faults() == [f"row 3 (line {begin}) is damaged"]
+    last = begin + found.damaged[0].text.count("\n")
+    lines = f"line {begin}" if last == begin else f"lines {begin} to {last}"
+    assert found.faults() == [f"row 3 ({lines}) is damaged"]
     text = found.damaged[0].text.encode("utf-8", "surrogateescape")
     assert text.rstrip() == good.rstrip()
 
