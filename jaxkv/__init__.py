@@ -2,84 +2,52 @@
 
 `load` a checkpoint, `generate` text; `prefill`, `decode_step` and `generate_tokens` are
 the pure functions underneath. Policies say what the cache keeps.
+
+A name is imported when it is first asked for: JAX and the networks take seconds, and
+the command line is interrupted, or asked for its version, before they are needed.
 """
 
-import jaxkv._clone  # noqa: F401
-from jaxkv._version import __version__
-from jaxkv.conversation import Chat
-from jaxkv.forward import decode_step, prefill
-from jaxkv.generation import generate_tokens
-from jaxkv.inference import Completion, Stats, generate
-from jaxkv.language_model import LanguageModel, load, save
-from jaxkv.models.checkpoint import CheckpointError
-from jaxkv.options import Options
-from jaxkv.policies.base import DecodePolicy, PrefillPolicy
-from jaxkv.policies.chance import Random, RandomDecode
-from jaxkv.policies.dapq import DapQ
-from jaxkv.policies.expected_attention import ExpectedAttention
-from jaxkv.policies.full import Full
-from jaxkv.policies.h2o import H2O, H2ODecode
-from jaxkv.policies.knorm import KNorm
-from jaxkv.policies.laq import LAQ
-from jaxkv.policies.longflow import LongFlow
-from jaxkv.policies.pyramidkv import PyramidKV
-from jaxkv.policies.rkv import RKV
-from jaxkv.policies.snapkv import SnapKV
-from jaxkv.policies.streaming_llm import StreamingLLM
-from jaxkv.policies.tova import TOVA, TOVADecode
-from jaxkv.policies.vatp import VATP
-from jaxkv.sampling import Categorical, Greedy
-from jaxkv.soundness import LogitsError
-from jaxkv.speculation.counts import DraftStats
-from jaxkv.speculation.drafters import Aligned, Drafter, PromptLookup, Tree
-from jaxkv.speculation.rules import Conditional, Exact, FixedThreshold, TopK, Typical
-from jaxkv.state import KVState
+import ast
+import importlib
+from pathlib import Path
+from typing import Any
 
-__all__ = [
-    "H2O",
-    "LAQ",
-    "RKV",
-    "TOVA",
-    "VATP",
-    "Aligned",
-    "Categorical",
-    "Chat",
-    "CheckpointError",
-    "Completion",
-    "Conditional",
-    "DapQ",
-    "DecodePolicy",
-    "DraftStats",
-    "Drafter",
-    "Exact",
-    "ExpectedAttention",
-    "FixedThreshold",
-    "Full",
-    "Greedy",
-    "H2ODecode",
-    "KNorm",
-    "KVState",
-    "LanguageModel",
-    "LogitsError",
-    "LongFlow",
-    "Options",
-    "PrefillPolicy",
-    "PromptLookup",
-    "PyramidKV",
-    "Random",
-    "RandomDecode",
-    "SnapKV",
-    "Stats",
-    "StreamingLLM",
-    "TOVADecode",
-    "TopK",
-    "Tree",
-    "Typical",
-    "__version__",
-    "decode_step",
-    "generate",
-    "generate_tokens",
-    "load",
-    "prefill",
-    "save",
-]
+import jaxkv._clone  # noqa: F401
+
+
+def _places() -> dict[str, str]:
+    """Return where each public name is defined, as the stub beside this file says."""
+    stub = Path(__file__).with_suffix(".pyi").read_text(encoding="utf-8")
+    return {
+        alias.name: node.module
+        for node in ast.parse(stub).body
+        if isinstance(node, ast.ImportFrom) and node.module
+        for alias in node.names
+    }
+
+
+_PLACES = _places()
+__all__ = list(_PLACES)
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name, or a module of the package."""
+    found: Any
+    if name in _PLACES:
+        found = getattr(importlib.import_module(_PLACES[name]), name)
+    elif name.startswith("_"):
+        raise AttributeError(f"module 'jaxkv' has no attribute {name!r}")
+    else:
+        module = f"jaxkv.{name}"
+        try:
+            found = importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            if error.name != module:
+                raise
+            raise AttributeError(f"module 'jaxkv' has no attribute {name!r}") from None
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PLACES})

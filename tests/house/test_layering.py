@@ -64,7 +64,9 @@ MODULES = sources()
 
 
 def layer(module: str) -> str:
-    """Return the folder of one of our modules."""
+    """Return the folder of one of our modules; `__main__` is of the command line."""
+    if module == "jaxkv.__main__":
+        return "cli"
     parts = module.split(".")[1:]
     return parts[0] if parts and parts[0] in MAY_IMPORT else FLAT
 

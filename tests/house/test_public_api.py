@@ -1,11 +1,14 @@
 """The public names of `jaxkv`, and what `import jaxkv` costs."""
 
+import ast
 import dataclasses
 import importlib.metadata
+import importlib.util
 import inspect
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -13,7 +16,9 @@ import jaxkv
 from jaxkv._version import __version__
 
 HEAVY = (
+    "flax",
     "gguf",
+    "jax",
     "jax_triton",
     "matplotlib",
     "optax",
@@ -56,6 +61,25 @@ def test_functions_and_classes_are_documented(name):
                 assert value.__doc__, f"jaxkv.{name}.{attribute} has no docstring"
 
 
+def test_the_stub_says_what_there_is():
+    """Type checkers read the stub's `__all__`; the rest is made of its imports."""
+    stub = Path(jaxkv.__file__).with_suffix(".pyi").read_text(encoding="utf-8")
+    *_, last = ast.parse(stub).body
+    assert isinstance(last, ast.Assign)
+    assert sorted(ast.literal_eval(last.value)) == sorted(jaxkv.__all__)
+    assert set(jaxkv.__all__) <= set(dir(jaxkv))
+
+
+def test_modules_are_attributes_and_hide_no_name():
+    assert jaxkv.sampling.Greedy is jaxkv.Greedy
+    with pytest.raises(AttributeError, match="module 'jaxkv' has no attribute 'noth"):
+        _ = jaxkv.nothing
+    with pytest.raises(AttributeError, match="module 'jaxkv' has no attribute '_no"):
+        _ = jaxkv._nothing
+    for name in PUBLIC:
+        assert importlib.util.find_spec(f"jaxkv.{name}") is None
+
+
 def test_version_matches_metadata():
     assert __version__ == importlib.metadata.version("jaxkv")
 
@@ -66,9 +90,11 @@ def fresh_import(tmp_path_factory):
     program = """
 import json, sys
 import jaxkv
+modules = sorted(sys.modules)
+jaxkv.generate
 from jax._src import xla_bridge
 started = xla_bridge.backends_are_initialized()
-print(json.dumps({"modules": sorted(sys.modules), "devices_started": started}))
+print(json.dumps({"modules": modules, "devices_started": started}))
 """
     run = subprocess.run(
         [sys.executable, "-c", program],

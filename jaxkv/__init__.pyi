@@ -1,0 +1,80 @@
+"""The public names of jaxkv, for type checkers, and for `__init__.py`."""
+
+from jaxkv._version import __version__ as __version__
+from jaxkv.conversation import Chat
+from jaxkv.forward import decode_step, prefill
+from jaxkv.generation import generate_tokens
+from jaxkv.inference import Completion, Stats, generate
+from jaxkv.language_model import LanguageModel, load, save
+from jaxkv.models.checkpoint import CheckpointError
+from jaxkv.options import Options
+from jaxkv.policies.base import DecodePolicy, PrefillPolicy
+from jaxkv.policies.chance import Random, RandomDecode
+from jaxkv.policies.dapq import DapQ
+from jaxkv.policies.expected_attention import ExpectedAttention
+from jaxkv.policies.full import Full
+from jaxkv.policies.h2o import H2O, H2ODecode
+from jaxkv.policies.knorm import KNorm
+from jaxkv.policies.laq import LAQ
+from jaxkv.policies.longflow import LongFlow
+from jaxkv.policies.pyramidkv import PyramidKV
+from jaxkv.policies.rkv import RKV
+from jaxkv.policies.snapkv import SnapKV
+from jaxkv.policies.streaming_llm import StreamingLLM
+from jaxkv.policies.tova import TOVA, TOVADecode
+from jaxkv.policies.vatp import VATP
+from jaxkv.sampling import Categorical, Greedy
+from jaxkv.soundness import LogitsError
+from jaxkv.speculation.counts import DraftStats
+from jaxkv.speculation.drafters import Aligned, Drafter, PromptLookup, Tree
+from jaxkv.speculation.rules import Conditional, Exact, FixedThreshold, TopK, Typical
+from jaxkv.state import KVState
+
+__all__ = [
+    "H2O",
+    "LAQ",
+    "RKV",
+    "TOVA",
+    "VATP",
+    "Aligned",
+    "Categorical",
+    "Chat",
+    "CheckpointError",
+    "Completion",
+    "Conditional",
+    "DapQ",
+    "DecodePolicy",
+    "DraftStats",
+    "Drafter",
+    "Exact",
+    "ExpectedAttention",
+    "FixedThreshold",
+    "Full",
+    "Greedy",
+    "H2ODecode",
+    "KNorm",
+    "KVState",
+    "LanguageModel",
+    "LogitsError",
+    "LongFlow",
+    "Options",
+    "PrefillPolicy",
+    "PromptLookup",
+    "PyramidKV",
+    "Random",
+    "RandomDecode",
+    "SnapKV",
+    "Stats",
+    "StreamingLLM",
+    "TOVADecode",
+    "TopK",
+    "Tree",
+    "Typical",
+    "__version__",
+    "decode_step",
+    "generate",
+    "generate_tokens",
+    "load",
+    "prefill",
+    "save",
+]

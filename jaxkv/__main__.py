@@ -1,0 +1,33 @@
+"""The process of `jaxkv` and of `python -m jaxkv`, from its first moment.
+
+Imports take seconds, and may be interrupted or fail: JAX reads its settings then.
+"""
+
+import os
+import sys
+
+
+def main() -> int:
+    """Run the command line and return its exit code."""
+    _open_standard_streams()
+    try:
+        from jaxkv.cli.main import main as command
+    except KeyboardInterrupt:
+        return 130
+    except ValueError as error:  # of a variable such as JAX_ENABLE_X64
+        print(f"jaxkv: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return command()
+
+
+def _open_standard_streams() -> None:
+    """Keep what is opened later from taking the place of a stream that is closed."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+
+
+if __name__ == "__main__":
+    sys.exit(main())
