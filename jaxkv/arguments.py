@@ -32,7 +32,7 @@ def integer(name: str, value: Any, *, most: int = MOST) -> int:
     """
     try:
         truth = isinstance(value, bool) or "bool" in str(getattr(value, "dtype", ""))
-        if truth or getattr(value, "ndim", 0):
+        if truth or getattr(value, "ndim", None):
             raise TypeError
         number = operator.index(value)
     except TypeError:

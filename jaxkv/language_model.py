@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxkv.devices import check_devices
 from jaxkv.models import (
     checkpoint,
     gguf_config,
@@ -122,8 +123,10 @@ def load(
     Raises:
       CheckpointError: the checkpoint is missing, damaged, or of an unsupported kind;
         the message names the file, tensor or key.
+      ValueError: JAX has no device to put it on.
     """
     folder = locate(name, revision=revision)
+    check_devices()
     if dtype is None and jax.default_backend() == "cpu":
         dtype = "float32"
     config, params = read_network(folder, dtype=dtype, follow_links=follow_links)

@@ -30,13 +30,16 @@ Prompts = (
 _BESIDE = {"token_type_ids", "special_tokens_mask", "offset_mapping", "length"}
 
 
-def encode(lm: LanguageModel, prompts: Prompts) -> list[Sequence[int] | np.ndarray]:
+def encode(lm: LanguageModel, prompts: Prompts) -> list[Any]:
     """Return the token ids of prompts, or raise ValueError for bad ones.
 
     Args:
       lm: the model.
       prompts: a text; a list of texts, and of lists or arrays of token ids; or what a
         transformers tokenizer returns, whose attention mask says what is padding.
+
+    Returns:
+      The ids of each prompt, in a list or an array.
     """
     if not isinstance(lm, LanguageModel):
         raise ValueError(

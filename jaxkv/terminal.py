@@ -51,10 +51,10 @@ class TextStream:
         closed = len(self._tokens) - self._open
         if closed == self._done:
             return
-        text = self._settled(self._tokens[:closed])
+        text = self._settled(self._tokens[:closed], self._rules)
         self._show(text[self._seen :])
         self._seen, self._done = len(text), closed
-        self._forget()
+        self._forget(self._rules)
 
     def finish(self, text: str) -> None:
         """Write what is missing of the whole text."""
@@ -65,20 +65,20 @@ class TextStream:
             shown = ""
         self._show(text[len(shown) :])
 
-    def _settled(self, tokens: list[int]) -> str:
+    def _settled(self, tokens: list[int], rules: "_Rules") -> str:
         text = self._tokenizer.decode(tokens, skip_special_tokens=True)
         # The last one may be a character that has begun; those before it are no more.
-        return text.removesuffix(_REPLACEMENT) if self._rules.by_bytes else text
+        return text.removesuffix(_REPLACEMENT) if rules.by_bytes else text
 
-    def _forget(self) -> None:
+    def _forget(self, rules: "_Rules") -> None:
         """Keep the tokens that the text of the next ones may depend on."""
         # Behind what is taken off, where every other token may have no text.
-        length = _TAIL + 2 * self._rules.cut
+        length = _TAIL + 2 * rules.cut
         first = self._done - length
         if first <= 0:
             return
-        tail = self._settled(self._tokens[first : self._done])
-        if tail or not self._rules.cut:
+        tail = self._settled(self._tokens[first : self._done], rules)
+        if tail or not rules.cut:
             del self._tokens[:first]
             self._done, self._seen = length, len(tail)
 
@@ -102,8 +102,8 @@ class _Rules:
     @classmethod
     def of(cls, tokenizer: Any) -> "_Rules | None":
         """Return the rules of a tokenizer; None where they are not known."""
-        backend = getattr(tokenizer, "backend_tokenizer", None)
-        if getattr(backend, "decoder", None) is None:
+        backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is None or backend.decoder is None:
             return None
         probe = backend.encode(_PROBE, add_special_tokens=False).ids
         text = tokenizer.decode(probe, skip_special_tokens=True)

@@ -86,9 +86,7 @@ def longflow(target_ref, position_ref, oldest_ref, newest_ref, *refs, plan):
         jax.lax.fori_loop(0, plan.steps, add, 0)
         live = position_ref[b] >= 0
         # A finished row keeps its target; a shared victim comes with the last head.
-        chosen_ref[0, pl.ds(k, 1), :] = jnp.full(
-            (1, LANES), target_ref[b, k], jnp.int32
-        )
+        chosen_ref[0, pl.ds(k, 1), :] = jnp.full((1, LANES), target_ref[b, k])
 
         @pl.when(live & ((k == plan.kv_heads - 1) if plan.shared else True))
         def _():
@@ -128,9 +126,7 @@ def _attend_block(target_ref, position_ref, refs: _Refs, scores, plan):
         refs.maximum[...] = jnp.broadcast_to(
             jnp.where(live, new_logit, _LOWEST), refs.maximum.shape
         )
-        refs.total[...] = jnp.full(
-            refs.total.shape, jnp.where(live, 1.0, 0.0), jnp.float32
-        )
+        refs.total[...] = jnp.full(refs.total.shape, jnp.where(live, 1.0, 0.0))
         refs.acc[...] = jnp.broadcast_to(
             jnp.where(live, new_value, 0.0), refs.acc.shape
         )
@@ -250,10 +246,7 @@ def _victim(positions_ref, head, importance_ref, barred_ref, plan):
       plan: static.
     """
     shape = (1, plan.block)
-    nothing = (
-        jnp.full(shape, jnp.inf, jnp.float32),
-        jnp.full(shape, _NO_SLOT, jnp.float32),
-    )
+    nothing = jnp.full(shape, jnp.inf), jnp.full(shape, _NO_SLOT)
 
     def lower(best, values, slot):
         smaller = values < best[0]  # strict, so that of equals the lowest slot stays

@@ -10,7 +10,7 @@ from jaxkv import inference
 from jaxkv.cli import prompts
 from jaxkv.cli.prompts import Asked
 from jaxkv.cli.terminal import announce, progress
-from jaxkv.inference import Completion
+from jaxkv.inference import Completion, Stats
 from jaxkv.language_model import LanguageModel
 from jaxkv.options import described
 from jaxkv.planning import bucket
@@ -62,7 +62,7 @@ def run(lm: LanguageModel, asked: Sequence[Asked], job: Job) -> None:
     if stream and lm.tokenizer is None:
         raise ValueError(f"--stream: {lm.name} has no tokenizer.")
     shared = _shared(lm, job.arguments) if job.as_json else {}
-    stats = []
+    stats: list[Stats] = []
     with progress(hidden=stream) as bar:  # bar and stream would share the terminal
         task = bar.add_task("prompts", total=len(asked))
         for first in range(0, len(asked), job.batch_size):

@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
-import jax
 import typer
 
 from jaxkv import arguments as checks
@@ -117,15 +116,7 @@ class Kernels:
 def load_model(
     model: str, dtype: str | None, *, follow_links: bool = False
 ) -> LanguageModel:
-    """Load a model, after a look at whether JAX has a device to put it on.
-
-    Raises:
-      ValueError: it has none.
-    """
-    try:
-        jax.devices()
-    except RuntimeError as error:  # e.g. JAX_PLATFORMS names what is not there
-        raise ValueError(f"JAX finds no device: {error}") from error
+    """Load the model that the flags name."""
     return load(model, dtype=dtype, follow_links=follow_links)
 
 

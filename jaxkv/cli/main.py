@@ -7,6 +7,7 @@ Results go to stdout, everything else to stderr. Bad input gives one line and ex
 import dataclasses
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,6 +17,9 @@ import typer
 
 from jaxkv._version import __version__
 from jaxkv.cli import chat, checkpoints, demo, evaluate, generate, study
+from jaxkv.cli.streams import complain, escaped_output, flushed_output
+from jaxkv.cli.terminal import say
+from jaxkv.devices import check_devices
 
 app = typer.Typer(
     add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
@@ -37,44 +41,52 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
       argv: the arguments; those of the process if None.
     """
+    if sys.stderr is None:  # print would take stdout instead
+        sys.stderr = open(os.devnull, "w")  # for the rest of the process
+    if sys.stdout is None:
+        complain("standard output is closed; send it to a file, or to /dev/null.")
+        return 2
+    with flushed_output(), escaped_output() as escaped:
+        code = _run(sys.argv[1:] if argv is None else list(argv))
+        if escaped():
+            say(
+                f"standard output is in {sys.stdout.encoding}, which lacks some "
+                r"characters; they are written as \xe9. Set PYTHONIOENCODING to utf-8."
+            )
+        return code
+
+
+def _run(argv: Sequence[str]) -> int:
     settings = _Settings()
     try:
-        code = app(
-            sys.argv[1:] if argv is None else list(argv),
-            prog_name="jaxkv",
-            standalone_mode=False,
-            obj=settings,
-        )
+        code = app(argv, prog_name="jaxkv", standalone_mode=False, obj=settings)
         sys.stdout.flush()
         return code or 0
-    except BrokenPipeError:
-        # The reader has gone; the interpreter must not flush into nothing at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+    except (BrokenPipeError, SystemExit):  # typer's way to say the same
+        return 1  # the reader has gone, and has what it wanted
     except (KeyboardInterrupt, typer.Abort):
         return 130
     except typer.TyperException as error:
         message = error.format_message()
         if message:  # none where the help has been shown instead
-            _complain(message)
+            complain(message)
         return 2
     except Exception as error:
         said = _message(error)
         if said is None or settings.debug:
             raise
-        _complain(said)
+        complain(said)
         return 2
-
-
-def _complain(message: str) -> None:
-    print(f"jaxkv: error: {' '.join(message.split())}", file=sys.stderr)
 
 
 def _message(error: Exception) -> str | None:
     """Return what to tell the user, or None for a fault of ours."""
     match error:
-        case OSError() if error.strerror and error.filename:
-            return f"{error.filename}: {error.strerror}"
+        case OSError() if error.strerror:
+            where = f"{error.filename}: " if error.filename else ""
+            return f"{where}{error.strerror}"
+        case ValueError() if _is_of_jax(error):
+            return None  # a setting such as JAX_NUMPY_DTYPE_PROMOTION meets our code
         case ValueError() | NotImplementedError() | OverflowError() | OSError():
             return str(error) or type(error).__name__
         case MemoryError():
@@ -82,11 +94,26 @@ def _message(error: Exception) -> str | None:
         case jax.errors.JaxRuntimeError() if "RESOURCE_EXHAUSTED" in str(error):
             pass
         case _:
-            return None
+            return _missing_device()
     return (
         "out of memory; lower --batch-size, --max-new-tokens or --budget, shorten the "
         f"prompts, or take --dtype bfloat16 ({str(error)[:200]})"
     )
+
+
+def _is_of_jax(error: Exception) -> bool:
+    """Return whether JAX has raised this, and not we, for what it was given."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return frame.f_globals.get("__name__", "").partition(".")[0] in ("jax", "jaxlib")
+
+
+def _missing_device() -> str | None:
+    """Return what to tell where JAX has nothing to run on, else None."""
+    try:
+        check_devices()
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def _version(wanted: bool) -> None:

@@ -174,10 +174,11 @@ def _check_turns(lm: LanguageModel, asked: Asked, max_new_tokens: int) -> None:
 def _ids(
     lm: LanguageModel, messages: Sequence[Message], record: Record
 ) -> Sequence[int]:
-    if messages:
-        prompt = encode_chat(lm, messages, answer_prefix=record.answer_prefix)
-    else:
-        prompt = record.prompt
+    prompt = (
+        encode_chat(lm, messages, answer_prefix=record.answer_prefix)
+        if messages
+        else record.prompt
+    )
     return library.encode(lm, [prompt])[0]
 
 

@@ -94,9 +94,8 @@ def _fed(
         slots=slots,
         keep=None,
     )
-    counts = jnp.full(batch, length - prompt, jnp.int32)
     fed = feed(
-        *(network, params, tokens[:, prompt:], counts),
+        *(network, params, tokens[:, prompt:], jnp.full(batch, length - prompt)),
         *(lengths, logits_at_end(network, params, hidden, lengths), cache),
         options=options,
     )

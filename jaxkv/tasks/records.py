@@ -171,17 +171,17 @@ class _Fields:
             return {"messages": self._messages()}
         if keys == ("turns",):
             first, *later = self._turns()
-            first = {"role": "user", "content": first}
-            return {"messages": (first,), "later_turns": tuple(later)}
+            message = {"role": "user", "content": first}
+            return {"messages": (message,), "later_turns": tuple(later)}
         if keys == ("prompt",) and isinstance(self.given["prompt"], list):
             return {"body": self._ids()}
         prefix = self.text("answer_prefix")
-        *context, question = map(self.text, keys)
-        if not "".join((*context, question)).strip():
+        texts = [self.text(key) for key in keys]
+        if not "".join(texts).strip():
             self.refuse("the prompt is empty.")
-        if not context:
-            return {"body": question, "answer_prefix": prefix}
-        body = _joined(*context, question, between=_BLANK_LINE)
+        if len(texts) == 1:
+            return {"body": texts[0], "answer_prefix": prefix}
+        body = _joined(texts[0], texts[1], between=_BLANK_LINE)
         # In columns the space of RULER's own prefix may have been lost.
         return {"body": body, "answer_prefix": _joined(body, prefix)[len(body) :]}
 
