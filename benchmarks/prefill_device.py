@@ -27,7 +27,7 @@ from jaxkv.models.decoder import Decoder, random_parameters
 from jaxkv.models.public_shapes import SHAPES
 from jaxkv.planning import bucket
 from jaxkv.provenance import provenance, write_json
-from jaxkv.sampling import row_keys
+from jaxkv.seeds import row_keys
 
 METHODS = {
     "full": Full(),

@@ -125,8 +125,8 @@ def append_tokens(
     behind = index - lengths[:, None]
     start = jnp.maximum(lengths + offset, 0)[:, None]
     tokens = jnp.pad(tokens, ((0, 0), (0, total - length)))
-    place = lengths[:, None] + jnp.arange(count)[None]
-    tokens = tokens.at[jnp.arange(batch)[:, None], place].set(extra)
+    place = lengths[:, None] + jnp.arange(count, dtype=jnp.int32)[None]
+    tokens = tokens.at[jnp.arange(batch, dtype=jnp.int32)[:, None], place].set(extra)
     return tokens, jnp.where(behind < 0, index, start + behind)
 
 

@@ -22,6 +22,7 @@ from jaxkv.options import Options
 from jaxkv.policies.base import Speculable
 from jaxkv.programs import bounded_jit
 from jaxkv.sampling import Sampler, from_numbers, pick_next
+from jaxkv.seeds import independent
 from jaxkv.sequences import Generation, append
 from jaxkv.speculation import loop as speculation
 from jaxkv.speculation.drafters import Drafter
@@ -53,7 +54,7 @@ def start(
       params: its parameters.
       tokens: int32 `[B, P]`, right-padded.
       lengths: int32 `[B]`, at least 1.
-      keys: PRNG keys `[B]`.
+      keys: PRNG keys `[B]`, of any implementation.
       stop_ids: int32 `[E]`; -1 stands for none.
       options: static.
       slots: of every layer's state, or of each layer's; see `Options.layer_slots`.
@@ -72,9 +73,9 @@ def start(
     batch, length = tokens.shape
     seen = None
     if options.sampler.repetition_penalty != 1:
-        real = jnp.arange(length)[None] < lengths[:, None]
+        real = jnp.arange(length, dtype=jnp.int32)[None] < lengths[:, None]
         seen = jnp.zeros(logits.shape, bool)
-        seen = seen.at[jnp.arange(batch)[:, None], tokens].max(real)
+        seen = seen.at[jnp.arange(batch, dtype=jnp.int32)[:, None], tokens].max(real)
     generation: Running = Generation(
         tokens=jnp.full((batch, max_out), -1, jnp.int32),
         lengths=jnp.zeros(batch, jnp.int32),
@@ -83,7 +84,7 @@ def start(
         last=jnp.zeros(batch, jnp.int32),
         position=lengths - 1,
         cache=cache,
-        rngs=keys,
+        rngs=independent(keys),
         seen=seen,
         speculation=None,
     )
@@ -184,8 +185,8 @@ def follow(
     )
     seen = generation.seen
     if seen is not None:
-        real = jnp.arange(tokens.shape[1])[None] < counts[:, None]
-        seen = seen.at[jnp.arange(batch)[:, None], tokens].max(real)
+        real = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None] < counts[:, None]
+        seen = seen.at[jnp.arange(batch, dtype=jnp.int32)[:, None], tokens].max(real)
     begun = dataclasses.replace(
         generation,
         tokens=jnp.full((batch, max_out), -1, jnp.int32),

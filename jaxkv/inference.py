@@ -30,7 +30,8 @@ from jaxkv.language_model import LanguageModel
 from jaxkv.planning import Plan
 from jaxkv.policies.base import DecodePolicy, PrefillPolicy
 from jaxkv.prompts import Prompts, encode
-from jaxkv.sampling import Sampler, row_keys
+from jaxkv.sampling import Sampler
+from jaxkv.seeds import row_keys
 from jaxkv.shown import brief
 from jaxkv.speculation.counts import DraftStats, draft_stats
 from jaxkv.speculation.drafters import Drafter

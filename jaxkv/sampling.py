@@ -5,7 +5,6 @@ Axis letters: `B` batch, `V` vocabulary.
 """
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Annotated
 
 import jax
@@ -81,20 +80,6 @@ class Categorical:
 
 
 Sampler = Greedy | Categorical
-
-
-def row_keys(seed: int | Sequence[int], rows: int) -> jax.Array:
-    """Return a PRNG key for each row, `[rows]`.
-
-    Args:
-      seed: of all rows, of which each gets a key of its own, or a seed for each; a row
-        with its own seed gets what the first row of that seed gets.
-      rows: number of keys.
-    """
-    if isinstance(seed, int):
-        key = jax.random.key(seed)
-        return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows))
-    return jnp.stack([jax.random.fold_in(jax.random.key(s), 0) for s in seed])
 
 
 def pick_next(

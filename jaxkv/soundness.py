@@ -34,7 +34,7 @@ class LogitsError(ValueError):
         return LogitsError(tokens, self.cause)
 
 
-def check(finite: jax.Array, lengths: jax.Array, params: Any) -> None:
+def check(finite: jax.Array, lengths: jax.Array | np.ndarray, params: Any) -> None:
     """Raise LogitsError unless all rows were chosen from numbers.
 
     Args:

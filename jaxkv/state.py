@@ -140,9 +140,9 @@ def gather(
     batch, heads, _ = positions.shape
     # Straight from the layout of the projection, so that no whole prompt is transposed.
     where = (
-        jnp.arange(batch)[:, None, None],
+        jnp.arange(batch, dtype=jnp.int32)[:, None, None],
         jnp.maximum(positions, 0),
-        (jnp.arange(heads) // (heads // keys.shape[2]))[:, None],
+        (jnp.arange(heads, dtype=jnp.int32) // (heads // keys.shape[2]))[:, None],
     )
     filled = _put(state, keys[where], values[where], positions)
     return dataclasses.replace(filled, target=first_free(filled))

@@ -235,30 +235,31 @@ def call(
         out_shape += [jax.ShapeDtypeStruct((b, k, _LANES), jnp.int32)]
     elif plan.score is not None:
         out_shape += [jax.ShapeDtypeStruct((b, k, plan.padded), jnp.float32)]
-    out, keys, values, positions, *last = pl.pallas_call(
-        functools.partial(kernel, plan=plan),
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=n,
-            grid=(b, k, plan.steps),
-            in_specs=inputs,
-            out_specs=outputs,
-            scratch_shapes=scratch,
-        ),
-        out_shape=out_shape,
-        input_output_aliases={n + 3: 1, n + 4: 2, n + 5: 3},
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary", "arbitrary"),
-            vmem_limit_bytes=plan.vmem_bytes(),
-        ),
-        name="decode_attention" if plan.score is None else "longflow_attention",
-        interpret=interpret,
-    )(
-        *scalars,
-        query.reshape(heads),
-        token.key.astype(keys.dtype).reshape(new),
-        token.value.astype(values.dtype).reshape(new),
-        *(keys, values, positions),
-    )
+    with jax.enable_x64(False):  # Mosaic has no 64 bits
+        out, keys, values, positions, *last = pl.pallas_call(
+            functools.partial(kernel, plan=plan),
+            grid_spec=pltpu.PrefetchScalarGridSpec(
+                num_scalar_prefetch=n,
+                grid=(b, k, plan.steps),
+                in_specs=inputs,
+                out_specs=outputs,
+                scratch_shapes=scratch,
+            ),
+            out_shape=out_shape,
+            input_output_aliases={n + 3: 1, n + 4: 2, n + 5: 3},
+            compiler_params=pltpu.CompilerParams(
+                dimension_semantics=("parallel", "arbitrary", "arbitrary"),
+                vmem_limit_bytes=plan.vmem_bytes(),
+            ),
+            name="decode_attention" if plan.score is None else "longflow_attention",
+            interpret=interpret,
+        )(
+            *scalars,
+            query.reshape(heads),
+            token.key.astype(keys.dtype).reshape(new),
+            token.value.astype(values.dtype).reshape(new),
+            *(keys, values, positions),
+        )
     slots = slots._replace(keys=keys, values=values, positions=positions)
     return out.reshape(query.shape), slots, *last
 

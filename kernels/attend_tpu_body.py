@@ -86,7 +86,9 @@ def longflow(target_ref, position_ref, oldest_ref, newest_ref, *refs, plan):
         jax.lax.fori_loop(0, plan.steps, add, 0)
         live = position_ref[b] >= 0
         # A finished row keeps its target; a shared victim comes with the last head.
-        chosen_ref[0, pl.ds(k, 1), :] = jnp.full((1, LANES), target_ref[b, k])
+        chosen_ref[0, pl.ds(k, 1), :] = jnp.full(
+            (1, LANES), target_ref[b, k], jnp.int32
+        )
 
         @pl.when(live & ((k == plan.kv_heads - 1) if plan.shared else True))
         def _():
@@ -126,7 +128,9 @@ def _attend_block(target_ref, position_ref, refs: _Refs, scores, plan):
         refs.maximum[...] = jnp.broadcast_to(
             jnp.where(live, new_logit, _LOWEST), refs.maximum.shape
         )
-        refs.total[...] = jnp.full(refs.total.shape, jnp.where(live, 1.0, 0.0))
+        refs.total[...] = jnp.full(
+            refs.total.shape, jnp.where(live, 1.0, 0.0), jnp.float32
+        )
         refs.acc[...] = jnp.broadcast_to(
             jnp.where(live, new_value, 0.0), refs.acc.shape
         )
@@ -246,7 +250,10 @@ def _victim(positions_ref, head, importance_ref, barred_ref, plan):
       plan: static.
     """
     shape = (1, plan.block)
-    nothing = jnp.full(shape, jnp.inf), jnp.full(shape, _NO_SLOT)
+    nothing = (
+        jnp.full(shape, jnp.inf, jnp.float32),
+        jnp.full(shape, _NO_SLOT, jnp.float32),
+    )
 
     def lower(best, values, slot):
         smaller = values < best[0]  # strict, so that of equals the lowest slot stays

@@ -98,4 +98,8 @@ def place_of_token(target: jax.Array, position: jax.Array, slots: int):
     """
     batch, kv_heads = target.shape
     slot = jnp.where(position[:, None] < 0, slots, target)
-    return jnp.arange(batch)[:, None], jnp.arange(kv_heads)[None, :], slot
+    return (
+        jnp.arange(batch, dtype=jnp.int32)[:, None],
+        jnp.arange(kv_heads, dtype=jnp.int32)[None, :],
+        slot,
+    )

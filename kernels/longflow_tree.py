@@ -116,7 +116,7 @@ def _reference(
 ):
     """Keep a copy of the cache for every node, as its parent's step has left it."""
     del depth
-    rows = jnp.arange(query.shape[0])
+    rows = jnp.arange(query.shape[0], dtype=jnp.int32)
     outs, written = [], []
     left: list[Slots] = []
 
@@ -235,7 +235,7 @@ def _paths(parents, depths, depth):
 
 def _by_node(walk, weights):
     """Turn weights of ancestors `[B, K, T, G, D + 1]` into `[B, K, T, G, T]`."""
-    nodes = jnp.arange(walk.path.shape[1])[None, None, None]
+    nodes = jnp.arange(walk.path.shape[1], dtype=jnp.int32)[None, None, None]
     is_node = walk.on_path[..., None] & (walk.path[..., None] == nodes)
     return jnp.einsum(
         "bktgd,btdu->bktgu", weights, is_node.astype(jnp.float32), precision="highest"
@@ -263,11 +263,11 @@ def _weights(walk, slots, occupied):
       and the ancestors' slots `[B, K, T, D + 1]`, -1 where there is none.
     """
     own = jnp.where(walk.on_path[:, None], _along(slots, walk.path), -1)
-    order = jnp.arange(own.shape[-1])
+    order = jnp.arange(own.shape[-1], dtype=jnp.int32)
     again = own[..., :, None] == own[..., None, :]
     again &= (order[None, :] > order[:, None])[None, None, None]
     alive = walk.on_path[:, None] & ~again.any(-1)
-    slot = jnp.arange(occupied.shape[2])[None, None, None, None]
+    slot = jnp.arange(occupied.shape[2], dtype=jnp.int32)[None, None, None, None]
     overwritten = (own[..., None] == slot).any(3)
     old_alive = occupied[:, :, None] & ~overwritten
     old, new = tree_attention.softmax_over_both(
@@ -287,7 +287,7 @@ def _victims(walk, slots, positions, position, oldest, *, n_recent, shared):
     importance = old.mean(axis=3) * walk.old_size[:, :, None]  # [B, K, T, S]
     mine = new.mean(axis=3) * _along(walk.new_size, walk.path)  # [B, K, T, D + 1]
     held = jnp.broadcast_to(positions[:, :, None], importance.shape)
-    slot = jnp.arange(positions.shape[2])[None, None, None]
+    slot = jnp.arange(positions.shape[2], dtype=jnp.int32)[None, None, None]
     for d in range(own.shape[-1]):  # a later write comes after an earlier one
         here = own[..., d : d + 1] == slot
         importance = jnp.where(here, mine[..., d : d + 1], importance)
@@ -296,7 +296,7 @@ def _victims(walk, slots, positions, position, oldest, *, n_recent, shared):
     def by_node(x):  # [B, K, T, S] to [B * T, K, S]
         return x.swapaxes(1, 2).reshape(batch * nodes, *x.shape[1:2], x.shape[3])
 
-    depth = walk.on_path.sum(-1) - 1
+    depth = walk.on_path.sum(-1, dtype=jnp.int32) - 1
     newest = position[:, None] + depth - n_recent
     chosen = choose_victim(
         by_node(importance),

@@ -134,14 +134,15 @@ def _blockwise(query, key, value, scale):
 
         rows = (batch, kv_heads, groups, block)
         carry = (
-            jnp.full(rows, -jnp.inf),
-            jnp.zeros(rows),
-            jnp.zeros((*rows, head_dim)),
+            jnp.full(rows, -jnp.inf, jnp.float32),
+            jnp.zeros(rows, jnp.float32),
+            jnp.zeros((*rows, head_dim), jnp.float32),
         )
         _, total, acc = jax.lax.fori_loop(0, index + 1, step, carry)
         return (acc / total[..., None]).astype(query.dtype)
 
-    out = jax.lax.map(row, jnp.arange(num_blocks))  # [blocks, B, K, G, block, H]
+    out = jax.lax.map(row, jnp.arange(num_blocks, dtype=jnp.int32))
+    # [blocks, B, K, G, block, H]
     out = out.transpose(1, 0, 4, 2, 3, 5).reshape(batch, -1, heads, head_dim)
     return out[:, :length]
 
@@ -181,15 +182,21 @@ def _splash(query, key, value, scale, interpret=False):
     causal = splash_attention_mask.CausalMask((length, length))
     # Its own default, tiles of 128, keeps the matrix units waiting.
     block = math.gcd(length, 512)
-    kernel = splash_attention_kernel.make_splash_mqa_single_device(
-        splash_attention_mask.MultiHeadMask([causal] * groups),
-        block_sizes=splash_attention_kernel.BlockSizes(block_q=block, block_kv=block),
-        interpret=interpret,
-    )
+    sizes = splash_attention_kernel.BlockSizes(block_q=block, block_kv=block)
     q = (query * scale).reshape(batch, length, kv_heads, groups, head_dim)
-    out = jax.vmap(jax.vmap(kernel))(
-        q.transpose(0, 2, 3, 1, 4), key.swapaxes(1, 2), value.swapaxes(1, 2)
-    )  # [B, K, G, T, H]
+    # Mosaic has no 64 bits, and no other precision for 16.
+    wide = query.dtype == jnp.float32
+    set_by_user = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+    precision = set_by_user if wide else None
+    with jax.enable_x64(False), jax.default_matmul_precision(precision):
+        kernel = splash_attention_kernel.make_splash_mqa_single_device(
+            splash_attention_mask.MultiHeadMask([causal] * groups),
+            block_sizes=sizes,
+            interpret=interpret,
+        )
+        out = jax.vmap(jax.vmap(kernel))(
+            q.transpose(0, 2, 3, 1, 4), key.swapaxes(1, 2), value.swapaxes(1, 2)
+        )  # [B, K, G, T, H]
     return out.transpose(0, 3, 1, 2, 4).reshape(query.shape)
 
 

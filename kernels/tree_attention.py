@@ -106,7 +106,8 @@ def _reference(query, nodes, slots, upcoming, depths, ancestors, *, scale):
         for depth in range(upcoming.shape[2]):
             on_path = ancestors[:, node] & (depths == depth)
             writes = on_path.any(-1)
-            at = jnp.argmax(on_path, axis=-1)[:, None, None, None]
+            at = jnp.argmax(on_path, axis=-1).astype(jnp.int32)
+            at = at[:, None, None, None]
             token = Token(
                 jnp.take_along_axis(nodes.key, at, axis=1)[:, 0],
                 jnp.take_along_axis(nodes.value, at, axis=1)[:, 0],

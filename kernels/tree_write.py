@@ -120,6 +120,6 @@ def last_writes(slot: jax.Array, count: jax.Array, slots: int):
     same = slot[..., :, None] == slot[..., None, :]
     later = (steps[None, :] > steps[:, None])[None, None]
     again = (same & later & written[..., None, :]).any(-1)
-    b = jnp.arange(batch)[:, None, None]
-    k = jnp.arange(kv_heads)[None, :, None]
+    b = jnp.arange(batch, dtype=jnp.int32)[:, None, None]
+    k = jnp.arange(kv_heads, dtype=jnp.int32)[None, :, None]
     return b, k, jnp.where(written & ~again, slot, slots + steps)

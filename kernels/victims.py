@@ -126,7 +126,8 @@ def free_least(
     if shared:
         importance = _mean_over_heads(importance, positions)
     least = jnp.lexsort((importance, ~evictable), axis=-1)[..., :count]
-    slots = jnp.arange(positions.shape[2])[None, None, None]
+    least = least.astype(jnp.int32)
+    slots = jnp.arange(positions.shape[2], dtype=jnp.int32)[None, None, None]
     chosen = (least[..., None] == slots).any(-2) & ~free.any(-1, keepdims=True)
     return jnp.where(chosen, -1, positions)
 

@@ -120,7 +120,9 @@ def _reference(query, key, start, *, scale, length, count, reduction):
     _, window, heads, _ = query.shape
     keys, kv_heads = key.shape[1:3]
     last = _last_visible(start, window, count)
-    seen = (jnp.arange(keys)[None, None] <= last[..., None])[:, None]  # [B, 1, W, T]
+    seen = (jnp.arange(keys, dtype=jnp.int32)[None, None] <= last[..., None])[
+        :, None
+    ]  # [B, 1, W, T]
     k = jnp.repeat(key.astype(jnp.float32), heads // kv_heads, axis=2)
     q = query.astype(jnp.float32)
     logits = scale * jnp.einsum("bwnh,btnh->bnwt", q, k, precision="highest")
@@ -156,7 +158,7 @@ def _xla(query, key, start, *, scale, length, count, reduction):
         # with the one before; padding would copy all keys.
         first = jnp.minimum(i * size, keys - size)
         tile = logits(first, size)
-        fresh = first + jnp.arange(size) >= i * size
+        fresh = first + jnp.arange(size, dtype=jnp.int32) >= i * size
         tile = jnp.where(fresh, tile, -jnp.inf)
         new = jnp.maximum(maximum, tile.max(-1))
         return new, total * jnp.exp(maximum - new) + jnp.exp(tile - new[..., None]).sum(
@@ -165,10 +167,11 @@ def _xla(query, key, start, *, scale, length, count, reduction):
 
     # The lowest finite number, so that a row that sees nothing gives 0 and not NaN.
     shape = (batch, kv_heads, rows)
-    lowest = jnp.full(shape, jnp.finfo(jnp.float32).min)
+    lowest = jnp.full(shape, jnp.finfo(jnp.float32).min, jnp.float32)
+    nothing = jnp.zeros(shape, jnp.float32)
     size = min(_TILE, keys)
     tiles = jnp.minimum(last.max() // size + 1, -(-keys // size))
-    maximum, total = jax.lax.fori_loop(0, tiles, add_up, (lowest, jnp.zeros(shape)))
+    maximum, total = jax.lax.fori_loop(0, tiles, add_up, (lowest, nothing))
     normaliser = maximum + jnp.log(jnp.maximum(total, 1e-30))
 
     scored = min(_TILE, length)

@@ -76,7 +76,9 @@ def window_scores_tpu(
     def look(i, best):
         one = jax.lax.dynamic_slice_in_dim(query, i, 1, axis=1)
         # Probabilities are not negative, so queries that do not count lose.
-        return jnp.maximum(best, run(one, key, start + i, (i < count).astype(int)))
+        return jnp.maximum(
+            best, run(one, key, start + i, (i < count).astype(jnp.int32))
+        )
 
     nothing = jnp.zeros((*key.shape[:3:2], length), jnp.float32)
     return jax.lax.fori_loop(0, query.shape[1], look, nothing)
@@ -108,8 +110,9 @@ def _run(query, key, start, count, *, scale, length, interpret):
         scale=float(scale),
         precision=jax.lax.Precision.HIGHEST if exact else jax.lax.Precision.DEFAULT,
     )
-    statistic = _statistics(arrays, tile_rows, options, interpret)
-    scores = _scores(arrays, statistic, tile_rows, length, options, interpret)
+    with jax.enable_x64(False):  # Mosaic has no 64 bits
+        statistic = _statistics(arrays, tile_rows, options, interpret)
+        scores = _scores(arrays, statistic, tile_rows, length, options, interpret)
     return scores[:, :, 0] / group
 
 
@@ -194,8 +197,8 @@ def _statistics_kernel(
 
     @pl.when(block == 0)
     def _():
-        maximum_ref[...] = jnp.full(maximum_ref.shape, _LOWEST)
-        total_ref[...] = jnp.zeros(total_ref.shape)
+        maximum_ref[...] = jnp.full(maximum_ref.shape, _LOWEST, jnp.float32)
+        total_ref[...] = jnp.zeros(total_ref.shape, jnp.float32)
 
     @pl.when(block <= end_ref[pl.program_id(0)])
     def _():

@@ -21,7 +21,7 @@ from typing import Any
 from jaxkv.models import older_tokenizer
 from jaxkv.models.checkpoint import CheckpointError, read_json, read_text
 from jaxkv.models.quiet import quiet_transformers
-from jaxkv.models.tokenizer_checks import PROBES, one_line, probe
+from jaxkv.models.tokenizer_checks import PROBES, damage_named, one_line, probe
 
 _FAST = "tokenizer.json"
 _CONFIG = "tokenizer_config.json"
@@ -70,14 +70,8 @@ def _read_fast(folder: Path) -> Any:
     from tokenizers import Tokenizer
 
     path = folder / _FAST
-    try:
+    with damage_named(path):
         truth = Tokenizer.from_str(read_text(path))
-    except CheckpointError:
-        raise
-    except Exception as error:  # the tokenizers library raises no narrower one
-        raise CheckpointError(
-            f"{path}: the tokenizer cannot be read ({one_line(error)}); fetch it again."
-        ) from error
     truth.no_truncation()
     truth.no_padding()
     config = _config(folder)
@@ -92,12 +86,14 @@ def _read_fast(folder: Path) -> Any:
         if truth.token_to_id(token) is not None:
             setattr(tokenizer, name, token)
     specials = [token.content for token in truth.get_added_tokens_decoder().values()]
-    for text in ("", *PROBES, "".join(f"a {s} b{s}" for s in specials)):
-        probe(
-            *(tokenizer, path, text),
-            encode=lambda text: truth.encode(text, add_special_tokens=False).ids,
-            decode=lambda ids: truth.decode(ids, skip_special_tokens=False),
-        )
+    with damage_named(path):  # some of it shows when the tokenizer is used
+        truth.encode("", add_special_tokens=True)
+        for text in ("", *PROBES, "".join(f"a {s} b{s}" for s in specials)):
+            probe(
+                *(tokenizer, path, text),
+                encode=lambda text: truth.encode(text, add_special_tokens=False).ids,
+                decode=lambda ids: truth.decode(ids, skip_special_tokens=False),
+            )
     return tokenizer
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from jaxkv.models.checkpoint import TEXT_FILES, CheckpointError, read_json
 from jaxkv.models.quiet import quiet_transformers
-from jaxkv.models.tokenizer_checks import Encode, check, one_line
+from jaxkv.models.tokenizer_checks import Encode, check, damage_named, one_line
 
 _PIECES = "tokenizer.model"
 _WORDS = "vocab.json"
@@ -111,12 +111,8 @@ def _read_pieces(
         )
     import sentencepiece
 
-    try:
+    with damage_named(path):
         model = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    except Exception as error:  # of C++
-        raise CheckpointError(
-            f"{path}: the tokenizer cannot be read ({one_line(error)}); fetch it again."
-        ) from error
     vocabulary = {model.id_to_piece(i): i for i in range(model.get_piece_size())}
     around = {
         "add_bos_token": config.get("add_bos_token", model.bos_id() >= 0),

@@ -1,6 +1,7 @@
 """Compares a transformers tokenizer with what its files say."""
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,26 @@ def probe(
         )
 
 
-def one_line(error: Exception) -> str:
+@contextlib.contextmanager
+def damage_named(path: Path) -> Iterator[None]:
+    """Turn what the libraries of tokenizers raise into a CheckpointError.
+
+    The panics of tokenizers, which is written in Rust, are no `Exception`s.
+    """
+    try:
+        yield
+    except BaseException as error:
+        panics = type(error).__name__ == "PanicException"
+        if isinstance(error, CheckpointError) or not (
+            panics or isinstance(error, Exception)
+        ):
+            raise
+        raise CheckpointError(
+            f"{path}: the tokenizer cannot be read ({one_line(error)}); fetch it again."
+        ) from error
+
+
+def one_line(error: BaseException) -> str:
     """Return the message of an error of another library, short and in one line."""
     said = " ".join(str(error).split()) or type(error).__name__
     return said if len(said) <= 200 else f"{said[:200]} ..."

@@ -23,7 +23,7 @@ from jaxkv.bench import clock, compiling, decode_step
 from jaxkv.models.decoder import Config
 from jaxkv.options import Options
 from jaxkv.planning import bucket
-from jaxkv.sampling import row_keys
+from jaxkv.seeds import row_keys
 
 # Of the device's memory, that a plan may use: allocators lose some between arrays.
 USABLE = 0.97

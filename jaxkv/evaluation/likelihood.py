@@ -94,8 +94,9 @@ def _fed(
         slots=slots,
         keep=None,
     )
+    counts = jnp.full(batch, length - prompt, jnp.int32)
     fed = feed(
-        *(network, params, tokens[:, prompt:], jnp.full(batch, length - prompt)),
+        *(network, params, tokens[:, prompt:], counts),
         *(lengths, logits_at_end(network, params, hidden, lengths), cache),
         options=options,
     )

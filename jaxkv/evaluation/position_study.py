@@ -149,7 +149,9 @@ class _One:
             "random": rng.integers(0, lm.config.vocab_size, reach),
         }
         self._truth = self._record(answer, self._length)
-        self._places = jnp.arange(self._length, self._length + study.tokens)
+        self._places = jnp.arange(
+            self._length, self._length + study.tokens, dtype=jnp.int32
+        )
 
     def content(self, kind: str, size: int) -> np.ndarray:
         """Return `size` tokens: of 32, `prompt` is F4_L28 and `suffix` is F0_L32."""
@@ -186,7 +188,7 @@ class _One:
         return query_probe.compare(
             self._lm.network,
             self._behind(recording, count),
-            jnp.arange(start, start + count),
+            jnp.arange(start, start + count, dtype=jnp.int32),
             self._behind(self._truth, count),
             self._places,
             self._truth.means,
@@ -241,7 +243,7 @@ class _One:
             yield from measured(name, scores, sizes)
             if name == "snapkv" and study.window in sizes:
                 number = sizes.index(study.window)
-                order = jnp.arange(self._padded)
+                order = jnp.arange(self._padded, dtype=jnp.int32)
                 recent = order >= self._length - study.window
                 forced = jnp.where(recent, jnp.inf, scores[:, number : number + 1])
                 for key, value in measured("snapkv, recents", forced, [study.window]):
@@ -273,7 +275,7 @@ class _One:
         # The last `size` of the recorded prompt queries; they see up to themselves.
         last = np.stack([order >= reach - size for size in sizes])
         queries = self._truth.queries[:, :reach]
-        places = self._length - reach + jnp.arange(reach)
+        places = self._length - reach + jnp.arange(reach, dtype=jnp.int32)
         yield "snapkv", self._scores(queries, last, visible=places + 1)
         plain = query_probe.turn(queries, -places, self._lm.network)
         parts = []
@@ -287,7 +289,7 @@ class _One:
         self, queries: jax.Array, members: np.ndarray, visible: jax.Array | None = None
     ) -> jax.Array:
         if visible is None:
-            visible = jnp.full(queries.shape[1], self._length)
+            visible = jnp.full(queries.shape[1], self._length, jnp.int32)
         return query_probe.window_scores(
             queries, self._truth.keys, visible, jnp.asarray(members, jnp.float32)
         )

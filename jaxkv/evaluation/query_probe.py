@@ -54,7 +54,7 @@ def record(
       length: int32 scalar, tokens of the prompt, which come first.
     """
     frequencies = rotary_frequencies(network.config)
-    is_prompt = (jnp.arange(tokens.shape[0]) < length)[:, None, None]
+    is_prompt = (jnp.arange(tokens.shape[0], dtype=jnp.int32) < length)[:, None, None]
 
     def attend(q, k, v, state):
         del state
@@ -169,7 +169,7 @@ def window_scores(
     """
     heads, size = queries.shape[2:]
     group = heads // keys.shape[1]
-    seen = jnp.arange(keys.shape[2])[None] < visible[:, None]  # [W, T]
+    seen = jnp.arange(keys.shape[2], dtype=jnp.int32)[None] < visible[:, None]  # [W, T]
 
     def layer(arrays):
         q, k = (array.astype(jnp.float32) for array in arrays)
@@ -196,7 +196,7 @@ def recall(
     Returns:
       Float32 `[...]`.
     """
-    real = jnp.arange(scores.shape[-1]) < length
+    real = jnp.arange(scores.shape[-1], dtype=jnp.int32) < length
 
     def chosen(values):
         _, best = jax.lax.top_k(jnp.where(real, values, -jnp.inf), budget)

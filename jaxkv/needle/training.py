@@ -27,6 +27,7 @@ import rich.progress
 from jaxkv.kernels import prefill
 from jaxkv.models import hf_export, hf_tokenizer
 from jaxkv.models.decoder import Config, Decoder, random_parameters
+from jaxkv.seeds import key_of
 
 CONFIG = Config(
     vocab_size=4096,
@@ -144,9 +145,7 @@ def make_optimizer(recipe: Recipe) -> Any:
 
 def initial_parameters(recipe: Recipe) -> Any:
     """Draw float32 parameters, the residual branches' outputs scaled by depth."""
-    params = random_parameters(
-        recipe.config, jax.random.key(recipe.seed), dtype=jnp.float32
-    )
+    params = random_parameters(recipe.config, key_of(recipe.seed), dtype=jnp.float32)
     scale = (2 * recipe.config.num_layers) ** -0.5
     return jax.tree_util.tree_map_with_path(
         lambda path, x: x * scale if path[-1].key in ("output", "down") else x, params
@@ -183,7 +182,9 @@ def loss(
         )
         return out, state
 
-    positions = jnp.broadcast_to(jnp.arange(inputs.shape[1]), inputs.shape)
+    positions = jnp.broadcast_to(
+        jnp.arange(inputs.shape[1], dtype=jnp.int32), inputs.shape
+    )
     hidden, _ = network.apply(
         low, inputs, positions, (None,) * config.num_layers, attend
     )

@@ -13,6 +13,7 @@ from annotated_types import Ge
 from jaxkv.policies.base import PlainAttention, Prompt, WholePrompt
 from jaxkv.policies.eviction import aim_at_least, attend_and_write, check_room
 from jaxkv.policies.scoring import keep_top
+from jaxkv.seeds import key_of
 from jaxkv.state import KVState
 
 
@@ -37,9 +38,13 @@ class Random(WholePrompt):
         batch, length, kv_heads, _ = prompt.keys.shape
         # One key per position: numbers must not depend on how long the buffer is.
         keys = jax.vmap(jax.random.fold_in, (None, 0))(
-            jax.random.key(self.seed), jnp.arange(length)
+            key_of(self.seed), jnp.arange(length, dtype=jnp.int32)
         )
-        drawn = jax.vmap(lambda key: jax.random.uniform(key, (kv_heads,)))(keys)
+
+        def draw(key):
+            return jax.random.uniform(key, (kv_heads,), jnp.float32)
+
+        drawn = jax.vmap(draw)(keys)
         scores = jnp.broadcast_to(drawn.T, (batch, kv_heads, length))
         return keep_top(prompt, scores, state, budget=budget)
 
@@ -87,7 +92,9 @@ class RandomDecode(PlainAttention):
 
 def lots(positions: jax.Array, seed: int) -> jax.Array:
     """Return a number in [0, 1) per position, float32, the same wherever it lies."""
-    x = positions.astype(jnp.uint32) ^ jnp.uint32(seed * 0x9E3779B9 % 2**32)
+    # What lies beyond 32 bits of the seed counts, too.
+    mixed = seed * 0x9E3779B9 + (seed >> 32) * 0x85EBCA77
+    x = positions.astype(jnp.uint32) ^ jnp.uint32(mixed % 2**32)
     # Murmur3's finalizer: every bit of the input changes half of the output's.
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
         x = (x ^ (x >> shift)) * jnp.uint32(factor)

@@ -25,6 +25,7 @@ from jaxkv.policies.scoring import (
     keep_top,
     pool_in_budget,
 )
+from jaxkv.seeds import key_of
 from jaxkv.state import KVState
 
 Content = Literal[
@@ -135,8 +136,8 @@ class DapQ(WholePrompt):
         """Return the contents, int32 `[B, N]`; see `policies.PrefillPolicy`."""
         del sketch
         shape = (lengths.shape[0], self.window_size)
-        order = jnp.arange(self.window_size)[None]
-        key = jax.random.key(self.seed)
+        order = jnp.arange(self.window_size, dtype=jnp.int32)[None]
+        key = key_of(self.seed)
         match self.content:
             case "fixed":
                 ids = jnp.asarray(self.fixed_ids, jnp.int32)[
@@ -156,11 +157,12 @@ class DapQ(WholePrompt):
                 return jnp.broadcast_to(ids, shape)
             case "random_tokens":
                 # The same fractions for each row, whatever batch it is in.
-                fractions = jax.random.uniform(key, shape[1:])[None]
+                fractions = jax.random.uniform(key, shape[1:], jnp.float32)[None]
                 index = fractions * lengths[:, None].astype(jnp.float32)
             case "random_span":
                 spans = jnp.maximum(lengths - self.window_size, 0) + 1
-                first = jnp.floor(jax.random.uniform(key) * spans.astype(jnp.float32))
+                drawn = jax.random.uniform(key, (), jnp.float32)
+                first = jnp.floor(drawn * spans.astype(jnp.float32))
                 index = first.astype(jnp.int32)[:, None] + order
             case _:
                 last = lengths[:, None] - self.window_size + order
@@ -218,7 +220,7 @@ def attention_of_pseudo(
         granularity=granularity,
         reduction=reduction,
     )
-    real = jnp.arange(length)[None] < prompt.lengths[:, None]
+    real = jnp.arange(length, dtype=jnp.int32)[None] < prompt.lengths[:, None]
     return pool_in_budget(
         *(scores, real, prompt.keep),
         pooling=pooling,

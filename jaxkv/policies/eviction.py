@@ -139,7 +139,9 @@ def attend_and_sum(
         scale=scale_of(query),
         exact=implementation == "reference",
     ).mean(axis=2)
-    new = jnp.arange(state.slots)[None, None] == state.target[..., None]
+    new = (
+        jnp.arange(state.slots, dtype=jnp.int32)[None, None] == state.target[..., None]
+    )
     sums = jnp.where(new, 0, state.memory) + weights
     sums = jnp.where(position[:, None, None] >= 0, sums, state.memory)
     return out, dataclasses.replace(state, memory=sums)

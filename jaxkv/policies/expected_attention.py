@@ -74,9 +74,11 @@ def expected_attention(
 ) -> jax.Array:
     """Return the normalised expected attention of each token, float32 `[B, K, T]`."""
     batch, length, kv_heads, head_dim = prompt.keys.shape
-    real = jnp.arange(length)[None] < prompt.lengths[:, None]
+    real = jnp.arange(length, dtype=jnp.int32)[None] < prompt.lengths[:, None]
     mean, covariance = _statistics(prompt, n_sink)
-    ahead = prompt.lengths[:, None] + jnp.arange(n_future_positions)[None]
+    ahead = (
+        prompt.lengths[:, None] + jnp.arange(n_future_positions, dtype=jnp.int32)[None]
+    )
     angles = ahead[..., None].astype(jnp.float32) * prompt.frequencies[None, None]
     cos, sin = (f(angles).mean(1)[:, None] for f in (jnp.cos, jnp.sin))  # [B, 1, H / 2]
 
@@ -100,7 +102,7 @@ def expected_attention(
 def _statistics(prompt, n_sink):
     """Return mean `[B, N, H]` and covariance `[B, N, H, H]` of queries turned back."""
     batch, length, _, _ = prompt.queries.shape
-    index = jnp.broadcast_to(jnp.arange(length), (batch, length))
+    index = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
     queries = rotate(prompt.queries.astype(jnp.float32), -index, prompt.frequencies)
     # A prompt of nothing but sinks still has statistics.
     first = jnp.minimum(n_sink, prompt.lengths - 1)[:, None]

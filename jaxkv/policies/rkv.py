@@ -9,6 +9,7 @@ from typing import Annotated
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from annotated_types import Ge, Le
 
 from jaxkv.fields import OddSize
@@ -16,6 +17,9 @@ from jaxkv.kernels import decode
 from jaxkv.policies.base import PlainAttention, scale_of
 from jaxkv.policies.eviction import attend_and_write, check_room, evict_in_bulk
 from jaxkv.state import KVState
+
+# In the memory: a finite number, since `jax_debug_infs` looks at what programs return.
+_NO_LOGIT = float(np.finfo(np.float32).min)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,7 +73,9 @@ class RKV(PlainAttention):
         del lengths
         batch, kv_heads, slots = state.positions.shape
         shape = (batch, kv_heads, self.window_size, slots)
-        return dataclasses.replace(state, memory=jnp.full(shape, -jnp.inf, jnp.float32))
+        return dataclasses.replace(
+            state, memory=jnp.full(shape, _NO_LOGIT, jnp.float32)
+        )
 
     def attend(
         self, query, key, value, state, position, *, implementation=None
@@ -87,7 +93,8 @@ class RKV(PlainAttention):
         ).max(axis=2)
         # The scatter drops a row beyond the window: finished rows write nowhere.
         row = jnp.where(position >= 0, position % self.window_size, self.window_size)
-        rows = jnp.arange(len(position))
+        rows = jnp.arange(len(position), dtype=jnp.int32)
+        logits = jnp.maximum(logits, _NO_LOGIT)
         window = state.memory.at[rows, :, row].set(logits, mode="drop")
         state = dataclasses.replace(state, memory=window)
         newest = position - self.window_size
@@ -119,7 +126,7 @@ def attended_importance(
     """Return how much the window's queries attend to the tokens before it.
 
     Args:
-      window: float32 `[B, K, W, S]`, logits; a row of `-inf` is no query.
+      window: float32 `[B, K, W, S]`, logits; a row without any is no query.
       positions: int32 `[B, K, S]`.
       newest: int32 `[B]`, position of the last token before the window.
       kernel_size: of the max-pooling over neighbours in order of position.
@@ -129,7 +136,7 @@ def attended_importance(
     """
     before = (positions >= 0) & (positions <= newest[:, None, None])
     weights = decode.softmax(jnp.where(before[:, :, None], window, -jnp.inf))
-    queries = (window > -jnp.inf).any(-1).sum(-1, keepdims=True)
+    queries = (window > _NO_LOGIT).any(-1).sum(-1, dtype=jnp.int32, keepdims=True)
     mean = weights.sum(axis=2) / jnp.maximum(queries, 1).astype(jnp.float32)
     last = jnp.iinfo(jnp.int32).max
     order = jnp.argsort(jnp.where(before, positions, last), axis=-1)
@@ -170,15 +177,17 @@ def redundancy(
     def add(total, start):
         rows = jax.lax.dynamic_slice_in_dim(padded, start, block, axis=2)
         similarity = jnp.einsum("bkrh,bksh->bkrs", rows, unit)
-        itself = (start + jnp.arange(block))[:, None] == jnp.arange(slots)[None]
+        itself = (start + jnp.arange(block, dtype=jnp.int32))[:, None] == jnp.arange(
+            slots, dtype=jnp.int32
+        )[None]
         similarity = jnp.where(itself[None, None], 0, similarity)
         similar = jnp.where(similarity > threshold, positions[:, :, None], -1)
         latest = similar.max(-1, keepdims=True)
         forgiven = (similar == latest) & (similar >= 0)
         return total + jnp.where(forgiven, 0, similarity).sum(axis=2), None
 
-    starts = block * jnp.arange(blocks)
+    starts = block * jnp.arange(blocks, dtype=jnp.int32)
     total, _ = jax.lax.scan(add, jnp.zeros(positions.shape, jnp.float32), starts)
-    number = jnp.maximum(occupied.sum(-1, keepdims=True), 1)
+    number = jnp.maximum(occupied.sum(-1, dtype=jnp.int32, keepdims=True), 1)
     mean = total / number.astype(jnp.float32)
     return decode.softmax(jnp.where(occupied, mean, -jnp.inf))

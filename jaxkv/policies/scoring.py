@@ -41,10 +41,10 @@ def keep_top(
       fits lies as it would in a full cache. Ties favour the earlier token.
     """
     length = scores.shape[-1]
-    real = jnp.arange(length)[None] < prompt.lengths[:, None]
+    real = jnp.arange(length, dtype=jnp.int32)[None] < prompt.lengths[:, None]
     scores = jnp.where(real[:, None], scores, -jnp.inf)
     _, best = jax.lax.top_k(scores, min(budget, length))
-    rank = jnp.arange(best.shape[-1])[None, None]
+    rank = jnp.arange(best.shape[-1], dtype=jnp.int32)[None, None]
     most = jnp.minimum(prompt.keep, prompt.lengths)[:, None, None]
     # The sentinel sorts behind every token.
     best = jnp.sort(jnp.where(rank < most, best, length), axis=-1)
@@ -78,7 +78,7 @@ def attention_of_window(
     Returns:
       Float32 `[B, K, L]`, or `[B, N, L]` by query head.
     """
-    place = start[:, None] + jnp.arange(window)[None]
+    place = start[:, None] + jnp.arange(window, dtype=jnp.int32)[None]
     place = jnp.minimum(place, prompt.queries.shape[1] - 1)
     queries = jnp.take_along_axis(prompt.queries, place[..., None, None], axis=1)
     if offset:
@@ -226,7 +226,7 @@ def keep_anyway(
       n_sink: first tokens.
       n_recent: last tokens, one number or int32 `[B]`.
     """
-    index = jnp.arange(scores.shape[-1])[None]
+    index = jnp.arange(scores.shape[-1], dtype=jnp.int32)[None]
     recent = index >= (lengths - n_recent)[:, None]
     return jnp.where(((index < n_sink) | recent)[:, None], jnp.inf, scores)
 

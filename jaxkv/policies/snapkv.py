@@ -70,7 +70,7 @@ class SnapKV(WholePrompt):
         scores = attention_of_last(
             prompt, self.window_size, count=window, offset=self.offset
         )
-        index = jnp.arange(scores.shape[-1])[None]
+        index = jnp.arange(scores.shape[-1], dtype=jnp.int32)[None]
         before = index < (prompt.lengths - window)[:, None]
         scores = pool(
             scores, before, pooling=self.pooling, kernel_size=self.kernel_size

@@ -112,7 +112,8 @@ def next_oldest(
     age = _age(state, n_sink=n_sink)
     known = min(count, state.slots)
     _, order = jax.lax.top_k(-age, known)
-    evictable = (age != jnp.iinfo(jnp.int32).max).sum(-1, keepdims=True)
+    evictable = age != jnp.iinfo(jnp.int32).max
+    evictable = evictable.sum(-1, dtype=jnp.int32, keepdims=True)
     step = jnp.arange(count, dtype=jnp.int32)[None, None]
     sinks = jnp.clip(n_sink - position, 0, count)[:, None, None]
     circle = jnp.maximum(evictable - sinks, 1)

@@ -211,7 +211,7 @@ class Aligned(Tree):
         expected = _expected(context, index)  # [B, M, R, 3]
         known = sequences.there & (index > 0) & (index < context.prompt[:, None, None])
         aligned = expected[..., 0] == sequences.tokens
-        kinds = jnp.where(aligned, ALIGNED, UNALIGNED)
+        kinds = jnp.where(aligned, jnp.int32(ALIGNED), UNALIGNED)
         sequences = sequences._replace(kinds=jnp.where(known, kinds, UNCHECKED))
         more = self._varied(sequences, expected)
         both = jax.tree.map(lambda a, b: jnp.concatenate([a, b], 1), sequences, more)
@@ -231,8 +231,8 @@ class Aligned(Tree):
         candidates = candidates[..., : self.num_alternatives]
         batch, sources, length, alternatives = candidates.shape
         # Axes: row, source, which token is replaced, by which candidate, token.
-        replaced = jnp.arange(length)[None, None, :, None, None]
-        order = jnp.arange(length)[None, None, None, None]
+        replaced = jnp.arange(length, dtype=jnp.int32)[None, None, :, None, None]
+        order = jnp.arange(length, dtype=jnp.int32)[None, None, None, None]
         here = order == replaced
         unexpected = (few.kinds == UNALIGNED) & few.there
         shape = (batch, sources, length, alternatives, length)
@@ -254,7 +254,7 @@ class Aligned(Tree):
 
 def _expected(context, index):
     """Return the likeliest tokens at each index, int32 `[..., 3]`."""
-    rows = jnp.arange(index.shape[0])[:, None, None]
+    rows = jnp.arange(index.shape[0], dtype=jnp.int32)[:, None, None]
     last = context.likeliest.shape[1] - 1
     return context.likeliest[rows, jnp.clip(index, 0, last)]
 

@@ -107,7 +107,7 @@ def begin(
       pool: int32 `[B, 2]`; None is the whole prompt.
     """
     batch, length = tokens.shape
-    rows = jnp.arange(batch)
+    rows = jnp.arange(batch, dtype=jnp.int32)
     text = jnp.pad(tokens, ((0, 0), (0, max_out))).at[rows, lengths].set(first)
     unexpected = jnp.full(batch, -1, jnp.int32)
     if likeliest is not None:
@@ -158,7 +158,7 @@ def pays(
         # does depend on the kind of the step.
         return brings.any()
     hoped = jnp.where(brings, g.speculation.hope, 0.0).sum()
-    price = drafter.break_even * running.sum().astype(jnp.float32)
+    price = drafter.break_even * running.sum(dtype=jnp.int32).astype(jnp.float32)
     return brings.any() & (hoped >= price)
 
 
@@ -217,7 +217,7 @@ def tree_step(
       The generation. With the exact rule it is what plain steps would give.
     """
     s = g.speculation
-    is_root = jnp.arange(s.tree.tokens.shape[1])[None] == 0
+    is_root = jnp.arange(s.tree.tokens.shape[1], dtype=jnp.int32)[None] == 0
     tree = s.tree._replace(valid=s.tree.valid & (brings[:, None] | is_root))
     above = trees.ancestors(tree, depth=depth)
     position = jnp.where(running, g.position, -1)

@@ -119,5 +119,5 @@ def continuations(
     index = ends[..., None] + 1 + jnp.arange(length, dtype=jnp.int32)[None, None]
     there = (ends[..., None] != NONE) & (index < context.pool[:, 1, None, None])
     clipped = jnp.clip(index, 0, context.text.shape[1] - 1)
-    rows = jnp.arange(context.text.shape[0])[:, None, None]
+    rows = jnp.arange(context.text.shape[0], dtype=jnp.int32)[:, None, None]
     return jnp.where(there, context.text[rows, clipped], 0), there, index

@@ -61,7 +61,7 @@ def merge(
         frequent = _ranks(jnp.where(is_node & (count > 0), key, never))
         own = jnp.take_along_axis(frequent, first, axis=1)
         # A node's ancestors are the earlier tokens of its own sequence.
-        kept = jnp.cumsum((count > 0) & (own >= main), axis=2) == 0
+        kept = jnp.cumsum((count > 0) & (own >= main), axis=2, dtype=jnp.int32) == 0
         group = jnp.where(count > 0, jnp.where(kept, 0, 2), jnp.where(kept, 1, 3))
         key += group * (number + 1) * size
     rank = _ranks(jnp.where(is_node, key, never))
@@ -70,10 +70,10 @@ def merge(
     wanted = jnp.arange(nodes, dtype=jnp.int32)[None, :, None]
     hit = jnp.where(is_node, rank, -1).reshape(batch, 1, size) == wanted
     index = jnp.arange(size, dtype=jnp.int32)[None, None]
-    chosen = jnp.where(hit, index, 0).sum(-1)  # [B, nodes], into Q * R
+    chosen = jnp.where(hit, index, 0).sum(-1, dtype=jnp.int32)  # [B, nodes], into Q * R
     valid = hit.any(-1)
     sequence, at = chosen // length, chosen % length
-    rows = jnp.arange(batch)[:, None]
+    rows = jnp.arange(batch, dtype=jnp.int32)[:, None]
     above = first[rows, sequence, jnp.maximum(at - 1, 0)]
     parent = jnp.where(at > 0, 1 + rank[rows, above, jnp.maximum(at - 1, 0)], 0)
     return below_root(

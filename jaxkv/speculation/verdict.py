@@ -61,7 +61,7 @@ def decide(
         picks = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     if rule.exact:
         ok = tree.tokens == jnp.take_along_axis(picks, tree.parents, axis=1)
-        merit = jnp.zeros(picks.shape)
+        merit = jnp.zeros(picks.shape, jnp.float32)
     else:
         viewed = view(logits, tree, picks, stop_ids)
         ok = rule.passes(viewed)
@@ -83,7 +83,7 @@ def view(
     Returns:
       The view, from each node's parent on its token.
     """
-    rows = jnp.arange(logits.shape[0])[:, None]
+    rows = jnp.arange(logits.shape[0], dtype=jnp.int32)[:, None]
     total = jax.nn.logsumexp(logits, axis=-1)  # [B, T], by parent
     top = logits.max(-1)
     centred = logits - total[..., None]
@@ -115,7 +115,7 @@ def _walk(logits, tree, sampler, position, rngs, seen, running):
     than the network, and because a penalty must know the tokens on the way. Nodes
     that are not reached hold -1.
     """
-    rows = jnp.arange(tree.tokens.shape[0])
+    rows = jnp.arange(tree.tokens.shape[0], dtype=jnp.int32)
 
     def step(carry):
         node, going, picks, seen = carry
@@ -129,7 +129,7 @@ def _walk(logits, tree, sampler, position, rngs, seen, running):
         child = tree.valid & (tree.parents == node[:, None])
         child &= (tree.tokens == token[:, None]) & (tree.depths > 0)
         going &= child.any(-1)
-        node = jnp.where(going, jnp.argmax(child, axis=-1), node)
+        node = jnp.where(going, jnp.argmax(child, axis=-1).astype(jnp.int32), node)
         return node, going, picks, seen
 
     root = jnp.zeros(rows.shape, tree.parents.dtype)
@@ -143,7 +143,7 @@ def _longest(tree, above, ok, merit):
 
     Of equally long ones, the one whose tokens are likeliest together.
     """
-    is_root = jnp.arange(ok.shape[1])[None] == 0
+    is_root = jnp.arange(ok.shape[1], dtype=jnp.int32)[None] == 0
     ok = (ok & tree.valid) | is_root
     whole = ~(above & ~ok[:, None]).any(-1)
     reached = jnp.where(whole, tree.depths, -1)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from jaxkv import Categorical, Greedy
 from jaxkv.fields import check_types
-from jaxkv.sampling import penalize, row_keys
+from jaxkv.sampling import penalize
 
 LOGITS = jnp.log(jnp.array([[0.5, 0.25, 0.15, 0.1]]))
 
@@ -109,11 +109,3 @@ def test_penalty_agrees_with_transformers(seed, penalty):
 def test_options_that_mean_nothing(sampler, message):
     with pytest.raises(ValueError, match=message):
         check_types(sampler)
-
-
-def test_a_row_with_its_own_seed_is_the_first_row_of_that_seed():
-    data = jax.random.key_data
-    own = data(row_keys([5, 7], 2))
-    np.testing.assert_array_equal(own[0], data(row_keys(5, 3))[0])
-    np.testing.assert_array_equal(own[1], data(row_keys(7, 1))[0])
-    assert len({key.tobytes() for key in np.asarray(data(row_keys(5, 3)))}) == 3

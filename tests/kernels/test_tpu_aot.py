@@ -8,6 +8,7 @@ interpret mode; here only that they compile, in place, in the memory that there 
 import importlib.util
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -58,6 +59,20 @@ def test_other_kernels_compile_on_every_topology(script, part):
         # Splash may copy queries, keys and values into the order of its axes.
         rows = 2 * record["T"] * (record["N"] + 2 * record["K"]) * record["H"]
         assert record["temp_bytes"] < (2 * rows if part == "causal_attention" else 2e6)
+
+
+SETTINGS = {
+    "64 bits": lambda: jax.enable_x64(True),
+    "highest": lambda: jax.default_matmul_precision("highest"),
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
+def test_all_kernels_compile_under_other_settings_of_jax(script, setting):
+    parts = [part for part in script.PARTS if part != "generate"]
+    with setting():
+        records = list(script.kernels(parts, dict(v5e=script.TOPOLOGIES["v5e"])))
+    assert len(records) == len(parts)
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from small_tokenizers import BOS, EOS, byte_level, pieces, write
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from jaxkv.models.hf_tokenizer import encode, read_tokenizer
-from jaxkv.models.tokenizer_checks import check, one_line
+from jaxkv.models.tokenizer_checks import check, damage_named, one_line
 
 TEXTS = (
     "the cat and 12 hats, then the end.",
@@ -179,6 +179,31 @@ def test_damaged_tokenizer_json(tmp_path, content, words):
     with raises(*words) as caught:
         read_tokenizer(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [
+        # The library notices none of these before the tokenizer is used.
+        (("post_processor", "special_tokens"), {}),
+        (("decoder", "decoders", 3, "stop"), 2**62),
+        (("model", "merges", 0), ["a", ""]),
+    ],
+)
+def test_damage_that_shows_late(tmp_path, part, value):
+    content = json.loads(pieces(bos=BOS).to_str())
+    inner = content
+    for key in part[:-1]:
+        inner = inner[key]
+    inner[part[-1]] = value
+    (write(tmp_path, byte_level()) / "tokenizer.json").write_text(json.dumps(content))
+    with raises("tokenizer.json: the tokenizer cannot be read", "fetch it again"):
+        read_tokenizer(tmp_path)
+
+
+def test_an_interrupt_is_none(tmp_path):
+    with pytest.raises(KeyboardInterrupt), damage_named(tmp_path):
+        raise KeyboardInterrupt
 
 
 def test_byte_order_marks(tmp_path):
