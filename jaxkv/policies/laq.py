@@ -4,7 +4,7 @@ Wang et al., arXiv 2505.20334. Axis letters: `B` batch, `N` sketched tokens.
 """
 
 import dataclasses
-from typing import Annotated
+from typing import Annotated, Any
 
 import jax
 from annotated_types import Ge
@@ -57,6 +57,15 @@ class LAQ(WholePrompt):
     clusters: Annotated[int, Ge(0)] = 0
     n_recent: Annotated[int, Ge(0)] = 0
     sketches = True
+
+    @classmethod
+    def recommended(cls, **options) -> "LAQ":
+        """Return what finds most with SmolLM2-135M: half the sketch, DapQ's scores.
+
+        `benchmarks/README.md` has the numbers. 8 tokens lose little against 16.
+        """
+        ours = dict(window_size=16, kernel_size=31, reduction="max", clusters=4)
+        return cls(**dict[str, Any](ours) | options)
 
     @property
     def num_pseudo(self) -> int:

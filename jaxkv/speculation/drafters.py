@@ -137,7 +137,7 @@ class Tree:
     ngram_max: Ngram = 16
     ngram_min: Ngram = 2
     max_matches: Matches = 32
-    include_output: bool = False
+    include_output: bool = True
     break_even: Tokens = 0.35
     likeliest = False
 

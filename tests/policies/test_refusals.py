@@ -90,7 +90,11 @@ def test_bounds_themselves_are_taken():
         (H2O(window_size=8), 1, "H2O: budget=1 leaves no slot"),
         (H2O(window_size=None), 1, "H2O: budget=1 leaves no slot"),
         (ExpectedAttention(n_sink=8), 8, "leaves no slot .* n_sink=8"),
-        (DapQ(prefix=9), 8, "prefix=9 must lie between 0 and window_size=8"),
+        (
+            DapQ(window_size=8, prefix=9),
+            8,
+            "prefix=9 must lie between 0 and window_size=8",
+        ),
         (DapQ(content="fixed"), 8, 'content="fixed" needs fixed_ids'),
         (DapQ(n_sink=4, n_recent=4), 8, "n_sink=4 and n_recent=4 keeps anyway"),
         (LAQ(), 1, "LAQ: budget=1 leaves no slot"),

@@ -89,6 +89,7 @@ def test_named_profiles():
     assert PyramidKV.kvpress() == PyramidKV(
         window_size=64, kernel_size=5, pooling="avg"
     )
-    paper = DapQ(window_size=32, prefix=4, reduction="sum", kernel_size=7)
+    paper = DapQ(prefix=4, reduction="sum", kernel_size=7, clusters=0)
+    assert paper.window_size == 32
     assert DapQ.literal() == dataclasses.replace(paper, pooling="none")
     assert DapQ.tables(offset=2) == dataclasses.replace(paper, offset=2)

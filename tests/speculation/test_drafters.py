@@ -174,7 +174,8 @@ def test_merge(main, seed):
 def test_tree_by_hand():
     #          0  1  2  3  4  5  6  7  8  9
     context = context_of([1, 2, 3, 4, 1, 2, 3, 5, 1, 2], prompt=8)
-    tree = Tree(num_draft_tokens=5, depth=3, ngram_max=4, ngram_min=1)
+    prompt = dict(include_output=False)
+    tree = Tree(num_draft_tokens=5, depth=3, ngram_max=4, ngram_min=1, **prompt)
     got = paths_of(draft(tree, context))
     # (1, 2) has occurred twice: both go on with 3, the later one with 5.
     assert list(got) == [(3,), (3, 5), (3, 4), (3, 4, 1)]
@@ -195,6 +196,7 @@ def test_tree_by_hand():
 def test_options_of_the_tree(options, want):
     context = context_of([1, 2, 3, 4, 1, 2, 3, 5, 1, 2], prompt=8)
     usual = dict(num_draft_tokens=5, depth=3, ngram_max=4, ngram_min=1)
+    usual |= dict(include_output=False)
     drafter = Tree(**(usual | options))
     assert list(paths_of(draft(drafter, context))) == want
 
@@ -203,10 +205,10 @@ def test_the_pool_bounds_matches_and_copies():
     text = [1, 2, 3, 4, 1, 2, 5, 6, 1, 2]
     whole = context_of(text, prompt=8)
     span = context_of(text, prompt=8, pool=(1, 4))
-    drafter = Tree(num_draft_tokens=4, depth=4, ngram_min=1)
+    drafter = Tree(num_draft_tokens=4, depth=4, ngram_min=1, include_output=False)
     assert (5, 6) in paths_of(draft(drafter, whole))
     assert list(paths_of(draft(drafter, span))) == [(3,), (3, 4)]  # after 2 alone
-    two = Tree(num_draft_tokens=4, depth=4, ngram_min=2)
+    two = Tree(num_draft_tokens=4, depth=4, ngram_min=2, include_output=False)
     assert paths_of(draft(two, span)) == {}  # the 1 lies outside
 
 
@@ -314,7 +316,13 @@ def oracle_aligned(context, row, drafter):
 @given(seed=st.integers(0, 2**20))
 def test_aligned(tail, seed):
     drafter = Aligned(
-        num_draft_tokens=8, depth=3, ngram_max=3, ngram_min=1, max_matches=3, tail=tail
+        num_draft_tokens=8,
+        depth=3,
+        ngram_max=3,
+        ngram_min=1,
+        max_matches=3,
+        tail=tail,
+        include_output=False,
     )
     context = random_context(seed, vocabulary=4)
     tree = draft(drafter, context)
