@@ -39,7 +39,8 @@ class Categorical:
     """Draw from the softmax, after cutting its tail.
 
     Attributes:
-      temperature: divides the logits; `Greedy` is the limit of 0.
+      temperature: divides the logits; `Greedy` is the limit of 0, which is reached
+        where they become too large for float32.
       top_k: keep this many tokens; 0 keeps all.
       top_p: keep the most likely tokens whose probabilities first reach this sum.
       min_p: drop tokens less likely than this times the most likely one.
@@ -66,7 +67,13 @@ class Categorical:
 
     def filter(self, logits: jax.Array) -> jax.Array:
         """Return tempered logits `[B, V]` with dropped tokens at minus infinity."""
-        logits = logits / self.temperature
+        tempered = logits / self.temperature
+        # A low temperature makes the highest logits infinite, and infinities are equal.
+        # Relative to the highest one, a temperature near 0 leaves that one alone.
+        highest = logits.max(-1, keepdims=True)
+        relative = (logits - highest) / self.temperature
+        fits = jnp.isfinite(highest / self.temperature)
+        logits = jnp.where(fits, tempered, relative)
         if 0 < self.top_k < logits.shape[-1]:
             kth = jax.lax.top_k(logits, self.top_k)[0][..., -1:]
             logits = jnp.where(logits < kth, -jnp.inf, logits)
@@ -129,10 +136,12 @@ def penalize(logits: jax.Array, seen: jax.Array, penalty: float) -> jax.Array:
       penalty: positive logits are divided by it, negative ones multiplied.
 
     Returns:
-      The new logits.
+      The new logits; what float32 does not hold is the highest or lowest it does.
     """
     penalized = jnp.where(logits < 0, logits * penalty, logits / penalty)
-    return jnp.where(seen, penalized, logits)
+    limits = jnp.finfo(logits.dtype)
+    held = jnp.clip(penalized, limits.min, limits.max)
+    return jnp.where(seen & jnp.isfinite(logits), held, logits)
 
 
 def _keep_top_p(logits, top_p):

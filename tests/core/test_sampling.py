@@ -54,6 +54,47 @@ def test_draws_follow_the_distribution():
 
 
 @given(
+    rows=st.lists(
+        st.lists(st.floats(-1e4, 1e4, width=32), min_size=5, max_size=5, unique=True),
+        min_size=3,
+        max_size=3,
+    ),
+    temperature=st.floats(1.2e-38, 1e-30),
+    cut=st.sampled_from([dict(), dict(top_k=3), dict(top_p=0.9), dict(min_p=0.5)]),
+)
+def test_a_temperature_near_0_is_greedy(rows, temperature, cut):
+    """Also of logits that are all below 0, or so large that the quotients overflow."""
+    logits = jnp.asarray(rows, jnp.float32).round()
+    best = logits == logits.max(-1, keepdims=True)
+    sampler = Categorical(temperature=temperature, **cut)
+    for seed in range(3):
+        drawn = sampler.pick(logits, jax.random.split(jax.random.key(seed), 3))
+        assert np.take_along_axis(np.asarray(best), drawn[:, None], axis=1).all()
+
+
+@pytest.mark.parametrize("penalty", [1.2e-38, 3e38])
+@pytest.mark.parametrize("temperature", [1.2e-38, 1.0])
+def test_a_penalty_without_measure_leaves_numbers(penalty, temperature):
+    logits = jnp.array([[30.0, -30.0, 20.0, 10.0]])
+    seen = jnp.array([[True, True, False, False]])
+    penalized = penalize(logits, seen, penalty)
+    assert jnp.isfinite(penalized).all()
+    sampler = Categorical(temperature=temperature)
+    drawn = int(sampler.pick(penalized, jax.random.split(jax.random.key(0), 1))[0])
+    assert drawn == (0 if penalty < 1 else 2)
+
+
+def test_what_is_no_number_stays_so():
+    """So that it is told apart by what was chosen."""
+    bad = jnp.array([[jnp.inf, 1.0], [jnp.nan, 1.0]])
+    kept = penalize(bad, jnp.ones((2, 2), bool), 2.0)
+    np.testing.assert_array_equal(np.isfinite(kept), [[False, True], [False, True]])
+    keys = jax.random.split(jax.random.key(0), 2)
+    drawn = Categorical(temperature=1e-38 * 2).pick(bad, keys)
+    np.testing.assert_array_equal(drawn, [0, 0])
+
+
+@given(
     seed=st.integers(0, 2**16),
     temperature=st.floats(0.2, 3),
     top_k=st.integers(1, 40),
