@@ -52,7 +52,8 @@ def test_damaged_and_repeated_rows_are_mended_and_nothing_is_lost(tmp_path):
     assert {key[-1] for key in again.done} == {"1", "2"}
     assert again.mended == (
         f"{path}: row 1 (lines 2 to 3) is damaged, and 1 row is there more than once; "
-        "mended, what was damaged now lies in predictions.damaged.csv and is asked again."
+        "mended, what was damaged now lies in predictions.damaged.csv and is asked "
+        "again."
     )
     set_aside = (tmp_path / folder.DAMAGED).read_bytes()
     assert set_aside.startswith(b"1,1,1,1,1,,\xff,1,") and set_aside.count(b"\n") == 2
