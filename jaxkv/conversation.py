@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Self
 
+import jax
 import numpy as np
 
 from jaxkv import arguments, inference, planning, soundness
@@ -149,7 +150,7 @@ class Chat:
             budgets = (self.options.budget,)
         arguments.check_fit(lm, [tokens], max_new_tokens, self.options, budgets)
         stops = arguments.stop_ids(lm, None)
-        with inference._stopwatch() as lap:
+        with inference._stopwatch() as lap, jax.transfer_guard("allow"):
             if begun is None:
                 plan, state, room = self._begin(tokens, max_new_tokens, stops)
             else:
@@ -162,7 +163,7 @@ class Chat:
                 on_tokens=on_tokens,
             )
             decoding = lap()
-        out = inference._completion(lm, plan, [tokens], state, reading, decoding)
+            out = inference._completion(lm, plan, [tokens], state, reading, decoding)
         (answer,) = out.text or ("",)
         after = dataclasses.replace(
             self,

@@ -69,6 +69,30 @@ def check_types(options: Any) -> None:
         ) from error
 
 
+def as_python(options: Any) -> Any:
+    """Return options with Python's numbers in place of NumPy's scalars.
+
+    A NumPy scalar has a dtype, which arithmetic with arrays would follow.
+
+    Args:
+      options: a dataclass, or a value such as one of its fields has.
+    """
+    if isinstance(options, np.generic):
+        return options.item()
+    if isinstance(options, tuple) and any(isinstance(x, np.generic) for x in options):
+        return tuple(map(as_python, options))
+    if not dataclasses.is_dataclass(options) or isinstance(options, type):
+        return options
+    given = {f.name: getattr(options, f.name, None) for f in _made_of(options)}
+    python = {name: as_python(value) for name, value in given.items()}
+    changed = {name: x for name, x in python.items() if x is not given[name]}
+    return dataclasses.replace(options, **changed) if changed else options
+
+
+def _made_of(options: Any) -> list[dataclasses.Field]:
+    return [field for field in dataclasses.fields(options) if field.init]
+
+
 def _fields(options: Any) -> list[tuple[str, Any]]:
     """Return the fields of a dataclass that have a value, and their annotations."""
     if not dataclasses.is_dataclass(options):

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any, Self
 
-from jaxkv.fields import check_types
+from jaxkv.fields import as_python, check_types
 from jaxkv.kernels import decode as decode_kernels
 from jaxkv.kernels import prefill as prefill_kernels
 from jaxkv.kernels import window_scores
@@ -43,6 +43,12 @@ class Options:
     prefill_implementation: prefill_kernels.Implementation | None = None
     decode_implementation: decode_kernels.Implementation | None = None
     scores_implementation: window_scores.Implementation | None = None
+
+    def __post_init__(self) -> None:
+        """Take NumPy's scalars as Python's, in the policies as well."""
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            object.__setattr__(self, field.name, as_python(value))
 
     def check(self, budgets: Iterable[int] | None = None) -> None:
         """Check everything that can be known without a model and its prompts.

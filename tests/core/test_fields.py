@@ -99,6 +99,27 @@ def test_wrong_types_are_refused(role, method, message, budget):
         Options(budget=budget, **{role: method}).check()
 
 
+NUMPY = {
+    "decode": (jaxkv.LongFlow, dict(n_sink=np.int64(1), shared=np.bool_(True))),
+    "prefill": (
+        jaxkv.DapQ,
+        dict(content="fixed", fixed_ids=(np.int32(4), 5), seed=np.uint8(3)),
+    ),
+    "sampler": (jaxkv.Categorical, dict(temperature=np.float64(0.5), top_k=np.int8(3))),
+}
+
+
+@pytest.mark.parametrize("role", NUMPY)
+def test_numbers_of_numpy_are_taken_as_python_s(role):
+    method, given = NUMPY[role]
+    options = Options(budget=np.int64(9), **{role: method(**given)})
+    options.check()
+    found = [options.budget, *(getattr(getattr(options, role), x) for x in given)]
+    assert not [x for x in found if isinstance(x, np.generic)]
+    assert not isinstance(getattr(options.prefill, "fixed_ids", (0,))[0], np.generic)
+    assert getattr(options, role) == method(**given)
+
+
 @pytest.mark.parametrize("role", WRONG)
 def test_generate_refuses_them(tiny_lm, role):
     method, message = WRONG[role][0]

@@ -164,6 +164,7 @@ def strict():
         jax.debug_key_reuse(True),
         jax.legacy_prng_key("error"),
         jax.checking_leaks(),
+        jax.transfer_guard("disallow"),
     ):
         yield
 
