@@ -1,0 +1,172 @@
+"""Eviction and drafts on long real prompts: speed by batch, and time to first token.
+
+    python benchmarks/real_prompts.py table --out table.json
+    python benchmarks/real_prompts.py first-token --out first_token.json
+
+The prompts are windows of Python's own documentation with the wish for a summary, in
+the model's chat template. `table` crosses batch sizes with {plain, eviction,
+speculation, both}: eviction is DapQ on the prompt and LongFlow on the output, drafts
+are a tree that shrinks with the batch. `first-token` times prefill by method. All
+programs compile before any is timed; with `--lock` several processes compile side by
+side, and are timed one after the other.
+"""
+
+import contextlib
+import fcntl
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+
+import jaxkv
+from jaxkv import registry
+from jaxkv.chat import encode_chat
+from jaxkv.evaluation.perplexity import PYDOC, read_texts
+from jaxkv.options import described
+from jaxkv.provenance import provenance, write_json
+
+WISH = "Summarize this documentation in a few paragraphs:\n\n"
+METHODS = "full;snapkv;dapq;laq;laq:recommended"
+
+app = typer.Typer()
+
+Model = Annotated[str, typer.Option(help="With a chat template.")]
+Out = Annotated[Path, typer.Option(help="File for the result.")]
+Batch = Annotated[str, typer.Option(help="Rows, with commas.")]
+Length = Annotated[int, typer.Option(help="Tokens of a prompt.")]
+Repeats = Annotated[int, typer.Option(help="Timed calls of each variant.")]
+Lock = Annotated[Path | None, typer.Option(help="A file that processes wait for.")]
+
+
+@contextlib.contextmanager
+def alone(lock: Path | None) -> Iterator[None]:
+    """Wait until no other process is timed."""
+    with open(lock, "w") if lock else contextlib.nullcontext() as file:
+        if file is not None:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def drawn_prompts(lm: jaxkv.LanguageModel, rows: int, length: int) -> list[list[int]]:
+    """Return prompts of at most `length` tokens, each of another part of the text."""
+    (text,) = read_texts([PYDOC])
+    ids = lm.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    room = length - len(encode_chat(lm, [{"role": "user", "content": WISH}])) - 8
+    found = []
+    for first in np.linspace(0, len(ids) - room, rows).astype(int):
+        part = lm.tokenizer.decode(ids[first : first + room])
+        row = encode_chat(lm, [{"role": "user", "content": WISH + part}])
+        found.append(row[:length])
+    return found
+
+
+def timed(
+    lm: jaxkv.LanguageModel,
+    prompts: list[list[int]],
+    variants: dict[str, dict[str, Any]],
+    *,
+    new: int,
+    repeats: int,
+    lock: Path | None,
+) -> list[dict[str, Any]]:
+    """Return a row per variant: medians over the timed calls."""
+
+    def call(arguments: dict[str, Any]) -> jaxkv.Completion:
+        return jaxkv.generate(lm, prompts, max_new_tokens=new, stop_ids=[], **arguments)
+
+    for arguments in variants.values():
+        call(arguments)
+    rows = []
+    with alone(lock):
+        for name, arguments in variants.items():
+            outs = [call(arguments) for _ in range(repeats)]
+            stats = [out.stats for out in outs]
+            drafts = stats[0].drafts
+            rows.append(
+                {
+                    "batch": len(prompts),
+                    "prompt_tokens": max(stats[0].prompt_tokens),
+                    "new": new,
+                    "variant": name,
+                    "prefill_seconds": float(
+                        np.median([s.prefill_seconds for s in stats])
+                    ),
+                    "tokens_per_second": float(
+                        np.median([s.tokens_per_second for s in stats])
+                    ),
+                    "cache_bytes": stats[0].cache_bytes,
+                    "mal": drafts and drafts.mal_with_bonus,
+                    "compile_seconds": sum(s.compile_seconds for s in stats),
+                }
+            )
+            print(rows[-1], flush=True)
+    return rows
+
+
+@app.command()
+def table(
+    out: Out,
+    model: Model = "smollm2",
+    batch: Batch = "1,4,16,64",
+    length: Length = 4096,
+    new: Annotated[int, typer.Option(help="Tokens of each output.")] = 256,
+    budget: Annotated[int, typer.Option(help="Of prompt and output.")] = 1024,
+    repeats: Repeats = 3,
+    lock: Lock = None,
+) -> None:
+    """Cross batch sizes with eviction and speculation."""
+    lm = jaxkv.load(model)
+    rows, used = [], {}
+    for size in map(int, batch.split(",")):
+        nodes = max(4, 16 // max(1, size // 4))
+        draft = {
+            "speculate": jaxkv.Tree(
+                num_draft_tokens=nodes - 1, depth=min(10, nodes - 1)
+            )
+        }
+        evict: dict[str, Any] = {
+            "budget": budget,
+            "prefill": jaxkv.DapQ(),
+            "decode": jaxkv.LongFlow(),
+        }
+        variants = {
+            "plain": {},
+            "eviction": evict,
+            "speculation": draft,
+            "both": evict | draft,
+        }
+        used[size] = {name: described(v) for name, v in variants.items()}
+        prompts = drawn_prompts(lm, size, length)
+        rows += timed(lm, prompts, variants, new=new, repeats=repeats, lock=lock)
+        write_json(out, provenance() | {"variants": used, "rows": rows})
+
+
+@app.command()
+def first_token(
+    out: Out,
+    model: Model = "smollm2",
+    batch: Batch = "1,8",
+    length: Length = 4096,
+    budget: Annotated[int, typer.Option(help="Of the prompt.")] = 256,
+    methods: Annotated[str, typer.Option(help="With semicolons.")] = METHODS,
+    repeats: Repeats = 5,
+    lock: Lock = None,
+) -> None:
+    """Time prefill and the first token by method."""
+    lm = jaxkv.load(model)
+    variants: dict[str, dict[str, Any]] = {}
+    for name in methods.split(";"):
+        policy = registry.parse(name, registry.PREFILL, flag="--methods")
+        evicts = policy != jaxkv.Full()
+        variants[name] = {"prefill": policy, "budget": budget} if evicts else {}
+    rows = []
+    for size in map(int, batch.split(",")):
+        prompts = drawn_prompts(lm, size, length)
+        rows += timed(lm, prompts, variants, new=2, repeats=repeats, lock=lock)
+        write_json(out, provenance() | {"budget": budget, "rows": rows})
+
+
+if __name__ == "__main__":
+    app()
