@@ -98,13 +98,16 @@ def test_logits(lm, theirs):
 def test_greedy_tokens(lm, theirs, chat):
     import torch
 
-    for prompt in PROMPTS:
+    def encode(prompt):
         turns = [{"role": "user", "content": prompt}]
-        ids = lm.tokenizer(prompt)["input_ids"]
+        options = dict(add_generation_prompt=True, return_dict=False)
         if chat:
-            ids = lm.tokenizer.apply_chat_template(
-                turns, add_generation_prompt=True, return_dict=False
-            )
+            return lm.tokenizer.apply_chat_template(turns, **options)
+        return lm.tokenizer(prompt)["input_ids"]
+
+    prompts = [encode(prompt) for prompt in PROMPTS]
+    out = jaxkv.generate(lm, prompts, max_new_tokens=NEW_TOKENS, stop_ids=())
+    for ids, found in zip(prompts, out.tokens, strict=True):
         with torch.no_grad():
             expected = theirs.generate(
                 torch.tensor([ids]),
@@ -113,6 +116,5 @@ def test_greedy_tokens(lm, theirs, chat):
                 do_sample=False,
                 eos_token_id=None,
                 pad_token_id=0,
-            )[0, len(ids) :]
-        out = jaxkv.generate(lm, [ids], max_new_tokens=NEW_TOKENS, stop_ids=())
-        assert list(out.tokens[0]) == expected.tolist(), prompt
+            )
+        assert list(found) == expected[0, len(ids) :].tolist()
