@@ -149,7 +149,8 @@ def _special_tokens(folder: Path, config: dict[str, Any]) -> dict[str, str]:
             token = token.get("content")
         if token is None:
             continue
-        if not isinstance(token, str):
+        half = isinstance(token, str) and any(0xD800 <= ord(c) < 0xE000 for c in token)
+        if half or not isinstance(token, str):
             raise CheckpointError(
                 f"{path}: {name} must be a token, found {found[name]!r}."
             )

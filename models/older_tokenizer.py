@@ -56,7 +56,7 @@ def read_older_tokenizer(folder: Path, config: dict[str, Any]) -> Any:
         kind = "PreTrainedTokenizerFast" if pieces else "AutoTokenizer"
         try:
             tokenizer = getattr(transformers, kind).from_pretrained(
-                _without_marks(folder, stack), **around
+                _without_marks(folder, stack), trust_remote_code=False, **around
             )
             tokenizer.model_max_length = int(1e30)  # or it warns of long texts
             tokenizer.clean_up_tokenization_spaces = False

@@ -155,6 +155,7 @@ def test_tokens_behind_the_last_one_are_added(tmp_path, config, file):
         ({"added_tokens_decoder": [1]}, ["must map ids to tokens"]),
         ({"added_tokens_decoder": {"264": {}}}, ["must map ids to tokens"]),
         ({"bos_token": 1}, ["bos_token must be a token, found 1"]),
+        ({"eos_token": "\ud800"}, ["eos_token must be a token, found '\\ud800'"]),
         ({"chat_template": 1}, ["chat_template must be a text", "found int"]),
         ({"chat_template": [{"name": "a"}]}, ["chat_template must be", "found list"]),
     ],
@@ -305,6 +306,17 @@ def test_older_words_refuse(tmp_path, tokenizer_class, damage, words):
     with raises(*words) as caught:
         read_tokenizer(folder)
     assert "\n" not in str(caught.value)
+
+
+def test_no_code_of_a_checkpoint_is_run_nor_asked_for(tmp_path, monkeypatch):
+    folder = write_words(tmp_path, "MineTokenizer", "llama")
+    path = folder / "tokenizer_config.json"
+    mine = {"auto_map": {"AutoTokenizer": ["mine.Mine", None]}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | mine))
+    (folder / "mine.py").write_text("raise SystemExit")
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    with raises("transformers cannot read the tokenizer", "put a tokenizer.json"):
+        read_tokenizer(folder)
 
 
 def test_sentencepiece_is_asked_for(tmp_path, monkeypatch):
