@@ -14,7 +14,6 @@ from small_tokenizers import BOS, EOS, byte_level, pieces, write
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from jaxkv.models.hf_tokenizer import encode, read_tokenizer
-from jaxkv.models.tokenizer_checks import check, damage_named, one_line
 
 TEXTS = (
     "the cat and 12 hats, then the end.",
@@ -202,11 +201,6 @@ def test_damage_that_shows_late(tmp_path, part, value):
         read_tokenizer(tmp_path)
 
 
-def test_an_interrupt_is_none(tmp_path):
-    with pytest.raises(KeyboardInterrupt), damage_named(tmp_path):
-        raise KeyboardInterrupt
-
-
 def test_byte_order_marks(tmp_path):
     folder = write(tmp_path, byte_level(bos=BOS), chat_template="x")
     (folder / "special_tokens_map.json").write_text("{}")
@@ -261,135 +255,6 @@ def test_no_vocabulary(tmp_path):
     assert read_tokenizer(tmp_path) is None
 
 
-def write_words(folder, tokenizer_class, model_type="qwen2"):
-    """Write a vocabulary as Qwen did before `tokenizer.json`."""
-    byte_level().model.save(str(folder))
-    (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
-    config = {"tokenizer_class": tokenizer_class, "model_max_length": 4}
-    if tokenizer_class is not None:
-        (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    return folder
-
-
-@pytest.mark.parametrize("mark", [b"", codecs.BOM_UTF8])
-@pytest.mark.parametrize(
-    ("tokenizer_class", "model_type"),
-    [("Qwen2Tokenizer", "qwen2"), ("GPT2Tokenizer", "llama"), (None, "qwen2")],
-)
-def test_older_words(tmp_path, caplog, tokenizer_class, model_type, mark):
-    folder = write_words(tmp_path, tokenizer_class, model_type)
-    for path in folder.glob("*.json"):
-        path.write_bytes(mark + path.read_bytes())
-    with caplog.at_level(logging.WARNING):
-        tokenizer = read_tokenizer(folder)
-        ids = tokenizer("the cat of the")["input_ids"]
-    assert ids == byte_level().encode("the cat of the").ids
-    assert tokenizer.decode(ids) == "the cat of the"
-    assert not caplog.records
-
-
-@pytest.mark.parametrize(
-    ("tokenizer_class", "damage", "words"),
-    [
-        ("LlamaTokenizer", None, ["vocab.json", "gives the token", "the id None"]),
-        ("Qwen2Tokenizer", "merges.txt", ["transformers cannot read the tokenizer"]),
-        ("Qwen2Tokenizer", "vocab.json", ["vocab.json is not valid JSON"]),
-    ],
-)
-def test_older_words_refuse(tmp_path, tokenizer_class, damage, words):
-    """A class for other files takes none of these, and would read every text as ''."""
-    folder = write_words(tmp_path, tokenizer_class, "llama")
-    if damage == "merges.txt":
-        (folder / damage).unlink()
-    elif damage:
-        (folder / damage).write_text("{")
-    with raises(*words) as caught:
-        read_tokenizer(folder)
-    assert "\n" not in str(caught.value)
-
-
-def test_no_code_of_a_checkpoint_is_run_nor_asked_for(tmp_path, monkeypatch):
-    folder = write_words(tmp_path, "MineTokenizer", "llama")
-    path = folder / "tokenizer_config.json"
-    mine = {"auto_map": {"AutoTokenizer": ["mine.Mine", None]}}
-    path.write_text(json.dumps(json.loads(path.read_text()) | mine))
-    (folder / "mine.py").write_text("raise SystemExit")
-    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
-    with raises("transformers cannot read the tokenizer", "put a tokenizer.json"):
-        read_tokenizer(folder)
-
-
-def test_sentencepiece_is_asked_for(tmp_path, monkeypatch):
-    (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>")
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with raises("tokenizer.model is read by", "pip install sentencepiece"):
-        read_tokenizer(tmp_path)
-
-
-@pytest.mark.parametrize("tokenizer_class", ["LlamaTokenizer", "Qwen2Tokenizer", None])
-@pytest.mark.parametrize("bos", [True, False, None])
-def test_sentencepiece(tmp_path, tokenizer_class, bos):
-    sentencepiece = pytest.importorskip("sentencepiece")
-    with (tmp_path / "tokenizer.model").open("wb") as file:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(["the cat and the hat of 12 cats"] * 20),
-            **dict(model_writer=file, model_type="bpe", vocab_size=300),
-            **dict(byte_fallback=True, minloglevel=2, hard_vocab_limit=False),
-            **dict(normalization_rule_name="identity", remove_extra_whitespaces=False),
-        )
-    config = {"tokenizer_class": tokenizer_class, "add_bos_token": bos}
-    config = {name: value for name, value in config.items() if value is not None}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    tokenizer = read_tokenizer(tmp_path)
-    truth = sentencepiece.SentencePieceProcessor(
-        model_file=str(tmp_path / "tokenizer.model")
-    )
-    for text in ("the cat", "  12  cats\n", "北京"):
-        first = [] if bos is False else [truth.bos_id()]
-        assert tokenizer(text)["input_ids"] == [*first, *truth.encode(text)]
-
-
-class Wrong:
-    """A transformers tokenizer with faults."""
-
-    unk_token_id = None
-
-    def __init__(self, ids=(1,), text="the"):
-        self._ids, self._text = ids, text
-
-    def __call__(self, text, add_special_tokens):
-        return {"input_ids": self._ids}
-
-    def decode(self, ids):
-        return self._text
-
-    def get_vocab(self):
-        return {"a": 1}
-
-
-@pytest.mark.parametrize(
-    ("tokenizer", "truth", "words"),
-    [
-        (Wrong(), dict(encode=lambda text: [2]), ["makes [1] of 'the cat", "says [2]"]),
-        (Wrong(), dict(decode=lambda ids: "x"), ["decodes 'x' as 'the'"]),
-        (Wrong(), dict(vocabulary={"a": 2}), ["'a' the id 1, but the file 2"]),
-        (Wrong(ids=[]), {}, ["reads 'the cat and", "right tokenizer_class"]),
-        (Wrong(text="▁the▁cat"), {}, ["reads 'the cat and", "as '▁the▁cat'"]),
-        (Wrong(text="thecatand12hats,thentheend."), {}, ["reads 'the cat and"]),
-    ],
-)
-def test_check_refuses(tokenizer, truth, words):
-    with raises("here: transformers (Wrong)", *words):
-        check(tokenizer, "here", **truth)
-
-
-def test_check_lets_the_unknown_through():
-    tokenizer = Wrong(text="<unk>")
-    tokenizer.unk_token_id = 1
-    check(tokenizer, "here", vocabulary={"a": 1})
-
-
 def test_a_vocabulary_without_letters(tmp_path):
     """Probe texts that a tokenizer cannot read at all do not speak against it."""
     truth = Tokenizer(models.WordLevel(vocab={"the": 0, "end": 1}))
@@ -397,12 +262,6 @@ def test_a_vocabulary_without_letters(tmp_path):
     truth.decoder = decoders.WordPiece()
     tokenizer = read_tokenizer(write(tmp_path, truth))
     assert tokenizer("the end")["input_ids"] == [0, 1]
-
-
-def test_long_messages_are_cut():
-    assert one_line(ValueError("a\n b")) == "a b"
-    assert one_line(ValueError("a" * 300)).endswith("a ...")
-    assert one_line(ValueError()) == "ValueError"
 
 
 def test_transformers_says_nothing_and_its_log_level_stays(tmp_path):

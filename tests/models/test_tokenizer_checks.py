@@ -1,0 +1,57 @@
+"""What a tokenizer is held against, and how its libraries' errors are told."""
+
+import pytest
+from hf_checkpoints import raises
+
+from jaxkv.models.tokenizer_checks import check, damage_named, one_line
+
+
+class Wrong:
+    """A transformers tokenizer with faults."""
+
+    unk_token_id = None
+
+    def __init__(self, ids=(1,), text="the"):
+        self._ids, self._text = ids, text
+
+    def __call__(self, text, add_special_tokens):
+        return {"input_ids": self._ids}
+
+    def decode(self, ids):
+        return self._text
+
+    def get_vocab(self):
+        return {"a": 1}
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "truth", "words"),
+    [
+        (Wrong(), dict(encode=lambda text: [2]), ["makes [1] of 'the cat", "says [2]"]),
+        (Wrong(), dict(decode=lambda ids: "x"), ["decodes 'x' as 'the'"]),
+        (Wrong(), dict(vocabulary={"a": 2}), ["'a' the id 1, but the file 2"]),
+        (Wrong(ids=[]), {}, ["reads 'the cat and", "right tokenizer_class"]),
+        (Wrong(text="▁the▁cat"), {}, ["reads 'the cat and", "as '▁the▁cat'"]),
+        (Wrong(text="thecatand12hats,thentheend."), {}, ["reads 'the cat and"]),
+    ],
+)
+def test_check_refuses(tokenizer, truth, words):
+    with raises("here: transformers (Wrong)", *words):
+        check(tokenizer, "here", **truth)
+
+
+def test_check_lets_the_unknown_through():
+    tokenizer = Wrong(text="<unk>")
+    tokenizer.unk_token_id = 1
+    check(tokenizer, "here", vocabulary={"a": 1})
+
+
+def test_an_interrupt_is_none(tmp_path):
+    with pytest.raises(KeyboardInterrupt), damage_named(tmp_path):
+        raise KeyboardInterrupt
+
+
+def test_long_messages_are_cut():
+    assert one_line(ValueError("a\n b")) == "a b"
+    assert one_line(ValueError("a" * 300)).endswith("a ...")
+    assert one_line(ValueError()) == "ValueError"
