@@ -1,8 +1,9 @@
 """`jaxkv eval perplexity`: the loss of real text under a budget."""
 
+import contextlib
 import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -14,6 +15,7 @@ from jaxkv.cli.sweep import print_markdown
 from jaxkv.cli.terminal import say
 from jaxkv.evaluation import perplexity as measuring
 from jaxkv.evaluation.folder import check_writable
+from jaxkv.evaluation.lock import one_writer
 from jaxkv.evaluation.methods import (
     parse_budgets,
     parse_decode_methods,
@@ -86,7 +88,10 @@ def perplexity(
             f"{lm.name} was made for."
         )
     tokens = measuring.chosen_windows(lm, texts, length=length, development=development)
-    with shown("texts") as show:
+    alone: Any = contextlib.nullcontext()
+    if out is not None:
+        alone = one_writer(out.parent, name=out.name)
+    with alone, shown("texts") as show:
         record = measuring.measure(
             *(lm, tokens, chosen, sizes),
             prompt=prompt,

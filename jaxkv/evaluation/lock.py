@@ -1,7 +1,8 @@
-"""One writer of a folder at a time.
+"""One writer of a folder, or of a file, at a time.
 
-The file `writer.lock` is locked by the system, which lets go of it when the process
-ends, however it ends; so the file of a dead process is taken over. It says whose it is.
+A file beside the results (`writer.lock`, or `NAME.lock` for one file) is locked by the
+system, which lets go of it when the process ends, however it ends; so the file of a
+dead process is taken over. It says whose it is.
 NFS locks files between machines. Where a file system locks none, what the file says is
 all there is: then a process of this machine is looked for, and one of another machine
 is taken to be alive.
@@ -27,23 +28,28 @@ NAME = "writer.lock"
 
 
 class FolderInUse(ValueError):
-    """Another process writes into a folder."""
+    """Another process writes into a folder, or a file."""
 
 
 @contextlib.contextmanager
-def one_writer(folder: Path) -> Iterator[None]:
+def one_writer(folder: Path, *, name: str | None = None) -> Iterator[None]:
     """Keep all others from writing into a folder.
 
     A new folder is made; if nothing is in it at the end, it goes again.
 
+    Args:
+      folder: where results are written.
+      name: of the one file there that is; None for the whole folder.
+
     Raises:
-      FolderInUse: somebody else has it; the message says who.
+      FolderInUse: somebody else writes; the message says who.
       OSError: nothing can be written there.
     """
     new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / NAME
-    file = _locked(folder, path)
+    what = folder if name is None else folder / name
+    path = folder / (NAME if name is None else f"{name}.lock")
+    file = _locked(what, path)
     try:
         whose = {
             "host": platform.node(),
@@ -66,19 +72,19 @@ def one_writer(folder: Path) -> Iterator[None]:
                 folder.rmdir()
 
 
-def _locked(folder: Path, path: Path) -> int:
+def _locked(what: Path, path: Path) -> int:
     """Return the open file, locked."""
     while True:
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             if not _lock(file) and _lives(_read(file)):
-                raise _in_use(folder, _read(file))
+                raise _in_use(what, path, _read(file))
             # Whoever had it has removed it at the end, and we wait for a file that is
             # no longer there; then it is made anew.
             if _is_still(file, path):
                 return file
         except BlockingIOError:
-            error = _in_use(folder, _read(file))
+            error = _in_use(what, path, _read(file))
             os.close(file)
             raise error from None
         except BaseException:
@@ -133,10 +139,10 @@ def _lives(whose: dict[str, Any]) -> bool:
     return True
 
 
-def _in_use(folder: Path, whose: dict[str, Any]) -> FolderInUse:
+def _in_use(what: Path, path: Path, whose: dict[str, Any]) -> FolderInUse:
     who = f"process {whose.get('pid', '?')} on {whose.get('host', '?')}"
     return FolderInUse(
-        f"{folder} is being written by {who} since {whose.get('since', '?')} "
+        f"{what} is being written by {who} since {whose.get('since', '?')} "
         f"({whose.get('command', '?')}); wait for it or choose another --out. If that "
-        f"process has ended, remove {folder / NAME}."
+        f"process has ended, remove {path}."
     )

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxkv import figures
+from jaxkv import figures, soundness
 from jaxkv.evaluation import digests
 from jaxkv.evaluation.likelihood import losses, windows
 from jaxkv.evaluation.methods import FULL, Budget, Method, check_budget
@@ -105,7 +105,8 @@ def measure(
       **implementations: of `Options`.
 
     Raises:
-      ValueError: the file has another configuration, or a budget goes with no method.
+      ValueError: the file has another configuration, a budget goes with no method, or
+        losses are no numbers; what has been measured before is kept.
     """
     length = tokens.shape[1]
     if not 0 < prompt < length:
@@ -137,12 +138,19 @@ def measure(
             )[: len(tokens) - first]
             for first in range(0, len(tokens), batch_size)
         ]
+        found = np.concatenate(rows)
+        if not np.isfinite(found).all():
+            raise ValueError(
+                f"{_at(method, budget)}: losses are NaN or infinite in "
+                f"{int((~np.isfinite(found)).any(1).sum())} of {len(found)} windows; "
+                f"{soundness.cause(lm.params)}"
+            )
         record["results"].append(
             {
                 "method": method.name,
                 "budget": budget,
                 "budget_tokens": count,
-                "losses": _binned(np.concatenate(rows)).round(6).tolist(),
+                "losses": _binned(found).round(6).tolist(),
             }
         )
         if file is not None:
@@ -184,6 +192,10 @@ def _cases(
             check_budget(method, budget, count, prompt)
             cases.append((method, budget.name, count))
     return cases
+
+
+def _at(method: Method, budget: str) -> str:
+    return f"{method.name} at {budget}" if method.bounded else method.name
 
 
 def _filled(tokens: np.ndarray, first: int, size: int) -> np.ndarray:

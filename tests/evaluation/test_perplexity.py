@@ -8,6 +8,7 @@ import pytest
 import jaxkv
 from jaxkv.cli.main import main
 from jaxkv.evaluation import perplexity
+from jaxkv.evaluation.lock import one_writer
 from jaxkv.evaluation.methods import Budget, Method
 
 FULL = Method(name="full")
@@ -61,6 +62,34 @@ def test_a_record_is_gone_on_with(lm, tokens, tmp_path, monkeypatch):
     file.write_text('{"config": 3}')
     with pytest.raises(ValueError, match="no record of eval perplexity"):
         measured(lm, tokens, (FULL,), file=file)
+
+
+def test_losses_that_are_no_numbers_are_no_result(lm, tokens, tmp_path, monkeypatch):
+    file = tmp_path / "record.json"
+
+    def losses(lm, tokens, method, count, **_):
+        found = np.ones((len(tokens), 48))
+        found[1, 5] = np.nan if count == 32 else 1
+        return found
+
+    monkeypatch.setattr(perplexity, "losses", losses)
+    message = "streaming-llm at 50%: losses are NaN or infinite in 1 of 3 windows; all"
+    with pytest.raises(ValueError, match=message):
+        measured(lm, tokens, file=file)
+    kept = json.loads(file.read_text())["results"]
+    assert [entry["budget"] for entry in kept] == ["full", "24"]
+
+
+def test_one_process_writes_a_record(tmp_path, capsys):
+    file = tmp_path / "a.json"
+    command = ["eval", "perplexity", "needle", "--out", str(file)]
+    with one_writer(tmp_path, name="a.json"):
+        assert main(command) == 2
+    assert f"error: {file} is being written by process" in capsys.readouterr().err
+    with one_writer(tmp_path, name="b.json"):  # another record
+        assert main([*command, "--prompt", "4096"]) == 2
+    assert "--prompt must lie between" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_tables_by_hand():
