@@ -70,7 +70,7 @@ class Predictions:
         self._grown = False
         for partial in folder.glob("**/*.[0-9]*-????????.partial"):
             partial.unlink(missing_ok=True)  # of a writer that was killed
-        found = read(folder) if self._path.exists() else Rows([], [], 0, "")
+        found = read(folder) if self._path.exists() else Rows([], [], 0)
         if not found.rows:
             write_yaml(folder / "config.yaml", config)
         self.mended = self._mend(found)
@@ -113,7 +113,7 @@ class Predictions:
                 os.fsync(file.fileno())
         write_whole(self._path, to_text(found.rows, header=True))
         faults = found.faults()
-        if not faults:
+        if not faults:  # a new file
             return ""
         done = "what was damaged now lies in " + DAMAGED if found.damaged else ""
         done = done and f", {done} and is asked again"

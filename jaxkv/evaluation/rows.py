@@ -55,23 +55,21 @@ class Rows(NamedTuple):
 
     Attributes:
       rows: each once, as it comes first, all columns as text.
-      damaged: what is no row.
+      damaged: what is no row, as the end of one whose writer was stopped.
       repeated: how many rows have come before.
-      unfinished: the end of a row whose writer was stopped; "" if there is none.
     """
 
     rows: list[dict[str, str]]
     damaged: list[Damage]
     repeated: int
-    unfinished: str
 
     @property
     def sound(self) -> bool:
         """Whether the file holds these rows and nothing else."""
-        return not (self.damaged or self.repeated or self.unfinished)
+        return not (self.damaged or self.repeated)
 
     def faults(self) -> list[str]:
-        """Return what is wrong, a part of a sentence each; an unfinished end is not."""
+        """Return what is wrong, a part of a sentence each."""
         found = []
         if self.damaged:
             few = [f"{d.row} ({_lines(d)})" for d in self.damaged[:5]]
@@ -123,18 +121,15 @@ def parse(content: bytes) -> Rows:
         raise ValueError(f"has other columns than {', '.join(COLUMNS)}.")
     rows: dict[Key, dict[str, str]] = {}
     damaged: list[Damage] = []
-    repeated, unfinished, number = 0, "", 0
-    for first, last, row in _pieces(lines):
-        number += 1
-        if row is not None:
-            repeated += key(row) in rows
-            rows.setdefault(key(row), row)
-        elif last == len(lines):
-            unfinished = "\n".join(lines[first:last])
-        else:
+    repeated = 0
+    for number, (first, last, row) in enumerate(_pieces(lines), 1):
+        if row is None:
             text = "\n".join(lines[first:last])
             damaged.append(Damage(row=number, line=first + 1, text=text))
-    return Rows(list(rows.values()), damaged, repeated, unfinished)
+        else:
+            repeated += key(row) in rows
+            rows.setdefault(key(row), row)
+    return Rows(list(rows.values()), damaged, repeated)
 
 
 def _pieces(
@@ -142,8 +137,7 @@ def _pieces(
 ) -> Iterator[tuple[int, int, dict[str, str] | None]]:
     """Yield first line, line after the last, and the row or None; without the header.
 
-    The text behind the last line break belongs to a row that is not finished, and so
-    does a quote that nothing closes: a piece that ends at `len(lines)` is cut short.
+    What stands behind the last line break belongs to a row that was not finished.
     """
     ends = _ends(lines)
     first, count = 1, len(lines) - 1  # of whole lines
@@ -152,19 +146,14 @@ def _pieces(
             first += 1
             continue
         last, row = _row(lines, first, ends)
-        if row is not None:
-            yield first, last, row
-            first = last
-            continue
-        begun = first
-        closed = last <= count
-        first += 1
-        while first < count and _row(lines, first, ends)[1] is None:
-            first += 1
-        cut = first >= count and not closed
-        yield begun, len(lines) if cut else first, None
-        if cut:
-            return
+        if row is None:
+            last = first + 1
+            while last < count and _row(lines, last, ends)[1] is None:
+                last += 1
+            if last == count and lines[count]:
+                last += 1
+        yield first, last, row
+        first = last
     if first == count and lines[count]:
         yield first, len(lines), None
 

@@ -269,7 +269,7 @@ def test_questions_in_a_chat(jaxkv_, tiny, tmp_path, reader):
 
 def test_the_folder_has_a_name_by_default(jaxkv_, tiny, tmp_path, reader, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(evaluate.flags, "load_model", lambda *_: jaxkv.load(tiny))
+    monkeypatch.setattr(evaluate.flags, "load_model", lambda *_, **__: jaxkv.load(tiny))
     jaxkv_(*RULER, "org/model", "--budgets=20%", "--no-pictures")
     (folder,) = (tmp_path / "results").iterdir()
     assert folder.name == "ruler__300__org--model"

@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import shutil
+import threading
 
 import numpy as np
 import pytest
@@ -303,13 +304,14 @@ def test_what_does_not_fit_into_the_memory(place, run, monkeypatch):
 
 
 def test_a_log_gets_a_line_now_and_then(capsys):
-    seen = ""
+    seen, threads = "", threading.active_count()
     with shown("begins", every=0.001) as show:
         while "jaxkv: 0 min: begins\n" not in seen:
             seen += capsys.readouterr().err
         show("full 300", 2, 9)
         while "jaxkv: 0 min: full 300, 2 of 9\n" not in seen:
             seen += capsys.readouterr().err
+    assert threading.active_count() == threads
     capsys.readouterr()
     with shown("begins") as show:
         show("full", 1, 2)

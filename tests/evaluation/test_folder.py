@@ -32,15 +32,16 @@ def test_a_folder_can_be_gone_on_with(tmp_path):
 
 
 @pytest.mark.parametrize("lost", [1, 2, 5, 9, 12, 20])
-def test_a_row_that_was_not_finished_is_dropped(tmp_path, lost):
+def test_a_row_that_was_not_finished_is_set_aside(tmp_path, lost):
     Predictions(tmp_path, CONFIG).append([row(0), row(1)])
     path = tmp_path / "predictions.csv"
     path.write_bytes(path.read_bytes()[:-lost])
     again = Predictions(tmp_path, CONFIG)
-    assert {key[-1] for key in again.done} == {"0"} and again.mended == ""
+    assert {key[-1] for key in again.done} == {"0"}
+    assert "row 2 (line" in again.mended
     again.append([row(1)])
     assert [r["index"] for r in folder.read(tmp_path).rows] == ["0", "1"]
-    assert not (tmp_path / folder.DAMAGED).exists()
+    assert (tmp_path / folder.DAMAGED).exists()
 
 
 def test_damaged_and_repeated_rows_are_mended_and_nothing_is_lost(tmp_path):
@@ -68,11 +69,14 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
     first.append([row(0)])
     before = (tmp_path / "predictions.csv").read_bytes()
 
+    written = []
+
     class Full(io.FileIO):
         def write(self, content):
-            if len(content) < 50:
+            if written:
                 raise OSError(errno.ENOSPC, "No space left on device")
-            return super().write(content[:20])
+            written.append(super().write(content[:20]))
+            return written[0]
 
     def small(path, *_, **__):
         return Full(path, "r+b")

@@ -55,7 +55,7 @@ def test_one_damaged_row_takes_no_other_with_it(damage, prediction):
     assert damaged != whole
     found = parse(damaged)
     assert indices(found) == [0, 1, 3, 4, 5]
-    assert [d.row for d in found.damaged] == [3] and not found.unfinished
+    assert [d.row for d in found.damaged] == [3]
     begin = whole[: whole.index(pieces[2])].count(b"\n") + 1
     assert found.damaged[0].line == begin
     last = begin + found.damaged[0].text.count("\n")
@@ -75,8 +75,19 @@ def test_cut_anywhere_it_holds_the_rows_before(texts, data):
     ends = [len(head) + sum(map(len, pieces[: n + 1])) for n in range(len(rows))]
     found = parse(content[:cut])
     assert indices(found) == [n for n, end in enumerate(ends) if end <= cut]
-    assert not found.damaged and not found.faults()
-    assert bool(found.unfinished) == (cut not in [len(head), *ends])
+    whole = sum(end <= cut for end in ends)
+    torn = cut not in [len(head), *ends]
+    assert [d.row for d in found.damaged] == [whole + 1] * torn
+
+
+@pytest.mark.parametrize("lost", [1, 2, 8, 9, 12])
+def test_a_row_of_several_lines_that_is_not_finished_is_one_damage(lost):
+    content = to_text([row(0), row(1, "one\r\ntwo\nthree")], header=True).encode()
+    found = parse(content[:-lost])
+    (damage,) = found.damaged
+    assert indices(found) == [0]
+    assert content[:-lost].rstrip(b"\n").endswith(damage.text.encode())
+    assert damage.text.startswith("1,1,1,1,1,,1,")
 
 
 def test_a_row_counts_once_however_often_it_is_there():
