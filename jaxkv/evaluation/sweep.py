@@ -1,11 +1,6 @@
 """Runs every method at every budget over the same questions, as `plan` arranges them.
 
 Two programs may run side by side, so that one compiles while the other computes.
-
-On a CPU a process can hold some 130 programs of `needle` (see `jaxkv.inference`), and a
-method that evicts the output has one for each budget and length. So all are dropped
-when half of the process's memory maps are used; not with programs side by side. There
-a larger sweep is cut into several, whose folders `jaxkv eval merge` puts together.
 """
 
 import concurrent.futures
@@ -14,7 +9,6 @@ import json
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,9 +18,6 @@ from jaxkv.evaluation.questions import Match, judge
 from jaxkv.inference import Stats, generate
 from jaxkv.language_model import LanguageModel
 from jaxkv.soundness import LogitsError
-
-MAPS = Path("/proc/self/maps")
-MOST_MAPS = Path("/proc/sys/vm/max_map_count")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -116,8 +107,6 @@ def run_units(
         return None
 
     def work(unit: Unit) -> None:
-        if side_by_side == 1:  # else another thread may be at work with its program
-            let_go_of_programs()
         try:
             # Not in the handler: an error holds on to what did not fit.
             while left := run(unit):
@@ -164,17 +153,6 @@ def _what(unit: Unit) -> str:
 def _at(row: Row) -> str:
     name = row.method.name
     return name if row.tokens is None else f"{name} at {row.budget}"
-
-
-def let_go_of_programs() -> None:
-    """Drop all compiled programs if half of the process's memory maps are used."""
-    try:
-        most = int(MOST_MAPS.read_text())
-        maps = MAPS.read_bytes().count(b"\n")
-    except OSError:  # another system
-        return
-    if maps > most / 2:
-        jax.clear_caches()
 
 
 def _run_batch(

@@ -97,24 +97,6 @@ def test_programs_side_by_side_give_the_same_rows(calls):
     assert rows(3) == rows(1)
 
 
-@pytest.mark.parametrize(
-    ("maps", "side_by_side", "times"), [(50, 1, 0), (51, 1, 2), (51, 2, 0)]
-)
-def test_programs_are_let_go_before_their_maps_are_used_up(
-    calls, monkeypatch, tmp_path, maps, side_by_side, times
-):
-    cleared = []
-    monkeypatch.setattr(sweep.jax, "clear_caches", lambda: cleared.append(1))
-    monkeypatch.setattr(sweep, "MAPS", tmp_path / "maps")
-    monkeypatch.setattr(sweep, "MOST_MAPS", tmp_path / "most")
-    units = plan([question(0)], [FULL, SMALL], parse_budgets("6"))
-    sweep.run_units(None, units, lambda batch: None)  # nothing tells
-    (tmp_path / "maps").write_text("a map\n" * maps)
-    (tmp_path / "most").write_text("100\n")
-    sweep.run_units(None, units, lambda batch: None, side_by_side=side_by_side)
-    assert len(cleared) == times
-
-
 def test_an_error_ends_all_programs(calls, monkeypatch):
     counter, gate = itertools.count(), threading.Event()
     answer = sweep.generate
