@@ -59,7 +59,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "rope.scaling.alpha": (0,),
     "rope.scaling.attn_factor": (1,),
     "rope.scaling.factor": (0, 1),
-    "rope.scaling.type": ("none",),
+    "rope.scaling.type": ("none", "linear"),  # the factor has a key of its own
     "use_parallel_residual": (False,),
 }
 _READ = frozenset(

@@ -97,7 +97,6 @@ REFUSED = {  # by name: what is changed, and what the message says
     ),
     "base": (setting("llama.rope.freq_base", -1.0), ["rope.freq_base must be"]),
     "yarn": (setting("llama.rope.scaling.type", "yarn"), ["scaling.type='yarn'"]),
-    "linear": (setting("llama.rope.scaling.type", "linear"), ["scaling.type='linear'"]),
     "factor": (setting("llama.rope.scaling.factor", 2.0), ["scaling.factor=2.0"]),
     "old factor": (setting("llama.rope.scale_linear", 4.0), ["rope.scale_linear=4.0"]),
     "window": (
@@ -203,7 +202,7 @@ HARMLESS = {
     "general.tags": ["a", "b"],
     "quantize.imatrix.entries_count": 7,
     "split.count": 1,
-    "llama.rope.scaling.type": "none",
+    "llama.rope.scaling.type": "linear",
     "llama.rope.scaling.factor": 1.0,
     "llama.attention.sliding_window": 4096,
     "llama.attention.causal": True,
