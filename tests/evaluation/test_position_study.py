@@ -201,6 +201,8 @@ def test_the_command(jaxkv_, tiny, tmp_path, monkeypatch, found):
     assert "| sinks + recent |  |  |" in text and "| +512 |" in text
     record = json.loads(out.read_text())
     assert record["config"]["sizes"] == [1, 4, 8] and record["run_meta"]["device"]
+    digests = {"weights", "network", "tokenizer", "questions", "jaxkv"}
+    assert all(record["config"][name] for name in digests)
     code, text, _ = jaxkv_("study", "positions", tiny, *flags, "--json")
     assert json.loads(text)["table"] == record["table"]
     jaxkv_("study", "positions", tiny, *flags, "--development")
