@@ -51,6 +51,7 @@ CONFIGS = {
         }
     ),
     "specials it has not": dict(pad_token="<pad>", bos_token="<bos>", eos_token=None),
+    "words as specials": dict(bos_token="the", eos_token="he"),
     "specials with flags": dict(
         bos_token=dict(__type="AddedToken", content=BOS, lstrip=True, rstrip=True)
     ),
@@ -104,8 +105,12 @@ def test_what_training_left_behind_is_not_followed(tmp_path, caplog):
     truth.enable_padding(length=64)
     tokenizer = read_tokenizer(write(tmp_path, truth, model_max_length=4))
     text = "the end of a text that is longer than four tokens"
-    with caplog.at_level(logging.WARNING):
-        ids = tokenizer(text)["input_ids"]
+    transformers = logging.getLogger("transformers")  # propagates nothing
+    transformers.addHandler(caplog.handler)
+    try:
+        ids = tokenizer(text, verbose=True)["input_ids"]
+    finally:
+        transformers.removeHandler(caplog.handler)
     assert ids == byte_level().encode(text).ids
     assert not caplog.records  # "sequence length is longer than ..."
 

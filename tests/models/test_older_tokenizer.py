@@ -30,12 +30,17 @@ def test_older_words(tmp_path, caplog, tokenizer_class, model_type, mark):
     folder = write_words(tmp_path, tokenizer_class, model_type)
     for path in folder.glob("*.json"):
         path.write_bytes(mark + path.read_bytes())
-    with caplog.at_level(logging.WARNING):
+    transformers = logging.getLogger("transformers")  # propagates nothing
+    transformers.addHandler(caplog.handler)
+    try:
         tokenizer = read_tokenizer(folder)
-        ids = tokenizer("the cat of the")["input_ids"]
+        ids = tokenizer("the cat of the", verbose=True)["input_ids"]
+    finally:
+        transformers.removeHandler(caplog.handler)
     assert ids == byte_level().encode("the cat of the").ids
     assert tokenizer.decode(ids) == "the cat of the"
     assert not caplog.records
+    assert tokenizer.model_max_length > 10**9
 
 
 @pytest.mark.parametrize(
