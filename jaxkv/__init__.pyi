@@ -1,6 +1,7 @@
 """The public names of jaxkv, for type checkers, and for `__init__.py`."""
 
 from jaxkv._version import __version__ as __version__
+from jaxkv.compilation_cache import enable_compilation_cache
 from jaxkv.conversation import Chat
 from jaxkv.forward import decode_step, prefill
 from jaxkv.generation import generate_tokens
@@ -72,6 +73,7 @@ __all__ = [
     "Typical",
     "__version__",
     "decode_step",
+    "enable_compilation_cache",
     "generate",
     "generate_tokens",
     "load",

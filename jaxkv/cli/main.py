@@ -9,7 +9,6 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Any
 
 import jax
@@ -19,6 +18,7 @@ from jaxkv._version import __version__
 from jaxkv.cli import chat, checkpoints, demo, evaluate, generate, study
 from jaxkv.cli.streams import complain, escaped_output, flushed_output
 from jaxkv.cli.terminal import say
+from jaxkv.compilation_cache import enable_compilation_cache
 from jaxkv.devices import check_devices
 
 app = typer.Typer(
@@ -143,24 +143,7 @@ def _start(
     elif context.invoked_subcommand == "bench":
         pass  # it times compilation, and has a flag of its own for the cache
     elif compilation_cache:
-        _use_compilation_cache()
-
-
-def _use_compilation_cache() -> None:
-    if jax.config.jax_compilation_cache_dir is not None:  # type: ignore[attr-defined]
-        return  # set by the user, who has set the thresholds too
-    try:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        folder = cache / "jaxkv" / "xla"
-        folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError):
-        return  # no home, or a read-only one: compile each time
-    if not os.access(folder, os.W_OK):
-        return
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    # By default only slow and large programs are kept; all of ours together are small.
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+        enable_compilation_cache()
 
 
 app.command()(demo.demo)

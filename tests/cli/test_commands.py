@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 
-import jax
 import pytest
 import typer
 import yaml
@@ -144,36 +143,6 @@ def test_bench_is_handed_its_flags(jaxkv_, stub_bench):
     jaxkv_.error("bench", "decode", "--batch", "0")
     code, out, _ = jaxkv_("bench", "decode", "--help")
     assert code == 0 and "jaxkv bench decode" in out
-
-
-@pytest.fixture
-def cache_options():
-    """The options of JAX's compilation cache, put back afterwards."""
-    names = (
-        "jax_compilation_cache_dir",
-        "jax_persistent_cache_min_compile_time_secs",
-        "jax_persistent_cache_min_entry_size_bytes",
-    )
-    before = {name: getattr(jax.config, name) for name in names}
-    yield names[0]
-    for name, value in before.items():
-        jax.config.update(name, value)
-
-
-def test_a_users_compilation_cache_is_left_alone(cache_options, tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "ours"))
-    jax.config.update(cache_options, str(tmp_path / "theirs"))
-    cli._use_compilation_cache()
-    assert jax.config.jax_compilation_cache_dir == str(tmp_path / "theirs")
-    assert not (tmp_path / "ours").exists()
-
-
-def test_a_home_that_cannot_be_written(cache_options, tmp_path, monkeypatch):
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    jax.config.update(cache_options, None)
-    cli._use_compilation_cache()
-    assert jax.config.jax_compilation_cache_dir is None
 
 
 @pytest.mark.slow
