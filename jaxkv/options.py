@@ -90,8 +90,8 @@ class Options:
         if not self.accept.exact and self.sampler != Greedy():
             raise ValueError(
                 f"accept={type(self.accept).__name__} is lossy, and defined for greedy "
-                "decoding without a repetition penalty only; use Greedy() (temperature "
-                "0), or the exact rule, which draws what plain decoding draws."
+                "decoding without a repetition penalty only; use Greedy(), or the "
+                "exact rule, which draws what plain decoding draws."
             )
 
     def _check_budget(self, budget: int | None) -> None:

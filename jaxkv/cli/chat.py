@@ -1,5 +1,6 @@
 """`jaxkv chat`: a conversation on the terminal, with any budget."""
 
+import inspect
 import sys
 from collections.abc import Iterator
 from typing import Annotated
@@ -11,6 +12,7 @@ from jaxkv.cli import flags
 from jaxkv.cli.generate import Sampling
 from jaxkv.cli.groups import grouped
 from jaxkv.cli.terminal import announce, megabytes, say
+from jaxkv.cli.wording import in_flags
 from jaxkv.conversation import Chat
 from jaxkv.language_model import NEEDLE
 from jaxkv.policies.full import Full
@@ -91,7 +93,7 @@ def chat(
             else:
                 talk = _turn(talk, line, max_new_tokens)
         except ValueError as error:  # one turn is not the whole conversation
-            say(str(error))
+            say(in_flags(str(error), inspect.signature(chat).parameters))
 
 
 def _turn(talk: Chat, text: str, max_new_tokens: int) -> Chat:

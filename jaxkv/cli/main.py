@@ -15,7 +15,7 @@ import jax
 import typer
 
 from jaxkv._version import __version__
-from jaxkv.cli import chat, checkpoints, demo, evaluate, generate, study
+from jaxkv.cli import chat, checkpoints, demo, evaluate, generate, study, wording
 from jaxkv.cli.streams import complain, escaped_output, flushed_output
 from jaxkv.cli.terminal import say
 from jaxkv.compilation_cache import enable_compilation_cache
@@ -75,6 +75,9 @@ def _run(argv: Sequence[str]) -> int:
         said = _message(error)
         if said is None or settings.debug:
             raise
+        if isinstance(error, ValueError):
+            known = wording.parameters(every_command(), argv)
+            said = wording.in_flags(said, known)
         complain(said)
         return 2
 
@@ -162,6 +165,13 @@ def bench(context: typer.Context) -> Any:
     parent = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     parent.add_typer(bench_commands(), name="bench")
     return parent(["bench", *context.args], prog_name="jaxkv", standalone_mode=False)
+
+
+def every_command() -> Any:
+    """Return the group of all commands, with those of `jaxkv bench`."""
+    root: Any = typer.main.get_command(app)
+    root.commands["bench"] = typer.main.get_command(bench_commands())
+    return root
 
 
 def bench_commands() -> typer.Typer:

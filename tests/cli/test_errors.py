@@ -28,7 +28,7 @@ BAD_GENERATE = {
     "empty prompt": (["--prompt", ""], "--prompt 1: the prompt is empty"),
     "blank prompt": (["--prompt", " \n"], "empty"),
     "long prompt": (["--prompt", "a 1 " * 3000], "made for 2048; shorten"),
-    "long output": (["--prompt=x", "--max-new-tokens=9999"], "made for 2048"),
+    "long output": (["--prompt=x", "--max-new-tokens=9999"], "--max-new-tokens 9999"),
     "no output": (["--prompt=x", "--max-new-tokens=0"], "--max-new-tokens"),
     "small budget": (["--prompt=x", *SMALL, "--budget=4"], "at least 5"),
     "no budget": (
@@ -39,11 +39,15 @@ BAD_GENERATE = {
         ["--prompt=x", "--prefill=snapkv"],
         "evicts and needs --budget or --compression-ratio.",
     ),
-    "budget without policy": (["--prompt", "a " * 50, "--budget=9"], "StreamingLLM"),
+    "budget without policy": (
+        ["--prompt", "a " * 50, "--budget=9"],
+        "and --budget 9, but --prefill full keeps all of them; choose a prefill policy "
+        "that evicts, such as streaming-llm,",
+    ),
     "zero budget": (["--prompt=x", "--budget=0"], "--budget"),
     "two budgets": (
         ["--prompt=x", *SMALL, "--compression-ratio=.5"],
-        "compression_ratio=, not both",
+        "pass --budget or --compression-ratio, not both",
     ),
     "ratio": (["--prompt=x", "--compression-ratio=2"], "[0, 1)"),
     "huge n_sink": (
@@ -52,15 +56,18 @@ BAD_GENERATE = {
     ),
     "policy": (["--prompt=x", "--prefill=magic"], "--prefill: unknown 'magic'"),
     "policy's option": (["--prompt=x", "--decode=full:a=1"], "no option of full"),
-    "dtype": (["--prompt=x", "--dtype=int3"], "float32"),
+    "dtype": (["--prompt=x", "--dtype=int3"], "--dtype must be one of"),
     "negative seed": (["--prompt=x", "--seed=-1"], "--seed"),
     "word for a number": (["--prompt=x", "--seed=abc"], "--seed"),
-    "temperature": (["--prompt=x", "--temperature=-1"], "temperature must be above 0"),
-    "nan": (["--prompt=x", "--temperature=nan"], "temperature takes a number, got nan"),
-    "top_p": (["--prompt=x", "--temperature=1", "--top-p=2"], "top_p"),
-    "top_k": (["--prompt=x", "--temperature=1", "--top-k=-2"], "top_k"),
+    "temperature": (
+        ["--prompt=x", "--temperature=-1"],
+        "--temperature must be above 0",
+    ),
+    "nan": (["--prompt=x", "--temperature=nan"], "--temperature takes a number, got"),
+    "top_p": (["--prompt=x", "--temperature=1", "--top-p=2"], "--top-p must"),
+    "top_k": (["--prompt=x", "--temperature=1", "--top-k=-2"], "--top-k must"),
     "idle min_p": (["--prompt=x", "--min-p=.1"], "--min-p does nothing"),
-    "penalty": (["--prompt=x", "--repetition-penalty=0"], "repetition_penalty"),
+    "penalty": (["--prompt=x", "--repetition-penalty=0"], "--repetition-penalty m"),
     "stop id": (["--prompt=x", f"--stop-id={2**40}"], "--stop-id"),
     "triton": (["--prompt=x", "--decode-implementation=triton"], "NVIDIA GPU"),
     "kernel": (["--prompt=x", "--decode-implementation=magic"], "implementation"),
@@ -80,7 +87,7 @@ def test_bad_input_of_generate(jaxkv_, tiny, case):
 BEFORE_LOADING = {
     "prefill": (["--budget=16", f"--prefill=dapq:seed={2**64}"], "DapQ: seed must be"),
     "decode": (["--budget=16", f"--decode=vatp:n_sink={2**40}"], "n_sink must be"),
-    "sampler": (["--temperature=1", f"--top-k={2**40}"], "top_k must be between"),
+    "sampler": (["--temperature=1", f"--top-k={2**40}"], "--top-k must be between"),
     "drafts": ([f"--speculate=tree:depth={2**40}"], "Tree: depth must be between"),
     "rule": (["--speculate=tree", f"--accept=top-k:k={2**40}"], "TopK: k must be"),
     "deletion": (
@@ -146,7 +153,7 @@ def test_a_conversation_that_becomes_too_long_keeps_its_answers(
     flag = f"--prompt-file={tmp_path / 'x.jsonl'}"
     code, out, err = jaxkv_("generate", tiny, flag, "--json")
     assert (code, out.count("\n")) == (2, 1)
-    assert "x.jsonl:1: turn 2: a prompt of" in err
+    assert "x.jsonl:1: turn 2: a conversation of" in err
 
 
 def _long():

@@ -305,7 +305,7 @@ BAD = {
     ),
     "ratio and decode": (
         ["card", "--compression-ratio=0.5", "--decode=streaming-llm"],
-        "compression_ratio is a fraction of each prompt, but the decode policy evicts",
+        "--compression-ratio is a fraction of each prompt, but the decode policy evi",
     ),
     "ratio and budget": (
         ["card", "--compression-ratio=0.5", "--budget=9", "--prefill=snapkv"],

@@ -4,7 +4,6 @@ import re
 from pathlib import Path
 
 import pytest
-import typer
 
 from jaxkv import registry
 from jaxkv.cli import main
@@ -43,8 +42,7 @@ def test_every_policy_is_in_the_readme():
 
 
 def test_every_command_of_the_readme_exists():
-    root = typer.main.get_command(main.app)
-    root.commands["bench"] = typer.main.get_command(main.bench_commands())
+    root = main.every_command()
     blocks = "".join(re.findall(r"^```bash\n(.*?)^```", README, re.M | re.S))
     for line in re.findall(r"^jaxkv (.*)$", blocks, re.M):
         command, words = root, line.split("#")[0].split()

@@ -1,0 +1,87 @@
+"""Messages of the library in the words of the command line.
+
+The library names its arguments as Python does (`budget=20`, `prefill=Full()`). Who runs
+a command has typed flags (`--budget 20`, `--prefill full`), and reads of those.
+"""
+
+import dataclasses
+import inspect
+import re
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from jaxkv.inference import generate
+from jaxkv.registry import ACCEPT, DECODE, PREFILL, SPECULATE
+from jaxkv.sampling import Categorical, Greedy
+
+ARGUMENTS = {
+    *inspect.signature(generate).parameters,
+    *(field.name for field in dataclasses.fields(Categorical)),
+    "dtype",  # of `jaxkv.load`
+}
+# What a command calls an argument that has no flag of its name.
+_ALIASES = {
+    "stop_ids": "stop_id",
+    "budget": "budgets",
+    "prefill": "methods",
+    "decode": "methods",
+}
+_METHODS = {
+    method.__name__: name
+    for table in (PREFILL, DECODE, SPECULATE, ACCEPT)
+    for name, method in table.items()
+}
+_VALUE = r"""(?P<value>[A-Z]\w*\(\)|'[^']*'|"[^"]*"|[\w.+-]*\w)?"""
+
+
+def parameters(root: Any, argv: Sequence[str]) -> set[str]:
+    """Return the names of the flags of the command that is run.
+
+    Where a group runs one of its commands by itself, they are those of all of them.
+
+    Args:
+      root: the group of all commands.
+      argv: the arguments of the process.
+    """
+    command = root
+    for argument in argv:
+        command = getattr(command, "commands", {}).get(argument, command)
+    inner = getattr(command, "commands", {}).values()
+    return {parameter.name for c in (command, *inner) for parameter in c.params}
+
+
+def in_flags(message: str, known: Collection[str]) -> str:
+    """Return a message with flags in place of Python's arguments and classes.
+
+    Args:
+      message: what a function of the library has said.
+      known: names of the parameters of the command.
+    """
+    message = message.removeprefix("generate: ")
+    flags = {}
+    for name in ARGUMENTS:
+        used = name if name in known else _ALIASES.get(name)
+        if used in known:
+            flags[name] = "--" + used.strip("_").replace("_", "-")
+    if not flags:
+        return message
+    names = "|".join(sorted(map(re.escape, flags), key=len, reverse=True))
+
+    def assigned(match: re.Match[str]) -> str:
+        value = match["value"] or ""
+        return f"{flags[match['name']]} {_METHODS.get(value, value)}".rstrip()
+
+    # Not within a path, a longer name, or an option of a policy.
+    message = re.sub(rf"(?<![\w./:,-])(?P<name>{names})={_VALUE}", assigned, message)
+    message = re.sub(
+        rf"(?<![\w./:,-])(?P<name>{names})(?![\w/-]|\.\w)",
+        lambda m: flags[m["name"]] if "_" in m["name"] else m["name"],
+        message,
+    )
+    message = re.sub(
+        rf"^(?:Categorical: |Greedy: )?(?P<name>{names})(?= (?:must|takes) )",
+        lambda m: flags[m["name"]],
+        message,
+    )
+    message = message.replace(f"{Greedy.__name__}()", "--temperature 0")
+    return re.sub(r"\b([A-Z]\w*)\(\)", lambda m: _METHODS.get(m[1], m[0]), message)
