@@ -7,6 +7,7 @@ from typing import Any, TypeGuard
 
 import numpy as np
 
+from jaxkv import contract
 from jaxkv.fields import MOST, MOST_SEED
 from jaxkv.language_model import LanguageModel
 from jaxkv.options import Options
@@ -16,12 +17,12 @@ from jaxkv.policies.full import Full
 UNORDERED = Mapping | Set
 TEXTS = str | bytes | bytearray | memoryview
 
-_KINDS = {  # of options: a method that each must have, and an example
-    "prefill": ("compress", "DapQ()"),
-    "decode": ("attend", "LongFlow()"),
-    "sampler": ("pick", "Greedy()"),
-    "speculate": ("draft", "Aligned()"),
-    "accept": ("passes", "Exact()"),
+_EXAMPLES = {  # of options
+    "prefill": "DapQ()",
+    "decode": "LongFlow()",
+    "sampler": "Greedy()",
+    "speculate": "Aligned()",
+    "accept": "Exact()",
 }
 
 
@@ -83,7 +84,7 @@ def static_options(**given: Any) -> Options:
       ValueError: an option is of another kind, such as a class instead of an instance.
     """
     made = Options(**{name: x for name, x in given.items() if x is not None})
-    for name, (method, example) in _KINDS.items():
+    for name, example in _EXAMPLES.items():
         value = getattr(made, name)
         if value is None:
             continue  # no drafts
@@ -92,9 +93,16 @@ def static_options(**given: Any) -> Options:
                 f"generate: {name}= takes an instance, got the class "
                 f"{value.__name__}; write {value.__name__}()."
             )
-        if not hasattr(value, method):
+        members, usual = contract.ROLES[name]
+        lacking = contract.lacking(name, value)
+        if len(lacking) == len(members):
             raise ValueError(
                 f"generate: {name}= takes something like {example}, got {value!r}."
+            )
+        if lacking:
+            raise ValueError(
+                f"generate: {type(value).__name__} of {name}= has no "
+                f"{', '.join(lacking)}, which it needs like {example}{usual}."
             )
     return made
 

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
+from jaxkv import contract
 from jaxkv import state as kv
 from jaxkv.kernels import decode, prefill, window_scores
 from jaxkv.policies.base import (
@@ -80,8 +81,8 @@ def empty_layers(
     """
     if keep is None:
         keep = jnp.full(lengths.shape, bound, jnp.int32)
-    keeps = policy.layer_keeps(keep, lengths, config.num_layers)
-    bounds = policy.layer_budgets(bound, config.num_layers)
+    keeps = contract.layer_keeps(policy, keep, lengths, config.num_layers)
+    bounds = contract.layer_budgets(policy, bound, config.num_layers)
     return tuple(
         EmptyLayer(
             state=kv.init(
@@ -167,7 +168,7 @@ def attend_prompt(
             scale=scale,
             implementation=scores_implementation,
         )
-        state = policy.compress(prompt, layer.state, budget=layer.bound)
+        state = contract.compress(policy, prompt, layer.state, budget=layer.bound)
         # Nothing before decoding waits for the state. Without the barrier the compiler
         # may put all evictions last, and hold every layer's whole prompt until then.
         return jax.lax.optimization_barrier((out, state))
@@ -195,8 +196,8 @@ def attend_cache(
 
     def attend(q, k, v, state):
         k, v = (_for_heads(x[:, 0], state.keys.shape[1]) for x in (k, v))
-        out, state = policy.attend(
-            q[:, 0], k, v, state, position, implementation=implementation
+        out, state = contract.attend(
+            *(policy, q[:, 0], k, v, state, position), implementation=implementation
         )
         return out[:, None], state
 
@@ -230,8 +231,8 @@ def attend_tree(
     def attend(q, k, v, state):
         heads = state.keys.shape[1]
         k, v = (jax.vmap(lambda x: _for_heads(x, heads), 1, 1)(x) for x in (k, v))
-        return policy.attend_tree(
-            *(q, k, v, state, position, drafts, ancestors),
+        return contract.attend_tree(
+            *(policy, q, k, v, state, position, drafts, ancestors),
             depth=depth,
             implementation=implementation,
         )

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxkv import contract
 from jaxkv.attention import (
     Network,
     append_tokens,
@@ -92,7 +93,8 @@ def read(
             "is None; set Options(budget=), the most that any row may keep."
         )
     policy = Full() if options.budget is None else options.prefill
-    pseudo = policy.pseudo_tokens(
+    pseudo = contract.pseudo_tokens(
+        policy,
         tokens,
         lengths,
         vocab_size=network.config.vocab_size,
@@ -121,7 +123,9 @@ def read(
         dtype=params["embedding"].dtype,
     )
     hidden, cache = network.apply({"params": params}, tokens, positions, empty, attend)
-    return hidden, tuple(options.decode.begin(state, lengths) for state in cache)
+    return hidden, tuple(
+        contract.begin(options.decode, state, lengths) for state in cache
+    )
 
 
 def logits_at_end(

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any, Self
 
+from jaxkv import contract
 from jaxkv.fields import as_python, check_types
 from jaxkv.kernels import decode as decode_kernels
 from jaxkv.kernels import prefill as prefill_kernels
@@ -166,7 +167,7 @@ class Options:
         """Return `num_slots` layer by layer, enough for prompts of any length."""
         if self.budget is None:
             return (self.num_slots(prompt, new),) * num_layers
-        bounds = self.prefill.layer_budgets(self.budget, num_layers)
+        bounds = contract.layer_budgets(self.prefill, self.budget, num_layers)
         return tuple(self.num_slots(prompt, new, kept=bound) for bound in bounds)
 
 

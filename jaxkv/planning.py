@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from jaxkv import contract
 from jaxkv.arguments import integer, integers, is_collection
 from jaxkv.options import Options
 
@@ -85,7 +86,7 @@ def plan(
         bound, keep = bucket(max(budgets)), np.array(budgets, np.int32)
         options = dataclasses.replace(options, budget=bound)
         # Of these prompts a layer may keep less than of any at this bound.
-        kept = options.prefill.layer_keeps(keep, lengths, num_layers)
+        kept = contract.layer_keeps(options.prefill, keep, lengths, num_layers)
         slots = tuple(
             options.num_slots(prompt, max_out, kept=bucket(int(layer.max())))
             for layer in kept

@@ -19,7 +19,7 @@ from annotated_types import Ge, Lt
 from jaxkv import state as kv
 from jaxkv.kernels import decode, dispatch, tree_attention, victims
 from jaxkv.kernels.cache import Nodes, Token
-from jaxkv.policies.base import scale_of
+from jaxkv.policies.base import fit, scale_of
 from jaxkv.state import KVState
 from jaxkv.trees import DraftTree, Pending
 
@@ -166,6 +166,7 @@ def aim_at_least(
       n_recent: newest tokens that are; see `num_recent`.
       shared: one victim for all heads.
     """
+    fit("importance", importance, "B K S", state.positions.shape, jnp.floating)
     victim = victims.choose_victim(
         importance,
         state.positions,

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxkv import state as kv
 from jaxkv.kernels.rotary import rotate
 from jaxkv.kernels.window_scores import Reduction, window_scores
-from jaxkv.policies.base import Prompt
+from jaxkv.policies.base import Prompt, fit
 from jaxkv.state import KVState
 
 Pooling = Literal["none", "max", "avg"]
@@ -40,7 +40,11 @@ def keep_top(
       The filled state, its tokens in the order of their positions, so that a row that
       fits lies as it would in a full cache. Ties favour the earlier token.
     """
+    heads, most = state.target.shape, prompt.keys.shape[1]
     length = scores.shape[-1]
+    if scores.shape[:-1] != heads or length > most:
+        length = most
+    fit("scores", scores, "B heads L", (*heads, length), jnp.floating)
     real = jnp.arange(length, dtype=jnp.int32)[None] < prompt.lengths[:, None]
     scores = jnp.where(real[:, None], scores, -jnp.inf)
     _, best = jax.lax.top_k(scores, min(budget, length))

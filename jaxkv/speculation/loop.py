@@ -38,7 +38,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxkv import trees
+from jaxkv import contract, trees
 from jaxkv.attention import Network, attend_tree
 from jaxkv.kernels import dispatch, tree_attention
 from jaxkv.kernels.decode import Implementation
@@ -131,7 +131,9 @@ def begin(
 def draft(drafter: Drafter, g: Drafting) -> Drafting:
     """Return the generation with drafts for the coming step."""
     s = g.speculation
-    tree = drafter.draft(Context(s.text, g.position, s.prompt, s.pool, s.likeliest))
+    tree = contract.draft(
+        drafter, Context(s.text, g.position, s.prompt, s.pool, s.likeliest)
+    )
     return dataclasses.replace(g, speculation=dataclasses.replace(s, tree=tree))
 
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxkv import contract
 from jaxkv.sampling import Greedy, Sampler, pick_next
 from jaxkv.speculation.rules import Rule, View
 from jaxkv.trees import DraftTree
@@ -64,7 +65,7 @@ def decide(
         merit = jnp.zeros(picks.shape, jnp.float32)
     else:
         viewed = view(logits, tree, picks, stop_ids)
-        ok = rule.passes(viewed)
+        ok = contract.passes(rule, viewed)
         merit = jnp.log(jnp.maximum(viewed.probability, 1e-30))
     return Verdict(picks, *_longest(tree, above, ok, merit))
 

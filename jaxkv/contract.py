@@ -1,0 +1,237 @@
+"""What is asked of policies, drafters and rules, compared with what they give.
+
+Anybody may write one. Each is called through this module, which looks at shapes and
+dtypes while a program is traced: what a compiled program runs is the same. A mistake is
+named by class and method, with what was wanted and what came.
+
+Axis letters: `B` batch, `K` heads of the state, `N` query heads, `S` slots, `H` head
+size, `T` nodes of a tree, `D` its depth.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxkv.policies.base import (
+    DecodePolicy,
+    Misfit,
+    PrefillPolicy,
+    Prompt,
+    Sketch,
+    Speculable,
+    fit,
+)
+from jaxkv.speculation.drafters import Drafter
+from jaxkv.speculation.matching import Context
+from jaxkv.speculation.rules import Rule, View
+from jaxkv.state import KVState
+from jaxkv.trees import DraftTree, Pending
+
+# What each role must have, and where the usual answers are.
+ROLES: dict[str, tuple[tuple[str, ...], str]] = {
+    "prefill": (
+        tuple(name for name in vars(PrefillPolicy) if not name.startswith("_")),
+        "; jaxkv.policies.base.WholePrompt has all but check and compress",
+    ),
+    "decode": (
+        tuple(name for name in vars(DecodePolicy) if not name.startswith("_")),
+        "; jaxkv.policies.base.PlainAttention has begin and default_implementation",
+    ),
+    "sampler": (("repetition_penalty", "check", "pick"), ""),
+    "speculate": (
+        tuple(name for name in vars(Drafter) if not name.startswith("_")),
+        "",
+    ),
+    "accept": (tuple(name for name in vars(Rule) if not name.startswith("_")), ""),
+}
+_FIELDS = dict(keys="B K S H", values="B K S H", positions="B K S", target="B K")
+
+
+def lacking(role: str, value: Any) -> list[str]:
+    """Return the methods and attributes that a value lacks for its role."""
+    return [name for name in ROLES[role][0] if not hasattr(value, name)]
+
+
+def compress(
+    policy: PrefillPolicy, prompt: Prompt, state: KVState, *, budget: int
+) -> KVState:
+    """Call `PrefillPolicy.compress`."""
+    with _called(policy, "compress"):
+        filled = policy.compress(prompt, state, budget=budget)
+        _fit_state(filled, state)
+    return filled
+
+
+def pseudo_tokens(
+    policy: PrefillPolicy,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    *,
+    vocab_size: int,
+    sketch: Sketch,
+) -> jax.Array:
+    """Call `PrefillPolicy.pseudo_tokens`."""
+    with _called(policy, "pseudo_tokens"):
+        pseudo = policy.pseudo_tokens(
+            tokens, lengths, vocab_size=vocab_size, sketch=sketch
+        )
+        shape = (tokens.shape[0], policy.num_pseudo)
+        fit("the result", pseudo, "B num_pseudo", shape, jnp.int32)
+    return pseudo
+
+
+def layer_keeps(
+    policy: PrefillPolicy, keep: jax.Array, lengths: jax.Array, num_layers: int
+) -> tuple[jax.Array, ...]:
+    """Call `PrefillPolicy.layer_keeps`."""
+    with _called(policy, "layer_keeps"):
+        keeps = policy.layer_keeps(keep, lengths, num_layers)
+        _fit_number(keeps, num_layers)
+        for layer, kept in enumerate(keeps):
+            fit(f"entry {layer}", kept, "B", lengths.shape, jnp.int32)
+    return keeps
+
+
+def layer_budgets(
+    policy: PrefillPolicy, budget: int, num_layers: int
+) -> tuple[int, ...]:
+    """Call `PrefillPolicy.layer_budgets`."""
+    with _called(policy, "layer_budgets"):
+        budgets = policy.layer_budgets(budget, num_layers)
+        _fit_number(budgets, num_layers)
+    return budgets
+
+
+def begin(policy: DecodePolicy, state: KVState, lengths: jax.Array) -> KVState:
+    """Call `DecodePolicy.begin`."""
+    with _called(policy, "begin"):
+        begun = policy.begin(state, lengths)
+        _fit_state(begun, state)
+    return begun
+
+
+def attend(
+    policy: DecodePolicy,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    state: KVState,
+    position: jax.Array,
+    **how: Any,
+) -> tuple[jax.Array, KVState]:
+    """Call `DecodePolicy.attend`."""
+    with _called(policy, "attend"):
+        result = policy.attend(query, key, value, state, position, **how)
+        out, after = _pair(result, "the output and the new state")
+        fit("the output", out, "B N H", query.shape, query.dtype)
+        _fit_state(after, state)
+        _fit_memory(after.memory, state.memory)
+    return out, after
+
+
+def attend_tree(
+    policy: Speculable,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    state: KVState,
+    position: jax.Array,
+    drafts: DraftTree,
+    ancestors: jax.Array,
+    *,
+    depth: int,
+    **how: Any,
+) -> tuple[jax.Array, Pending]:
+    """Call `Speculable.attend_tree`."""
+    with _called(policy, "attend_tree"):
+        result = policy.attend_tree(
+            *(query, key, value, state, position, drafts, ancestors),
+            depth=depth,
+            **how,
+        )
+        out, pending = _pair(result, "the output and what is pending")
+        fit("the output", out, "B T N H", query.shape, query.dtype)
+        _fit_type(pending, Pending)
+        heads = state.target.shape
+        shape = (*heads, depth + 2 if pending.targets is None else 1)
+        fit("slots", pending.slots, "B K D+2", shape, jnp.int32)
+        if pending.targets is not None:
+            shape = (*heads, query.shape[1])
+            fit("targets", pending.targets, "B K T", shape, jnp.int32)
+    return out, pending
+
+
+def draft(drafter: Drafter, context: Context) -> DraftTree:
+    """Call `Drafter.draft`."""
+    with _called(drafter, "draft"):
+        tree = drafter.draft(context)
+        _fit_type(tree, DraftTree)
+        shape = (context.text.shape[0], 1 + drafter.num_draft_tokens)
+        for name, array in tree._asdict().items():
+            dtype = bool if name == "valid" else jnp.int32
+            fit(name, array, "B 1+num_draft_tokens", shape, dtype)
+    return tree
+
+
+def passes(rule: Rule, view: View) -> jax.Array:
+    """Call `Rule.passes`."""
+    with _called(rule, "passes"):
+        passed = rule.passes(view)
+        fit("the result", passed, "B T", view.chosen.shape, bool)
+    return passed
+
+
+@contextlib.contextmanager
+def _called(who: Any, method: str) -> Iterator[None]:
+    """Name the method in what is said of arrays that do not fit, in it or after it."""
+    try:
+        yield
+    except Misfit as misfit:
+        name = f"{type(who).__name__}.{method}"
+        raise ValueError(f"{name}: {misfit}") from misfit
+
+
+def _pair(result: Any, what: str) -> tuple[Any, Any]:
+    if not isinstance(result, tuple) or len(result) != 2:
+        raise Misfit(f"must return a tuple of {what}, got {_came(result)}.")
+    return result
+
+
+def _fit_type(value: Any, wanted: type) -> None:
+    if not isinstance(value, wanted):
+        raise Misfit(f"must return a {wanted.__name__}, got {_came(value)}.")
+
+
+def _fit_number(values: Any, num_layers: int) -> None:
+    if not isinstance(values, tuple) or len(values) != num_layers:
+        came = f"{len(values)}" if isinstance(values, tuple) else _came(values)
+        raise Misfit(f"must return a tuple of {num_layers}, one a layer; got {came}.")
+
+
+def _fit_state(state: Any, like: KVState) -> None:
+    _fit_type(state, KVState)
+    for name, axes in _FIELDS.items():
+        wanted = getattr(like, name)
+        fit(name, getattr(state, name), axes, wanted.shape, wanted.dtype)
+
+
+def _fit_memory(memory: Any, like: Any) -> None:
+    """Raise where memory is not what `begin` made: a loop's carry never changes."""
+    arrays, structure = jax.tree.flatten(memory)
+    begun, wanted_structure = jax.tree.flatten(like)
+    if structure != wanted_structure:
+        raise Misfit(
+            "memory must keep the structure that begin gave it, "
+            f"{wanted_structure}, got {structure}."
+        )
+    for array, wanted in zip(arrays, begun, strict=True):
+        fit("memory", array, "as begin made it", wanted.shape, wanted.dtype)
+
+
+def _came(value: Any) -> str:
+    if isinstance(value, tuple):
+        return f"a {type(value).__name__} of {len(value)}"
+    return type(value).__name__
