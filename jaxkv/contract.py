@@ -222,7 +222,7 @@ def _fit_memory(memory: Any, like: Any) -> None:
     """Raise where memory is not what `begin` made: a loop's carry never changes."""
     arrays, structure = jax.tree.flatten(memory)
     begun, wanted_structure = jax.tree.flatten(like)
-    if structure != wanted_structure:
+    if str(structure) != str(wanted_structure):
         raise Misfit(
             "memory must keep the structure that begin gave it, "
             f"{wanted_structure}, got {structure}."

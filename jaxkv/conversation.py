@@ -245,5 +245,5 @@ class Chat:
             options=begun.plan.options,
             max_out=max(begun.plan.max_out, bucket(max_new_tokens)),
         )
-        soundness.check(state.finite, state.lengths, self.lm.params)
+        soundness.check(state, self.lm.params, self.options.prefill)
         return state, room - len(new)

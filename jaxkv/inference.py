@@ -207,7 +207,7 @@ def _start(
     else:
         keep = keep.reshape(-1, plan.distinct)
         state = generation.start_copies_jit(*args, **shapes, keep=keep)
-    soundness.check(state.finite, state.lengths, lm.params)  # waits, too
+    soundness.check(state, lm.params, plan.options.prefill)  # waits, too
     return state
 
 
@@ -235,7 +235,7 @@ def _advance(
             rows = zip(np.asarray(state.tokens), shown, lengths, strict=True)
             on_tokens([out[first:last].tolist() for out, first, last in rows])
             shown = lengths
-        soundness.check(state.finite, lengths, lm.params)
+        soundness.check(state, lm.params, plan.options.prefill)
         if until == max_new_tokens or np.asarray(state.done).all():
             return state
         until = min(until + block, max_new_tokens)

@@ -1,4 +1,4 @@
-"""What is said where a network gives NaN or infinity in place of logits."""
+"""What is said where logits or scores are NaN or infinite."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -6,6 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from jaxkv import state as kv
+from jaxkv.sequences import Generation
+from jaxkv.state import KVState
 
 
 class LogitsError(ValueError):
@@ -34,18 +38,39 @@ class LogitsError(ValueError):
         return LogitsError(tokens, self.cause)
 
 
-def check(finite: jax.Array, lengths: jax.Array | np.ndarray, params: Any) -> None:
-    """Raise LogitsError unless all rows were chosen from numbers.
+def check(generation: Generation[Any], params: Any, prefill: Any) -> None:
+    """Raise unless all rows go on: one look at `generation.finite`.
 
     Args:
-      finite: bool `[B]`, of `sequences.Generation`.
-      lengths: int32 `[B]`, tokens of the outputs.
-      params: of the network; they are looked at only where a row is broken.
+      generation: the sequences; what else they hold is looked at where a row is broken.
+      params: of the network; likewise.
+      prefill: the policy of the prompts, for the message.
+
+    Raises:
+      LogitsError: logits are NaN or infinite.
+      ValueError: logits are NaN because the scores of a prompt were.
     """
-    rows = np.flatnonzero(~np.asarray(finite)).tolist()
-    if rows:
-        counts = np.asarray(lengths).tolist()
-        raise LogitsError({row: counts[row] for row in rows}, cause(params))
+    rows = np.flatnonzero(~jax.device_get(generation.finite)).tolist()
+    if not rows:
+        return
+    counts = jax.device_get(generation.lengths).tolist()
+    for layer, state in enumerate(generation.cache):
+        spoilt = jax.device_get(_spoilt_prompts(generation, state))
+        for row in rows:
+            # The first token does not depend on scores; without it the network is bad.
+            if spoilt[row] and counts[row]:
+                raise ValueError(
+                    f"generate: {type(prefill).__name__} scores tokens of prompt {row} "
+                    f"as NaN in layer {layer}; look for a division by 0 in compress."
+                )
+    raise LogitsError({row: counts[row] for row in rows}, cause(params))
+
+
+def _spoilt_prompts(generation: Generation[Any], state: KVState) -> jax.Array:
+    """Return where a layer holds NaN for a token of the prompt, bool `[B]`."""
+    prompt = generation.position - generation.lengths + 1
+    held = kv.occupied(state) & (state.positions < prompt[:, None, None])
+    return (jnp.isnan(state.values).any(-1) & held).any((1, 2))
 
 
 def cause(params: Any) -> str:

@@ -9,6 +9,7 @@ Axis letters: `B` batch, `W` window, `N` query heads, `K` key/value heads, `T` t
 the buffer, `L` tokens that are scored, `H` head size.
 """
 
+import dataclasses
 from typing import Literal
 
 import jax
@@ -38,7 +39,8 @@ def keep_top(
 
     Returns:
       The filled state, its tokens in the order of their positions, so that a row that
-      fits lies as it would in a full cache. Ties favour the earlier token.
+      fits lies as it would in a full cache. Ties favour the earlier token. Where a
+      score is NaN the head's first value is, too, so that it does not go unnoticed.
     """
     heads, most = state.target.shape, prompt.keys.shape[1]
     length = scores.shape[-1]
@@ -47,13 +49,16 @@ def keep_top(
     fit("scores", scores, "B heads L", (*heads, length), jnp.floating)
     real = jnp.arange(length, dtype=jnp.int32)[None] < prompt.lengths[:, None]
     scores = jnp.where(real[:, None], scores, -jnp.inf)
+    wrong = jnp.isnan(scores).any(-1)[..., None]
     _, best = jax.lax.top_k(scores, min(budget, length))
     rank = jnp.arange(best.shape[-1], dtype=jnp.int32)[None, None]
     most = jnp.minimum(prompt.keep, prompt.lengths)[:, None, None]
     # The sentinel sorts behind every token.
     best = jnp.sort(jnp.where(rank < most, best, length), axis=-1)
     best = jnp.where(best < length, best, kv.FREE).astype(jnp.int32)
-    return kv.gather(state, prompt.keys, prompt.values, best)
+    kept = kv.gather(state, prompt.keys, prompt.values, best)
+    first = jnp.where(wrong, jnp.nan, kept.values[:, :, 0])
+    return dataclasses.replace(kept, values=kept.values.at[:, :, 0].set(first))
 
 
 def attention_of_window(

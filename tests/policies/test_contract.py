@@ -306,7 +306,7 @@ class Bare:
     [
         (
             "prefill",
-            "has no num_pseudo, .*, check, .* WholePrompt has all but",
+            "has no num_pseudo, .*, check, .*WholePrompt has all but",
         ),
         ("decode", "has no evicts, spare, check, .*PlainAttention has begin"),
         ("sampler", r"Bare of sampler= has no repetition_penalty, check, which it"),
@@ -317,6 +317,21 @@ class Bare:
 def test_what_is_missing_is_named(tmp_path, role, message):
     with pytest.raises(ValueError, match=message):
         generate(tmp_path, **{role: Bare()})
+
+
+def test_scores_that_are_no_numbers(tmp_path):
+    def compress(self, prompt, state, *, budget):
+        scores = scores_of(prompt).swapaxes(1, 2)
+        # Only those of the second row, and of one head.
+        broken = (prompt.lengths == 3)[:, None, None] & (scores == scores[:, 1:, :1])
+        scores = jnp.where(broken, jnp.nan, scores)
+        return keep_top(prompt, scores, state, budget=budget)
+
+    message = "Mine scores tokens of prompt 1 as NaN in layer 0; look for a division"
+    with pytest.raises(ValueError, match=message):
+        generate(tmp_path, prefill=compressing(compress))
+    with pytest.raises(ValueError, match=message):
+        generate(tmp_path, prefill=compressing(compress), speculate=DRAFTER)
 
 
 def test_a_bug_inside_keeps_its_own_error(tmp_path):
