@@ -132,7 +132,7 @@ class Chat:
         Args:
           text: the user's message.
           max_new_tokens: longest answer.
-          on_tokens: called with the new tokens about every `block` tokens.
+          on_tokens: called with the first token, and then about every `block` tokens.
           block: see `on_tokens`.
 
         Raises:

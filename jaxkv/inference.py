@@ -137,7 +137,8 @@ def generate(
         are copied from; None is all of it.
       seed: one for all rows (row `i` gets the `i`-th key), or one per row.
       stop_ids: token ids that end a row; None takes the checkpoint's.
-      on_tokens: called with each row's new tokens about every `block` tokens.
+      on_tokens: called with each row's new tokens: the first ones, and then those of
+        about `block` steps.
       block: see `on_tokens`.
       prefill_implementation: see `jaxkv.kernels.prefill`.
       decode_implementation: see `jaxkv.kernels.decode`.
@@ -221,15 +222,10 @@ def _advance(
     block: int,
     on_tokens: Callable[[list[list[int]]], None] | None,
 ) -> Running:
-    """Decode to the end; if somebody listens, a block at a time."""
+    """Decode to the end; if somebody listens, the first token and then blocks."""
     options = plan.options.of_the_loop()
-    shown = np.zeros(len(state.lengths), int)
-    until = min(block, max_new_tokens) if on_tokens else max_new_tokens
+    shown, until = np.zeros(len(state.lengths), int), 1
     while True:
-        state = generation.advance_jit(
-            *(lm.network, lm.params, state, np.int32(until), stops),
-            options=options,
-        )
         lengths = np.asarray(state.lengths)
         if on_tokens:
             rows = zip(np.asarray(state.tokens), shown, lengths, strict=True)
@@ -238,7 +234,11 @@ def _advance(
         soundness.check(state, lm.params, plan.options.prefill)
         if until == max_new_tokens or np.asarray(state.done).all():
             return state
-        until = min(until + block, max_new_tokens)
+        until = min(until + block, max_new_tokens) if on_tokens else max_new_tokens
+        state = generation.advance_jit(
+            *(lm.network, lm.params, state, np.int32(until), stops),
+            options=options,
+        )
 
 
 def _completion(

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import jaxkv
+from jaxkv import generation
 from jaxkv.evaluation.questions import DEVELOPMENT_SEED, Cell, draw_sample
 from jaxkv.models.decoder import Decoder
 
@@ -94,9 +95,10 @@ def test_the_pool_says_what_is_copied(lm):
 def test_streamed_blocks_are_the_output(lm):
     prompts = ["The grass is green. The sky", "Here we go."]
     plain = jaxkv.generate(lm, prompts, max_new_tokens=20, stop_ids=[])
-    blocks = [[], []]
+    blocks, sizes = [[], []], []
 
     def collect(new):
+        sizes.append(len(new[0]))
         for row, tokens in zip(blocks, new, strict=True):
             row.extend(tokens)
 
@@ -104,6 +106,21 @@ def test_streamed_blocks_are_the_output(lm):
         lm, prompts, max_new_tokens=20, stop_ids=[], on_tokens=collect, block=6
     )
     assert tuple(map(tuple, blocks)) == plain.tokens
+    assert sizes == [1, 6, 6, 6, 1]
+
+
+def test_one_token_needs_no_loop(lm, monkeypatch):
+    """Nor does an answer that ends at once; the first token waits for no program."""
+    (first,) = jaxkv.generate(lm, "Here we go.", max_new_tokens=3).tokens
+    with monkeypatch.context() as patch:
+        patch.setattr(generation, "advance_jit", None)
+        for options in dict(max_new_tokens=1), dict(stop_ids=[first[0]]):
+            out = jaxkv.generate(lm, "Here we go.", **options)
+            assert out.tokens == (first[:1],)
+        heard = []
+        with pytest.raises(TypeError):
+            jaxkv.generate(lm, "Here we go.", max_new_tokens=3, on_tokens=heard.append)
+    assert heard == [[[first[0]]]]
 
 
 @pytest.mark.slow
