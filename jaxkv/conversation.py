@@ -6,7 +6,7 @@ and returns the chat after it; the old one can be gone on with in another way.
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Self
+from typing import Any, Self
 
 import jax
 import numpy as np
@@ -107,7 +107,7 @@ class Chat:
 
     def with_budget(self, budget: int | None) -> Self:
         """Return the conversation under another budget; the next turn reads it anew."""
-        policies = {}
+        policies: dict[str, Any] = {}
         if budget is not None and self.options.budget is not None:
             policies = {"prefill": self.options.prefill, "decode": self.options.decode}
         begun = self.begin(
@@ -224,7 +224,8 @@ class Chat:
             num_layers=self.lm.config.num_layers,
         )
         if evicts:  # all of them, however short the first turn is
-            plan = dataclasses.replace(plan, slots=(budget,) * len(plan.slots))
+            slots = (options.num_slots(len(tokens), budget or 0),) * len(plan.slots)
+            plan = dataclasses.replace(plan, slots=slots)
         state = inference._start(self.lm, plan, [tokens], self.seed, stops, None)
         return plan, state, plan.max_out
 

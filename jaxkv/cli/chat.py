@@ -3,7 +3,7 @@
 import inspect
 import sys
 from collections.abc import Iterator
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -51,7 +51,7 @@ def chat(
     for flag, policy in (("--prefill", prefill), ("--decode", decode)):
         if policy is not None and budget is None:
             raise ValueError(f"{flag} {policy} evicts and needs --budget.")
-    policies = {
+    policies: dict[str, Any] = {
         "prefill": prefill
         and registry.parse(prefill, registry.PREFILL, flag="--prefill"),
         "decode": decode and registry.parse(decode, registry.DECODE, flag="--decode"),

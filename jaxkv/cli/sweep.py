@@ -94,8 +94,8 @@ class Sweep:
         """The fields that `Experiment` takes."""
         if self.system is not None and not self.chat:
             raise ValueError("--system goes with --chat; add it.")
-        names = ("chat", "system", "batch_size", "mixed", "side_by_side", "seconds")
-        names += ("characters",)
+        names = ["chat", "system", "batch_size", "mixed", "side_by_side", "seconds"]
+        names.append("characters")
         return {name: getattr(self, name) for name in names} | {
             "arguments": {
                 "prefill_implementation": self.prefill_implementation,

@@ -61,7 +61,7 @@ def in_flags(message: str, known: Collection[str]) -> str:
     flags = {}
     for name in ARGUMENTS:
         used = name if name in known else _ALIASES.get(name)
-        if used in known:
+        if used is not None and used in known:
             flags[name] = "--" + used.strip("_").replace("_", "-")
     if not flags:
         return message

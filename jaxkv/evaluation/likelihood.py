@@ -74,11 +74,9 @@ def losses(
         budget=budget, prefill=method.prefill, decode=method.decode, **implementations
     )
     options.check()
-    tokens = jnp.asarray(tokens, jnp.int32)
+    given = jnp.asarray(tokens, jnp.int32)
     run = _fed if method.bounded else _read
-    return np.asarray(
-        run(lm.network, lm.params, tokens, prompt=prompt, options=options)
-    )
+    return np.asarray(run(lm.network, lm.params, given, prompt=prompt, options=options))
 
 
 @functools.partial(jax.jit, static_argnames=("network", "prompt", "options"))
@@ -132,7 +130,7 @@ def _read(
 
     def loss(part):
         states, ids = part
-        logits = network.apply({"params": params}, states, method="unembed")
+        logits: Any = network.apply({"params": params}, states, method="unembed")
         chosen = jnp.take_along_axis(logits, ids[..., None], axis=-1)[..., 0]
         return jax.nn.logsumexp(logits, axis=-1) - chosen
 
