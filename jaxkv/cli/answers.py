@@ -44,7 +44,8 @@ class Job:
 def run(lm: LanguageModel, asked: Sequence[Asked], job: Job) -> None:
     """Generate from all prompts; results on stdout, a bar and one line on stderr.
 
-    The turns of a conversation come one after the other, with those of its batch.
+    The turns of a conversation come one after the other, with those of its batch. A
+    prompt that fails is left out, and told of when all others have been answered.
 
     Args:
       lm: the model.
@@ -52,8 +53,8 @@ def run(lm: LanguageModel, asked: Sequence[Asked], job: Job) -> None:
       job: what is done with them.
 
     Raises:
-      ValueError: there is nothing that could be streamed, or a later turn of a
-        conversation does not fit the model.
+      ValueError: there is nothing that could be streamed, the logits behind a prompt
+        are no numbers, or a later turn of a conversation does not fit the model.
     """
     stream = job.stream
     if stream is None:
@@ -63,30 +64,63 @@ def run(lm: LanguageModel, asked: Sequence[Asked], job: Job) -> None:
         raise ValueError(f"--stream: {lm.name} has no tokenizer.")
     shared = _shared(lm, job.arguments) if job.as_json else {}
     stats: list[Stats] = []
+    failures: list[ValueError] = []
     with progress(hidden=stream) as bar:  # bar and stream would share the terminal
         task = bar.add_task("prompts", total=len(asked))
         for first in range(0, len(asked), job.batch_size):
             batch = list(asked[first : first + job.batch_size])
             advance = len(batch)
             while batch:
-                if stats and not job.as_json:
-                    _write("\n")
-                out = _answer(lm, batch, job, stream=stream)
+                between = "\n" if stats else ""
+                if stream:
+                    _write(between)
+                batch, out = _answer(lm, batch, job, failures, stream=stream)
+                if out is None:
+                    break
                 stats.append(out.stats)
                 if job.as_json:
                     for record in _records(out, batch, job):
                         _write(json.dumps(record | shared, allow_nan=False) + "\n")
                 elif not stream:
-                    _write("\n".join(line + "\n" for line in _texts(out)))
-                batch = prompts.next_turns(lm, batch, out.text, job.arguments)
+                    texts = "\n".join(text + "\n" for text in _texts(out))
+                    _write(between + texts)
+                batch = prompts.next_turns(lm, batch, out.text, job.arguments, failures)
             bar.advance(task, advance)
-    announce(lm, stats)
+            if failures and not stats:
+                break  # the network, and not this prompt
+    if stats:
+        announce(lm, stats)
+    _report(failures)
+
+
+def _report(failures: Sequence[ValueError]) -> None:
+    """Raise ValueError where a prompt has failed."""
+    if len(failures) > 1:
+        raise ValueError(f"{failures[0]} {len(failures) - 1} more failed.")
+    if failures:
+        raise failures[0]
 
 
 def _answer(
-    lm: LanguageModel, batch: Sequence[Asked], job: Job, *, stream: bool
-) -> Completion:
-    """Generate from a batch, and write its only row's text where it is streamed."""
+    lm: LanguageModel,
+    batch: list[Asked],
+    job: Job,
+    failures: list[ValueError],
+    *,
+    stream: bool,
+) -> tuple[list[Asked], Completion | None]:
+    """Generate from a batch, and write its only row's text where it is streamed.
+
+    Args:
+      lm: the model.
+      batch: what is asked.
+      job: what is done with it.
+      failures: takes what is said of rows whose logits are no numbers.
+      stream: write the text as it comes.
+
+    Returns:
+      The rows that were answered, and their answers; None where there is no such row.
+    """
     text = TextStream(lm.tokenizer, _write) if stream else None
     try:
         out = inference.generate(
@@ -98,11 +132,15 @@ def _answer(
             **job.arguments,
         )
     except LogitsError as error:
-        raise error.of_prompts([asked.number for asked in batch]) from None
+        failures.append(error.of_prompts([asked.number for asked in batch]))
+        others = [asked for row, asked in enumerate(batch) if row not in error.tokens]
+        if not others:
+            return [], None
+        return _answer(lm, others, job, failures, stream=stream)
     if text:
         text.finish((out.text or ("",))[0])
         _write("\n")
-    return out
+    return batch, out
 
 
 def _records(

@@ -19,6 +19,8 @@ _LINES = (".jsonl", ".ndjson")
 def read(texts: Sequence[str], files: Sequence[Path]) -> list[Record]:
     """Return the prompts of `--prompt`, then of files; of stdin if there are none.
 
+    A file of the name "-" is standard input, too.
+
     A file is one prompt, its text; one final line break is dropped, because editors
     and `echo` add it and a model would go on behind it. A `.jsonl` file has a prompt
     per line, in one of the formats of `jaxkv.tasks.records`.
@@ -28,20 +30,26 @@ def read(texts: Sequence[str], files: Sequence[Path]) -> list[Record]:
       OSError: a file cannot be read.
     """
     found = [_whole(f"--prompt {number}", text) for number, text in enumerate(texts, 1)]
+    files = files if texts or files else [Path("-")]
     for file in files:
+        if str(file) == "-":
+            name = "standard input"
+            found.append(_whole(name, _text(_standard_input(), name)))
+            continue
         content = file.read_bytes()
         if file.suffix.lower() in _LINES:
             found += read_records(content, str(file))
         else:
             found.append(_whole(str(file), _text(content, str(file))))
-    if not texts and not files:
-        if sys.stdin is None or sys.stdin.isatty():
-            raise ValueError(
-                "no prompt; pass --prompt, --prompt-file, or text on standard input."
-            )
-        name = "standard input"
-        found.append(_whole(name, _text(sys.stdin.buffer.read(), name)))
     return found
+
+
+def _standard_input() -> bytes:
+    if sys.stdin is None or sys.stdin.isatty():
+        raise ValueError(
+            "no prompt; pass --prompt, --prompt-file, or text on standard input."
+        )
+    return sys.stdin.buffer.read()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -121,6 +129,7 @@ def next_turns(
     batch: Sequence[Asked],
     answers: Sequence[str] | None,
     options: Mapping[str, Any],
+    failures: list[ValueError],
 ) -> list[Asked]:
     """Return what is asked behind the answers of a batch, in its conversations.
 
@@ -129,9 +138,7 @@ def next_turns(
       batch: what was asked.
       answers: their texts.
       options: arguments of `jaxkv.generate`.
-
-    Raises:
-      ValueError: a conversation has become too long.
+      failures: takes what is said of conversations that have become too long.
     """
     found = []
     for asked, answer in zip(batch, answers or (), strict=answers is not None):
@@ -139,9 +146,13 @@ def next_turns(
             continue
         turn = asked.record.later_turns[asked.turn]
         said = (*asked.messages, *_exchange(answer, turn))
-        with _named(f"{asked.record.where}: turn {asked.turn + 2}"):
-            ids = _ids(lm, said, asked.record)
-            flags.check_fit(lm, ids, options)
+        try:
+            with _named(f"{asked.record.where}: turn {asked.turn + 2}"):
+                ids = _ids(lm, said, asked.record)
+                flags.check_fit(lm, ids, options)
+        except ValueError as error:
+            failures.append(error)
+            continue
         found.append(
             dataclasses.replace(asked, ids=ids, messages=said, turn=asked.turn + 1)
         )
@@ -189,6 +200,7 @@ def _named(where: str) -> Iterator[None]:
         yield
     except ValueError as error:
         said = str(error).removeprefix("generate: ").removeprefix("prompt 0 ")
+        said = said.replace("prompts[0]", "the prompt")
         raise ValueError(f"{where}: {said}") from error
 
 

@@ -57,7 +57,7 @@ def in_flags(message: str, known: Collection[str]) -> str:
       message: what a function of the library has said.
       known: names of the parameters of the command.
     """
-    message = message.removeprefix("generate: ")
+    message = re.sub(r"^(generate|Categorical|Greedy): ", "", message)
     flags = {}
     for name in ARGUMENTS:
         used = name if name in known else _ALIASES.get(name)
@@ -79,7 +79,7 @@ def in_flags(message: str, known: Collection[str]) -> str:
         message,
     )
     message = re.sub(
-        rf"^(?:Categorical: |Greedy: )?(?P<name>{names})(?= (?:must|takes) )",
+        rf"^(?P<name>{names})(?= (?:must|takes) )",
         lambda m: flags[m["name"]],
         message,
     )

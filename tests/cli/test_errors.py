@@ -1,6 +1,7 @@
 """Bad input of every command: one line on stderr, exit code 2, no traceback."""
 
 import io
+import json
 import shutil
 import sys
 
@@ -110,6 +111,10 @@ BAD_FILES = {
     "none.jsonl": (b"\n", "none.jsonl: holds no prompt"),
     "broken.jsonl": (b'{"prompt": "a"}\n{', "broken.jsonl:2: not valid JSON"),
     "key.jsonl": (b'{"text": "a"}', 'key.jsonl:1: expected an object with "prompt"'),
+    "huge.jsonl": (
+        b'{"prompt": [5, 99999999999]}',
+        "huge.jsonl:1: the prompt[1] must be between",
+    ),
     "list.jsonl": (b"[1]", "list.jsonl:1: expected"),
     "bool.jsonl": (b'{"prompt": [true]}', 'bool.jsonl:1: "prompt" must be a'),
     "id.jsonl": (b'{"prompt": [5000]}', "id.jsonl:1: has token ids outside [0, 4096)"),
@@ -165,6 +170,9 @@ def test_bad_standard_input(jaxkv_, tiny, stdin, monkeypatch):
     assert "standard input: the prompt" in jaxkv_.error("generate", tiny)
     stdin(b"\xff")
     assert "standard input is not UTF-8" in jaxkv_.error("generate", tiny)
+    stdin(b"")
+    error = jaxkv_.error("generate", tiny, "--prompt-file=-")
+    assert "standard input: the prompt is empty" in error
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
     assert "no prompt" in jaxkv_.error("generate", tiny)
 
@@ -252,6 +260,37 @@ def test_out_of_memory_says_what_to_lower(jaxkv_, tiny, failing):
     assert "out of memory; lower --batch-size" in error
     failing(MemoryError())
     assert "out of memory" in jaxkv_.error("generate", tiny, "--prompt=x")
+
+
+def test_what_fails_takes_no_other_prompt_with_it(jaxkv_, tiny, monkeypatch):
+    """A row whose logits are no numbers is told of when the others have answers."""
+    generate = inference.generate
+
+    def fail(lm, prompts, *, seed, **options):
+        broken = {row: 0 for row, number in enumerate(seed) if number in (1, 4)}
+        if broken:
+            raise LogitsError(broken, "because.")
+        return generate(lm, prompts, seed=seed, **options)
+
+    monkeypatch.setattr(inference, "generate", fail)
+    prompts = [f"--prompt={letter}" for letter in "abcdef"]
+    flags = ["--batch-size=3", "--json", "--max-new-tokens=2"]
+    code, out, err = jaxkv_("generate", tiny, *prompts, *flags)
+    assert code == 2
+    assert [json.loads(line)["seed"] for line in out.splitlines()] == [0, 2, 3, 5]
+    last = err.splitlines()[-1]
+    assert "the logits behind prompt 1 are NaN or infinite" in last
+    assert last.endswith("because. 1 more failed.")
+    one = ["generate", tiny, "--batch-size=1", "--max-new-tokens=2"]
+    code, out, err = jaxkv_(*one, *prompts[:3])
+    assert (code, out.count("\n")) == (2, 3)
+    assert err.splitlines()[-1].endswith("because.")
+    # The first of all tells of the network, and nothing else is tried.
+    error = jaxkv_.error(*one, "--seed=1", *prompts)
+    assert error.endswith(
+        "the logits behind prompt 0 are NaN or infinite, so that no "
+        "token can be chosen; because.\n"
+    )
 
 
 def test_full_disk(jaxkv_, tiny, failing):

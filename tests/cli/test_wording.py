@@ -32,6 +32,9 @@ SAID = {
     "Categorical: temperature must be above 0, got -1.": (
         "--temperature must be above 0, got -1."
     ),
+    "Greedy: repetition_penalty must be above 0": (
+        "--repetition-penalty must be above 0"
+    ),
     "top_p must be a number that float32 holds": (
         "--top-p must be a number that float32 holds"
     ),
