@@ -11,13 +11,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxkv.programs import bounded_jit
+
 _IMPLEMENTATION = "threefry2x32"
 _LOW = 0xFFFFFFFF
 
 
 def key_of(seed: int) -> jax.Array:
     """Return the PRNG key of a seed of at most 64 bits; other seeds, other keys."""
-    return _keys([seed])[0]
+    return jax.random.wrap_key_data(_data([seed])[0], impl=_IMPLEMENTATION)
 
 
 def row_keys(seed: int | Sequence[int], rows: int) -> jax.Array:
@@ -28,12 +30,9 @@ def row_keys(seed: int | Sequence[int], rows: int) -> jax.Array:
         with its own seed gets what the first row of that seed gets.
       rows: number of keys.
     """
-    order = jnp.arange(rows, dtype=jnp.int32)
     if isinstance(seed, int):
-        keys = _keys([seed] * rows)
-    else:
-        keys, order = _keys(seed), jnp.zeros_like(order)
-    return jax.vmap(jax.random.fold_in)(keys, order)
+        return _folded(_data([seed] * rows), np.arange(rows, dtype=np.uint32))
+    return _folded(_data(seed), np.zeros(rows, np.uint32))
 
 
 def independent(keys: jax.Array) -> jax.Array:
@@ -51,7 +50,13 @@ def independent(keys: jax.Array) -> jax.Array:
     return found
 
 
-def _keys(seeds: Sequence[int]) -> jax.Array:
+def _data(seeds: Sequence[int]) -> np.ndarray:
     words = [(seed >> 32 & _LOW, seed & _LOW) for seed in seeds]
-    data = np.array(words, np.uint32).reshape(-1, 2)
-    return jax.random.wrap_key_data(jnp.asarray(data), impl=_IMPLEMENTATION)
+    return np.array(words, np.uint32).reshape(-1, 2)
+
+
+@bounded_jit(static_argnames=())
+def _folded(data: jax.Array, order: jax.Array) -> jax.Array:
+    """Fold numbers `[B]` into the keys of seeds `[B, 2]`, in one program, not four."""
+    keys = jax.random.wrap_key_data(data, impl=_IMPLEMENTATION)
+    return jax.vmap(jax.random.fold_in)(keys, order)
