@@ -3,7 +3,6 @@
 Axis letters: `B` texts, `T` tokens of each, `P` of them that are read as a prompt.
 """
 
-import functools
 from typing import Any
 
 import jax
@@ -15,6 +14,7 @@ from jaxkv.forward import feed, logits_at_end, read
 from jaxkv.language_model import LanguageModel
 from jaxkv.models.decoder import Decoder
 from jaxkv.options import Options
+from jaxkv.programs import bounded_jit
 
 
 def windows(lm: LanguageModel, texts: list[str], *, length: int) -> np.ndarray:
@@ -79,7 +79,7 @@ def losses(
     return np.asarray(run(lm.network, lm.params, given, prompt=prompt, options=options))
 
 
-@functools.partial(jax.jit, static_argnames=("network", "prompt", "options"))
+@bounded_jit(static_argnames=("network", "prompt", "options"), implied=("params",))
 def _fed(
     network: Decoder, params: Any, tokens: jax.Array, *, prompt: int, options: Options
 ) -> jax.Array:
@@ -101,7 +101,9 @@ def _fed(
     return -fed.log_probs
 
 
-@functools.partial(jax.jit, static_argnames=("network", "prompt", "options", "chunk"))
+@bounded_jit(
+    static_argnames=("network", "prompt", "options", "chunk"), implied=("params",)
+)
 def _read(
     network: Decoder,
     params: Any,

@@ -8,7 +8,6 @@ Axis letters: `L` layers, `T` padded tokens, `C` recorded tokens, `W` queries of
 window, `S` window sizes, `N` query heads, `K` key/value heads, `H` head size.
 """
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +17,7 @@ from jaxkv.kernels import prefill
 from jaxkv.kernels.rotary import rotate
 from jaxkv.models.decoder import Decoder, rotary_frequencies
 from jaxkv.policies.base import scale_of
+from jaxkv.programs import bounded_jit
 
 
 class Recording(NamedTuple):
@@ -34,7 +34,7 @@ class Recording(NamedTuple):
     keys: jax.Array
 
 
-@functools.partial(jax.jit, static_argnames="network")
+@bounded_jit(static_argnames=("network",), implied=("params",))
 def record(
     network: Decoder,
     params: Any,
@@ -98,7 +98,7 @@ class Cosines(NamedTuple):
     after_centred: jax.Array
 
 
-@functools.partial(jax.jit, static_argnames="network")
+@bounded_jit(static_argnames=("network",))
 def compare(
     network: Decoder,
     ours: jax.Array,
@@ -146,7 +146,7 @@ def cosine(a: jax.Array, b: jax.Array) -> jax.Array:
     return (a * b).sum(-1) / jnp.maximum(norms, 1e-30)
 
 
-@jax.jit
+@bounded_jit(static_argnames=())
 def window_scores(
     queries: jax.Array,
     keys: jax.Array,
@@ -181,7 +181,7 @@ def window_scores(
     return jax.lax.map(layer, (queries, keys))
 
 
-@functools.partial(jax.jit, static_argnames="budget")
+@bounded_jit(static_argnames=("budget",))
 def recall(
     scores: jax.Array, truth: jax.Array, length: jax.Array, *, budget: int
 ) -> jax.Array:
