@@ -93,17 +93,7 @@ def static_options(**given: Any) -> Options:
                 f"generate: {name}= takes an instance, got the class "
                 f"{value.__name__}; write {value.__name__}()."
             )
-        members, usual = contract.ROLES[name]
-        lacking = contract.lacking(name, value)
-        if len(lacking) == len(members):
-            raise ValueError(
-                f"generate: {name}= takes something like {example}, got {value!r}."
-            )
-        if lacking:
-            raise ValueError(
-                f"generate: {type(value).__name__} of {name}= has no "
-                f"{', '.join(lacking)}, which it needs like {example}{usual}."
-            )
+        contract.check_role(name, value, example)
     return made
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxkv.policies.base import (
     DecodePolicy,
@@ -24,35 +25,51 @@ from jaxkv.policies.base import (
     Speculable,
     fit,
 )
+from jaxkv.sampling import Sampler
 from jaxkv.speculation.drafters import Drafter
 from jaxkv.speculation.matching import Context
 from jaxkv.speculation.rules import Rule, View
 from jaxkv.state import KVState
 from jaxkv.trees import DraftTree, Pending
 
-# What each role must have, and where the usual answers are.
-ROLES: dict[str, tuple[tuple[str, ...], str]] = {
+# What each role asks for, and where the usual answers are.
+_ROLES: dict[str, tuple[type, str]] = {
     "prefill": (
-        tuple(name for name in vars(PrefillPolicy) if not name.startswith("_")),
+        PrefillPolicy,
         "; jaxkv.policies.base.WholePrompt has all but check and compress",
     ),
     "decode": (
-        tuple(name for name in vars(DecodePolicy) if not name.startswith("_")),
+        DecodePolicy,
         "; jaxkv.policies.base.PlainAttention has begin and default_implementation",
     ),
-    "sampler": (("repetition_penalty", "check", "pick"), ""),
-    "speculate": (
-        tuple(name for name in vars(Drafter) if not name.startswith("_")),
-        "",
-    ),
-    "accept": (tuple(name for name in vars(Rule) if not name.startswith("_")), ""),
+    "sampler": (Sampler, ""),
+    "speculate": (Drafter, ""),
+    "accept": (Rule, ""),
 }
 _FIELDS = dict(keys="B K S H", values="B K S H", positions="B K S", target="B K")
 
 
-def lacking(role: str, value: Any) -> list[str]:
-    """Return the methods and attributes that a value lacks for its role."""
-    return [name for name in ROLES[role][0] if not hasattr(value, name)]
+def check_role(role: str, value: Any, example: str) -> None:
+    """Raise ValueError where a value lacks methods or attributes that its role needs.
+
+    Args:
+      role: the argument of `generate`.
+      value: what was given for it.
+      example: what might have been given.
+    """
+    protocol, usual = _ROLES[role]
+    members = {n: x for n, x in vars(protocol).items() if not n.startswith("_")}
+    lacks = [
+        name
+        for name, declared in members.items()
+        if not hasattr(value, name) or getattr(type(value), name, None) is declared
+    ]
+    what = f"generate: {role}= takes something like {example}, got {value!r}"
+    if len(lacks) == len(members):
+        raise ValueError(f"{what}.")
+    if lacks:
+        name = type(value).__name__
+        raise ValueError(f"{what}; {name} has no {', '.join(lacks)}{usual}.")
 
 
 def compress(
@@ -84,7 +101,10 @@ def pseudo_tokens(
 
 
 def layer_keeps(
-    policy: PrefillPolicy, keep: jax.Array, lengths: jax.Array, num_layers: int
+    policy: PrefillPolicy,
+    keep: jax.Array | np.ndarray,
+    lengths: jax.Array | np.ndarray,
+    num_layers: int,
 ) -> tuple[jax.Array, ...]:
     """Call `PrefillPolicy.layer_keeps`."""
     with _called(policy, "layer_keeps"):

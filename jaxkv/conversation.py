@@ -164,7 +164,7 @@ class Chat:
             )
             decoding = lap()
             out = inference._completion(lm, plan, [tokens], state, reading, decoding)
-        (answer,) = out.text or ("",)
+        (answer,) = out.text
         after = dataclasses.replace(
             self,
             messages=(*said, {"role": "assistant", "content": answer}),

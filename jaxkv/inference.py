@@ -74,20 +74,34 @@ class Completion:
     """What `generate` returns; every field but `stats` has one entry per prompt.
 
     Attributes:
-      text: the outputs, special tokens left out; None without a tokenizer.
+      decoded: `text`, or None where the model has no tokenizer.
       tokens: the outputs' token ids, a stop id included.
       lengths: how many they are.
       finish_reason: "stop" (a stop id) or "length" (`max_new_tokens`).
       stats: what it cost.
     """
 
-    text: tuple[str, ...] | None
+    decoded: tuple[str, ...] | None
     tokens: tuple[tuple[int, ...], ...]
     lengths: tuple[int, ...]
     finish_reason: tuple[str, ...]
     stats: Stats
 
     __repr__ = brief
+
+    @property
+    def text(self) -> tuple[str, ...]:
+        """The outputs, special tokens left out.
+
+        Raises:
+          ValueError: the model has no tokenizer.
+        """
+        if self.decoded is None:
+            raise ValueError(
+                "text: the model has no tokenizer, so its outputs are token ids; read "
+                "tokens, or put the checkpoint's tokenizer.json into its folder."
+            )
+        return self.decoded
 
 
 def generate(
@@ -255,9 +269,9 @@ def _completion(
     tokens = tuple(
         tuple(row[:length].tolist()) for row, length in zip(out, lengths, strict=True)
     )
-    text = None
+    texts = None
     if lm.tokenizer is not None:
-        text = tuple(lm.tokenizer.decode(t, skip_special_tokens=True) for t in tokens)
+        texts = tuple(lm.tokenizer.decode(t, skip_special_tokens=True) for t in tokens)
     options, prompts = plan.options, [len(row) for row in ids]
     backend = jax.default_backend()
     prefill = options.prefill_implementation or prefill_kernels.choose(
@@ -265,7 +279,7 @@ def _completion(
     )
     decoded, seconds = sum(lengths) - len(ids), decoding.computing
     return Completion(
-        text=text,
+        decoded=texts,
         tokens=tokens,
         lengths=tuple(lengths),
         finish_reason=tuple("stop" if d else "length" for d in np.asarray(state.done)),

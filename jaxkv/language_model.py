@@ -24,7 +24,7 @@ from jaxkv.models import (
     orbax_copy,
 )
 from jaxkv.models.decoder import Config, Decoder
-from jaxkv.sampling import Categorical, Greedy, Sampler
+from jaxkv.sampling import Categorical, Greedy
 
 NEEDLE = "needle"  # the word that names the shipped checkpoint
 SMOLLM2 = "smollm2"  # and the one that another package brings, with its version
@@ -70,7 +70,7 @@ class LanguageModel:
         return self.network.config
 
     @property
-    def sampler(self) -> Sampler:
+    def sampler(self) -> Greedy | Categorical:
         """How the checkpoint's makers draw tokens; `generate` is greedy unless told.
 
         It is what `generation_config.json` says, as transformers understands it, and

@@ -2,7 +2,7 @@
 
 from collections import UserDict
 from collections.abc import Mapping, Sequence, Set
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -18,9 +18,17 @@ from jaxkv.fields import MOST
 from jaxkv.language_model import LanguageModel
 from jaxkv.models import hf_tokenizer
 
+
+class HasArray(Protocol):
+    """An array of token ids of any library: NumPy's, JAX's, PyTorch's."""
+
+    def __array__(self, *args: Any, **kwargs: Any) -> Any:
+        """Return it as NumPy's."""
+
+
 Prompts = (
-    Sequence[str | Sequence[int] | np.ndarray]
-    | np.ndarray
+    Sequence[str | Sequence[int] | HasArray]
+    | HasArray
     | str
     | UserDict[str, Any]  # transformers' BatchEncoding
 )

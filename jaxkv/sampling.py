@@ -5,7 +5,7 @@ Axis letters: `B` batch, `V` vocabulary.
 """
 
 import dataclasses
-from typing import Annotated
+from typing import Annotated, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +14,22 @@ from annotated_types import Ge, Gt, Le
 Positive = Annotated[float, Gt(0)]
 
 
+class Sampler(Protocol):
+    """Chooses a token from logits."""
+
+    @property
+    def repetition_penalty(self) -> float:
+        """See `penalize`; 1.0 is off."""
+
+    def check(self) -> None:
+        """Raise ValueError for options that mean nothing."""
+
+    def pick(self, logits: jax.Array, keys: jax.Array) -> jax.Array:
+        """Return int32 tokens `[B]` for logits `[B, V]`, with one key per row."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Greedy:
+class Greedy(Sampler):
     """Take the most likely token; the lowest id on ties.
 
     Attributes:
@@ -35,7 +49,7 @@ class Greedy:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Categorical:
+class Categorical(Sampler):
     """Draw from the softmax, after cutting its tail.
 
     Attributes:
@@ -84,9 +98,6 @@ class Categorical:
             least = self.min_p * probabilities.max(-1, keepdims=True)
             logits = jnp.where(probabilities < least, -jnp.inf, logits)
         return logits
-
-
-Sampler = Greedy | Categorical
 
 
 def pick_next(

@@ -84,7 +84,9 @@ def run(lm: LanguageModel, asked: Sequence[Asked], job: Job) -> None:
                 elif not stream:
                     texts = "\n".join(text + "\n" for text in _texts(out))
                     _write(between + texts)
-                batch = prompts.next_turns(lm, batch, out.text, job.arguments, failures)
+                batch = prompts.next_turns(
+                    lm, batch, out.decoded, job.arguments, failures
+                )
             bar.advance(task, advance)
             if failures and not stats:
                 break  # the network, and not this prompt
@@ -138,7 +140,7 @@ def _answer(
             return [], None
         return _answer(lm, others, job, failures, stream=stream)
     if text:
-        text.finish((out.text or ("",))[0])
+        text.finish(out.text[0])
         _write("\n")
     return batch, out
 
@@ -159,7 +161,7 @@ def _write(text: str) -> None:
 
 def _texts(out: Completion) -> Sequence[str]:
     """Return the texts, or token ids where there is no tokenizer."""
-    return out.text or [" ".join(map(str, row)) for row in out.tokens]
+    return out.decoded or [" ".join(map(str, row)) for row in out.tokens]
 
 
 def _shared(lm: LanguageModel, arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -177,7 +179,7 @@ def _record(out: Completion, row: int) -> dict[str, Any]:
     """Return what JSON says of one prompt; timings are those of its whole batch."""
     stats = out.stats
     return {
-        "text": None if out.text is None else out.text[row],
+        "text": None if out.decoded is None else out.decoded[row],
         "token_ids": out.tokens[row],
         "prompt_tokens": stats.prompt_tokens[row],
         "finish_reason": out.finish_reason[row],

@@ -107,7 +107,7 @@ def _turn(talk: Chat, text: str, max_new_tokens: int) -> Chat:
         _write("\n")
         say("interrupted; this turn is forgotten")
         return talk
-    stream.finish((out.text or ("",))[0])
+    stream.finish(out.text[0])
     _write("\n")
     if not talk.tokens:
         announce(talk.lm, [out.stats])

@@ -174,7 +174,7 @@ class PrefillPolicy(Protocol):
         """
 
 
-class WholePrompt:
+class WholePrompt(PrefillPolicy):
     """The usual answers of a prefill policy: no pseudo tokens, one budget for all."""
 
     offset = 0
@@ -307,7 +307,7 @@ class Speculable(DecodePolicy, Protocol):
         """
 
 
-class PlainAttention:
+class PlainAttention(DecodePolicy):
     """What most decode policies answer: plain attention, and nothing to prepare."""
 
     def default_implementation(self, platform: str) -> decode.Implementation:

@@ -14,7 +14,7 @@ from jaxkv import state as kv
 from jaxkv.kernels import decode, dispatch, longflow, longflow_tree
 from jaxkv.kernels.cache import Nodes, Token
 from jaxkv.kernels.scores import Score, value_norms
-from jaxkv.policies.base import scale_of
+from jaxkv.policies.base import Speculable, scale_of
 from jaxkv.policies.eviction import attend_and_write, check_room, evict_in_bulk
 from jaxkv.state import KVState
 from jaxkv.trees import Pending
@@ -34,7 +34,7 @@ class LongFlowMemory(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LongFlow:
+class LongFlow(Speculable):
     """Evict the token that contributes least to the current attention output.
 
     Su et al., "LongFlow: Efficient KV Cache Compression for Reasoning Models" (arXiv

@@ -42,10 +42,9 @@ def keep_top(
       fits lies as it would in a full cache. Ties favour the earlier token. Where a
       score is NaN the head's first value is, too, so that it does not go unnoticed.
     """
-    heads, most = state.target.shape, prompt.keys.shape[1]
-    length = scores.shape[-1]
-    if scores.shape[:-1] != heads or length > most:
-        length = most
+    heads, length = state.target.shape, scores.shape[-1]
+    if scores.shape[:-1] != heads or length > prompt.keys.shape[1]:
+        length = prompt.keys.shape[1]
     fit("scores", scores, "B heads L", (*heads, length), jnp.floating)
     real = jnp.arange(length, dtype=jnp.int32)[None] < prompt.lengths[:, None]
     scores = jnp.where(real[:, None], scores, -jnp.inf)

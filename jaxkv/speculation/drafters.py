@@ -60,7 +60,7 @@ class Drafter(Protocol):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PromptLookup:
+class PromptLookup(Drafter):
     """Copy what followed the longest match: one chain, no tree.
 
     The matching rule is that of transformers' `prompt_lookup_num_tokens` and of vLLM's
@@ -119,7 +119,7 @@ class PromptLookup:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Tree:
+class Tree(Drafter):
     """Merge what followed all longest matches into one tree, the most frequent first.
 
     Attributes:

@@ -60,7 +60,7 @@ class Rule(Protocol):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Exact:
+class Exact(Rule):
     """Take what plain decoding takes, greedy or drawn, and nothing else.
 
     Drafts are deterministic, so one rule serves both: let the sampler pick a token with
@@ -78,7 +78,7 @@ class Exact:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FixedThreshold:
+class FixedThreshold(Rule):
     """Take a token whose probability reaches a constant.
 
     Attributes:
@@ -99,7 +99,7 @@ class FixedThreshold:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Conditional:
+class Conditional(Rule):
     """Take a token whose probability reaches a threshold set by the entropy there.
 
     Wang et al., "Alignment-Augmented Speculative Decoding with Alignment Sampling and
@@ -150,7 +150,7 @@ class Conditional:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TopK:
+class TopK(Rule):
     """Take a token that is among the `k` likeliest.
 
     Attributes:
@@ -169,7 +169,7 @@ class TopK:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Typical:
+class Typical(Rule):
     """Take a token likelier than `min(epsilon, delta * exp(-entropy))`.
 
     Cai et al., "Medusa" (arXiv 2401.10774, section 2.3.1). The likeliest token always

@@ -69,6 +69,16 @@ def test_a_vocabulary_beyond_int32_is_refused(lm):
         jaxkv.generate(large, ["a"])
 
 
+def test_text_needs_a_tokenizer(tiny_lm):
+    out = jaxkv.generate(tiny_lm, [[5, 6]], max_new_tokens=2)
+    assert out.text == out.decoded and isinstance(out.text[0], str)
+    bare = dataclasses.replace(tiny_lm, tokenizer=None)
+    out = jaxkv.generate(bare, [[5, 6]], max_new_tokens=2)
+    assert out.decoded is None and "tokens" in repr(out)
+    with pytest.raises(ValueError, match="the model has no tokenizer, so its outputs"):
+        _ = out.text
+
+
 @pytest.mark.slow
 def test_the_pool_says_what_is_copied(lm):
     sample = draw_sample(
