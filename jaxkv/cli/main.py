@@ -8,7 +8,7 @@ import dataclasses
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import jax
@@ -16,6 +16,7 @@ import typer
 
 from jaxkv._version import __version__
 from jaxkv.cli import chat, checkpoints, demo, evaluate, generate, study, wording
+from jaxkv.cli.interrupts import noted_interrupts
 from jaxkv.cli.streams import complain, escaped_output, flushed_output
 from jaxkv.cli.terminal import say
 from jaxkv.compilation_cache import enable_compilation_cache
@@ -47,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         complain("standard output is closed; send it to a file, or to /dev/null.")
         return 2
     with flushed_output(), escaped_output() as escaped:
-        code = _run(sys.argv[1:] if argv is None else list(argv))
+        with noted_interrupts() as interrupted:
+            code = _run(sys.argv[1:] if argv is None else list(argv), interrupted)
         if escaped():
             say(
                 f"standard output is in {sys.stdout.encoding}, which lacks some "
@@ -56,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
 
 
-def _run(argv: Sequence[str]) -> int:
+def _run(argv: Sequence[str], interrupted: Callable[[], bool]) -> int:
     settings = _Settings()
     try:
         code = app(argv, prog_name="jaxkv", standalone_mode=False, obj=settings)
@@ -66,6 +68,11 @@ def _run(argv: Sequence[str]) -> int:
         return 1  # the reader has gone, and has what it wanted
     except (KeyboardInterrupt, typer.Abort):
         return 130
+    except ImportError:
+        # Modules in C make this of an interrupt while they are imported.
+        if interrupted():
+            return 130
+        raise
     except typer.TyperException as error:
         message = error.format_message()
         if message:  # none where the help has been shown instead

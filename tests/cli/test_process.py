@@ -2,8 +2,10 @@
 
 import io
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -185,6 +187,47 @@ sys.exit(main())
 """
     done = python("-c", program, cwd=tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+SIGNALS = {  # what a module does while it is imported, as modules in C may
+    "it lets the interrupt through": "os.kill(os.getpid(), signal.SIGINT)",
+    "it makes another error of it": """
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(9)
+except KeyboardInterrupt:
+    raise ImportError("not loaded")
+""",
+}
+
+
+@pytest.mark.parametrize("body", SIGNALS.values(), ids=SIGNALS)
+def test_ctrl_c_while_modules_are_imported(tmp_path, body):
+    (tmp_path / "typer.py").write_text(f"import os, signal, time\n{body}")
+    program = "import sys; from jaxkv.__main__ import main; sys.exit(main())"
+    done = python("-c", program, cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+@pytest.mark.parametrize("error", [ImportError("x"), ModuleNotFoundError("x")])
+def test_ctrl_c_while_a_command_imports_more(jaxkv_, tiny, monkeypatch, error):
+    def interrupted(*_, **__):
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(9)
+        except KeyboardInterrupt:
+            raise error from None
+
+    monkeypatch.setattr(inference, "generate", interrupted)
+    assert jaxkv_("generate", tiny, "--prompt=x") == (130, "", "")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(inference, "generate", fail)
+    with pytest.raises(ImportError, match="x"):
+        jaxkv_("generate", tiny, "--prompt=x")
 
 
 def test_a_closed_descriptor_is_taken_by_nothing_else(tmp_path):
