@@ -9,7 +9,6 @@ from typing import Annotated, Any
 
 import jax
 import rich.console
-import rich.markdown
 import typer
 
 from jaxkv import figures
@@ -199,6 +198,8 @@ def print_markdown(text: str) -> None:
     """Print Markdown: rendered on a terminal, as it is elsewhere."""
     console = rich.console.Console()
     if console.is_terminal:
-        console.print(rich.markdown.Markdown(text))
+        from rich.markdown import Markdown  # with all languages of code blocks
+
+        console.print(Markdown(text))
     else:
         print(text)

@@ -7,7 +7,6 @@ import math
 from collections.abc import Iterable, Sequence
 
 import numpy as np
-from scipy import special  # `scipy.stats` would take a second to import
 
 from jaxkv.tasks import wilson
 
@@ -20,6 +19,8 @@ def half_width(values: Sequence[float] | np.ndarray) -> float:
     """Return half of Student's interval of a mean; infinite for a single value."""
     if len(values) < 2:
         return math.inf
+    from scipy import special  # it takes half a second, `scipy.stats` another
+
     quantile = special.stdtrit(len(values) - 1, UPPER)
     return float(quantile * np.std(values, ddof=1) / math.sqrt(len(values)))
 
@@ -64,5 +65,7 @@ def average_difference(differences: Sequence[Sequence[float]]) -> Interval:
         np.var(of_task, ddof=1) / len(of_task) if len(of_task) > 1 else math.inf
         for of_task in differences
     )
+    from scipy import special
+
     half = special.ndtri(UPPER) * math.sqrt(variance) / len(differences)
     return mean, mean - half, mean + half

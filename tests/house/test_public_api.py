@@ -27,6 +27,10 @@ HEAVY = (
     "typer",
     "tyro",
 )
+HEAVY_TO_COMMANDS = (
+    *("gguf", "matplotlib", "optax", "orbax", "rich.markdown", "scipy", "torch"),
+    "transformers",
+)
 
 PUBLIC = [name for name in jaxkv.__all__ if not name.startswith("_")]
 
@@ -94,7 +98,10 @@ modules = sorted(sys.modules)
 jaxkv.generate
 from jax._src import xla_bridge
 started = xla_bridge.backends_are_initialized()
-print(json.dumps({"modules": modules, "devices_started": started}))
+import jaxkv.cli.main
+command = sorted(sys.modules)
+found = {"modules": modules, "devices_started": started, "command": command}
+print(json.dumps(found))
 """
     run = subprocess.run(
         [sys.executable, "-c", program],
@@ -110,6 +117,11 @@ print(json.dumps({"modules": modules, "devices_started": started}))
 @pytest.mark.parametrize("package", HEAVY)
 def test_import_is_light(fresh_import, package):
     assert package not in fresh_import["modules"]
+
+
+@pytest.mark.parametrize("package", HEAVY_TO_COMMANDS)
+def test_the_command_line_is_light(fresh_import, package):
+    assert package not in fresh_import["command"]
 
 
 def test_import_starts_no_device(fresh_import):
