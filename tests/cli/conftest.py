@@ -38,7 +38,7 @@ def reader(monkeypatch, tiny_lm):
         lengths = tuple(map(len, prompts))
         reasons = ("stop",) * len(prompts)
         return jaxkv.Completion(
-            text=texts,
+            decoded=texts,
             tokens=tuple(map(tuple, prompts)),
             lengths=lengths,
             finish_reason=reasons,

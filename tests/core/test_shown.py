@@ -28,7 +28,7 @@ def model(**changes):
 
 
 COMPLETION = jaxkv.Completion(
-    text=("one\ntwo " * 99,) * 99,
+    decoded=("one\ntwo " * 99,) * 99,
     tokens=((1, 2, 3) * 99,) * 99,
     lengths=(297,) * 99,
     finish_reason=("length",) * 99,

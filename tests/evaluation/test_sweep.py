@@ -36,7 +36,7 @@ def calls(monkeypatch):
         )
         count = len(prompts)
         return jaxkv.Completion(
-            text=(" Red",) * count,
+            decoded=(" Red",) * count,
             tokens=((1,),) * count,
             lengths=(1,) * count,
             finish_reason=("length",) * count,
