@@ -5,9 +5,10 @@ one compiled program: 64, 96, 128, 192, 256, ... tokens. Batches of another size
 options that differ, compile anew. Prefill policies share the program that decodes.
 
 A process keeps the programs that it used last (`jaxkv.programs`), so that it may meet
-any number of shapes. With a network of 2 layers on a CPU, 500 different calls never
-have more than 64 programs, 18,000 memory maps and 1.6 GB; what was let go of and is
-needed again compiles again.
+any number of shapes; what was let go of and is needed again compiles again. With a
+network of 2 layers on a CPU, 64 programs took 14,500 to 17,200 memory maps (counted
+every 20 calls up to the 160th). Resident memory was 1,489 MiB after 40 different calls
+and 1,538 MiB after 160: JAX keeps traces of what was let go of.
 """
 
 import contextlib
