@@ -119,7 +119,7 @@ EVICTS = dict(decode=jaxkv.StreamingLLM())
         (dict(budget=[5, 6], **EVICTS), "same budget for all rows, got .5, 6."),
         (dict(compression_ratio=0.5, **EVICTS), "pass budget= .tokens. instead"),
         (dict(budget=[100, 50], prefill=jaxkv.Full()), "has 60 tokens and budget=50"),
-        (dict(budget=50, prefill=jaxkv.DapQ(offset=150)), "at offset 150 need 258"),
+        (dict(budget=50, prefill=jaxkv.DapQ(offset=150)), "at offset 150 need 282"),
         (dict(budget=50, prefill=jaxkv.DapQ(window_size=200)), "200 pseudo tokens"),
         (dict(budget=9, prefill=jaxkv.DapQ(window_size=300, offset=-999)), "need 300"),
         (dict(budget=50, prefill=jaxkv.SnapKV(offset=200)), "at offset 200 need 300"),
