@@ -119,8 +119,11 @@ def test_what_has_changed_behind_a_path_is_named(place, run, reader, case):
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
-        ("--dtype=bfloat16", 'dtype="float32", this run has dtype="bfloat16"; choose'),
-        ("--max-new-tokens=9", "max_new_tokens=8, this run has max_new_tokens=9"),
+        (
+            "--dtype=bfloat16",
+            '--dtype "float32", this run has --dtype "bfloat16"; choose',
+        ),
+        ("--max-new-tokens=9", "--max-new-tokens 8, this run has --max-new-tokens 9"),
         ("--match=any", 'match="all", this run has match="any"'),
     ],
 )
