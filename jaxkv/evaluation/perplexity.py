@@ -21,6 +21,7 @@ from jaxkv.evaluation.statistics import half_width
 from jaxkv.evaluation.tables import markdown
 from jaxkv.language_model import LanguageModel
 from jaxkv.provenance import provenance, write_json
+from jaxkv.tasks.records import decode_text
 
 BINS = 32  # of the positions behind the prompt
 PYDOC = "pydoc"  # the name of the text that every Python brings
@@ -42,12 +43,7 @@ def read_texts(names: Sequence[str]) -> list[str]:
 
             found.append("\n\n".join(topics[key] for key in sorted(topics)))
             continue
-        try:
-            found.append(Path(name).read_bytes().decode("utf-8-sig"))
-        except UnicodeDecodeError as error:
-            raise ValueError(
-                f"{name} is not UTF-8 text (byte {error.start}); convert it."
-            ) from error
+        found.append(decode_text(Path(name).read_bytes(), name))
     return found
 
 
