@@ -150,20 +150,20 @@ class Chat:
             budgets = (self.options.budget,)
         arguments.check_fit(lm, [tokens], max_new_tokens, self.options, budgets)
         stops = arguments.stop_ids(lm, None)
-        with inference._stopwatch() as lap, jax.transfer_guard("allow"):
+        with inference.stopwatch() as lap, jax.transfer_guard("allow"):
             if begun is None:
                 plan, state, room = self._begin(tokens, max_new_tokens, stops)
             else:
                 plan = begun.plan
                 state, room = self._follow(begun, tokens, max_new_tokens, stops)
             reading = lap()
-            state = inference._advance(
+            state = inference.advance(
                 *(lm, plan, state, stops, max_new_tokens),
                 block=block,
                 on_tokens=on_tokens,
             )
             decoding = lap()
-            out = inference._completion(lm, plan, [tokens], state, reading, decoding)
+            out = inference.completion(lm, plan, [tokens], state, reading, decoding)
         (answer,) = out.text
         after = dataclasses.replace(
             self,
@@ -226,7 +226,7 @@ class Chat:
         if evicts:  # all of them, however short the first turn is
             slots = (options.num_slots(len(tokens), budget or 0),) * len(plan.slots)
             plan = dataclasses.replace(plan, slots=slots)
-        state = inference._start(self.lm, plan, [tokens], self.seed, stops, None)
+        state = inference.start(self.lm, plan, [tokens], self.seed, stops, None)
         return plan, state, plan.max_out
 
     def _follow(self, begun, tokens, max_new_tokens, stops):

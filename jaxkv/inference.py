@@ -192,17 +192,17 @@ def generate(
         num_layers=lm.config.num_layers,
     )
     # Prompts and outputs are the host's: these transfers are meant.
-    with _stopwatch() as lap, jax.transfer_guard("allow"):
-        state = _start(lm, plan, ids, seed, stops, spans)
+    with stopwatch() as lap, jax.transfer_guard("allow"):
+        state = start(lm, plan, ids, seed, stops, spans)
         reading = lap()
-        state = _advance(
+        state = advance(
             *(lm, plan, state, stops, max_new_tokens), block=block, on_tokens=on_tokens
         )
         decoding = lap()
-        return _completion(lm, plan, ids, state, reading, decoding)
+        return completion(lm, plan, ids, state, reading, decoding)
 
 
-def _start(
+def start(
     lm: LanguageModel,
     plan: Plan,
     ids: Sequence[Sequence[int]],
@@ -227,7 +227,7 @@ def _start(
     return state
 
 
-def _advance(
+def advance(
     lm: LanguageModel,
     plan: Plan,
     state: Running,
@@ -256,7 +256,7 @@ def _advance(
         )
 
 
-def _completion(
+def completion(
     lm: LanguageModel,
     plan: Plan,
     ids: Sequence[Sequence[int]],
@@ -317,7 +317,7 @@ class _Lap(NamedTuple):
 
 
 @contextlib.contextmanager
-def _stopwatch() -> Iterator[Callable[[], _Lap]]:
+def stopwatch() -> Iterator[Callable[[], _Lap]]:
     """Yield a function that returns the seconds since its last call, or the start.
 
     Tracing, lowering and compiling are told apart by JAX's own events.
