@@ -21,11 +21,11 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxkv import language_model
-from jaxkv.inference import generate
 from jaxkv.models import hf_export
 from jaxkv.models.decoder import random_parameters
 from jaxkv.needle.training import CONFIG
 from jaxkv.provenance import provenance, write_json
+from jaxkv.text.inference import generate
 
 RESULTS = Path(__file__).parent / "results"
 ATTENTIONS = ("sdpa", "eager")  # transformers' default, and the other one it has

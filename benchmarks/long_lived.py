@@ -19,10 +19,11 @@ import numpy as np
 import typer
 
 import jaxkv
-from jaxkv import language_model, programs
+from jaxkv import language_model
 from jaxkv.models.decoder import Config, Decoder, random_parameters
 from jaxkv.options import described
 from jaxkv.provenance import provenance, write_json
+from jaxkv.runtime import programs
 
 TINY = Config(
     vocab_size=64,

@@ -25,9 +25,9 @@ from jaxkv import DapQ, Full, Options, SnapKV, generation
 from jaxkv import state as kv
 from jaxkv.models.decoder import Decoder, random_parameters
 from jaxkv.models.public_shapes import SHAPES
-from jaxkv.planning import bucket
 from jaxkv.provenance import provenance, write_json
-from jaxkv.seeds import row_keys
+from jaxkv.runtime.seeds import row_keys
+from jaxkv.text.planning import bucket
 
 METHODS = {
     "full": Full(),

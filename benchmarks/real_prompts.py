@@ -22,10 +22,10 @@ import typer
 
 import jaxkv
 from jaxkv import registry
-from jaxkv.chat import encode_chat
 from jaxkv.evaluation.perplexity import PYDOC, read_texts
 from jaxkv.options import described
 from jaxkv.provenance import provenance, write_json
+from jaxkv.text.chat import encode_chat
 
 WISH = "Summarize this documentation in a few paragraphs:\n\n"
 METHODS = "full;snapkv;dapq;laq;laq:recommended"

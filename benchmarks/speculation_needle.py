@@ -53,8 +53,8 @@ from jaxkv.evaluation.questions import (
     judge,
 )
 from jaxkv.options import described
-from jaxkv.planning import bucket
 from jaxkv.provenance import provenance, write_json
+from jaxkv.text.planning import bucket
 
 FORMS = ("F1", "F2", "F3", "F4")
 TASKS = (*QUOTING, "complete-code", "niah_multiquery")

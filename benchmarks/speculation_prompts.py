@@ -25,13 +25,13 @@ import typer
 from speculation_needle import differences, drafts_of
 
 import jaxkv
-from jaxkv.chat import encode_chat
 from jaxkv.evaluation.likelihood import losses
 from jaxkv.evaluation.methods import Method
 from jaxkv.evaluation.statistics import half_width
 from jaxkv.options import described
-from jaxkv.planning import bucket
 from jaxkv.provenance import provenance, write_json
+from jaxkv.text.chat import encode_chat
+from jaxkv.text.planning import bucket
 
 KINDS = "summarization,rag,translation,math_reasoning,qa"
 RULES = {

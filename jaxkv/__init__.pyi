@@ -1,11 +1,8 @@
 """The public names of jaxkv, for type checkers, and for `__init__.py`."""
 
 from jaxkv._version import __version__ as __version__
-from jaxkv.compilation_cache import enable_compilation_cache
-from jaxkv.conversation import Chat
 from jaxkv.forward import decode_step, prefill
 from jaxkv.generation import generate_tokens
-from jaxkv.inference import Completion, Stats, generate
 from jaxkv.language_model import LanguageModel, load, save
 from jaxkv.models.checkpoint import CheckpointError
 from jaxkv.options import Options
@@ -24,12 +21,15 @@ from jaxkv.policies.snapkv import SnapKV
 from jaxkv.policies.streaming_llm import StreamingLLM
 from jaxkv.policies.tova import TOVA, TOVADecode
 from jaxkv.policies.vatp import VATP
+from jaxkv.runtime.compilation_cache import enable_compilation_cache
 from jaxkv.sampling import Categorical, Greedy
 from jaxkv.soundness import LogitsError
 from jaxkv.speculation.counts import DraftStats
 from jaxkv.speculation.drafters import Aligned, Drafter, PromptLookup, Tree
 from jaxkv.speculation.rules import Conditional, Exact, FixedThreshold, TopK, Typical
 from jaxkv.state import KVState
+from jaxkv.text.conversation import Chat
+from jaxkv.text.inference import Completion, Stats, generate
 
 __all__ = [
     "H2O",

@@ -11,9 +11,9 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
-from jaxkv import contract
 from jaxkv import state as kv
 from jaxkv.kernels import decode, prefill, window_scores
+from jaxkv.policies import contract
 from jaxkv.policies.base import (
     DecodePolicy,
     PrefillPolicy,

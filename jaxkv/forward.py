@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxkv import contract
 from jaxkv.attention import (
     Network,
     append_tokens,
@@ -21,6 +20,7 @@ from jaxkv.attention import (
     empty_layers,
 )
 from jaxkv.options import Options
+from jaxkv.policies import contract
 from jaxkv.policies.full import Full
 from jaxkv.state import Cache
 

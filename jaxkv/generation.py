@@ -20,9 +20,9 @@ from jaxkv.attention import Network
 from jaxkv.forward import decode_step, feed, logits_at_end, read
 from jaxkv.options import Options
 from jaxkv.policies.base import Speculable
-from jaxkv.programs import bounded_jit
+from jaxkv.runtime.programs import bounded_jit
+from jaxkv.runtime.seeds import independent
 from jaxkv.sampling import Sampler, from_numbers, pick_next
-from jaxkv.seeds import independent
 from jaxkv.sequences import Generation, append
 from jaxkv.speculation import loop as speculation
 from jaxkv.speculation.drafters import Drafter

@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxkv.devices import check_devices
 from jaxkv.models import (
     checkpoint,
     gguf_config,
@@ -24,6 +23,7 @@ from jaxkv.models import (
     orbax_copy,
 )
 from jaxkv.models.decoder import Config, Decoder
+from jaxkv.runtime.devices import check_devices
 from jaxkv.sampling import Categorical, Greedy
 
 NEEDLE = "needle"  # the word that names the shipped checkpoint

@@ -4,11 +4,11 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any, Self
 
-from jaxkv import contract
 from jaxkv.fields import as_python, check_types
 from jaxkv.kernels import decode as decode_kernels
 from jaxkv.kernels import prefill as prefill_kernels
 from jaxkv.kernels import window_scores
+from jaxkv.policies import contract
 from jaxkv.policies.base import DecodePolicy, PrefillPolicy
 from jaxkv.policies.full import Full
 from jaxkv.sampling import Greedy, Sampler

@@ -11,7 +11,7 @@ from jaxkv import generation
 from jaxkv.attention import Network
 from jaxkv.models.decoder import parameter_shapes
 from jaxkv.options import Options
-from jaxkv.seeds import row_keys
+from jaxkv.runtime.seeds import row_keys
 
 
 class Seconds(NamedTuple):

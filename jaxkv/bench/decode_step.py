@@ -25,7 +25,7 @@ from jaxkv.bench.kernel_trace import Kernel, trace_kernels
 from jaxkv.models.decoder import Config
 from jaxkv.options import Options
 from jaxkv.policies.base import DecodePolicy
-from jaxkv.seeds import row_keys
+from jaxkv.runtime.seeds import row_keys
 from jaxkv.sequences import Generation
 from jaxkv.state import Cache
 

@@ -22,8 +22,8 @@ from jaxkv.attention import Network
 from jaxkv.bench import clock, compiling, decode_step
 from jaxkv.models.decoder import Config
 from jaxkv.options import Options
-from jaxkv.planning import bucket
-from jaxkv.seeds import row_keys
+from jaxkv.runtime.seeds import row_keys
+from jaxkv.text.planning import bucket
 
 # Of the device's memory, that a plan may use: allocators lose some between arrays.
 USABLE = 0.97

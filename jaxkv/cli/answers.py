@@ -6,17 +6,17 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from jaxkv import inference
 from jaxkv.cli import prompts
 from jaxkv.cli.prompts import Asked
 from jaxkv.cli.terminal import announce, progress
-from jaxkv.inference import Completion, Stats
 from jaxkv.language_model import LanguageModel
 from jaxkv.options import described
-from jaxkv.planning import bucket
 from jaxkv.provenance import provenance
 from jaxkv.soundness import LogitsError
-from jaxkv.terminal import TextStream
+from jaxkv.text import inference
+from jaxkv.text.inference import Completion, Stats
+from jaxkv.text.planning import bucket
+from jaxkv.text.terminal import TextStream
 
 _BLOCK = 16  # tokens between two pieces of streamed text
 

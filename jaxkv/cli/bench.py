@@ -26,7 +26,7 @@ from jaxkv.cli.bench_flags import (
 from jaxkv.cli.groups import grouped
 from jaxkv.cli.terminal import right_aligned
 from jaxkv.models.decoder import Decoder
-from jaxkv.planning import bucket
+from jaxkv.text.planning import bucket
 
 
 @grouped

@@ -13,10 +13,10 @@ from jaxkv.cli.generate import Sampling
 from jaxkv.cli.groups import grouped
 from jaxkv.cli.terminal import announce, megabytes, say
 from jaxkv.cli.wording import in_flags
-from jaxkv.conversation import Chat
 from jaxkv.language_model import NEEDLE
 from jaxkv.policies.full import Full
-from jaxkv.terminal import TextStream
+from jaxkv.text.conversation import Chat
+from jaxkv.text.terminal import TextStream
 
 _BLOCK = 8  # tokens between two pieces of streamed text
 _HELP = "/reset forgets all, /budget N (or all), /stats, /help, /exit (or Ctrl-D)"

@@ -20,11 +20,11 @@ from jaxkv.cli.terminal import (
     right_aligned,
 )
 from jaxkv.evaluation.questions import Cell, counter, draw_sample, judge
-from jaxkv.inference import Stats, generate
 from jaxkv.language_model import NEEDLE, LanguageModel
 from jaxkv.policies.streaming_llm import StreamingLLM
 from jaxkv.tasks.samples import Sample
-from jaxkv.terminal import TextStream
+from jaxkv.text.inference import Stats, generate
+from jaxkv.text.terminal import TextStream
 
 RETRIEVAL = ("niah_multikey", "niah_multiquery", "vt")
 REASONING = "ledger"

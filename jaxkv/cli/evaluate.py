@@ -34,8 +34,8 @@ from jaxkv.evaluation.questions import (
 )
 from jaxkv.evaluation.reports import faults_of, report_of, write_report
 from jaxkv.language_model import NEEDLE
-from jaxkv.planning import row_budgets
 from jaxkv.registry import PREFILL
+from jaxkv.text.planning import row_budgets
 
 ALL = ",".join(PREFILL)
 NIAH = ("niah_single_1", "niah_single_words", "niah_single_uuid")

@@ -6,14 +6,14 @@ from typing import Annotated, Any
 
 import typer
 
-from jaxkv import arguments as checks
 from jaxkv import registry
 from jaxkv.kernels import decode as decode_kernels
 from jaxkv.kernels import prefill as prefill_kernels
 from jaxkv.language_model import LanguageModel, load
 from jaxkv.options import Options
-from jaxkv.planning import row_budgets
 from jaxkv.policies.full import Full
+from jaxkv.text import arguments as checks
+from jaxkv.text.planning import row_budgets
 
 Model = Annotated[
     str,

@@ -7,7 +7,6 @@ from typing import Annotated, Any
 import typer
 
 from jaxkv import registry
-from jaxkv.chat import speaks_in_chats
 from jaxkv.cli import answers, flags, prompts
 from jaxkv.cli.groups import grouped
 from jaxkv.cli.terminal import say
@@ -15,6 +14,7 @@ from jaxkv.language_model import NEEDLE, LanguageModel
 from jaxkv.models import hf_generation
 from jaxkv.sampling import Categorical, Greedy, Sampler
 from jaxkv.speculation.rules import Exact
+from jaxkv.text.chat import speaks_in_chats
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -19,8 +19,8 @@ from jaxkv.cli import chat, checkpoints, demo, evaluate, generate, study, wordin
 from jaxkv.cli.interrupts import noted_interrupts
 from jaxkv.cli.streams import complain, escaped_output, flushed_output
 from jaxkv.cli.terminal import say
-from jaxkv.compilation_cache import enable_compilation_cache
-from jaxkv.devices import check_devices
+from jaxkv.runtime.compilation_cache import enable_compilation_cache
+from jaxkv.runtime.devices import check_devices
 
 app = typer.Typer(
     add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None

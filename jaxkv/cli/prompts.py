@@ -7,11 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxkv import prompts as library
-from jaxkv.chat import encode_chat
 from jaxkv.cli import flags
 from jaxkv.language_model import LanguageModel
 from jaxkv.tasks.records import Message, Record, decode_text, read_records
+from jaxkv.text import prompts as library
+from jaxkv.text.chat import encode_chat
 
 _LINES = (".jsonl", ".ndjson")
 

@@ -12,7 +12,6 @@ import rich.console
 import typer
 
 from jaxkv import figures
-from jaxkv.chat import speaks_in_chats
 from jaxkv.cli import flags
 from jaxkv.cli.progress import shown
 from jaxkv.cli.terminal import announce, say
@@ -22,6 +21,7 @@ from jaxkv.evaluation.lock import one_writer
 from jaxkv.evaluation.reports import report_of
 from jaxkv.evaluation.rows import to_text
 from jaxkv.language_model import LanguageModel
+from jaxkv.text.chat import speaks_in_chats
 
 Out = Annotated[
     Path | None,

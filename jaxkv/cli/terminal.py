@@ -8,9 +8,9 @@ import rich.console
 import rich.progress
 from rich.table import Column
 
-from jaxkv.inference import Stats
 from jaxkv.language_model import LanguageModel
 from jaxkv.speculation.counts import together
+from jaxkv.text.inference import Stats
 
 
 def progress(*, hidden: bool = False) -> rich.progress.Progress:

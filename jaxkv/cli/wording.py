@@ -10,9 +10,9 @@ import re
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from jaxkv.inference import generate
 from jaxkv.registry import ACCEPT, DECODE, PREFILL, SPECULATE
 from jaxkv.sampling import Categorical, Greedy
+from jaxkv.text.inference import generate
 
 ARGUMENTS = {
     *inspect.signature(generate).parameters,

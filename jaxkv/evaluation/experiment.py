@@ -30,10 +30,10 @@ from jaxkv.evaluation.questions import (
 )
 from jaxkv.evaluation.reports import write_report
 from jaxkv.evaluation.sweep import Batch
-from jaxkv.inference import Stats
 from jaxkv.language_model import LanguageModel
 from jaxkv.options import described
 from jaxkv.provenance import provenance
+from jaxkv.text.inference import Stats
 
 Kind = Literal["card", "niah", "ruler", "reasoning", "file"]
 Progress = Callable[[str, int, int], Any]  # what is done, how much of it, of how much

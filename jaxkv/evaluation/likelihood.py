@@ -14,7 +14,7 @@ from jaxkv.forward import feed, logits_at_end, read
 from jaxkv.language_model import LanguageModel
 from jaxkv.models.decoder import Decoder
 from jaxkv.options import Options
-from jaxkv.programs import bounded_jit
+from jaxkv.runtime.programs import bounded_jit
 
 
 def windows(lm: LanguageModel, texts: list[str], *, length: int) -> np.ndarray:

@@ -9,13 +9,13 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from jaxkv.arguments import check_fit
 from jaxkv.evaluation.methods import FULL, Budget, Method, check_budget
 from jaxkv.evaluation.questions import Cell, Question
 from jaxkv.evaluation.rows import Key, key
 from jaxkv.language_model import LanguageModel
 from jaxkv.options import Options
-from jaxkv.planning import bucket
+from jaxkv.text.arguments import check_fit
+from jaxkv.text.planning import bucket
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False, slots=True)

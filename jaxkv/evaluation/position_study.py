@@ -23,9 +23,9 @@ from jaxkv.evaluation.methods import Budget
 from jaxkv.evaluation.query_probe import Cosines, Recording
 from jaxkv.evaluation.questions import Question
 from jaxkv.evaluation.statistics import half_width
-from jaxkv.inference import generate
 from jaxkv.language_model import LanguageModel
-from jaxkv.planning import bucket
+from jaxkv.text.inference import generate
+from jaxkv.text.planning import bucket
 
 NONSENSE = "Sorry, I don't know."  # the paper's sentence, repeated
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128)

@@ -17,7 +17,7 @@ from jaxkv.kernels import prefill
 from jaxkv.kernels.rotary import rotate
 from jaxkv.models.decoder import Decoder, rotary_frequencies
 from jaxkv.policies.base import scale_of
-from jaxkv.programs import bounded_jit
+from jaxkv.runtime.programs import bounded_jit
 
 
 class Recording(NamedTuple):

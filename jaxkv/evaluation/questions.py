@@ -14,12 +14,12 @@ from typing import Any, Literal
 
 import numpy as np
 
-from jaxkv.chat import encode_chat
 from jaxkv.language_model import LanguageModel
 from jaxkv.models import hf_tokenizer
-from jaxkv.prompts import encode
 from jaxkv.tasks import TASKS, Sample, make, reasoning, score_all
 from jaxkv.tasks.records import Record, read_records
+from jaxkv.text.chat import encode_chat
+from jaxkv.text.prompts import encode
 
 Match = Literal["all", "any"]
 

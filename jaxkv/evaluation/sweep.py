@@ -15,9 +15,9 @@ import jax
 
 from jaxkv.evaluation.plan import Row, Unit
 from jaxkv.evaluation.questions import Match, judge
-from jaxkv.inference import Stats, generate
 from jaxkv.language_model import LanguageModel
 from jaxkv.soundness import LogitsError
+from jaxkv.text.inference import Stats, generate
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -27,7 +27,7 @@ import rich.progress
 from jaxkv.kernels import prefill
 from jaxkv.models import hf_export, hf_tokenizer
 from jaxkv.models.decoder import Config, Decoder, random_parameters
-from jaxkv.seeds import key_of
+from jaxkv.runtime.seeds import key_of
 
 CONFIG = Config(
     vocab_size=4096,

@@ -32,7 +32,7 @@ def scale_of(queries: jax.Array) -> float:
 
 
 class Misfit(ValueError):
-    """An array that does not fit; `jaxkv.contract` says whose it is."""
+    """An array that does not fit; `jaxkv.policies.contract` says whose it is."""
 
 
 def fit(

@@ -13,7 +13,7 @@ from annotated_types import Ge
 from jaxkv.policies.base import PlainAttention, Prompt, WholePrompt
 from jaxkv.policies.eviction import aim_at_least, attend_and_write, check_room
 from jaxkv.policies.scoring import keep_top
-from jaxkv.seeds import key_of
+from jaxkv.runtime.seeds import key_of
 from jaxkv.state import KVState
 
 

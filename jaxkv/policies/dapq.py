@@ -24,7 +24,7 @@ from jaxkv.policies.scoring import (
     keep_top,
     pool_in_budget,
 )
-from jaxkv.seeds import key_of
+from jaxkv.runtime.seeds import key_of
 from jaxkv.state import KVState
 
 Content = Literal[

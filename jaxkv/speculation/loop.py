@@ -38,14 +38,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxkv import contract, trees
+from jaxkv import trees
 from jaxkv.attention import Network, attend_tree
 from jaxkv.kernels import dispatch, tree_attention
 from jaxkv.kernels.decode import Implementation
 from jaxkv.policies.base import Speculable
 from jaxkv.sampling import Sampler
 from jaxkv.sequences import Generation, append, is_stop, write
-from jaxkv.speculation import counts
+from jaxkv.speculation import contract, counts
 from jaxkv.speculation.counts import Counts
 from jaxkv.speculation.drafters import Drafter
 from jaxkv.speculation.matching import Context

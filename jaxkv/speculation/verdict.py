@@ -8,8 +8,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxkv import contract
 from jaxkv.sampling import Greedy, Sampler, pick_next
+from jaxkv.speculation import contract
 from jaxkv.speculation.rules import Rule, View
 from jaxkv.trees import DraftTree
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jaxkv import inference
 from jaxkv.cli import prompts
 from jaxkv.soundness import LogitsError
+from jaxkv.text import inference
 
 SMALL = ["--budget", "16", "--prefill", "streaming-llm", "--decode", "streaming-llm"]
 

@@ -12,8 +12,8 @@ from jaxkv.cli import evaluate
 from jaxkv.evaluation import folder as results
 from jaxkv.evaluation import sweep
 from jaxkv.evaluation.questions import REPORT_SEED, Cell, draw_questions
-from jaxkv.planning import row_budgets
 from jaxkv.registry import PREFILL
+from jaxkv.text.planning import row_budgets
 
 RULER = ["eval", "ruler", "--tasks=vt,niah_single_1", "--lengths=300", "--samples=3"]
 TWO = "--methods=full,streaming-llm"

@@ -8,9 +8,9 @@ import sys
 import pytest
 
 import jaxkv
-from jaxkv.chat import encode_chat
 from jaxkv.cli import answers
-from jaxkv.terminal import TextStream
+from jaxkv.text.chat import encode_chat
+from jaxkv.text.terminal import TextStream
 
 PROMPT = "The magic number is"
 

@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxkv import inference
 from jaxkv.cli import answers
 from jaxkv.cli import main as cli
 from jaxkv.cli.streams import escaped_output
-from jaxkv.devices import check_devices
+from jaxkv.runtime.devices import check_devices
+from jaxkv.text import inference
 
 GENERATE = ["--no-compilation-cache", "generate", "{tiny}", "--prompt=x"]
 
@@ -173,7 +173,7 @@ def test_a_setting_that_jax_cannot_read(tmp_path):
     assert "JAX_ENABLE_X64" in done.stderr
 
 
-@pytest.mark.parametrize("module", ["jaxkv.conversation", "jax", "typer"])
+@pytest.mark.parametrize("module", ["jaxkv.text.conversation", "jax", "typer"])
 def test_an_interrupt_while_modules_are_imported(tmp_path, module):
     program = f"""
 import sys

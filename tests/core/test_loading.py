@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 import jaxkv
-from jaxkv.chat import encode_chat
 from jaxkv.cli.generate import Sampling
 from jaxkv.language_model import NEEDLE, SMOLLM2, locate, needle_folder
-from jaxkv.prompts import encode
+from jaxkv.text.chat import encode_chat
+from jaxkv.text.prompts import encode
 
 
 def test_a_folder_of_the_name_of_a_packaged_checkpoint(tmp_path, monkeypatch, caplog):

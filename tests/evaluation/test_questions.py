@@ -7,7 +7,6 @@ import json
 import numpy as np
 import pytest
 
-from jaxkv.chat import encode_chat, speaks_in_chats
 from jaxkv.evaluation.questions import (
     CHAT_WORDS,
     Cell,
@@ -18,6 +17,7 @@ from jaxkv.evaluation.questions import (
     judge,
     read_task_file,
 )
+from jaxkv.text.chat import encode_chat, speaks_in_chats
 
 
 def test_a_question_is_the_sample_of_its_number(tiny_lm):

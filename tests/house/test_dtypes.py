@@ -2,7 +2,7 @@
 
 Under `jax_enable_x64` a number without a dtype becomes one of 64 bits. `laws/
 test_settings.py` traces all methods under it; this reads the code that it does not
-reach. Keys of PRNGs depend on settings, too: `jaxkv.seeds` makes them.
+reach. Keys of PRNGs depend on settings, too: `jaxkv.runtime.seeds` makes them.
 """
 
 import ast
@@ -65,7 +65,7 @@ def test_arrays_are_made_with_a_dtype(module):
 @pytest.mark.parametrize("module", MODULES)
 def test_keys_are_made_by_seeds(module):
     lines = [] if module.startswith(ANY_KEY) else keys_of_jax(MODULES[module])
-    assert lines == [], f"{module}: use jaxkv.seeds.key_of"
+    assert lines == [], f"{module}: use jaxkv.runtime.seeds.key_of"
 
 
 @pytest.mark.parametrize(

@@ -17,21 +17,25 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 FLAT = "flat"  # the modules of `jaxkv/` that lie in no folder
 
-LIBRARY = {"kernels", "policies", "speculation", "models", FLAT}
+LIBRARY = {"kernels", "policies", "speculation", "models", "runtime", FLAT}
+DOORS = {*LIBRARY, "text", "tasks"}
 MAY_IMPORT = {  # other layers; circles and the core have tests of their own
     "kernels": set(),
     "models": {"kernels"},
     "tasks": set(),
-    "policies": {"kernels", FLAT},
-    "speculation": {"kernels", "policies", FLAT},
+    "runtime": set(),
+    "policies": {"kernels", "runtime", FLAT},
+    "speculation": {"kernels", "policies", "runtime", FLAT},
     FLAT: LIBRARY,
-    "needle": {*LIBRARY, "tasks"},
-    "evaluation": {*LIBRARY, "tasks"},
-    "bench": {*LIBRARY, "tasks"},
-    "cli": {*LIBRARY, "tasks", "needle", "evaluation", "bench"},
+    "text": LIBRARY,
+    "needle": DOORS,
+    "evaluation": DOORS,
+    "bench": DOORS,
+    "cli": {*DOORS, "needle", "evaluation", "bench"},
 }
 THIRD_PARTY = {  # others: whatever pyproject.toml declares
     "kernels": {"jax", "numpy", "jax_triton", "triton", "jaxtyping", "beartype"},
+    "runtime": {"jax", "numpy"},
     "policies": {"annotated_types", "jax", "numpy"},
     "speculation": {"annotated_types", "jax", "numpy"},
     "tasks": {"numpy"},
@@ -161,7 +165,7 @@ def test_no_arrow_goes_up(module):
 
 @pytest.mark.parametrize("module", sorted(CORE))
 def test_the_core_knows_no_network_and_no_door(module):
-    assert layer(module) in {"kernels", "policies", "speculation", FLAT}
+    assert layer(module) in {"kernels", "runtime", "policies", "speculation", FLAT}
     assert module != "jaxkv", "a module of the core needs the facade"
 
 

@@ -22,8 +22,10 @@ FOLDERS = {
     "jaxkv.models": "models",
     "jaxkv.needle": "jaxkv/needle",
     "jaxkv.policies": "jaxkv/policies",
+    "jaxkv.runtime": "jaxkv/runtime",
     "jaxkv.speculation": "jaxkv/speculation",
     "jaxkv.tasks": "jaxkv/tasks",
+    "jaxkv.text": "jaxkv/text",
 }
 EXTRAS = {"cuda12", "cuda13", "gguf", "parity", "plot", "test", "tpu", "train"}
 NEEDLE = ROOT / "models" / "needle"

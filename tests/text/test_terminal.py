@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from jaxkv.terminal import TextStream
+from jaxkv.text.terminal import TextStream
 
 SPECIAL = ("<s>", "</s>", "<|end|>")
 ADDED = ("<tool>", "日本")  # they are no special tokens

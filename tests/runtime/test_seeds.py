@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxkv.policies.chance import lots
-from jaxkv.seeds import independent, key_of, row_keys
+from jaxkv.runtime.seeds import independent, key_of, row_keys
 
 SEEDS = [0, 5, -1, -5, 2**31, 2**32 - 1, 2**32, 2**32 + 5, 2**63 - 1, 1 - 2**63]
 SETTINGS = {

@@ -4,11 +4,11 @@ Everything with a shape is padded to a bucket, so that prompts of similar length
 one compiled program: 64, 96, 128, 192, 256, ... tokens. Batches of another size, or
 options that differ, compile anew. Prefill policies share the program that decodes.
 
-A process keeps the programs that it used last (`jaxkv.programs`), so that it may meet
-any number of shapes; what was let go of and is needed again compiles again. With a
-network of 2 layers on a CPU, 64 programs took 14,500 to 17,200 memory maps (counted
-every 20 calls up to the 160th). Resident memory was 1,489 MiB after 40 different calls
-and 1,538 MiB after 160: JAX keeps traces of what was let go of.
+A process keeps the programs that it used last (`jaxkv.runtime.programs`), so that it
+may meet any number of shapes; what was let go of and is needed again compiles again.
+With a network of 2 layers on a CPU, 64 programs took 14,500 to 17,200 memory maps
+(counted every 20 calls up to the 160th). Resident memory was 1,489 MiB after 40
+different calls and 1,538 MiB after 160: JAX keeps traces of what was let go of.
 """
 
 import contextlib
@@ -21,22 +21,23 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxkv import arguments, generation, planning, soundness
+from jaxkv import generation, soundness
 from jaxkv import state as kv
 from jaxkv.generation import Running
 from jaxkv.kernels import decode as decode_kernels
 from jaxkv.kernels import prefill as prefill_kernels
 from jaxkv.kernels import window_scores
 from jaxkv.language_model import LanguageModel
-from jaxkv.planning import Plan
 from jaxkv.policies.base import DecodePolicy, PrefillPolicy
-from jaxkv.prompts import Prompts, encode
+from jaxkv.runtime.seeds import row_keys
 from jaxkv.sampling import Sampler
-from jaxkv.seeds import row_keys
 from jaxkv.shown import brief
 from jaxkv.speculation.counts import DraftStats, draft_stats
 from jaxkv.speculation.drafters import Drafter
 from jaxkv.speculation.rules import Rule
+from jaxkv.text import arguments, planning
+from jaxkv.text.planning import Plan
+from jaxkv.text.prompts import Prompts, encode
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from jaxkv.compilation_cache import enable_compilation_cache
+from jaxkv.runtime.compilation_cache import enable_compilation_cache
 
 DIRECTORY = "jax_compilation_cache_dir"
 OPTIONS = (

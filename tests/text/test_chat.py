@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from jaxkv.chat import encode_chat
+from jaxkv.text.chat import encode_chat
 
 SYSTEM = {"role": "system", "content": "Be  brief."}
 USER = {"role": "user", "content": "The number is 5. "}

@@ -10,7 +10,7 @@ import tiny
 import jaxkv
 from jaxkv import generation
 from jaxkv.models.decoder import Decoder
-from jaxkv.planning import bucket
+from jaxkv.text.planning import bucket
 
 CONFIG = dataclasses.replace(tiny.CONFIG, max_positions=256)
 DAPQ = jaxkv.DapQ(window_size=4, prefix=1, kernel_size=3)

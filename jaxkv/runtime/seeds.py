@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxkv.programs import bounded_jit
+from jaxkv.runtime.programs import bounded_jit
 
 _IMPLEMENTATION = "threefry2x32"
 _LOW = 0xFFFFFFFF

@@ -12,10 +12,10 @@ import pytest
 from tiny import BY_HAND, parameters
 
 import jaxkv
-from jaxkv import programs
 from jaxkv.language_model import LanguageModel
 from jaxkv.models.decoder import Decoder
-from jaxkv.programs import Shelf, bounded_jit, memory_maps
+from jaxkv.runtime import programs
+from jaxkv.runtime.programs import Shelf, bounded_jit, memory_maps
 
 SMALLEST = dataclasses.replace(BY_HAND, max_positions=256)
 

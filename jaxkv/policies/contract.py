@@ -1,4 +1,4 @@
-"""What is asked of policies, drafters and rules, compared with what they give.
+"""What is asked of policies, compared with what they give.
 
 Anybody may write one. Each is called through this module, which looks at shapes and
 dtypes while a program is traced: what a compiled program runs is the same. A mistake is
@@ -25,58 +25,17 @@ from jaxkv.policies.base import (
     Speculable,
     fit,
 )
-from jaxkv.sampling import Sampler
-from jaxkv.speculation.drafters import Drafter
-from jaxkv.speculation.matching import Context
-from jaxkv.speculation.rules import Rule, View
 from jaxkv.state import KVState
 from jaxkv.trees import DraftTree, Pending
 
-# What each role asks for, and where the usual answers are.
-_ROLES: dict[str, tuple[type, str]] = {
-    "prefill": (
-        PrefillPolicy,
-        "; jaxkv.policies.base.WholePrompt has all but check and compress",
-    ),
-    "decode": (
-        DecodePolicy,
-        "; jaxkv.policies.base.PlainAttention has begin and default_implementation",
-    ),
-    "sampler": (Sampler, ""),
-    "speculate": (Drafter, ""),
-    "accept": (Rule, ""),
-}
 _FIELDS = dict(keys="B K S H", values="B K S H", positions="B K S", target="B K")
-
-
-def check_role(role: str, value: Any, example: str) -> None:
-    """Raise ValueError where a value lacks methods or attributes that its role needs.
-
-    Args:
-      role: the argument of `generate`.
-      value: what was given for it.
-      example: what might have been given.
-    """
-    protocol, usual = _ROLES[role]
-    members = {n: x for n, x in vars(protocol).items() if not n.startswith("_")}
-    lacks = [
-        name
-        for name, declared in members.items()
-        if not hasattr(value, name) or getattr(type(value), name, None) is declared
-    ]
-    what = f"generate: {role}= takes something like {example}, got {value!r}"
-    if len(lacks) == len(members):
-        raise ValueError(f"{what}.")
-    if lacks:
-        name = type(value).__name__
-        raise ValueError(f"{what}; {name} has no {', '.join(lacks)}{usual}.")
 
 
 def compress(
     policy: PrefillPolicy, prompt: Prompt, state: KVState, *, budget: int
 ) -> KVState:
     """Call `PrefillPolicy.compress`."""
-    with _called(policy, "compress"):
+    with called(policy, "compress"):
         filled = policy.compress(prompt, state, budget=budget)
         _fit_state(filled, state)
     return filled
@@ -91,7 +50,7 @@ def pseudo_tokens(
     sketch: Sketch,
 ) -> jax.Array:
     """Call `PrefillPolicy.pseudo_tokens`."""
-    with _called(policy, "pseudo_tokens"):
+    with called(policy, "pseudo_tokens"):
         pseudo = policy.pseudo_tokens(
             tokens, lengths, vocab_size=vocab_size, sketch=sketch
         )
@@ -107,7 +66,7 @@ def layer_keeps(
     num_layers: int,
 ) -> tuple[jax.Array, ...]:
     """Call `PrefillPolicy.layer_keeps`."""
-    with _called(policy, "layer_keeps"):
+    with called(policy, "layer_keeps"):
         keeps = policy.layer_keeps(keep, lengths, num_layers)
         _fit_number(keeps, num_layers)
         for layer, kept in enumerate(keeps):
@@ -119,7 +78,7 @@ def layer_budgets(
     policy: PrefillPolicy, budget: int, num_layers: int
 ) -> tuple[int, ...]:
     """Call `PrefillPolicy.layer_budgets`."""
-    with _called(policy, "layer_budgets"):
+    with called(policy, "layer_budgets"):
         budgets = policy.layer_budgets(budget, num_layers)
         _fit_number(budgets, num_layers)
     return budgets
@@ -127,7 +86,7 @@ def layer_budgets(
 
 def begin(policy: DecodePolicy, state: KVState, lengths: jax.Array) -> KVState:
     """Call `DecodePolicy.begin`."""
-    with _called(policy, "begin"):
+    with called(policy, "begin"):
         begun = policy.begin(state, lengths)
         _fit_state(begun, state)
     return begun
@@ -143,7 +102,7 @@ def attend(
     **how: Any,
 ) -> tuple[jax.Array, KVState]:
     """Call `DecodePolicy.attend`."""
-    with _called(policy, "attend"):
+    with called(policy, "attend"):
         result = policy.attend(query, key, value, state, position, **how)
         out, after = _pair(result, "the output and the new state")
         fit("the output", out, "B N H", query.shape, query.dtype)
@@ -166,7 +125,7 @@ def attend_tree(
     **how: Any,
 ) -> tuple[jax.Array, Pending]:
     """Call `Speculable.attend_tree`."""
-    with _called(policy, "attend_tree"):
+    with called(policy, "attend_tree"):
         result = policy.attend_tree(
             *(query, key, value, state, position, drafts, ancestors),
             depth=depth,
@@ -174,7 +133,7 @@ def attend_tree(
         )
         out, pending = _pair(result, "the output and what is pending")
         fit("the output", out, "B T N H", query.shape, query.dtype)
-        _fit_type(pending, Pending)
+        fit_type(pending, Pending)
         heads = state.target.shape
         shape = (*heads, depth + 2 if pending.targets is None else 1)
         fit("slots", pending.slots, "B K D+2", shape, jnp.int32)
@@ -184,28 +143,8 @@ def attend_tree(
     return out, pending
 
 
-def draft(drafter: Drafter, context: Context) -> DraftTree:
-    """Call `Drafter.draft`."""
-    with _called(drafter, "draft"):
-        tree = drafter.draft(context)
-        _fit_type(tree, DraftTree)
-        shape = (context.text.shape[0], 1 + drafter.num_draft_tokens)
-        for name, array in tree._asdict().items():
-            dtype = bool if name == "valid" else jnp.int32
-            fit(name, array, "B 1+num_draft_tokens", shape, dtype)
-    return tree
-
-
-def passes(rule: Rule, view: View) -> jax.Array:
-    """Call `Rule.passes`."""
-    with _called(rule, "passes"):
-        passed = rule.passes(view)
-        fit("the result", passed, "B T", view.chosen.shape, bool)
-    return passed
-
-
 @contextlib.contextmanager
-def _called(who: Any, method: str) -> Iterator[None]:
+def called(who: Any, method: str) -> Iterator[None]:
     """Name the method in what is said of arrays that do not fit, in it or after it."""
     try:
         yield
@@ -220,7 +159,8 @@ def _pair(result: Any, what: str) -> tuple[Any, Any]:
     return result
 
 
-def _fit_type(value: Any, wanted: type) -> None:
+def fit_type(value: Any, wanted: type) -> None:
+    """Raise Misfit unless a value is of this type."""
     if not isinstance(value, wanted):
         raise Misfit(f"must return a {wanted.__name__}, got {_came(value)}.")
 
@@ -232,7 +172,7 @@ def _fit_number(values: Any, num_layers: int) -> None:
 
 
 def _fit_state(state: Any, like: KVState) -> None:
-    _fit_type(state, KVState)
+    fit_type(state, KVState)
     for name, axes in _FIELDS.items():
         wanted = getattr(like, name)
         fit(name, getattr(state, name), axes, wanted.shape, wanted.dtype)

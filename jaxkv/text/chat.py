@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from jaxkv.language_model import NEEDLE, LanguageModel
-from jaxkv.prompts import too_long
+from jaxkv.text.prompts import too_long
 
 
 def speaks_in_chats(lm: LanguageModel) -> bool:

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import jaxkv
-from jaxkv import planning
 from jaxkv.options import Options
-from jaxkv.planning import bucket, row_budgets
+from jaxkv.text import planning
+from jaxkv.text.planning import bucket, row_budgets
 
 LAYERS = 5
 EVEN = Options(prefill=jaxkv.SnapKV())

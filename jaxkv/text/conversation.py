@@ -11,18 +11,19 @@ from typing import Any, Self
 import jax
 import numpy as np
 
-from jaxkv import arguments, inference, planning, soundness
+from jaxkv import soundness
 from jaxkv import state as kv
-from jaxkv.chat import encode_addition, encode_chat
 from jaxkv.generation import Running, follow_jit
-from jaxkv.inference import Completion
 from jaxkv.language_model import LanguageModel
 from jaxkv.options import Options
-from jaxkv.planning import Plan, bucket
 from jaxkv.policies.base import DecodePolicy, PrefillPolicy
 from jaxkv.policies.longflow import LongFlow
 from jaxkv.policies.snapkv import SnapKV
 from jaxkv.sampling import Sampler
+from jaxkv.text import arguments, inference, planning
+from jaxkv.text.chat import encode_addition, encode_chat
+from jaxkv.text.inference import Completion
+from jaxkv.text.planning import Plan, bucket
 
 # Slots for what follows the first turn, where nothing evicts it. With more the cache
 # grows seldom, and each time all programs compile anew.

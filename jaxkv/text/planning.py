@@ -12,9 +12,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jaxkv import contract
-from jaxkv.arguments import integer, integers, is_collection
 from jaxkv.options import Options
+from jaxkv.policies import contract
+from jaxkv.text.arguments import integer, integers, is_collection
 
 
 def bucket(length: int) -> int:

@@ -6,7 +6,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from jaxkv.arguments import (
+from jaxkv.fields import MOST
+from jaxkv.language_model import LanguageModel
+from jaxkv.models import hf_tokenizer
+from jaxkv.text.arguments import (
     TEXTS,
     UNORDERED,
     brief,
@@ -14,9 +17,6 @@ from jaxkv.arguments import (
     is_collection,
     is_iterable,
 )
-from jaxkv.fields import MOST
-from jaxkv.language_model import LanguageModel
-from jaxkv.models import hf_tokenizer
 
 
 class HasArray(Protocol):

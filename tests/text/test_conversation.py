@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import jaxkv
-from jaxkv.chat import encode_addition, encode_chat
+from jaxkv.text.chat import encode_addition, encode_chat
 
 TURNS = ("hello kimalo", "what is 7?", "good bye, and 12 more words of no use")
 NEW = 12
@@ -90,9 +90,9 @@ def test_another_budget_reads_anew(lm):
 
 def test_a_cache_grows_where_nothing_evicts(lm, monkeypatch):
     wanted = [out.tokens for _, out in talk(lm)]
-    monkeypatch.setattr("jaxkv.conversation._ROOM", 1)
-    monkeypatch.setattr("jaxkv.conversation.bucket", lambda length: length)
-    monkeypatch.setattr("jaxkv.planning.bucket", lambda length: length)
+    monkeypatch.setattr("jaxkv.text.conversation._ROOM", 1)
+    monkeypatch.setattr("jaxkv.text.conversation.bucket", lambda length: length)
+    monkeypatch.setattr("jaxkv.text.planning.bucket", lambda length: length)
     sizes, found = [], []
     for chat, out in talk(lm):
         sizes.append(chat.cache_bytes)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from transformers import BatchEncoding
 
 import jaxkv
-from jaxkv.prompts import encode, too_long
+from jaxkv.text.prompts import encode, too_long
 
 TEXTS = ["hello world", "a longer prompt of words", "x"]
 NO_LIST = "generate: prompts must be a list of texts or of lists of token ids, got "

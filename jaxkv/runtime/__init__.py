@@ -1,0 +1,1 @@
+"""What concerns the process that JAX runs in: devices, compiled programs, seeds."""

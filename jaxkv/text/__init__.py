@@ -1,0 +1,1 @@
+"""Prompts in, text out: what callers hand to the core, and what it hands back."""
