@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxkv
-from jaxkv.policies.base import Prompt, WholePrompt
-from jaxkv.policies.scoring import keep_top
+from jaxkv.policies.base import Prompt, WholePrompt, keep_top
 
 lm = jaxkv.load("needle", dtype="bfloat16")
 jaxkv.save(lm, "folder")

@@ -10,14 +10,17 @@ Axis letters: `B` batch, `K` key/value heads, `N` query heads, `S` slots, `P` pr
 `H` head size.
 """
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxkv import state as kv
 from jaxkv.kernels import decode, window_scores
+from jaxkv.policies.fitting import fit
 from jaxkv.state import KVState
 from jaxkv.trees import DraftTree, Pending
 
@@ -29,42 +32,6 @@ Sketch = Callable[["PrefillPolicy", int], jax.Array]
 def scale_of(queries: jax.Array) -> float:
     """Return what the logits of these queries `[..., H]` are multiplied by."""
     return queries.shape[-1] ** -0.5
-
-
-class Misfit(ValueError):
-    """An array that does not fit; `jaxkv.policies.contract` says whose it is."""
-
-
-def fit(
-    name: str,
-    array: Any,
-    axes: str,
-    shape: tuple[int, ...],
-    dtype: jax.typing.DTypeLike,
-) -> None:
-    """Raise Misfit unless an array has this shape and dtype.
-
-    Args:
-      name: of the array.
-      array: whatever came.
-      axes: what the axes are called, such as "B K S".
-      shape: wanted.
-      dtype: wanted; `jnp.floating` is any of its kind.
-    """
-    kind = dtype is jnp.floating
-    wanted = f"{'floating-point' if kind else jnp.dtype(dtype)} [{axes}]={list(shape)}"
-    if not isinstance(array, jax.Array | np.ndarray):
-        came = type(array).__name__
-        raise Misfit(f"{name} must be an array, {wanted}, got {came}.")
-    right = jnp.issubdtype(array.dtype, dtype) if kind else array.dtype == dtype
-    if array.shape == shape and right:
-        return
-    hint = ""
-    if array.shape != shape and sorted(array.shape) == sorted(shape):
-        hint = " Its axes are in another order."
-    raise Misfit(
-        f"{name} must be {wanted}, got {array.dtype} {list(array.shape)}.{hint}"
-    )
 
 
 class Prompt(NamedTuple):
@@ -174,12 +141,100 @@ class PrefillPolicy(Protocol):
         """
 
 
+def keep_top(
+    prompt: Prompt,
+    scores: jax.Array,
+    state: KVState,
+    *,
+    budget: int,
+    keep: jax.Array | None = None,
+) -> KVState:
+    """Keep each head's best tokens, shared by all scoring policies.
+
+    Args:
+      prompt: the layer's prompt; `prompt.keep` says how many tokens of each row.
+      scores: float32 `[B, heads of the state, L]` for the first `L` indices of the
+        prompt, all of its real tokens among them; what others score does not matter.
+      state: empty.
+      budget: static bound of what a head keeps.
+      keep: int32 `[B, heads]` or `[B, 1]`, tokens that each head keeps; None is
+        `prompt.keep` for all.
+
+    Returns:
+      The filled state, its tokens in the order of their positions, so that a row that
+      fits lies as it would in a full cache. Ties favour the earlier token. Where a
+      score is NaN the head's first value is, too, so that it does not go unnoticed.
+    """
+    heads, length = state.target.shape, scores.shape[-1]
+    if scores.shape[:-1] != heads or length > prompt.keys.shape[1]:
+        length = prompt.keys.shape[1]
+    fit("scores", scores, "B heads L", (*heads, length), jnp.floating)
+    real = jnp.arange(length, dtype=jnp.int32)[None] < prompt.lengths[:, None]
+    scores = jnp.where(real[:, None], scores, -jnp.inf)
+    wrong = jnp.isnan(scores).any(-1)[..., None]
+    _, best = jax.lax.top_k(scores, min(budget, length))
+    rank = jnp.arange(best.shape[-1], dtype=jnp.int32)[None, None]
+    keep = prompt.keep[:, None] if keep is None else keep
+    most = jnp.minimum(keep, prompt.lengths[:, None])[..., None]
+    # The sentinel sorts behind every token.
+    best = jnp.sort(jnp.where(rank < most, best, length), axis=-1)
+    best = jnp.where(best < length, best, kv.FREE).astype(jnp.int32)
+    kept = kv.gather(state, prompt.keys, prompt.values, best)
+    first = jnp.where(wrong, jnp.nan, kept.values[:, :, 0])
+    return dataclasses.replace(kept, values=kept.values.at[:, :, 0].set(first))
+
+
+class Ranking(NamedTuple):
+    """Which tokens of a layer's prompt are worth most, and how many of them stay.
+
+    Attributes:
+      scores: float32 `[B, heads of the state, L]`; see `keep_top`.
+      keep: int32 `[B, heads]`, tokens that each head keeps, or `[B, 1]`.
+    """
+
+    scores: jax.Array
+    keep: jax.Array
+
+
 class WholePrompt(PrefillPolicy):
-    """The usual answers of a prefill policy: no pseudo tokens, one budget for all."""
+    """The usual answers of a prefill policy: no pseudo tokens, one budget for all.
+
+    One of its own writes `scores`, and the best tokens of each head are kept.
+    """
 
     offset = 0
     same_budgets = True
     sketches = False
+
+    def check(self, budget: int) -> None:
+        """Accept any budget."""
+
+    def scores(self, prompt: Prompt) -> jax.Array:
+        """Return what each token is worth to each head, float32 `[B, heads, L]`.
+
+        Args:
+          prompt: the layer's.
+
+        Returns:
+          Scores of the first `L` indices of the prompt, all of its real tokens among
+          them. What others score does not matter. Infinity is kept in any case.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not score tokens.")
+
+    def rank(self, prompt: Prompt, *, budget: int) -> Ranking:
+        """Return the scores, with the same number of tokens for each head.
+
+        Args:
+          prompt: the layer's.
+          budget: static, at least what any head may keep.
+        """
+        del budget
+        return Ranking(self.scores(prompt), prompt.keep[:, None])
+
+    def compress(self, prompt: Prompt, state: KVState, *, budget: int) -> KVState:
+        """Keep the best tokens of each head; see `PrefillPolicy.compress`."""
+        scores, keep = self.rank(prompt, budget=budget)
+        return keep_top(prompt, scores, state, budget=budget, keep=keep)
 
     @property
     def num_pseudo(self) -> int:

@@ -12,7 +12,6 @@ from annotated_types import Ge
 
 from jaxkv.policies.base import PlainAttention, Prompt, WholePrompt
 from jaxkv.policies.eviction import aim_at_least, attend_and_write, check_room
-from jaxkv.policies.scoring import keep_top
 from jaxkv.runtime.seeds import key_of
 from jaxkv.state import KVState
 
@@ -30,11 +29,8 @@ class Random(WholePrompt):
 
     seed: int = 0
 
-    def check(self, budget: int) -> None:
-        """Accept any budget."""
-
-    def compress(self, prompt: Prompt, state: KVState, *, budget: int) -> KVState:
-        """Keep the tokens with the highest numbers."""
+    def scores(self, prompt: Prompt) -> jax.Array:
+        """Return the numbers that were drawn."""
         batch, length, kv_heads, _ = prompt.keys.shape
         # One key per position: numbers must not depend on how long the buffer is.
         keys = jax.vmap(jax.random.fold_in, (None, 0))(
@@ -45,8 +41,7 @@ class Random(WholePrompt):
             return jax.random.uniform(key, (kv_heads,), jnp.float32)
 
         drawn = jax.vmap(draw)(keys)
-        scores = jnp.broadcast_to(drawn.T, (batch, kv_heads, length))
-        return keep_top(prompt, scores, state, budget=budget)
+        return jnp.broadcast_to(drawn.T, (batch, kv_heads, length))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

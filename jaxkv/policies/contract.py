@@ -18,13 +18,12 @@ import numpy as np
 
 from jaxkv.policies.base import (
     DecodePolicy,
-    Misfit,
     PrefillPolicy,
     Prompt,
     Sketch,
     Speculable,
-    fit,
 )
+from jaxkv.policies.fitting import Misfit, fit
 from jaxkv.state import KVState
 from jaxkv.trees import DraftTree, Pending
 

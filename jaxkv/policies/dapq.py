@@ -21,11 +21,9 @@ from jaxkv.policies.scoring import (
     attention_of_window,
     check_kept_anyway,
     keep_anyway,
-    keep_top,
     pool_in_budget,
 )
 from jaxkv.runtime.seeds import key_of
-from jaxkv.state import KVState
 
 Content = Literal[
     "prefix_suffix", "random_tokens", "random_span", "fixed", "vocabulary"
@@ -157,8 +155,8 @@ class DapQ(WholePrompt):
         index = index.astype(jnp.int32) % lengths[:, None]
         return jnp.take_along_axis(tokens, index, axis=1)
 
-    def compress(self, prompt: Prompt, state: KVState, *, budget: int) -> KVState:
-        """Keep the best of the prompt."""
+    def scores(self, prompt: Prompt) -> jax.Array:
+        """Return what the pseudo tokens pay to the prompt."""
         scores = attention_of_pseudo(
             prompt,
             window=self.window_size,
@@ -168,10 +166,9 @@ class DapQ(WholePrompt):
             reduction=self.reduction,
             clusters=self.clusters,
         )
-        scores = keep_anyway(
+        return keep_anyway(
             scores, prompt.lengths, n_sink=self.n_sink, n_recent=self.n_recent
         )
-        return keep_top(prompt, scores, state, budget=budget)
 
 
 def attention_of_pseudo(

@@ -19,7 +19,8 @@ from annotated_types import Ge, Lt
 from jaxkv import state as kv
 from jaxkv.kernels import decode, dispatch, tree_attention, victims
 from jaxkv.kernels.cache import Nodes, Token
-from jaxkv.policies.base import fit, scale_of
+from jaxkv.policies.base import scale_of
+from jaxkv.policies.fitting import fit
 from jaxkv.state import KVState
 from jaxkv.trees import DraftTree, Pending
 

@@ -14,8 +14,7 @@ from annotated_types import Ge, Le, Lt
 
 from jaxkv.kernels.rotary import rotate, turn
 from jaxkv.policies.base import Prompt, WholePrompt
-from jaxkv.policies.scoring import check_kept_anyway, keep_anyway, keep_top
-from jaxkv.state import KVState
+from jaxkv.policies.scoring import check_kept_anyway, keep_anyway
 
 MOST_FUTURE = 1 << 16  # the angles of all of them are held at once
 
@@ -54,8 +53,8 @@ class ExpectedAttention(WholePrompt):
         """Need a slot beside the sinks."""
         check_kept_anyway("ExpectedAttention", budget, n_sink=self.n_sink)
 
-    def compress(self, prompt: Prompt, state: KVState, *, budget: int) -> KVState:
-        """Keep the sinks and the tokens of the highest expected attention."""
+    def scores(self, prompt: Prompt) -> jax.Array:
+        """Return the expected attention, weighed by the values."""
         scores = expected_attention(
             prompt,
             n_future_positions=self.n_future_positions,
@@ -65,8 +64,7 @@ class ExpectedAttention(WholePrompt):
         if self.use_value_norm:
             norms = jnp.linalg.norm(prompt.values.astype(jnp.float32), axis=-1)
             scores = (scores + self.epsilon) * norms.swapaxes(1, 2)
-        scores = keep_anyway(scores, prompt.lengths, n_sink=self.n_sink)
-        return keep_top(prompt, scores, state, budget=budget)
+        return keep_anyway(scores, prompt.lengths, n_sink=self.n_sink)
 
 
 def expected_attention(

@@ -25,7 +25,6 @@ from jaxkv.policies.scoring import (
     check_kept_anyway,
     check_room_for_window,
     keep_anyway,
-    keep_top,
     window_of,
 )
 from jaxkv.state import KVState
@@ -57,15 +56,14 @@ class H2O(WholePrompt):
             return
         check_room_for_window("H2O", budget)
 
-    def compress(self, prompt: Prompt, state: KVState, *, budget: int) -> KVState:
-        """Keep the recent tokens, and the best of what lies before them."""
+    def scores(self, prompt: Prompt) -> jax.Array:
+        """Return the attention that each token gathered."""
         if self.window_size is None:
             scores, recent = attention_of_all(prompt), prompt.keep // 2
         else:
             recent = window_of(prompt, self.window_size)
             scores = attention_of_last(prompt, self.window_size, count=recent)
-        scores = keep_anyway(scores, prompt.lengths, n_recent=recent)
-        return keep_top(prompt, scores, state, budget=budget)
+        return keep_anyway(scores, prompt.lengths, n_recent=recent)
 
 
 def attention_of_all(prompt: Prompt, *, chunk: int = 128) -> jax.Array:

@@ -5,11 +5,10 @@ Devoto et al., arXiv 2406.11430.
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 
 from jaxkv.policies.base import Prompt, WholePrompt
-from jaxkv.policies.scoring import keep_top
-from jaxkv.state import KVState
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,10 +20,7 @@ class KNorm(WholePrompt):
     layers 0 and 1 whole; here every layer has the same budget.
     """
 
-    def check(self, budget: int) -> None:
-        """Accept any budget."""
-
-    def compress(self, prompt: Prompt, state: KVState, *, budget: int) -> KVState:
-        """Keep the tokens with the smallest keys."""
+    def scores(self, prompt: Prompt) -> jax.Array:
+        """Return the negative norms of the keys."""
         norms = jnp.linalg.norm(prompt.keys.astype(jnp.float32), axis=-1)
-        return keep_top(prompt, -norms.swapaxes(1, 2), state, budget=budget)
+        return -norms.swapaxes(1, 2)

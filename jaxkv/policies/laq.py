@@ -18,10 +18,8 @@ from jaxkv.policies.scoring import (
     check_kept_anyway,
     check_room_for_window,
     keep_anyway,
-    keep_top,
 )
 from jaxkv.policies.snapkv import SnapKV
-from jaxkv.state import KVState
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,8 +91,8 @@ class LAQ(WholePrompt):
         del tokens, lengths, vocab_size
         return sketch(self.sketch_policy, self.window_size)
 
-    def compress(self, prompt: Prompt, state: KVState, *, budget: int) -> KVState:
-        """Keep the best of the prompt."""
+    def scores(self, prompt: Prompt) -> jax.Array:
+        """Return what the sketch pays to the prompt."""
         scores = attention_of_pseudo(
             prompt,
             window=self.window_size,
@@ -103,5 +101,4 @@ class LAQ(WholePrompt):
             reduction=self.reduction,
             clusters=self.clusters,
         )
-        scores = keep_anyway(scores, prompt.lengths, n_recent=self.n_recent)
-        return keep_top(prompt, scores, state, budget=budget)
+        return keep_anyway(scores, prompt.lengths, n_recent=self.n_recent)

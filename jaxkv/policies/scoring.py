@@ -1,63 +1,25 @@
 """What scoring policies share: attention of a window, pooling, and tokens kept anyway.
 
-A score says how much a token of the prompt is worth to one head; `keep_top` does the
-rest. Deviations that all share: selection is per key/value head, with the mean over its
-query heads (the papers' code often repeats keys first and selects per query head, which
-stores more); scores are float32; eviction happens once, at the end of prefill.
+A score says how much a token of the prompt is worth to one head; `base.keep_top` does
+the rest. Deviations that all share: selection is per key/value head, with the mean over
+its query heads (the papers' code often repeats keys first and selects per query head,
+which stores more); scores are float32; eviction happens once, at the end of prefill.
 
 Axis letters: `B` batch, `W` window, `N` query heads, `K` key/value heads, `T` tokens of
 the buffer, `L` tokens that are scored, `H` head size.
 """
 
-import dataclasses
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
-from jaxkv import state as kv
 from jaxkv.kernels.rotary import rotate
 from jaxkv.kernels.window_scores import Reduction, window_scores
-from jaxkv.policies.base import Prompt, fit
-from jaxkv.state import KVState
+from jaxkv.policies.base import Prompt
 
 Pooling = Literal["none", "max", "avg"]
 Granularity = Literal["kv_head", "query_head"]
-
-
-def keep_top(
-    prompt: Prompt, scores: jax.Array, state: KVState, *, budget: int
-) -> KVState:
-    """Keep each head's best tokens, shared by all scoring policies.
-
-    Args:
-      prompt: the layer's prompt; `prompt.keep` says how many tokens of each row.
-      scores: float32 `[B, heads of the state, L]` for the first `L` indices of the
-        prompt, all of its real tokens among them; what others score does not matter.
-      state: empty.
-      budget: static bound of `prompt.keep`.
-
-    Returns:
-      The filled state, its tokens in the order of their positions, so that a row that
-      fits lies as it would in a full cache. Ties favour the earlier token. Where a
-      score is NaN the head's first value is, too, so that it does not go unnoticed.
-    """
-    heads, length = state.target.shape, scores.shape[-1]
-    if scores.shape[:-1] != heads or length > prompt.keys.shape[1]:
-        length = prompt.keys.shape[1]
-    fit("scores", scores, "B heads L", (*heads, length), jnp.floating)
-    real = jnp.arange(length, dtype=jnp.int32)[None] < prompt.lengths[:, None]
-    scores = jnp.where(real[:, None], scores, -jnp.inf)
-    wrong = jnp.isnan(scores).any(-1)[..., None]
-    _, best = jax.lax.top_k(scores, min(budget, length))
-    rank = jnp.arange(best.shape[-1], dtype=jnp.int32)[None, None]
-    most = jnp.minimum(prompt.keep, prompt.lengths)[:, None, None]
-    # The sentinel sorts behind every token.
-    best = jnp.sort(jnp.where(rank < most, best, length), axis=-1)
-    best = jnp.where(best < length, best, kv.FREE).astype(jnp.int32)
-    kept = kv.gather(state, prompt.keys, prompt.values, best)
-    first = jnp.where(wrong, jnp.nan, kept.values[:, :, 0])
-    return dataclasses.replace(kept, values=kept.values.at[:, :, 0].set(first))
 
 
 def attention_of_window(

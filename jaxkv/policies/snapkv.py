@@ -6,6 +6,7 @@ Li et al., arXiv 2404.14469.
 import dataclasses
 from typing import Annotated, Any
 
+import jax
 import jax.numpy as jnp
 from annotated_types import Ge
 
@@ -16,11 +17,9 @@ from jaxkv.policies.scoring import (
     attention_of_last,
     check_room_for_window,
     keep_anyway,
-    keep_top,
     pool,
     window_of,
 )
-from jaxkv.state import KVState
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,8 +63,8 @@ class SnapKV(WholePrompt):
         """Need a window, and a slot beside it."""
         check_room_for_window(type(self).__name__, budget)
 
-    def compress(self, prompt: Prompt, state: KVState, *, budget: int) -> KVState:
-        """Keep the window, and the best of what lies before it."""
+    def scores(self, prompt: Prompt) -> jax.Array:
+        """Return what the window pays to what lies before it, pooled."""
         window = window_of(prompt, self.window_size)
         scores = attention_of_last(
             prompt, self.window_size, count=window, offset=self.offset
@@ -75,5 +74,4 @@ class SnapKV(WholePrompt):
         scores = pool(
             scores, before, pooling=self.pooling, kernel_size=self.kernel_size
         )
-        scores = keep_anyway(scores, prompt.lengths, n_recent=window)
-        return keep_top(prompt, scores, state, budget=budget)
+        return keep_anyway(scores, prompt.lengths, n_recent=window)

@@ -12,7 +12,6 @@ from annotated_types import Ge
 
 from jaxkv.policies.base import PlainAttention, Prompt, WholePrompt
 from jaxkv.policies.eviction import attend_and_write, attend_tree_by_depth
-from jaxkv.policies.scoring import keep_top
 from jaxkv.state import KVState
 from jaxkv.trees import Pending
 
@@ -44,13 +43,12 @@ class StreamingLLM(WholePrompt, PlainAttention):
                 f"{self.n_sink + 1} or fewer sinks."
             )
 
-    def compress(self, prompt: Prompt, state: KVState, *, budget: int) -> KVState:
-        """Keep the sinks and the last `keep - n_sink` tokens of each row."""
+    def scores(self, prompt: Prompt) -> jax.Array:
+        """Return the positions, with sinks as the highest."""
         batch, length, kv_heads, _ = prompt.keys.shape
         order = jnp.arange(length, dtype=jnp.float32)
         scores = jnp.where(order < self.n_sink, jnp.inf, order)
-        scores = jnp.broadcast_to(scores, (batch, kv_heads, length))
-        return keep_top(prompt, scores, state, budget=budget)
+        return jnp.broadcast_to(scores, (batch, kv_heads, length))
 
     def begin(self, state: KVState, lengths: jax.Array) -> KVState:
         """Aim at the oldest token that is not a sink, if no slot is free."""

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxkv.kernels import decode, longflow
 from jaxkv.policies.base import PlainAttention, Prompt, WholePrompt
 from jaxkv.policies.longflow import LongFlow
-from jaxkv.policies.scoring import attention_of_last, keep_top
+from jaxkv.policies.scoring import attention_of_last
 from jaxkv.state import KVState
 
 
@@ -24,15 +24,11 @@ class TOVA(WholePrompt):
     Deviation: evicted once at the end of the prompt, not at every token.
     """
 
-    def check(self, budget: int) -> None:
-        """Accept any budget."""
-
-    def compress(self, prompt: Prompt, state: KVState, *, budget: int) -> KVState:
-        """Keep the tokens with the highest mean attention."""
+    def scores(self, prompt: Prompt) -> jax.Array:
+        """Return the mean attention, the same for all heads."""
         scores = attention_of_last(prompt, 1)
         mean = scores.mean(1, keepdims=True)
-        scores = jnp.broadcast_to(mean, scores.shape)
-        return keep_top(prompt, scores, state, budget=budget)
+        return jnp.broadcast_to(mean, scores.shape)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

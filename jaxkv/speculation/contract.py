@@ -8,8 +8,8 @@ Axis letters: `B` batch, `T` nodes of a tree.
 import jax
 import jax.numpy as jnp
 
-from jaxkv.policies.base import fit
 from jaxkv.policies.contract import called, fit_type
+from jaxkv.policies.fitting import fit
 from jaxkv.speculation.drafters import Drafter
 from jaxkv.speculation.matching import Context
 from jaxkv.speculation.rules import Rule, View

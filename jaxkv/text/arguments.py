@@ -10,7 +10,7 @@ import numpy as np
 from jaxkv.fields import MOST, MOST_SEED
 from jaxkv.language_model import LanguageModel
 from jaxkv.options import Options
-from jaxkv.policies.base import DecodePolicy, PrefillPolicy
+from jaxkv.policies.base import DecodePolicy, PrefillPolicy, WholePrompt
 from jaxkv.policies.full import Full
 from jaxkv.sampling import Sampler
 from jaxkv.speculation.drafters import Drafter
@@ -33,7 +33,7 @@ _ROLES = {
     "prefill": _Role(
         "DapQ()",
         PrefillPolicy,
-        "; jaxkv.policies.base.WholePrompt has all but check and compress",
+        "; jaxkv.policies.base.WholePrompt has all but compress, or scores instead",
     ),
     "decode": _Role(
         "LongFlow()",
@@ -131,6 +131,10 @@ def _check_role(name: str, value: Any, role: _Role) -> None:
         for member, stub in declared.items()
         if not hasattr(value, member) or getattr(type(value), member, None) is stub
     ]
+    if isinstance(value, WholePrompt):
+        chooses = ("scores", "rank", "compress")  # each asks the one before
+        usual = [getattr(type(value), x) is getattr(WholePrompt, x) for x in chooses]
+        lacks += ["compress"] * all(usual)
     what = f"generate: {name}= takes something like {role.example}, got {value!r}"
     if len(lacks) == len(declared):
         raise ValueError(f"{what}.")

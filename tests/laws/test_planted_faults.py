@@ -67,9 +67,7 @@ def see_one_token_more(attend):
 
 
 def keep_one_more(keep_top):
-    return lambda prompt, *args, **budget: keep_top(
-        prompt._replace(keep=prompt.keep + 1), *args, **budget
-    )
+    return lambda *args, keep, **budget: keep_top(*args, keep=keep + 1, **budget)
 
 
 def keep_padding(keep_top):
@@ -85,10 +83,8 @@ def hold_one_more(num_slots):
 
 
 def keep_a_pseudo_token(keep_top):
-    return lambda prompt, *args, **budget: keep_top(
-        prompt._replace(lengths=prompt.lengths + 1, keep=prompt.keep + 1),
-        *args,
-        **budget,
+    return lambda prompt, *args, keep, **budget: keep_top(
+        prompt._replace(lengths=prompt.lengths + 1), *args, keep=keep + 1, **budget
     )
 
 
@@ -197,7 +193,7 @@ FAULTS = {
         None,
     ),
     "budget off by one": Fault(
-        "jaxkv.policies.knorm.keep_top",
+        "jaxkv.policies.base.keep_top",
         keep_one_more,
         lawbook.prompt_is_bounded,
         "knorm",
@@ -206,13 +202,13 @@ FAULTS = {
         "jaxkv.options.Options.num_slots", hold_one_more, lawbook.bounded, "longflow"
     ),
     "padding kept": Fault(
-        "jaxkv.policies.knorm.keep_top",
+        "jaxkv.policies.base.keep_top",
         keep_padding,
         lawbook.prompt_in_a_batch_equals_singles,
         "knorm",
     ),
     "pseudo tokens in the cache": Fault(
-        "jaxkv.policies.dapq.keep_top",
+        "jaxkv.policies.base.keep_top",
         keep_a_pseudo_token,
         lawbook.pseudo_tokens_leave_no_trace,
         "dapq",

@@ -8,9 +8,8 @@ from tiny import NETWORK, params
 
 import jaxkv
 from jaxkv import KNorm, LongFlow, StreamingLLM, Tree
-from jaxkv.policies.base import PlainAttention, Prompt, WholePrompt
+from jaxkv.policies.base import PlainAttention, Prompt, WholePrompt, keep_top
 from jaxkv.policies.eviction import aim_at_least, attend_and_write
-from jaxkv.policies.scoring import keep_top
 from jaxkv.speculation.rules import TopK
 from jaxkv.state import KVState
 from jaxkv.trees import Pending
@@ -63,7 +62,7 @@ def changed(**changes):
 
 
 def with_(**members):
-    return type("Mine", (Own,), dict(compress=KNorm.compress) | members)()
+    return type("Mine", (Own,), dict(scores=KNorm.scores) | members)()
 
 
 COMPRESS = r"Mine\.compress: "
@@ -309,6 +308,16 @@ def test_a_missing_method_is_named(tmp_path):
     message = r"prefill= takes something like DapQ\(\), .*; Mine has no compress; jaxkv"
     with pytest.raises(ValueError, match=message):
         generate(tmp_path, prefill=Mine())
+
+
+def test_scores_alone_make_a_policy(tmp_path):
+    @dataclasses.dataclass(frozen=True)
+    class Mine(WholePrompt):
+        def scores(self, prompt):
+            return scores_of(prompt).swapaxes(1, 2)
+
+    wanted = generate(tmp_path, prefill=KNorm()).tokens
+    assert generate(tmp_path, prefill=Mine()).tokens == wanted
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,8 @@ import pytest
 from prompts_by_hand import prompt_of
 
 from jaxkv import state as kv
-from jaxkv.policies.scoring import keep_anyway, keep_top, pool, pool_in_budget
+from jaxkv.policies.base import keep_top
+from jaxkv.policies.scoring import keep_anyway, pool, pool_in_budget
 
 
 def test_ties_favour_the_earlier_token_and_padding_never_wins():
