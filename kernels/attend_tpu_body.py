@@ -75,8 +75,8 @@ def longflow(target_ref, position_ref, oldest_ref, newest_ref, *refs, plan):
             here = _lanes(step, plan)
             share = _importance(refs, (logits_ref, norms_ref), here)
             held = refs.new_positions[0, pl.ds(k, 1), here]
-            evictable = (held >= oldest_ref[b]) & (held <= newest_ref[b]) & (held >= 0)
-            barred = jnp.where(evictable, 0.0, 1.0)
+            outside = (held < oldest_ref[b]) | (held > newest_ref[b])
+            barred = jnp.where((held >= 0) & outside, 1.0, 0.0)
             importance_ref[:, here] = share + jnp.where(
                 first, 0.0, importance_ref[:, here]
             )
@@ -92,10 +92,8 @@ def longflow(target_ref, position_ref, oldest_ref, newest_ref, *refs, plan):
 
         @pl.when(live & ((k == plan.kv_heads - 1) if plan.shared else True))
         def _():
-            judge = 0 if plan.shared else k
-            victim = _victim(
-                refs.new_positions, judge, importance_ref, barred_ref, plan
-            )
+            who = slice(None) if plan.shared else pl.ds(k, 1)
+            victim = _victim(refs.new_positions, who, importance_ref, barred_ref, plan)
             if plan.shared:
                 chosen_ref[0] = jnp.broadcast_to(victim, (plan.kv_heads, LANES))
             else:
@@ -239,14 +237,14 @@ def _norms_of_rows(values, plan):
     return jnp.ones((values.shape[0], 1), jnp.float32)
 
 
-def _victim(positions_ref, head, importance_ref, barred_ref, plan):
+def _victim(positions_ref, heads, importance_ref, barred_ref, plan):
     """Return the slot that the next token overwrites, int32 `[1, 1]`.
 
     Args:
       positions_ref: `[1, K, padded]`, the new token's included.
-      head: whose free slots count.
-      importance_ref: `[1, padded]`.
-      barred_ref: `[1, padded]`, zero where a slot may be evicted.
+      heads: that give up the slot; it is free if it is in all of them.
+      importance_ref: `[1, padded]`, their sum.
+      barred_ref: `[1, padded]`, zero where none of them keeps its token.
       plan: static.
     """
     shape = (1, plan.block)
@@ -265,7 +263,8 @@ def _victim(positions_ref, head, importance_ref, barred_ref, plan):
         here = _lanes(step, plan)
         slot = step * plan.block + jax.lax.broadcasted_iota(jnp.int32, shape, 1)
         real = slot < plan.slots
-        free = real & (positions_ref[0, pl.ds(head, 1), here] < 0)
+        newest = jnp.max(positions_ref[0, heads, here], 0, keepdims=True)
+        free = real & (newest < 0)
         evictable = real & (barred_ref[:, here] == 0)
         importance = importance_ref[:, here]
         slot = slot.astype(jnp.float32)

@@ -194,11 +194,12 @@ def choose_victims(
     importance = tl.load(
         importance_ptr + (row * TARGETS + kv_heads)[:, None] * STRIDE + slots[None, :],
         (kv_heads < TARGETS)[:, None] & (slots < SLOTS)[None, :],
-        other=0.0,
+        other=float("inf"),
     )
     protected = tl.max((importance.to(tl.int32, bitcast=True) < 0).to(tl.int32), 0) > 0
-    importance = tl.sum(tl.abs(importance), 0)
-    is_free = importance == float("inf")
+    is_held = importance != float("inf")
+    is_free = tl.max(is_held.to(tl.int32), 0) == 0
+    importance = tl.sum(tl.where(is_held, tl.abs(importance), 0.0), 0)
     order = slot_order(importance, is_free, protected, slots < SLOTS)
     choose_victim(
         *(order, slots, target_ptr, position_ptr, arrivals_ptr),

@@ -49,9 +49,8 @@ def longflow_attention_tpu(
         evicted. Where there is none, any may.
       scale: factor on the logits.
       score: "l1" or "l2", the norm of the value; "attention", no norm.
-      shared: one victim for all heads of a sequence, by the mean over all of them (a
-        slot is then free if head 0 has nothing in it, and evictable if it is in every
-        head); otherwise one for each key/value head, by the mean over its group.
+      shared: one victim for all heads of a sequence, by the mean over all of them;
+        otherwise one for each key/value head, by the mean over its group.
       axis: of the mesh that the heads of a row are spread over, inside a `shard_map`;
         the kernel then leaves the importance, and the choice follows the exchange.
       block: slots per step, a multiple of 128; None chooses.

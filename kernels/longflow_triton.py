@@ -107,8 +107,8 @@ def longflow_attention_triton(
       newest: int32 `[B]`, the last position that may go.
       scale: factor on the logits.
       score: the norm of the value, "l1" or "l2", or "attention", which leaves it out.
-      shared: one victim for all key/value heads, whose free slots coincide, from the
-        mean over all query heads; else one per key/value head, from its group's.
+      shared: one victim for all key/value heads, from the mean over all query heads;
+        else one per key/value head, from its group's.
       tiles: how to cut the work; None chooses by shape and device.
 
     Returns:

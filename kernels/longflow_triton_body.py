@@ -21,7 +21,7 @@ norm of the value that was stored when the token was. So a tile costs no more th
 plain attention does, and a store.
 
 Importance that leaves the chip is not negative, so its sign says that a slot is
-protected; `-inf` says that it is free.
+protected; `inf` says that it is free.
 """
 
 import triton
@@ -267,7 +267,7 @@ def score_rows(
             importance = weights * norms
             barred = (positions < oldest) | (positions > newest)
             importance = tl.where(barred, -importance, importance)
-            importance = tl.where(positions < 0, float("-inf"), importance)
+            importance = tl.where(positions < 0, float("inf"), importance)
             tl.store(importance_ptr + row * STRIDE + slots, importance, real)
         tl.debug_barrier()
         row += tl.num_programs(0)

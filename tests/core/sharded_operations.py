@@ -78,6 +78,7 @@ def whole(*numbers):
 def compare_longflow(mesh, everything):
     positions = RNG.permuted(np.broadcast_to(np.arange(S), (B, K, S)), axis=-1)
     positions[0, :, [1, 5]] = -1
+    positions[1, 1:3, 0] = -1  # free in some heads only
     target = RNG.integers(0, S, (B, K))
     values = normal(B, K, S, H)
     slots = Slots(

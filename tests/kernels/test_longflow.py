@@ -43,16 +43,19 @@ def draw(seed, *shape, dtype="float32"):
 
 
 def case(heads="GQA", slots=13, dtype="float32", head_dim=8):
-    """Four rows: some slots free, none free, few evictable ones, finished."""
+    """Four rows: some slots free, none free, few evictable ones, finished.
+
+    In the third, some heads have free slots that another has not.
+    """
     num_heads, kv_heads = HEADS[heads]
     rng = np.random.default_rng(slots)
     positions = np.stack(  # every head has its own order, as after prefill
         [[rng.permutation(slots) for _ in range(kv_heads)] for _ in range(4)]
     )
     target = rng.integers(0, slots, (4, kv_heads))
-    free = rng.random(slots) < 0.4
-    positions[0, :, free] = -1
-    positions[3, :, free] = -1
+    free = rng.random((4, kv_heads, slots)) < 0.5
+    free[1], free[2, -1] = False, False
+    positions[free] = -1
     dead = jnp.asarray(positions < 0)[..., None]
     shape = (4, kv_heads, slots, head_dim)
     return dict(
@@ -213,6 +216,8 @@ def test_ties_go_to_the_lowest_slot(implementation):
     c = case("GQA")
     same = {name: jnp.ones_like(c[name]) for name in ("key", "value", "keys", "values")}
     same |= {"query": jnp.zeros_like(c["query"]), "newest": jnp.full(4, 99, jnp.int32)}
+    full = jnp.arange(c["positions"].shape[2], dtype=jnp.int32)[None, None]
+    same["positions"] = jnp.broadcast_to(full, c["positions"].shape)
     _, got = compiled(implementation, "l1", True)(c | same)
     positions = np.asarray(got.positions)
     assert got.target[1].tolist() == [0, 0]

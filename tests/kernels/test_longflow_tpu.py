@@ -35,12 +35,11 @@ def attend(c, **kwargs):
     return decode_attention_tpu(**packed(without_choice(c)), scale=SCALE, **kwargs)
 
 
-def draw(heads, slots, dtype="float32", *, head_dim=128, seed=0, shared=True):
+def draw(heads, slots, dtype="float32", *, head_dim=128, seed=0):
     """Return arguments whose free slots are full of NaN.
 
-    Rows: a ragged one, a full one, a finished one, and a full one with nothing that may
-    be evicted. A shared cache has the same slots free in all heads, but not the same
-    tokens in the others.
+    Rows: a ragged one, one in which no slot is free in all heads, a finished one, and a
+    full one with nothing that may be evicted.
     """
     num_heads, kv_heads = HEADS[heads]
     rng = np.random.default_rng(seed)
@@ -49,12 +48,11 @@ def draw(heads, slots, dtype="float32", *, head_dim=128, seed=0, shared=True):
     def normal(*sizes):
         return jnp.asarray(rng.standard_normal((*sizes, head_dim)), dtype)
 
-    rows = (4, 1 if shared else kv_heads)
-    occupied = np.broadcast_to(rng.random((*rows, slots)) < 0.7, shape).copy()
-    occupied[[1, 3]] = True
+    occupied = rng.random(shape) < 0.5
+    occupied[1, -1], occupied[3] = True, True
     order = np.argsort(rng.random(shape), axis=-1)
     positions = np.where(occupied, order, -1).astype(np.int32)
-    target = np.broadcast_to(rng.integers(0, slots, rows), shape[:2])
+    target = rng.integers(0, slots, shape[:2])
     free = jnp.asarray(~occupied)[..., None]
     return dict(
         query=normal(4, num_heads),
@@ -109,12 +107,14 @@ def oracle(c, *, score="l1", shared=True):
                 importance[k, held] += weights * norm
         occupied = positions[b] >= 0
         low, high = int(c["oldest"][b]), int(c["newest"][b])
-        evictable = occupied & (positions[b] >= low) & (positions[b] <= high)
-        if shared:
-            importance[:] = importance.sum(0)
-            evictable[:], occupied[:] = evictable.all(0), occupied[0]
+        inside = (positions[b] >= low) & (positions[b] <= high)
         for k in range(kv_heads):
-            target[b, k] = choice(importance[k], occupied[k], evictable[k])
+            of = slice(None) if shared else slice(k, k + 1)
+            target[b, k] = choice(
+                importance[of].sum(0),
+                occupied[of].any(0),
+                (inside | ~occupied)[of].all(0),
+            )
     return out, keys, values, positions, target
 
 
@@ -146,12 +146,11 @@ def test_shared_victim_over_several_blocks():
     for seed in range(3):
         c = draw("GQA", 300, seed=seed)
         check(c, run(c))
-    uneven = draw("GQA", 300, shared=False)  # of the free slots, head 0's count
-    check(uneven, run(uneven))
     again = run(c)
     jax.tree.map(np.testing.assert_array_equal, run(c), again)
     # Equal importances: the lowest slot that may go.
-    same = c | {name: jnp.zeros_like(c[name]) for name in ("query", "values", "value")}
+    zeros = "query", "keys", "values", "value"
+    same = c | {name: jnp.zeros_like(c[name]) for name in zeros}
     same["positions"] = jnp.broadcast_to(jnp.arange(300), c["positions"].shape)
     _, got = run(same | {"target": jnp.full_like(c["target"], 290)})
     assert got.target[1].tolist() == [75, 75]
@@ -167,7 +166,7 @@ def test_shared_victim_over_several_blocks():
 
 def test_a_victim_for_each_head_in_bfloat16():
     for seed in range(2):
-        c = draw("MHA", 37, "bfloat16", seed=seed, shared=False)
+        c = draw("MHA", 37, "bfloat16", seed=seed)
         got = longflow(c, score="l2", shared=False, interpret=True)
         check(c, got, score="l2", shared=False)
 
@@ -189,7 +188,7 @@ def test_attention_without_a_score():
 def test_against_oracle(heads, dtype, shared, slots, head_dim, score):
     options = dict(score=score, shared=shared)
     for seed in range(4):
-        c = draw(heads, slots, dtype, head_dim=head_dim, seed=seed, shared=shared)
+        c = draw(heads, slots, dtype, head_dim=head_dim, seed=seed)
         check(c, longflow(c, **options, block=256, interpret=True), **options)
         got = attend(c, interpret=True)
         check(c, got, **options)
@@ -200,7 +199,7 @@ def test_against_oracle(heads, dtype, shared, slots, head_dim, score):
 def test_the_simulation_sees_no_race(shared, capfd):
     """A simulation of the TPU's memories; it wants slots that fill the blocks."""
     interpret = pltpu.InterpretParams(uninitialized_memory="nan", detect_races=True)
-    c = draw("GQA", 256, shared=shared)
+    c = draw("GQA", 256)
     got = longflow(c, shared=shared, block=128, interpret=interpret)
     check(c, got, shared=shared)
     assert "RACE" not in capfd.readouterr().out.upper()

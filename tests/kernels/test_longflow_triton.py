@@ -123,8 +123,8 @@ def test_chosen_tiles_are_possible_everywhere():
 
 def make_case(case, seed):
     """Return one case's arguments of the op."""
-    heads, kv_heads, slots, head_dim, dtype, _, shared, _ = case
-    batch, groups = 5, 1 if shared else kv_heads
+    heads, kv_heads, slots, head_dim, dtype, _, _, _ = case
+    batch = 5
     rng = np.random.default_rng(seed)
 
     def normal(*shape):
@@ -134,15 +134,14 @@ def make_case(case, seed):
     k_new, v_new = normal(2, batch, kv_heads, head_dim)
     keys, values = normal(2, batch, kv_heads, slots, head_dim)
     values *= np.exp(normal(batch, kv_heads, slots, 1))  # for the norm to matter
-    # Rows 0 and 1 are full, row 2 has free slots, which coincide across heads where the
-    # victim is shared, row 3 is finished, row 4 empty.
-    free = rng.random((batch, groups, slots)) < 0.3
-    free[:2], free[4] = False, True
-    free = np.broadcast_to(free, (batch, kv_heads, slots))
+    # In row 0 no slot is free in all heads, row 1 is full, in row 2 some slots are free
+    # in all heads and others in some, row 3 is finished, row 4 empty.
+    free = rng.random((batch, kv_heads, slots)) < 0.5
+    free[0, -1], free[1], free[4] = False, False, True
     order = rng.permuted(np.broadcast_to(np.arange(slots), free.shape), axis=-1)
     positions = np.where(free, -1, order)
     keys[free], values[free] = np.nan, np.nan
-    target = rng.integers(0, slots, (batch, groups)).repeat(kv_heads // groups, 1)
+    target = rng.integers(0, slots, (batch, kv_heads))
     target[0] = slots - 1
     target[3] = rng.choice([-1, slots, 2**31 - 1])  # means nothing in a finished row
     position = np.array([slots, slots + 1, slots, -1, 0])
@@ -196,13 +195,13 @@ def wrong_victim(got, weighted, positions, oldest, newest, tolerance) -> str:
 
     `weighted` is `[heads, S]`, `positions` `[KV heads, S]`, of those who share it.
     """
-    free = positions[0] < 0
-    if free.any():
-        want = np.flatnonzero(free)[0]
+    free = positions < 0
+    if free.all(0).any():
+        want = np.flatnonzero(free.all(0))[0]
         return "" if got == want else f"not the first free slot {want}"
     importance = weighted.mean(0)
-    evictable = ((positions >= oldest) & (positions <= newest)).all(0)
-    candidates = evictable if evictable.any() else ~free
+    evictable = (free | (positions >= oldest) & (positions <= newest)).all(0)
+    candidates = evictable if evictable.any() else ~free.all(0)
     if not candidates[got]:
         return "protected"
     least = importance[candidates].min()
