@@ -1,11 +1,15 @@
 """What all pictures share. matplotlib is an extra, and is imported at the call."""
 
+import functools
 import importlib.util
 import io
 from pathlib import Path
 from typing import Any
 
 from jaxkv.provenance import write_whole
+
+# In notebooks, which hold what they show, so that it should be small.
+SHOWN_DPI, SHOWN_COLOURS = 72, 64
 
 
 def available() -> bool:
@@ -22,6 +26,8 @@ def require() -> None:
 def empty(**options: Any) -> Any:
     """Return an empty figure that no window system and no global state knows of.
 
+    A notebook shows it as the last value of a cell.
+
     Args:
       **options: of `matplotlib.figure.Figure`.
 
@@ -29,9 +35,26 @@ def empty(**options: Any) -> Any:
       ValueError: matplotlib is missing.
     """
     require()
+    return _kind_of_figure()(layout="constrained", **options)
+
+
+@functools.cache
+def _kind_of_figure() -> Any:
     from matplotlib.figure import Figure
 
-    return Figure(layout="constrained", **options)
+    class Picture(Figure):
+        """A figure that a notebook shows, whether or not pyplot was imported."""
+
+        def _repr_png_(self) -> bytes:
+            from PIL import Image  # comes with matplotlib
+
+            drawn, small = io.BytesIO(), io.BytesIO()
+            self.savefig(drawn, dpi=SHOWN_DPI, format="png")
+            image = Image.open(drawn).convert("RGB").quantize(SHOWN_COLOURS)
+            image.save(small, "png", optimize=True)
+            return small.getvalue()
+
+    return Picture
 
 
 def save(figure: Any, stem: Path) -> list[Path]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxkv import figures, soundness
+from jaxkv import figures, plot, soundness
 from jaxkv.evaluation import digests
 from jaxkv.evaluation.likelihood import losses, windows
 from jaxkv.evaluation.methods import FULL, Budget, Method, check_budget
@@ -268,25 +268,28 @@ def draw(record: Record, stem: Path) -> list[Path]:
     config = record["config"]
     entries = [entry for entry in record["results"] if entry["budget"] != FULL]
     budgets = list(dict.fromkeys(entry["budget"] for entry in entries))
-    figure = figures.empty(figsize=(2.5 + 3.5 * max(1, len(budgets)), 3.6))
-    panels = figure.subplots(1, max(1, len(budgets)), squeeze=False, sharey=True)[0]
     whole = _found(record, FULL)
-    behind = config["length"] - config["prompt"]
-    for budget, axes in zip(budgets or [FULL], panels, strict=True):
-        shown = [entry for entry in entries if entry["budget"] == budget]
-        for number, entry in enumerate(shown):
-            mean = np.array(entry["losses"]).mean(0)
-            at = config["prompt"] + (np.arange(len(mean)) + 0.5) * behind / len(mean)
-            style = ("-", "--", ":")[number // 10 % 3]
-            axes.plot(at, mean, style, color=f"C{number % 10}", label=entry["method"])
-        if whole is not None:
-            mean = whole.mean(0)
-            at = config["prompt"] + (np.arange(len(mean)) + 0.5) * behind / len(mean)
-            axes.plot(at, mean, color="black", lw=2, label=FULL)
-        axes.set_title(f"budget {budget}")
-        axes.set_xlabel("position")
-        axes.grid(alpha=0.3)
-    panels[0].set_ylabel("nats a token")
-    panels[-1].legend(fontsize="x-small")
-    figure.suptitle(f"{config['model']}, {config['texts']} texts")
+
+    def curve(losses: np.ndarray) -> plot.Curve:
+        mean = losses.mean(0)
+        behind = config["length"] - config["prompt"]
+        at = config["prompt"] + (np.arange(len(mean)) + 0.5) * behind / len(mean)
+        return plot.Curve(at=at.tolist(), mean=mean.tolist())
+
+    controls = {} if whole is None else {FULL: curve(whole)}
+    panels = []
+    for budget in budgets or [FULL]:
+        curves = {
+            entry["method"]: curve(np.array(entry["losses"]))
+            for entry in entries
+            if entry["budget"] == budget
+        }
+        panels.append(
+            plot.Panel(curves=curves, controls=controls, title=f"budget {budget}")
+        )
+    figure = plot.against_position(
+        panels,
+        label="nats a token",
+        title=f"{config['model']}, {config['texts']} texts",
+    )
     return figures.save(figure, stem)

@@ -6,17 +6,17 @@ needs no matplotlib.
 
 import csv
 import io
-import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxkv import figures
+from jaxkv import figures, plot
 from jaxkv.evaluation.coverage import Coverage, Point
 from jaxkv.evaluation.folder import safe_name
 from jaxkv.evaluation.methods import FULL
 from jaxkv.evaluation.metrics import Rows, groups, macro
 from jaxkv.evaluation.statistics import mean_interval
+from jaxkv.plot import Curve, Panel
 from jaxkv.provenance import write_whole
 
 
@@ -74,17 +74,18 @@ def draw_heat_maps(
             for line in lines
         ]
         flat = [value for line in values for value in line if value == value]
-        size = (2.5 + 0.6 * len(lengths), 1.8 + 0.35 * len(lines))
-        figure = figures.empty(figsize=size)
-        axes = figure.subplots()
-        image = axes.imshow(values, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto")
-        axes.set_xticks(range(len(lengths)), map(str, lengths), rotation=45)
-        axes.set_yticks(range(len(lines)), [f"{line[0]:.0%}" for line in lines])
-        axes.set_xlabel("tokens of the prompt")
-        axes.set_ylabel("depth of the needle")
         mean = f"mean {sum(flat) / len(flat):.1%}" if flat else "no cell finished"
-        axes.set_title(f"{title}: {method}, budget {budget}, {mean}")
-        figure.colorbar(image, label="score")
+        figure = plot.heat_maps(
+            {f"{title}: {method}, budget {budget}, {mean}": values},
+            rows=[f"{line[0]:.0%}" for line in lines],
+            columns=list(map(str, lengths)),
+            row_label="depth of the needle",
+            column_label="tokens of the prompt",
+            label="score",
+            limits=(0, 1),
+            colours="RdYlGn",
+            figsize=(2.5 + 0.6 * len(lengths), 1.8 + 0.35 * len(lines)),
+        )
         name = f"heatmap__{safe_name(method)}__{safe_name(budget)}"
         written += figures.save(figure, folder / name)
     return written
@@ -113,28 +114,16 @@ def draw_budgets(
         for record in macro(rows, column)
         if _is_whole(cover, record["method"], record["budget"], record["length"])
     ]
-    lengths = sorted({length for _, length, _ in cover.wanted})
-    figure = figures.empty(figsize=(3 + 4.5 * len(lengths), 4.2))
-    panels = figure.subplots(1, len(lengths), squeeze=False, sharey=True)
-    methods = dict.fromkeys(r["method"] for r in records if r["budget"] != FULL)
-    styles = dict(zip(methods, _styles(), strict=False))
-    shown: dict[str, Any] = {}  # some lengths may lack some methods
-    for length, axes in zip(lengths, panels[0], strict=True):
-        here = [record for record in records if record["length"] == length]
-        _panel(axes, here, column, styles)
-        lines, names = axes.get_legend_handles_labels()
-        shown = dict(zip(names, lines, strict=True)) | shown
-        axes.set_title(f"{length} tokens")
-        axes.set_xlabel("budget")
-        axes.set_ylim(-0.02, 1.02)
-        axes.grid(alpha=0.3)
-    panels[0][0].set_ylabel(label)
-    names = list(dict.fromkeys(r["method"] for r in records))
-    lines = [shown[name] for name in names]
-    figure.legend(lines, names, loc="outside right upper", fontsize="small")
-    without = list(dict.fromkeys(m for m, _ in cover.points if m not in names))
+    panels = [
+        _panel([r for r in records if r["length"] == length], column, length)
+        for length in sorted({length for _, length, _ in cover.wanted})
+    ]
+    there = {record["method"] for record in records}
+    without = list(dict.fromkeys(m for m, _ in cover.points if m not in there))
     lacking = f"\nno point yet: {', '.join(without)}" if without else ""
-    figure.suptitle(title + lacking)
+    figure = plot.against_budget(
+        panels, label=label, limits=(-0.02, 1.02), title=title + lacking
+    )
     return figures.save(figure, folder / "budgets")
 
 
@@ -143,38 +132,17 @@ def _is_whole(cover: Coverage, method: str, budget: str, length: int) -> bool:
     return there == wanted
 
 
-def _styles() -> Iterator[dict[str, str]]:
-    """Yield ways to draw a line: ten colours, with another marker after each round."""
-    for marker, line in itertools.cycle((("o", "-"), ("s", "--"), ("^", ":"))):
-        for colour in range(10):
-            yield {"color": f"C{colour}", "marker": marker, "ls": line}
-
-
-def _panel(
-    axes: Any,
-    records: Sequence[Mapping[str, Any]],
-    column: str,
-    styles: Mapping[str, Mapping[str, str]],
-) -> None:
-    budgets = {r["budget"] for r in records if r["budget"] != FULL}
-    # Evenly spaced, in order: budgets are often powers of two.
-    ordered = sorted(budgets, key=lambda name: float(name.removesuffix("%")))
-    place = {name: number for number, name in enumerate(ordered)}
-    axes.set_xticks(range(len(ordered)), ordered)
-    methods = groups(records, ("method",))
-    for (method,), group in methods.items():
+def _panel(records: Sequence[Mapping[str, Any]], column: str, length: int) -> Panel:
+    """Return the curves of one length; what keeps everything is their control."""
+    curves, controls = {}, {}
+    for (method,), group in groups(records, ("method",)).items():
         if group[0]["budget"] == FULL:
-            axes.axhline(group[0][column], color="black", ls="--", label=method)
+            controls[method] = group[0][column]
             continue
-        group = sorted(group, key=lambda record: place[record["budget"]])
-        middle = [record[column] for record in group]
-        below = [r[column] - r["low"] for r in group]
-        above = [r["high"] - r[column] for r in group]
-        axes.errorbar(
-            [place[record["budget"]] for record in group],
-            middle,
-            yerr=[below, above],
-            capsize=3,
-            label=method,
-            **styles[method],
+        curves[method] = Curve(
+            at=[record["budget"] for record in group],
+            mean=[record[column] for record in group],
+            low=[record["low"] for record in group],
+            high=[record["high"] for record in group],
         )
+    return Panel(curves=curves, controls=controls, title=f"{length} tokens")

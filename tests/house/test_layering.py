@@ -28,10 +28,11 @@ MAY_IMPORT = {  # other layers; circles and the core have tests of their own
     "speculation": {"kernels", "policies", "runtime", FLAT},
     FLAT: LIBRARY,
     "text": LIBRARY,
+    "plot": {FLAT},
     "needle": DOORS,
-    "evaluation": DOORS,
+    "evaluation": {*DOORS, "plot"},
     "bench": DOORS,
-    "cli": {*DOORS, "needle", "evaluation", "bench"},
+    "cli": {*DOORS, "needle", "plot", "evaluation", "bench"},
 }
 THIRD_PARTY = {  # others: whatever pyproject.toml declares
     "kernels": {"jax", "numpy", "jax_triton", "triton", "jaxtyping", "beartype"},

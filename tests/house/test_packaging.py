@@ -21,6 +21,7 @@ FOLDERS = {
     "jaxkv.kernels": "kernels",
     "jaxkv.models": "models",
     "jaxkv.needle": "jaxkv/needle",
+    "jaxkv.plot": "jaxkv/plot",
     "jaxkv.policies": "jaxkv/policies",
     "jaxkv.runtime": "jaxkv/runtime",
     "jaxkv.speculation": "jaxkv/speculation",
@@ -32,6 +33,7 @@ NEEDLE = ROOT / "models" / "needle"
 
 # Import names that differ from the name on the package index.
 DISTRIBUTIONS = {
+    "PIL": "matplotlib",  # comes with it
     "jax_triton": "jax-triton",
     "orbax": "orbax-checkpoint",
     "tokenizers": "transformers",  # comes with it
