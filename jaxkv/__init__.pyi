@@ -1,6 +1,7 @@
 """The public names of jaxkv, for type checkers, and for `__init__.py`."""
 
 from jaxkv._version import __version__ as __version__
+from jaxkv.contexts import Context
 from jaxkv.forward import decode_step, prefill
 from jaxkv.generation import generate_tokens
 from jaxkv.language_model import LanguageModel, load, save
@@ -29,6 +30,7 @@ from jaxkv.speculation.drafters import Aligned, Drafter, PromptLookup, Tree
 from jaxkv.speculation.rules import Conditional, Exact, FixedThreshold, TopK, Typical
 from jaxkv.state import KVState
 from jaxkv.text.conversation import Chat
+from jaxkv.text.documents import compress
 from jaxkv.text.inference import Completion, Stats, generate
 
 __all__ = [
@@ -43,6 +45,7 @@ __all__ = [
     "CheckpointError",
     "Completion",
     "Conditional",
+    "Context",
     "DapQ",
     "DecodePolicy",
     "DraftStats",
@@ -72,6 +75,7 @@ __all__ = [
     "Tree",
     "Typical",
     "__version__",
+    "compress",
     "decode_step",
     "enable_compilation_cache",
     "generate",

@@ -136,6 +136,7 @@ def attend_prompt(
     *,
     lengths: jax.Array,
     frequencies: jax.Array,
+    held: jax.Array | None = None,
     implementation: prefill.Implementation | None = None,
     scores_implementation: window_scores.Implementation | None = None,
 ) -> Attend:
@@ -145,6 +146,8 @@ def attend_prompt(
       policy: what of the prompt the state keeps.
       lengths: int32 `[B]`.
       frequencies: float32 `[H / 2]` of the rotation.
+      held: int32 `[B]`, how many of each prompt's first tokens may be kept; None is
+        all.
       implementation: of `causal_attention`.
       scores_implementation: of `window_scores`.
 
@@ -167,6 +170,7 @@ def attend_prompt(
             frequencies=frequencies,
             scale=scale,
             implementation=scores_implementation,
+            held=held,
         )
         state = contract.compress(policy, prompt, layer.state, budget=layer.bound)
         # Nothing before decoding waits for the state. Without the barrier the compiler

@@ -1,4 +1,4 @@
-"""The ways through the network: a whole prompt, one token after it, given tokens.
+"""The ways through the network: a prompt, more of it, one token after it, given tokens.
 
 All bind `attend` to a layer's state, and know nothing of how a token is chosen.
 
@@ -12,13 +12,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxkv import trees
 from jaxkv.attention import (
     Network,
     append_tokens,
     attend_cache,
     attend_prompt,
+    attend_tree,
     empty_layers,
 )
+from jaxkv.kernels import decode, dispatch, tree_attention
 from jaxkv.options import Options
 from jaxkv.policies import contract
 from jaxkv.policies.full import Full
@@ -68,6 +71,7 @@ def read(
     options: Options,
     slots: int | tuple[int, ...],
     keep: jax.Array | None,
+    held: jax.Array | None = None,
 ) -> tuple[jax.Array, Cache]:
     """Run prompts through the network, as `prefill` does, and choose no token.
 
@@ -79,6 +83,8 @@ def read(
       options: static.
       slots: of every layer's state, or of each layer's.
       keep: see `prefill`.
+      held: int32 `[B]`, how many of each prompt's first tokens may be kept; None is
+        all. The others are a question: they score, and do not enter the cache.
 
     Returns:
       Hidden states of all positions, `[B, T, D]`, and the cache. Behind the prompts'
@@ -106,6 +112,7 @@ def read(
     attend = attend_prompt(
         policy,
         lengths=lengths,
+        held=held,
         frequencies=network.apply({"params": params}, method="frequencies"),
         implementation=options.prefill_implementation,
         scores_implementation=options.scores_implementation,
@@ -116,7 +123,7 @@ def read(
     empty = empty_layers(
         policy,
         network.config,
-        lengths,
+        lengths if held is None else held,
         slots=slots,
         bound=max(slots) if bound is None else bound,
         keep=keep,
@@ -168,6 +175,72 @@ def _sketch(network, params, tokens, lengths, keep, options, policy, steps):
     positions = lengths[None] + jnp.arange(steps - 1, dtype=jnp.int32)[:, None]
     _, rest = jax.lax.scan(step, (first, cache), positions)
     return jnp.concatenate([first[:, None], rest.T], axis=1)
+
+
+def read_behind(
+    network: Network,
+    params: Any,
+    tokens: jax.Array,
+    counts: jax.Array,
+    position: jax.Array,
+    cache: Cache,
+    *,
+    implementation: decode.Implementation | None = None,
+    block: int = 32,
+) -> tuple[jax.Array, Cache]:
+    """Run more tokens through the network, behind what a cache holds; all are kept.
+
+    They pass as chains of drafts do that are all accepted: `block` tokens at a time.
+
+    Args:
+      network: static.
+      params: its parameters.
+      tokens: int32 `[B, N]`, right-padded.
+      counts: int32 `[B]`, at least 1; the other tokens are padding.
+      position: int32 `[B]`, of the first of them.
+      cache: one state per layer, with a free slot for each token from `target` on.
+      implementation: of `decode_step`; what goes with it is used.
+      block: tokens that pass together, static.
+
+    Returns:
+      Hidden states, `[B, N, D]`, of which padding means nothing, and the cache.
+    """
+    batch, number = tokens.shape
+    block = min(block, number)
+    tokens = jnp.pad(tokens, ((0, 0), (0, -number % block)))
+    order = jnp.broadcast_to(jnp.arange(block, dtype=jnp.int32), (batch, block))
+    above = order[:, :, None] >= order[:, None]
+    how = dispatch.counterpart(implementation, tree_attention.Implementation)
+
+    def step(index, carry):
+        hidden, cache = carry
+        first = index * block
+        count = jnp.clip(counts - first, 0, block)
+        at = jnp.where(count > 0, position + first, -1)
+        given = jax.lax.dynamic_slice_in_dim(tokens, first, block, axis=1)
+        attend = attend_tree(
+            Full(),
+            position=at,
+            drafts=trees.chain(given),
+            ancestors=above,
+            depth=block - 1,
+            implementation=implementation,
+        )
+        positions = jnp.maximum(at, 0)[:, None] + order
+        seen, pending = network.apply(
+            {"params": params}, given, positions, cache, attend
+        )
+        cache = tuple(
+            trees.commit(state, layer, order, count, at, implementation=how)
+            for state, layer in zip(cache, pending, strict=True)
+        )
+        return jax.lax.dynamic_update_slice_in_dim(hidden, seen, first, axis=1), cache
+
+    width = params["embedding"].shape[1]
+    hidden = jnp.zeros((*tokens.shape, width), params["embedding"].dtype)
+    blocks = (counts.max() + block - 1) // block
+    hidden, cache = jax.lax.fori_loop(jnp.int32(0), blocks, step, (hidden, cache))
+    return hidden[:, :number], cache
 
 
 def decode_step(

@@ -70,6 +70,41 @@ def start(
         network, params, tokens, lengths, options=options, slots=slots, keep=keep
     )
     logits = logits_at_end(network, params, hidden, lengths)
+    likeliest = None
+    if options.speculate is not None and options.speculate.likeliest:
+        # Behind the prompts may stand pseudo tokens, from which nothing is drafted.
+        likeliest = likeliest_tokens(network, params, hidden[:, : tokens.shape[1]])
+    return begin(
+        *(tokens, lengths, logits, cache, keys, stop_ids),
+        options=options,
+        max_out=max_out,
+        likeliest=likeliest,
+        pool=pool,
+    )
+
+
+def begin(
+    tokens: jax.Array,
+    lengths: jax.Array,
+    logits: jax.Array,
+    cache: Cache,
+    keys: jax.Array,
+    stop_ids: jax.Array,
+    *,
+    options: Options,
+    max_out: int,
+    likeliest: jax.Array | None = None,
+    pool: jax.Array | None = None,
+) -> Running:
+    """Choose the first token behind prompts that have been read.
+
+    Arguments are those of `start`, but for these:
+
+    Args:
+      logits: float32 `[B, V]`, of the token after each prompt.
+      cache: one state per layer, begun by the decode policy.
+      likeliest: int32 `[B, P, 3]`, from `likeliest_tokens`, if the drafter asks.
+    """
     batch, length = tokens.shape
     seen = None
     if options.sampler.repetition_penalty != 1:
@@ -92,10 +127,6 @@ def start(
     generation = _choose(generation, logits, every, stop_ids, options.sampler)
     if options.speculate is None:
         return generation
-    likeliest = None
-    if options.speculate.likeliest:
-        # Behind the prompts may stand pseudo tokens, from which nothing is drafted.
-        likeliest = likeliest_tokens(network, params, hidden[:, :length])
     begun = speculation.begin(
         *(options.speculate, tokens, lengths, generation.last),
         max_out=max_out,
@@ -334,12 +365,7 @@ def generate_tokens(
     Arguments are theirs; `max_new_tokens` is a traced int32 scalar, at most `max_out`.
     """
     generation = start(
-        network,
-        params,
-        tokens,
-        lengths,
-        keys,
-        stop_ids,
+        *(network, params, tokens, lengths, keys, stop_ids),
         options=options,
         slots=slots,
         max_out=max_out,

@@ -1,6 +1,7 @@
 """A checkpoint in memory, and how it gets there."""
 
 import dataclasses
+import functools
 import importlib.metadata
 import logging
 import os
@@ -10,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxkv.identity import Identity, of_network, of_tokenizer
 from jaxkv.models import (
     checkpoint,
     gguf_config,
@@ -97,6 +99,16 @@ class LanguageModel:
     def dtype(self) -> jnp.dtype:
         """Dtype of the parameters and of the cache."""
         return self.params["embedding"].dtype
+
+    @functools.cached_property
+    def identity(self) -> Identity:
+        """What tells this model from others; reads all weights, once."""
+        return Identity(
+            name=self.name,
+            network=of_network(self.config, self.params),
+            tokenizer=of_tokenizer(self.tokenizer),
+            dtype=self.dtype.name,
+        )
 
 
 def load(

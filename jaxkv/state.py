@@ -184,6 +184,28 @@ def grow(state: KVState, more: int) -> KVState:
     return dataclasses.replace(grown, target=first_free(grown))
 
 
+def resize(state: KVState, slots: int) -> KVState:
+    """Return a state of so many slots, which must hold all that it holds.
+
+    Args:
+      state: of one layer, filled from the first slot on, whose decode policy keeps
+        everything.
+      slots: more than it has, or fewer.
+
+    Returns:
+      The state, with `target` at each head's first free slot.
+    """
+    if slots >= state.slots:
+        return grow(state, slots - state.slots)
+    cut = dataclasses.replace(
+        state,
+        keys=state.keys[:, :, :slots],
+        values=state.values[:, :, :slots],
+        positions=state.positions[:, :, :slots],
+    )
+    return dataclasses.replace(cut, target=first_free(cut))
+
+
 def first_free(state: KVState) -> jax.Array:
     """Return the lowest free slot of each head, int32 `[B, K]`; 0 where none is."""
     return jnp.argmax(~occupied(state), axis=-1).astype(jnp.int32)

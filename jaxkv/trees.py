@@ -96,6 +96,19 @@ def root_only(token: jax.Array, *, nodes: int) -> DraftTree:
     )
 
 
+def chain(tokens: jax.Array) -> DraftTree:
+    """Return trees in which each of the tokens, int32 `[B, T]`, follows the last."""
+    order = jnp.arange(tokens.shape[1], dtype=jnp.int32)
+    order = jnp.broadcast_to(order, tokens.shape)
+    return DraftTree(
+        tokens=tokens,
+        parents=jnp.maximum(order - 1, 0),
+        depths=order,
+        valid=order >= 0,
+        kinds=jnp.zeros_like(order),
+    )
+
+
 def below_root(
     newest: jax.Array,
     *,

@@ -9,7 +9,6 @@ the same parameters, and cannot be out of date, as a cache of files' digests can
 import concurrent.futures
 import dataclasses
 import hashlib
-import json
 from collections.abc import Iterable
 from typing import Any
 
@@ -18,6 +17,7 @@ import numpy as np
 
 from jaxkv._version import __version__
 from jaxkv.evaluation.questions import Question
+from jaxkv.identity import digest, of_tokenizer
 from jaxkv.language_model import LanguageModel
 
 _THREADS = 4  # each holds a copy of one tensor where the weights are on a GPU
@@ -28,7 +28,7 @@ def of_model(lm: LanguageModel) -> dict[str, Any]:
     return {
         "jaxkv": __version__,
         "weights": of_weights(lm.params),
-        "network": _digest(repr(dataclasses.asdict(lm.config))),
+        "network": digest(repr(dataclasses.asdict(lm.config))),
         "tokenizer": of_tokenizer(lm.tokenizer),
         "stop_ids": list(lm.stop_ids),
     }
@@ -39,7 +39,7 @@ def of_weights(params: Any) -> str:
     leaves, _ = jax.tree_util.tree_flatten_with_path(params)
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
         contents = list(pool.map(_of_array, [leaf for _, leaf in leaves]))
-    return _digest(
+    return digest(
         *(
             f"{jax.tree_util.keystr(path)} {leaf.shape} {leaf.dtype} {content}\n"
             for (path, leaf), content in zip(leaves, contents, strict=True)
@@ -52,25 +52,6 @@ def _of_array(array: Any) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def of_tokenizer(tokenizer: Any) -> str | None:
-    """Return the digest of how texts become token ids and token ids texts.
-
-    Of a fast tokenizer that is its whole state; of another one its vocabulary.
-    """
-    if tokenizer is None:
-        return None
-    fast = getattr(tokenizer, "backend_tokenizer", None)
-    if fast is None:
-        state = {"vocabulary": sorted(tokenizer.get_vocab().items())}
-    else:
-        state = json.loads(fast.to_str())
-        # A call may set these, for itself.
-        state = {k: v for k, v in state.items() if k not in ("padding", "truncation")}
-    special = sorted(getattr(tokenizer, "all_special_ids", ()))
-    spaces = getattr(tokenizer, "clean_up_tokenization_spaces", None)
-    return _digest(json.dumps([state, special, spaces], sort_keys=True))
-
-
 def of_questions(questions: Iterable[Question]) -> str:
     """Return the digest of what is asked, in token ids, and what is wanted."""
     whole = hashlib.sha256()
@@ -78,11 +59,4 @@ def of_questions(questions: Iterable[Question]) -> str:
         what = repr((question.index, question.by_lines, question.sample))
         whole.update(what.encode("utf-8", "surrogatepass"))
         whole.update(question.ids.tobytes())
-    return whole.hexdigest()[:32]
-
-
-def _digest(*texts: str) -> str:
-    whole = hashlib.sha256()
-    for text in texts:
-        whole.update(text.encode("utf-8", "surrogatepass"))
     return whole.hexdigest()[:32]

@@ -49,6 +49,8 @@ class Prompt(NamedTuple):
       frequencies: float32 `[H / 2]`, of the rotation.
       scale: of the attention's logits, static.
       implementation: of `window_scores`, static.
+      held: int32 `[B]`, how many of each prompt's first tokens may be kept; None is
+        all of them. What stands behind is a question: it scores, and is not kept.
     """
 
     queries: jax.Array
@@ -59,6 +61,12 @@ class Prompt(NamedTuple):
     frequencies: jax.Array
     scale: float
     implementation: window_scores.Implementation | None = None
+    held: jax.Array | None = None
+
+    @property
+    def candidates(self) -> jax.Array:
+        """How many of each prompt's first tokens may be kept, int32 `[B]`."""
+        return self.lengths if self.held is None else self.held
 
 
 class PrefillPolicy(Protocol):
@@ -169,13 +177,13 @@ def keep_top(
     if scores.shape[:-1] != heads or length > prompt.keys.shape[1]:
         length = prompt.keys.shape[1]
     fit("scores", scores, "B heads L", (*heads, length), jnp.floating)
-    real = jnp.arange(length, dtype=jnp.int32)[None] < prompt.lengths[:, None]
+    real = jnp.arange(length, dtype=jnp.int32)[None] < prompt.candidates[:, None]
     scores = jnp.where(real[:, None], scores, -jnp.inf)
     wrong = jnp.isnan(scores).any(-1)[..., None]
     _, best = jax.lax.top_k(scores, min(budget, length))
     rank = jnp.arange(best.shape[-1], dtype=jnp.int32)[None, None]
     keep = prompt.keep[:, None] if keep is None else keep
-    most = jnp.minimum(keep, prompt.lengths[:, None])[..., None]
+    most = jnp.minimum(keep, prompt.candidates[:, None])[..., None]
     # The sentinel sorts behind every token.
     best = jnp.sort(jnp.where(rank < most, best, length), axis=-1)
     best = jnp.where(best < length, best, kv.FREE).astype(jnp.int32)

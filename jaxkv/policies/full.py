@@ -29,7 +29,7 @@ class Full(WholePrompt, PlainAttention):
     def compress(self, prompt: Prompt, state: KVState, *, budget: int) -> KVState:
         """Keep the whole prompt."""
         del budget
-        return kv.fill(state, prompt.keys, prompt.values, prompt.lengths)
+        return kv.fill(state, prompt.keys, prompt.values, prompt.candidates)
 
     def attend(
         self, query, key, value, state, position, *, implementation=None

@@ -182,7 +182,9 @@ def stop_ids(lm: LanguageModel, given: Sequence[int] | None) -> np.ndarray:
 
 
 def spans(
-    pool: Sequence[tuple[int, int]] | None, ids: list[list[int]], options: Options
+    pool: Sequence[tuple[int, int]] | None,
+    ids: Sequence[Sequence[int]],
+    options: Options,
 ) -> np.ndarray | None:
     """Return `pool=` as int32 `[B, 2]`, or None, or raise ValueError."""
     if pool is None:

@@ -13,6 +13,7 @@ different calls and 1,538 MiB after 160: JAX keeps traces of what was let go of.
 
 import contextlib
 import dataclasses
+import functools
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,11 +24,13 @@ import numpy as np
 
 from jaxkv import generation, soundness
 from jaxkv import state as kv
+from jaxkv.contexts import Context
 from jaxkv.generation import Running
 from jaxkv.kernels import decode as decode_kernels
 from jaxkv.kernels import prefill as prefill_kernels
 from jaxkv.kernels import window_scores
 from jaxkv.language_model import LanguageModel
+from jaxkv.options import Options
 from jaxkv.policies.base import DecodePolicy, PrefillPolicy
 from jaxkv.runtime.seeds import row_keys
 from jaxkv.sampling import Sampler
@@ -36,6 +39,7 @@ from jaxkv.speculation.counts import DraftStats, draft_stats
 from jaxkv.speculation.drafters import Drafter
 from jaxkv.speculation.rules import Rule
 from jaxkv.text import arguments, planning
+from jaxkv.text.documents import questions
 from jaxkv.text.planning import Plan
 from jaxkv.text.prompts import Prompts, encode
 
@@ -110,6 +114,8 @@ def generate(
     lm: LanguageModel,
     prompts: Prompts,
     *,
+    context: Context | None = None,
+    documents: Sequence[int] | None = None,
     max_new_tokens: int = 64,
     budget: int | Sequence[int] | None = None,
     compression_ratio: float | None = None,
@@ -134,13 +140,19 @@ def generate(
       prompts: a text; a list of texts, or of lists or arrays of token ids; or what a
         transformers tokenizer returns, whose attention mask says what is padding. They
         may differ in length. Each gets exactly what it would get alone.
+      context: from `compress`: documents that the prompts are questions about. They
+        follow them, at the positions behind, and are kept whole; texts get no special
+        tokens. Using a context changes nothing.
+      documents: index of each prompt's document. None: the only one of the context, or
+        one for each prompt.
       max_new_tokens: longest output; changing it within a bucket compiles nothing.
       budget: tokens that each layer and head may keep: of the prompt, and of prompt
         and output together if `decode` evicts. None keeps everything. One number for
         all prompts or, if `decode` does not evict, one for each. The cache is padded
         to a bucket of the largest, so that similar budgets share a program. Where the
         prompts are one list several times over, with other budgets each time, each is
-        read once.
+        read once. With `context` it is needed, and read, if `decode` evicts: it holds
+        what is left of a document, its question and the output.
       compression_ratio: another way to say it: the fraction of each prompt that is
         removed.
       prefill: eviction of the prompt; None is `Full()`.
@@ -179,28 +191,54 @@ def generate(
         scores_implementation=scores_implementation,
     )
     max_new_tokens, block = arguments.limits(max_new_tokens, block, on_tokens)
-    ids = encode(lm, prompts)
-    budgets = planning.row_budgets(
-        budget, compression_ratio, ids, evicts=options.decode.evicts
+    sizes = dict(
+        budget=budget,
+        compression_ratio=compression_ratio,
+        max_new_tokens=max_new_tokens,
     )
-    options.check(budgets)
-    arguments.check_fit(lm, ids, max_new_tokens, options, budgets)
+    if context is not None:
+        asked = questions(lm, context, prompts, documents, options, **sizes)
+        plan, ids, begin = asked.plan, asked.rows, asked.start
+    elif documents is not None:
+        raise ValueError("generate: documents= does nothing without context=.")
+    else:
+        plan, ids = _planned(lm, prompts, options, **sizes)
+        begin = functools.partial(start, plan=plan, ids=ids)
     spans = arguments.spans(pool, ids, options)
     stops = arguments.stop_ids(lm, stop_ids)
-    plan = planning.plan(
-        *(ids, options, budgets),
-        max_new_tokens=max_new_tokens,
-        num_layers=lm.config.num_layers,
-    )
     # Prompts and outputs are the host's: these transfers are meant.
     with stopwatch() as lap, jax.transfer_guard("allow"):
-        state = start(lm, plan, ids, seed, stops, spans)
+        state = begin(lm, seed=seed, stops=stops, spans=spans)
         reading = lap()
         state = advance(
             *(lm, plan, state, stops, max_new_tokens), block=block, on_tokens=on_tokens
         )
         decoding = lap()
         return completion(lm, plan, ids, state, reading, decoding)
+
+
+def _planned(
+    lm: LanguageModel,
+    prompts: Prompts,
+    options: Options,
+    *,
+    budget: int | Sequence[int] | None,
+    compression_ratio: float | None,
+    max_new_tokens: int,
+) -> tuple[Plan, list[Any]]:
+    """Return the shapes of a batch of prompts, and their token ids, all checked."""
+    ids = encode(lm, prompts)
+    budgets = planning.row_budgets(
+        budget, compression_ratio, ids, evicts=options.decode.evicts
+    )
+    options.check(budgets)
+    arguments.check_fit(lm, ids, max_new_tokens, options, budgets)
+    plan = planning.plan(
+        *(ids, options, budgets),
+        max_new_tokens=max_new_tokens,
+        num_layers=lm.config.num_layers,
+    )
+    return plan, ids
 
 
 def start(

@@ -73,11 +73,12 @@ def plan(
       ids: the prompts.
       options: without a budget.
       budgets: from `row_budgets`.
-      max_new_tokens: the longest output.
+      max_new_tokens: the longest output; 0 where there is none.
       num_layers: of the network.
     """
     lengths = np.array([len(row) for row in ids], np.int32)
-    prompt, max_out = bucket(int(lengths.max())), bucket(max_new_tokens)
+    prompt = bucket(int(lengths.max()))
+    max_out = bucket(max_new_tokens) if max_new_tokens else 0
     if budgets is None or options.decode.evicts:
         bound, keep = None if budgets is None else budgets[0], None
         options = dataclasses.replace(options, budget=bound)

@@ -38,11 +38,12 @@ Prompts = (
 _BESIDE = {"token_type_ids", "special_tokens_mask", "offset_mapping", "length"}
 
 
-def encode(lm: LanguageModel, prompts: Prompts) -> list[Any]:
+def encode(lm: LanguageModel, prompts: Prompts, *, behind: bool = False) -> list[Any]:
     """Return the token ids of prompts, or raise ValueError for bad ones.
 
     Args:
       lm: the model.
+      behind: whether something stands before them, so that texts get no special token.
       prompts: a text; a list of texts, and of lists or arrays of token ids; or what a
         transformers tokenizer returns, whose attention mask says what is padding.
 
@@ -55,7 +56,9 @@ def encode(lm: LanguageModel, prompts: Prompts) -> list[Any]:
         )
     ids = []
     for index, prompt in enumerate(_listed(lm, prompts)):
-        row = _text_ids(lm, index, prompt) if isinstance(prompt, str) else None
+        row = None
+        if isinstance(prompt, str):
+            row = _text_ids(lm, index, prompt, behind=behind)
         row = _token_ids(index, prompt) if row is None else row
         if not len(row):
             raise ValueError(f"generate: prompt {index} has no tokens.")
@@ -178,7 +181,7 @@ def _rows(name: str, values: Any) -> list[Any]:
     return list(values) if any(map(is_iterable, values)) else [values]
 
 
-def _text_ids(lm: LanguageModel, index: int, prompt: str) -> list[int]:
+def _text_ids(lm: LanguageModel, index: int, prompt: str, *, behind: bool) -> list[int]:
     """Return the ids of a text, or raise ValueError."""
     if lm.tokenizer is None:
         raise ValueError(
@@ -199,6 +202,8 @@ def _text_ids(lm: LanguageModel, index: int, prompt: str) -> list[int]:
             f"generate: prompt {index} has {len(prompt)} characters and more than "
             f"{most} tokens, but {lm.name} was made for {most}; shorten it."
         )
+    if behind:
+        return lm.tokenizer(prompt, add_special_tokens=False)["input_ids"]
     return hf_tokenizer.encode(lm.tokenizer, prompt)
 
 

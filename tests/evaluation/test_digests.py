@@ -9,6 +9,7 @@ import pytest
 from questions_by_hand import question
 
 import jaxkv
+from jaxkv import identity
 from jaxkv.evaluation import digests
 from jaxkv.models import orbax_copy
 
@@ -68,22 +69,24 @@ class Tokenizer:
 
 
 def test_tokenizers_are_told_apart(tiny_lm):
-    whole = digests.of_tokenizer(tiny_lm.tokenizer)
+    whole = identity.of_tokenizer(tiny_lm.tokenizer)
     tiny_lm.tokenizer(["a", "b c"], padding=False)  # as a call may leave it
-    assert digests.of_tokenizer(tiny_lm.tokenizer) == whole
-    assert digests.of_tokenizer(None) is None
+    assert identity.of_tokenizer(tiny_lm.tokenizer) == whole
+    assert identity.of_tokenizer(None) is None
     states = ['{"model": 1}', '{"model": 1, "decoder": 2}', '{"model": 2}']
-    found = {digests.of_tokenizer(Tokenizer(state)) for state in states}
-    found.add(digests.of_tokenizer(Tokenizer(states[0], special=[1, 2])))
+    found = {identity.of_tokenizer(Tokenizer(state)) for state in states}
+    found.add(identity.of_tokenizer(Tokenizer(states[0], special=[1, 2])))
     assert len(found) == 4
     padded = Tokenizer('{"model": 1, "padding": {}, "truncation": 3}')
-    assert digests.of_tokenizer(padded) == digests.of_tokenizer(Tokenizer(states[0]))
+    assert identity.of_tokenizer(padded) == identity.of_tokenizer(Tokenizer(states[0]))
 
     class Slow:
         def __init__(self, vocabulary):
             self.get_vocab = lambda: vocabulary
 
-    assert digests.of_tokenizer(Slow({"a": 1})) != digests.of_tokenizer(Slow({"a": 2}))
+    assert identity.of_tokenizer(Slow({"a": 1})) != identity.of_tokenizer(
+        Slow({"a": 2})
+    )
 
 
 def test_other_questions_have_another_digest():

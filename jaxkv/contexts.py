@@ -1,0 +1,232 @@
+"""Documents that were read once and cut to a budget, to be asked any number of times.
+
+`read_documents` fills a `Context`, `ask` puts questions behind it and begins the loop.
+Both are pure functions of arrays, and may be used inside a larger jitted program; the
+doors are `jaxkv.compress` and `jaxkv.generate(context=)`.
+
+Axis letters: `D` documents, `P` padded document, `B` questions, `Q` padded question,
+`L` layers, `V` vocabulary.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxkv import generation
+from jaxkv import state as kv
+from jaxkv.attention import Network
+from jaxkv.forward import logits_at_end, read, read_behind
+from jaxkv.generation import Running
+from jaxkv.identity import Identity
+from jaxkv.options import Options
+from jaxkv.policies import contract
+from jaxkv.runtime.programs import bounded_jit
+from jaxkv.sequences import write
+from jaxkv.speculation.likeliest import likeliest_tokens, top_three
+from jaxkv.state import Cache
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Context:
+    """What is left of documents; using it changes nothing.
+
+    Attributes:
+      cache: one state per layer, a row per document. No decode policy has seen it.
+      tokens: int32 `[D, P]`, the documents, right-padded.
+      lengths: int32 `[D]`, tokens of them, and so the position that follows each.
+      kept: int32 `[D]`, tokens that the layer and head with the most of them holds.
+      logits: float32 `[D, V]`, of the token after each document.
+      likeliest: int32 `[D, P, 3]`, see `speculation.matching.Context`; None if no
+        drafter has asked for it.
+      identity: of the model that has read them.
+      policy: the prefill policy as text, for reports.
+    """
+
+    cache: Cache
+    tokens: jax.Array
+    lengths: jax.Array
+    kept: jax.Array
+    logits: jax.Array
+    likeliest: jax.Array | None
+    identity: Identity = dataclasses.field(metadata=dict(static=True))
+    policy: str = dataclasses.field(metadata=dict(static=True))
+
+    def __len__(self) -> int:
+        """Return the number of documents."""
+        return len(self.tokens)
+
+    def __repr__(self) -> str:
+        """Return a line of sizes, and no arrays."""
+        seen, kept = (jax.device_get(x).tolist() for x in (self.lengths, self.kept))
+        return (
+            f"Context({len(self)} document{'s' * (len(self) != 1)} read by "
+            f"{self.identity.name}: {_few(kept)} of {_few(seen)} tokens kept by "
+            f"{self.policy}, {kv.num_bytes(self.cache) / 1e6:,.1f} MB "
+            f"{self.identity.dtype})"
+        )
+
+    def take(self, documents: Sequence[int]) -> Self:
+        """Return a context of these documents, by their index; some may come twice."""
+        rows = jnp.asarray(documents, jnp.int32)
+        return jax.tree.map(lambda x: x[rows], self)
+
+    def kept_positions(self, document: int = 0) -> tuple[tuple[np.ndarray, ...], ...]:
+        """Return which tokens of a document are left: in order, by layer and head."""
+        layers = jax.device_get([state.positions[document] for state in self.cache])
+        return tuple(
+            tuple(np.sort(head[head >= 0]) for head in layer) for layer in layers
+        )
+
+
+class Documents(NamedTuple):
+    """What comes of reading documents.
+
+    Attributes:
+      cache: one state per layer.
+      logits: float32 `[D, V]`, of the token after each document.
+      likeliest: int32 `[D, P, 3]` or None, as in `Context`.
+      kept: int32 `[L, D]`, tokens that the head with the most of them holds.
+      spoilt: bool `[L, D]`, where a value that is kept is NaN.
+    """
+
+    cache: Cache
+    logits: jax.Array
+    likeliest: jax.Array | None
+    kept: jax.Array
+    spoilt: jax.Array
+
+
+def read_documents(
+    network: Network,
+    params: Any,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    asked: jax.Array,
+    keep: jax.Array | None,
+    *,
+    options: Options,
+    slots: tuple[int, ...],
+    likeliest: bool = False,
+) -> Documents:
+    """Read documents, and keep of them what the prefill policy keeps.
+
+    Args:
+      network: static.
+      params: its parameters.
+      tokens: int32 `[D, P]`, documents and the question behind each, right-padded.
+      lengths: int32 `[D]`, tokens of the documents.
+      asked: int32 `[D]`, tokens of the questions. They are looked at by the policy, as
+        the end of a prompt is, and are not kept.
+      keep: int32 `[D]`, tokens of each document that may be kept; None is all.
+      options: static; `budget` bounds `keep`, and `decode` keeps everything.
+      slots: of each layer's state, static.
+      likeliest: static; whether to look for the tokens held likeliest.
+    """
+    hidden, cache = read(
+        *(network, params, tokens, lengths + asked),
+        options=options,
+        slots=slots,
+        keep=keep,
+        held=lengths,
+    )
+    found = None
+    if likeliest:
+        found = likeliest_tokens(network, params, hidden[:, : tokens.shape[1]])
+    nan = [jnp.isnan(s.values).any(-1) & kv.occupied(s) for s in cache]
+    return Documents(
+        cache=cache,
+        logits=logits_at_end(network, params, hidden, lengths),
+        likeliest=found,
+        kept=jnp.stack([kv.occupancy(state).max(-1) for state in cache]),
+        spoilt=jnp.stack([layer.any((1, 2)) for layer in nan]),
+    )
+
+
+def ask(
+    network: Network,
+    params: Any,
+    context: Context,
+    documents: jax.Array,
+    tokens: jax.Array,
+    counts: jax.Array,
+    keys: jax.Array,
+    stop_ids: jax.Array,
+    *,
+    options: Options,
+    slots: tuple[int, ...],
+    max_out: int,
+    pool: jax.Array | None = None,
+) -> Running:
+    """Put questions behind documents, whole, and choose the first tokens.
+
+    Args:
+      network: static.
+      params: its parameters.
+      context: of this network.
+      documents: int32 `[B]`, which one each question is about.
+      tokens: int32 `[B, Q]`, the questions, right-padded.
+      counts: int32 `[B]`, at least 1.
+      keys: PRNG keys `[B]`.
+      stop_ids: int32 `[E]`; -1 stands for none.
+      options: static.
+      slots: of each layer's state, static: enough for what is kept of a document, its
+        question and, if the decode policy keeps everything, the output.
+      max_out: size of the output buffer, static.
+      pool: int32 `[B, 2]`, the span of document and question that drafts are copied
+        from; None is all of it.
+
+    Returns:
+      The state of the loop after one token.
+    """
+    chosen = jax.tree.map(lambda x: x[documents], context)
+    cache = tuple(
+        kv.resize(state, size) for state, size in zip(chosen.cache, slots, strict=True)
+    )
+    hidden, cache = read_behind(
+        *(network, params, tokens, counts, chosen.lengths, cache),
+        implementation=options.decode_implementation,
+    )
+    total = chosen.lengths + counts
+    # Where everything fits, a policy meets what it would behind a whole prompt.
+    cache = tuple(
+        contract.begin(
+            options.decode, dataclasses.replace(s, target=kv.first_free(s)), total
+        )
+        for s in cache
+    )
+    room = ((0, 0), (0, tokens.shape[1]))
+    text = write(jnp.pad(chosen.tokens, room), tokens, chosen.lengths, counts)
+    likeliest = None
+    if options.speculate is not None and options.speculate.likeliest:
+        found = likeliest_tokens(network, params, hidden)
+        found = found.at[:, 0].set(top_three(chosen.logits))
+        likeliest = jnp.pad(chosen.likeliest, (*room, (0, 0)))
+        likeliest = write(likeliest, found, chosen.lengths, counts)
+    return generation.begin(
+        *(text, total, logits_at_end(network, params, hidden, counts), cache),
+        *(keys, stop_ids),
+        options=options,
+        max_out=max_out,
+        likeliest=likeliest,
+        pool=pool,
+    )
+
+
+_PARAMS = ("params",)
+read_documents_jit = bounded_jit(
+    implied=_PARAMS, static_argnames=("network", "options", "slots", "likeliest")
+)(read_documents)
+ask_jit = bounded_jit(
+    implied=_PARAMS, static_argnames=("network", "options", "slots", "max_out")
+)(ask)
+
+
+def _few(numbers: Sequence[int]) -> str:
+    """Return numbers as text, the first ones if they are many."""
+    shown = ", ".join(f"{number:,}" for number in numbers[:3])
+    return f"{shown}, ..." if len(numbers) > 3 else shown

@@ -1,0 +1,145 @@
+"""`jaxkv.compress`, and `jaxkv.generate` with what it returns."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxkv
+from jaxkv.policies.base import WholePrompt
+
+DOCUMENTS = [list(range(5, 75)), list(range(300, 340))]
+QUESTIONS = [[7, 8, 9], [400, 11], [77]]
+NEW = 8
+
+
+@pytest.fixture(scope="module")
+def context(tiny_lm):
+    return jaxkv.compress(tiny_lm, DOCUMENTS)
+
+
+def ask(lm, context, questions=QUESTIONS, **options):
+    options = {"documents": [0, 1, 0], "max_new_tokens": NEW} | options
+    return jaxkv.generate(lm, questions, context=context, **options)
+
+
+def test_a_question_is_the_end_of_a_prompt(tiny_lm, context):
+    prompts = [DOCUMENTS[0] + QUESTIONS[0], DOCUMENTS[1] + QUESTIONS[1]]
+    prompts.append(DOCUMENTS[0] + QUESTIONS[2])
+    whole = jaxkv.generate(tiny_lm, prompts, max_new_tokens=NEW)
+    out = ask(tiny_lm, context)
+    assert out.tokens == whole.tokens
+    assert out.stats.prompt_tokens == whole.stats.prompt_tokens
+    assert ask(tiny_lm, context).tokens == whole.tokens
+    many = jaxkv.compress(tiny_lm, DOCUMENTS + DOCUMENTS[:1])
+    assert ask(tiny_lm, many, documents=None).tokens == whole.tokens
+
+
+def test_a_text_behind_a_text(tiny_lm):
+    document, question = "The grass is green.", " The sky"
+    context = jaxkv.compress(tiny_lm, document)
+    ids = tiny_lm.tokenizer(document)["input_ids"]
+    ids += tiny_lm.tokenizer(question, add_special_tokens=False)["input_ids"]
+    whole = jaxkv.generate(tiny_lm, [ids], max_new_tokens=NEW)
+    out = jaxkv.generate(tiny_lm, question, context=context, max_new_tokens=NEW)
+    assert out.tokens == whole.tokens
+
+
+def test_budgets_are_those_of_documents(tiny_lm):
+    policy = jaxkv.SnapKV(window_size=4)
+    context = jaxkv.compress(
+        tiny_lm, DOCUMENTS, compression_ratio=0.9, prefill=policy, question=[[9, 9]]
+    )
+    assert context.kept.tolist() == [7, 4]
+    assert context.lengths.tolist() == [70, 40]
+    held = context.kept_positions(1)
+    assert len(held) == tiny_lm.config.num_layers
+    assert [head.size for layer in held for head in layer] == [4] * 4
+    said = repr(context)
+    assert "2 documents" in said and "7, 4 of 70, 40 tokens" in said
+    assert "SnapKV(window_size=4" in said and "float32" in said
+    # What evicts while decoding needs slots for all that is there.
+    evicting = dict(decode=jaxkv.StreamingLLM(), documents=[0, 1, 1])
+    out = ask(tiny_lm, context, budget=12, **evicting)
+    assert out.stats.slots == 12 and out.lengths == (NEW,) * 3
+    with pytest.raises(ValueError, match=r"budget=9 is too small .* use at least 10"):
+        ask(tiny_lm, context, budget=9, **evicting)
+    with pytest.raises(ValueError, match=r"StreamingLLM evicts .* needs a budget"):
+        ask(tiny_lm, context, **evicting)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(context=5), "context= takes what jaxkv.compress returns, got 5"),
+        (dict(documents=None), "3 prompts about 2 documents; pass documents="),
+        (dict(documents=[0, 1]), "got 2 indices in documents= for 3 prompts"),
+        (dict(documents=[0, 1, 2]), "index 2, but the context has 2 documents"),
+        (dict(documents=[0, 1, 0.5]), r"documents\[2\] must be a whole number"),
+        (dict(budget=8), "budget= with context= is that of a decode policy"),
+        (dict(compression_ratio=0.5), "compression_ratio= does nothing with context="),
+        (dict(prefill=jaxkv.SnapKV()), "prefill= does nothing with context="),
+        (dict(speculate=jaxkv.Aligned()), r"pass speculate=Aligned\(\) to jaxkv.comp"),
+        (
+            dict(max_new_tokens=2000),
+            "prompt 0 of 3 .* document 0, whose 70 tokens leave 1978 positions of 2048",
+        ),
+        (dict(pool=[(0, 1)] * 3), "pool= does nothing without speculate="),
+    ],
+)
+def test_bad_questions_are_named(tiny_lm, context, options, message):
+    with pytest.raises(ValueError, match=message):
+        ask(tiny_lm, **{"context": context} | options)
+
+
+def test_documents_need_a_context(tiny_lm):
+    with pytest.raises(ValueError, match="documents= does nothing without context="):
+        ask(tiny_lm, None)
+
+
+class Broken(WholePrompt):
+    """Scores with a division by 0."""
+
+    def check(self, budget):
+        pass
+
+    def compress(self, prompt, state, *, budget):
+        scores = jnp.zeros((*state.target.shape, prompt.keys.shape[1])) / 0
+        return jaxkv.policies.base.keep_top(prompt, scores, state, budget=budget)
+
+
+@pytest.mark.parametrize(
+    ("documents", "options", "message"),
+    [
+        ([], {}, "compress: got no documents"),
+        (["a", ""], {}, "compress: document 1 is empty"),
+        ([[5] * 3000], {}, "compress: a document of 3000 tokens .* 2048; shorten"),
+        ([[5] * 40], dict(budget=8), "keeps all of them; choose a prefill policy"),
+        ([[5], [6]], dict(question=["a"] * 3), "got 3 questions for 2 documents"),
+        ([[5] * 40], dict(budget=8, prefill=jaxkv.SnapKV), "takes an instance"),
+        ([[5] * 40], dict(budget=8, prefill=Broken()), "Broken scores .* document 0"),
+        ([[5]], dict(budget=1, compression_ratio=0.5), "not both"),
+    ],
+)
+def test_bad_documents_are_named(tiny_lm, documents, options, message):
+    with pytest.raises(ValueError, match=message):
+        jaxkv.compress(tiny_lm, documents, **options)
+
+
+def test_a_context_of_another_model_is_refused(tiny_lm, context):
+    params = tiny_lm.params
+    other = jax.tree.map(lambda x: x.at[..., 0].add(1.0), params)
+    with pytest.raises(ValueError, match="whose weights are not those of"):
+        ask(dataclasses.replace(tiny_lm, params=other), context)
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    said = "in float32, but .* is in bfloat16; load it with dtype='float32'"
+    with pytest.raises(ValueError, match=said):
+        ask(dataclasses.replace(tiny_lm, params=half), context)
+    bare = dataclasses.replace(tiny_lm, tokenizer=None)
+    with pytest.raises(ValueError, match="whose tokenizer is not that of"):
+        ask(bare, context)
+    broken = jax.tree.map(lambda x: x * np.float32(np.nan), params)
+    with pytest.raises(jaxkv.LogitsError, match="logits behind prompt 0"):
+        jaxkv.compress(dataclasses.replace(tiny_lm, params=broken), [[5, 6]])
