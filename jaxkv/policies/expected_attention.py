@@ -6,7 +6,7 @@ Axis letters: `B` batch, `N` query heads, `K` key/value heads, `G = N / K`, `T` 
 
 import dataclasses
 import math
-from typing import Annotated
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +41,9 @@ class ExpectedAttention(WholePrompt):
       use_covariance: whether the quadratic term is used.
       use_value_norm: whether scores are multiplied by the norms of the values.
       epsilon: see above; with more of it, norms of values count more.
+      sinks_share: whether `sum z` goes over the sinks as well. What is kept is decided
+        among the others, but of query heads that share a key head, one that would look
+        at the sinks then counts less.
     """
 
     n_future_positions: Annotated[int, Ge(1), Le(MOST_FUTURE)] = 512
@@ -48,6 +51,13 @@ class ExpectedAttention(WholePrompt):
     use_covariance: bool = True
     use_value_norm: bool = True
     epsilon: Annotated[float, Ge(0), Lt(math.inf)] = 0.0
+    sinks_share: bool = True
+
+    @classmethod
+    def kvpress(cls, **options) -> "ExpectedAttention":
+        """Return the authors' library as its public board ran it: epsilon of 0.01."""
+        theirs = dict(epsilon=1e-2, sinks_share=False)
+        return cls(**dict[str, Any](theirs) | options)
 
     def check(self, budget: int) -> None:
         """Need a slot beside the sinks."""
@@ -60,6 +70,7 @@ class ExpectedAttention(WholePrompt):
             n_future_positions=self.n_future_positions,
             n_sink=self.n_sink,
             use_covariance=self.use_covariance,
+            sinks_share=self.sinks_share,
         )
         if self.use_value_norm:
             norms = jnp.linalg.norm(prompt.values.astype(jnp.float32), axis=-1)
@@ -68,11 +79,20 @@ class ExpectedAttention(WholePrompt):
 
 
 def expected_attention(
-    prompt: Prompt, *, n_future_positions: int, n_sink: int, use_covariance: bool
+    prompt: Prompt,
+    *,
+    n_future_positions: int,
+    n_sink: int,
+    use_covariance: bool,
+    sinks_share: bool = True,
 ) -> jax.Array:
     """Return the normalised expected attention of each token, float32 `[B, K, T]`."""
     batch, length, kv_heads, head_dim = prompt.keys.shape
-    real = jnp.arange(length, dtype=jnp.int32)[None] < prompt.lengths[:, None]
+    index = jnp.arange(length, dtype=jnp.int32)[None]
+    compared = index < prompt.lengths[:, None]
+    if not sinks_share:
+        # A prompt of nothing but sinks still has a softmax.
+        compared &= index >= jnp.minimum(n_sink, prompt.lengths - 1)[:, None]
     mean, covariance = _statistics(prompt, n_sink)
     ahead = (
         prompt.lengths[:, None] + jnp.arange(n_future_positions, dtype=jnp.int32)[None]
@@ -93,7 +113,7 @@ def expected_attention(
         spread = jnp.einsum("btkh,bkghi->bkgti", keys, covariance)
         quadratic = jnp.einsum("bkgti,btki->bkgt", spread, keys)
         logits += prompt.scale**2 / 2 * quadratic
-    logits = jnp.where(real[:, None, None], logits, -jnp.inf)
+    logits = jnp.where(compared[:, None, None], logits, -jnp.inf)
     return jax.nn.softmax(logits, axis=-1).mean(2)
 
 

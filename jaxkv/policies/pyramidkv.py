@@ -4,7 +4,7 @@ Cai et al., arXiv 2406.02069.
 """
 
 import dataclasses
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -36,10 +36,21 @@ class PyramidKV(SnapKV):
       pooling: see `SnapKV`.
       offset: see `SnapKV`.
       beta: how steep the pyramid is; 1 is flat.
+      shares: "code" is what stands above. "kvpress" shares out the whole budget, the
+        window with it, and rounds each layer's share to the nearest number: `2 c - c /
+        beta` with `c = budget`, at most the prompt without its window; where that would
+        leave the highest layer less than the window, each layer keeps `budget`.
     """
 
     beta: Annotated[int, Ge(1)] = 20
+    shares: Literal["code", "kvpress"] = "code"
     same_budgets = False
+
+    @classmethod
+    def kvpress(cls, **options) -> "PyramidKV":
+        """Return the default of the kvpress library: 64, average pooling by 5."""
+        theirs = dict(window_size=64, kernel_size=5, pooling="avg", shares="kvpress")
+        return cls(**dict[str, Any](theirs) | options)
 
     def layer_budgets(self, budget: int, num_layers: int) -> tuple[int, ...]:
         """Bound what `layer_keeps` gives for any prompt and any smaller budget.
@@ -47,19 +58,22 @@ class PyramidKV(SnapKV):
         The upper layers need `budget` slots too, for prompts that are kept whole. A
         caller who knows the prompts needs fewer: the maximum of `layer_keeps`.
         """
-        free = max(budget - self.window_size, 0)
+        within = self.window_size if self.shares == "code" else 0
+        free = max(budget - within, 0)
         highest = 2 * free - free // self.beta
         bounds = []
         for layer in range(num_layers):
             slope = max(0.0, 1 - 2 * layer / max(num_layers - 1, 1))
             # Rounding a step down can add `layer` tokens.
             most = free + int((highest - free) * slope) + layer + 1
-            bounds.append(max(budget, most + self.window_size))
+            bounds.append(max(budget, most + within))
         return tuple(bounds)
 
     def layer_keeps(self, keep, lengths, num_layers) -> tuple[jax.Array, ...]:
         """Return each layer's budgets, see the class; NumPy in, NumPy out."""
         xp = np if isinstance(keep, np.ndarray) else jnp
+        if self.shares == "kvpress":
+            return self._nearest(xp, keep, lengths, num_layers)
         # Of a prompt that fits; twice a budget of any size would leave int32.
         most = xp.minimum(keep, lengths)
         free = xp.maximum(most - self.window_size, 0)
@@ -68,5 +82,23 @@ class PyramidKV(SnapKV):
         flat = (lengths <= keep) | (lengths < 2 * free) | (free == 0)
         return tuple(
             xp.where(flat, keep, highest - layer * step + self.window_size)
+            for layer in range(num_layers)
+        )
+
+    def _nearest(self, xp, keep, lengths, num_layers):
+        """Return each layer's budgets by `shares="kvpress"`."""
+        budget, before = (
+            x.astype(np.float32)
+            for x in (xp.minimum(keep, lengths), lengths - self.window_size)
+        )
+        steepest = budget / self.beta
+        capped = 2 * budget - steepest >= before
+        highest = xp.where(capped, before, 2 * budget - steepest)
+        lowest = xp.where(capped, 2 * budget - before, steepest)
+        slopes = (highest >= lowest) & (lowest >= self.window_size)
+        sloping = slopes & (lengths > keep)
+        step = (highest - lowest) / max(num_layers - 1, 1)
+        return tuple(
+            xp.where(sloping, xp.round(highest - layer * step), keep).astype(np.int32)
             for layer in range(num_layers)
         )

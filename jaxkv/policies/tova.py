@@ -4,14 +4,20 @@ Oren et al., arXiv 2401.06104, for the prompt and for decoding.
 """
 
 import dataclasses
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
+from annotated_types import Ge
 
 from jaxkv.kernels import decode, longflow
 from jaxkv.policies.base import PlainAttention, Prompt, WholePrompt
 from jaxkv.policies.longflow import LongFlow
-from jaxkv.policies.scoring import attention_of_last
+from jaxkv.policies.scoring import (
+    attention_of_last,
+    check_kept_anyway,
+    keep_anyway,
+)
 from jaxkv.state import KVState
 
 
@@ -22,13 +28,28 @@ class TOVA(WholePrompt):
     Oren et al., "Transformers are Multi-State RNNs" (arXiv 2401.06104, section 3.2):
     `S(j)` is the last query's attention, averaged over the heads of the layer.
     Deviation: evicted once at the end of the prompt, not at every token.
+
+    Attributes:
+      n_recent: last tokens of the prompt that stay whatever they score.
     """
+
+    n_recent: Annotated[int, Ge(0)] = 0
+
+    @classmethod
+    def kvpress(cls, **options) -> "TOVA":
+        """Return what the kvpress library does: it always keeps the last token."""
+        return cls(**dict[str, Any](n_recent=1) | options)
+
+    def check(self, budget: int) -> None:
+        """Need a slot beside what stays."""
+        check_kept_anyway("TOVA", budget, n_recent=self.n_recent)
 
     def scores(self, prompt: Prompt) -> jax.Array:
         """Return the mean attention, the same for all heads."""
         scores = attention_of_last(prompt, 1)
         mean = scores.mean(1, keepdims=True)
-        return jnp.broadcast_to(mean, scores.shape)
+        scores = jnp.broadcast_to(mean, scores.shape)
+        return keep_anyway(scores, prompt.lengths, n_recent=self.n_recent)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
