@@ -7,13 +7,18 @@ from jaxkv.generation import generate_tokens
 from jaxkv.language_model import LanguageModel, load, save
 from jaxkv.models.checkpoint import CheckpointError
 from jaxkv.options import Options
+from jaxkv.policies.adakv import AdaKV
 from jaxkv.policies.base import DecodePolicy, PrefillPolicy
 from jaxkv.policies.chance import Random, RandomDecode
+from jaxkv.policies.chunkkv import ChunkKV
+from jaxkv.policies.criticalkv import CriticalKV
 from jaxkv.policies.dapq import DapQ
 from jaxkv.policies.expected_attention import ExpectedAttention
 from jaxkv.policies.full import Full
 from jaxkv.policies.h2o import H2O, H2ODecode
+from jaxkv.policies.keydiff import KeyDiff
 from jaxkv.policies.knorm import KNorm
+from jaxkv.policies.lagkv import LagKV
 from jaxkv.policies.laq import LAQ
 from jaxkv.policies.longflow import LongFlow
 from jaxkv.policies.pyramidkv import PyramidKV
@@ -39,13 +44,16 @@ __all__ = [
     "RKV",
     "TOVA",
     "VATP",
+    "AdaKV",
     "Aligned",
     "Categorical",
     "Chat",
     "CheckpointError",
+    "ChunkKV",
     "Completion",
     "Conditional",
     "Context",
+    "CriticalKV",
     "DapQ",
     "DecodePolicy",
     "DraftStats",
@@ -58,6 +66,8 @@ __all__ = [
     "H2ODecode",
     "KNorm",
     "KVState",
+    "KeyDiff",
+    "LagKV",
     "LanguageModel",
     "LogitsError",
     "LongFlow",

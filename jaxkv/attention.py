@@ -32,8 +32,9 @@ class Network(Protocol):
 
     `config` has `num_layers`, `num_heads`, `num_kv_heads`, `head_dim` and `vocab_size`;
     applied to `(tokens, positions, cache, attend)` it returns hidden states and the new
-    cache; its method `unembed` turns hidden states into logits, and `frequencies` gives
-    those of the rotation. It hashes by value.
+    cache; its method `unembed` turns hidden states into logits, `frequencies` gives
+    those of the rotation, and `outputs` each layer's output projection `[N, H, D]`. It
+    hashes by value.
     """
 
     config: Any
@@ -51,11 +52,13 @@ class EmptyLayer:
       state: empty.
       keep: int32 `[B]`, tokens that this layer may keep of each row's prompt.
       bound: of `keep`, static; at most the slots of the state.
+      output: `[N, H, D]`, the layer's output projection, for policies that read it.
     """
 
     state: KVState
     keep: jax.Array
     bound: int = dataclasses.field(metadata=dict(static=True))
+    output: jax.Array | None = None
 
 
 def empty_layers(
@@ -67,6 +70,7 @@ def empty_layers(
     bound: int,
     keep: jax.Array | None,
     dtype: jax.typing.DTypeLike,
+    outputs: tuple[jax.Array, ...] | None = None,
 ) -> tuple[EmptyLayer, ...]:
     """Return what prefill hands to each layer.
 
@@ -78,6 +82,7 @@ def empty_layers(
       bound: the most tokens that any row may keep of its prompt.
       keep: int32 `[B]`, what each row may keep; None is `bound`.
       dtype: of keys and values.
+      outputs: of each layer, see `EmptyLayer`.
     """
     if keep is None:
         keep = jnp.full(lengths.shape, bound, jnp.int32)
@@ -94,8 +99,11 @@ def empty_layers(
             ),
             keep=kept,
             bound=min(most, size),
+            output=output,
         )
-        for size, kept, most in zip(slots, keeps, bounds, strict=True)
+        for size, kept, most, output in zip(
+            slots, keeps, bounds, outputs or (None,) * len(slots), strict=True
+        )
     )
 
 
@@ -171,6 +179,7 @@ def attend_prompt(
             scale=scale,
             implementation=scores_implementation,
             held=held,
+            output=layer.output,
         )
         state = contract.compress(policy, prompt, layer.state, budget=layer.bound)
         # Nothing before decoding waits for the state. Without the barrier the compiler

@@ -128,6 +128,9 @@ def read(
         bound=max(slots) if bound is None else bound,
         keep=keep,
         dtype=params["embedding"].dtype,
+        outputs=network.apply({"params": params}, method="outputs")
+        if getattr(policy, "reads_output", False)
+        else None,
     )
     hidden, cache = network.apply({"params": params}, tokens, positions, empty, attend)
     return hidden, tuple(

@@ -124,8 +124,10 @@ class Options:
             )
         self.prefill.check(budget - spare)
         if self.decode.evicts and not self.prefill.same_budgets:
+            heads = getattr(self.prefill, "head_share", 1.0) > 1
             raise ValueError(
-                f"{type(self.prefill).__name__} gives layers different budgets, but "
+                f"{type(self.prefill).__name__} gives "
+                f"{'heads' if heads else 'layers'} different budgets, but "
                 f"{type(self.decode).__name__} evicts while decoding and needs one for "
                 "all; use decode=Full() or another prefill policy."
             )

@@ -12,12 +12,18 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from jaxkv.fields import element, kinds, words
+from jaxkv.policies.adakv import AdaKV
+from jaxkv.policies.base import WholePrompt
 from jaxkv.policies.chance import Random, RandomDecode
+from jaxkv.policies.chunkkv import ChunkKV
+from jaxkv.policies.criticalkv import CriticalKV
 from jaxkv.policies.dapq import DapQ
 from jaxkv.policies.expected_attention import ExpectedAttention
 from jaxkv.policies.full import Full
 from jaxkv.policies.h2o import H2O, H2ODecode
+from jaxkv.policies.keydiff import KeyDiff
 from jaxkv.policies.knorm import KNorm
+from jaxkv.policies.lagkv import LagKV
 from jaxkv.policies.laq import LAQ
 from jaxkv.policies.longflow import LongFlow
 from jaxkv.policies.pyramidkv import PyramidKV
@@ -40,6 +46,11 @@ PREFILL: Mapping[str, type] = {
     "knorm": KNorm,
     "expected-attention": ExpectedAttention,
     "laq": LAQ,
+    "keydiff": KeyDiff,
+    "lagkv": LagKV,
+    "chunkkv": ChunkKV,
+    "criticalkv": CriticalKV,
+    "adakv": AdaKV,
     "random": Random,
 }
 DECODE: Mapping[str, type] = {
@@ -72,7 +83,9 @@ def parse(text: str, table: Mapping[str, type], *, flag: str) -> Any:
     Args:
       text: values are written as in JSON, strings without quotes, and lists with
         spaces instead of commas. A named setting of the method, such as the `tables`
-        of `DapQ.tables()`, may stand before the options: `dapq:tables,offset=2`.
+        of `DapQ.tables()`, may stand before the options: `dapq:tables,offset=2`. A
+        policy within another is written as it would be alone, in brackets and with
+        spaces instead of commas: `adakv:policy=[snapkv:window_size=8 pooling=avg]`.
       table: names and their dataclasses.
       flag: what the text was given for, for the messages.
 
@@ -134,6 +147,9 @@ def _settings(method: type) -> dict[str, Callable[..., Any]]:
 
 
 def _read(text: str, hint: Any, what: str) -> Any:
+    if hint is WholePrompt:
+        bare = text[1:-1] if text[:1] == "[" and text[-1:] == "]" else text
+        return parse(_with_commas(bare), PREFILL, flag=what)
     try:
         # A comma would end the option.
         value = json.loads(",".join(text.split()) if text[:1] == "[" else text)
@@ -153,3 +169,12 @@ def _read(text: str, hint: Any, what: str) -> Any:
             return value
     wanted = words(hint, a_list="a list of {} such as [1 2]")
     raise ValueError(f"{what} takes {wanted}, got {text!r}.")
+
+
+def _with_commas(text: str) -> str:
+    """Write commas for the spaces of a text, except within its brackets."""
+    depth, found = 0, []
+    for letter in text.strip():
+        depth += (letter == "[") - (letter == "]")
+        found.append("," if letter == " " and depth == 0 else letter)
+    return "".join(found)

@@ -292,6 +292,14 @@ class Decoder(nn.Module):
         """Return the rotary frequencies, float32 `[H / 2]`, in radians per position."""
         return rotary_frequencies(self.config)
 
+    def outputs(self) -> tuple[jax.Array, ...]:
+        """Return each layer's projection of the heads' outputs, `[N, H, D]`."""
+        c = self.config
+        shape = c.num_heads, c.head_dim, c.hidden_size
+        return tuple(
+            layer.variables["params"]["output"].reshape(shape) for layer in self.layers
+        )
+
     def unembed(self, hidden: jax.Array) -> jax.Array:
         """Return float32 logits `[..., V]` of normalised hidden states `[..., D]`."""
         if self.config.tied:

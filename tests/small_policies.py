@@ -12,11 +12,16 @@ from jaxkv import (
     RKV,
     TOVA,
     VATP,
+    AdaKV,
+    ChunkKV,
+    CriticalKV,
     DapQ,
     ExpectedAttention,
     Full,
     H2ODecode,
+    KeyDiff,
     KNorm,
+    LagKV,
     LongFlow,
     Options,
     PyramidKV,
@@ -50,6 +55,7 @@ def small(name: str, policies: Mapping[str, type], table: Mapping[str, object]) 
     return {key: table[key] for key in policies}
 
 
+DAPQ = DapQ(window_size=4, prefix=1, kernel_size=3)
 SMALL_PREFILL = {
     "full": Full(),
     "streaming-llm": StreamingLLM(n_sink=1),
@@ -61,6 +67,11 @@ SMALL_PREFILL = {
     "knorm": KNorm(),
     "expected-attention": ExpectedAttention(n_future_positions=16, n_sink=2),
     "laq": LAQ(window_size=3, draft_window_size=2, kernel_size=3),
+    "keydiff": KeyDiff(),
+    "lagkv": LagKV(n_sink=1, lag_size=4),
+    "chunkkv": ChunkKV(policy=KNorm(), chunk_length=4),
+    "criticalkv": CriticalKV(policy=DAPQ, epsilon=1.0),
+    "adakv": AdaKV(policy=KNorm(), most=1.5),
     "random": Random(),
 }
 SMALL_DECODE = {
@@ -89,8 +100,10 @@ PREFILL = {
     "snapkv, turned ahead": SnapKV(window_size=4, kernel_size=3, offset=4),
     "snapkv, all but one": SnapKV(window_size=10, kernel_size=3),
     "h2o, windowed": H2O(window_size=4),
+    "criticalkv of adakv of laq": CriticalKV(
+        policy=AdaKV(policy=LAQ(window_size=2, draft_window_size=2, kernel_size=3))
+    ),
 }
-DAPQ = DapQ(window_size=4, prefix=1, kernel_size=3)
 # What generates: options without their budget. Prompts are cut where nothing is said.
 DECODE = {
     **{

@@ -51,6 +51,8 @@ class Prompt(NamedTuple):
       implementation: of `window_scores`, static.
       held: int32 `[B]`, how many of each prompt's first tokens may be kept; None is
         all of them. What stands behind is a question: it scores, and is not kept.
+      output: `[N, H, D]`, the layer's projection of the heads' outputs to the hidden
+        size `D`; None unless the policy `reads_output`.
     """
 
     queries: jax.Array
@@ -62,6 +64,7 @@ class Prompt(NamedTuple):
     scale: float
     implementation: window_scores.Implementation | None = None
     held: jax.Array | None = None
+    output: jax.Array | None = None
 
     @property
     def candidates(self) -> jax.Array:
@@ -208,11 +211,24 @@ class WholePrompt(PrefillPolicy):
     """The usual answers of a prefill policy: no pseudo tokens, one budget for all.
 
     One of its own writes `scores`, and the best tokens of each head are kept.
+
+    Attributes:
+      head_share: the most that a head may keep, in budgets of its layer. Above 1, a
+        budget is what the heads of a layer keep on average.
+      reads_output: whether `Prompt.output` is wanted.
     """
 
     offset = 0
     same_budgets = True
     sketches = False
+    head_share = 1.0
+    reads_output = False
+
+    @property
+    def chooses(self) -> bool:
+        """Whether the class says what is kept, and does not leave it to this one."""
+        own = type(self)
+        return (own.scores, own.rank) != (WholePrompt.scores, WholePrompt.rank)
 
     def check(self, budget: int) -> None:
         """Accept any budget."""

@@ -131,10 +131,8 @@ def _check_role(name: str, value: Any, role: _Role) -> None:
         for member, stub in declared.items()
         if not hasattr(value, member) or getattr(type(value), member, None) is stub
     ]
-    if isinstance(value, WholePrompt):
-        chooses = ("scores", "rank", "compress")  # each asks the one before
-        usual = [getattr(type(value), x) is getattr(WholePrompt, x) for x in chooses]
-        lacks += ["compress"] * all(usual)
+    if isinstance(value, WholePrompt) and not value.chooses:
+        lacks += ["compress"] * (type(value).compress is WholePrompt.compress)
     what = f"generate: {name}= takes something like {role.example}, got {value!r}"
     if len(lacks) == len(declared):
         raise ValueError(f"{what}.")

@@ -87,9 +87,10 @@ def plan(
         bound, keep = bucket(max(budgets)), np.array(budgets, np.int32)
         options = dataclasses.replace(options, budget=bound)
         # Of these prompts a layer may keep less than of any at this bound.
+        share = getattr(options.prefill, "head_share", 1.0)
         kept = contract.layer_keeps(options.prefill, keep, lengths, num_layers)
         slots = tuple(
-            options.num_slots(prompt, max_out, kept=bucket(int(layer.max())))
+            options.num_slots(prompt, max_out, kept=bucket(int(share * layer.max())))
             for layer in kept
         )
     return Plan(

@@ -5,7 +5,17 @@ import json
 
 import pytest
 
-from jaxkv import DapQ, LongFlow, PyramidKV, registry
+from jaxkv import (
+    AdaKV,
+    ChunkKV,
+    CriticalKV,
+    DapQ,
+    KNorm,
+    LongFlow,
+    PyramidKV,
+    SnapKV,
+    registry,
+)
 
 TABLES = {
     "prefill": registry.PREFILL,
@@ -22,6 +32,16 @@ def test_a_name_alone_gives_the_defaults(kind, name):
     assert registry.parse(name, table, flag="--x") == table[name]()
 
 
+def written(value):
+    """Return an option as a command has it."""
+    if not dataclasses.is_dataclass(value):
+        return value if type(value) is str else json.dumps(value)
+    name = next(k for k, x in registry.PREFILL.items() if x is type(value))
+    fields = [f.name for f in dataclasses.fields(value)]
+    inner = " ".join(f"{x}={written(getattr(value, x))}" for x in fields)
+    return f"[{name}:{inner}]"
+
+
 @pytest.mark.parametrize(("kind", "name"), ALL)
 def test_every_option_can_be_said(kind, name):
     table = TABLES[kind]
@@ -29,9 +49,7 @@ def test_every_option_can_be_said(kind, name):
     said = []
     for field in dataclasses.fields(default):
         value = getattr(default, field.name)
-        said.append(
-            f"{field.name}={value if type(value) is str else json.dumps(value)}"
-        )
+        said.append(f"{field.name}={written(value)}")
     assert registry.parse(f"{name}:{','.join(said)}", table, flag="--x") == default
 
 
@@ -45,6 +63,27 @@ def test_lists_and_the_word_none():
         registry.parse("dapq:fixed_ids=[5 x]", registry.PREFILL, flag="--x")
     with pytest.raises(ValueError, match="pooling takes none, max or avg, got"):
         registry.parse("dapq:pooling=mean", registry.PREFILL, flag="--x")
+
+
+def test_a_policy_within_another():
+    def parse(text):
+        return registry.parse(text, registry.PREFILL, flag="--prefill")
+
+    assert parse("chunkkv:policy=knorm") == ChunkKV(policy=KNorm())
+    snap = SnapKV(window_size=8, pooling="avg")
+    assert parse("adakv:policy=[snapkv:window_size=8 pooling=avg],most=3") == AdaKV(
+        policy=snap, most=3.0
+    )
+    dapq = DapQ(content="fixed", fixed_ids=(5, 6), window_size=2)
+    deep = CriticalKV(policy=AdaKV(policy=dapq, most=4.0))
+    text = "[dapq:content=fixed fixed_ids=[5 6] window_size=2]"
+    assert parse(f"criticalkv:policy=[adakv:policy={text} most=4]") == deep
+    assert parse("adakv:board,policy=[expected-attention:kvpress]") == AdaKV.board()
+    message = r"--prefill: adakv's policy: 'size=3' is no option of snapkv"
+    with pytest.raises(ValueError, match=message):
+        parse("adakv:policy=[snapkv:size=3]")
+    with pytest.raises(ValueError, match="adakv's policy: unknown 'magic'; choose one"):
+        parse("adakv:policy=magic")
 
 
 def test_truth_values_as_in_json_and_as_in_python():
