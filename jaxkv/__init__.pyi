@@ -1,6 +1,7 @@
 """The public names of jaxkv, for type checkers, and for `__init__.py`."""
 
 from jaxkv._version import __version__ as __version__
+from jaxkv.context_files import load_context, save_context
 from jaxkv.contexts import Context
 from jaxkv.forward import decode_step, prefill
 from jaxkv.generation import generate_tokens
@@ -91,6 +92,8 @@ __all__ = [
     "generate",
     "generate_tokens",
     "load",
+    "load_context",
     "prefill",
     "save",
+    "save_context",
 ]

@@ -45,6 +45,7 @@ class Context:
         drafter has asked for it.
       identity: of the model that has read them.
       policy: the prefill policy as text, for reports.
+      chat: whether the documents begin a user's message of the chat template.
     """
 
     cache: Cache
@@ -55,6 +56,7 @@ class Context:
     likeliest: jax.Array | None
     identity: Identity = dataclasses.field(metadata=dict(static=True))
     policy: str = dataclasses.field(metadata=dict(static=True))
+    chat: bool = dataclasses.field(default=False, metadata=dict(static=True))
 
     def __len__(self) -> int:
         """Return the number of documents."""

@@ -29,20 +29,43 @@ class Identity:
     tokenizer: str | None
     dtype: str
 
+    def check(self, other: "Identity") -> None:
+        """Raise ValueError unless a context of this model goes with another one."""
+        if self == other:
+            return
+        read_by = f"the context was read by {self.name}"
+        if self.dtype != other.dtype:
+            raise ValueError(
+                f"{read_by} in {self.dtype}, but {other.name} is in {other.dtype}; "
+                f"load it with dtype={self.dtype!r}, or compress the documents again."
+            )
+        what = "weights are not those"
+        if self.network == other.network:
+            what = "tokenizer is not that"
+        raise ValueError(
+            f"{read_by}, whose {what} of {other.name} as it is now; use the model that "
+            "it was made with, or compress the documents again."
+        )
+
 
 def of_network(config: Any, params: Any) -> str:
     """Return a digest of sizes and of all weights.
 
-    The weights are added up where they lie, as whole numbers that wrap around, so that
-    the result depends on no order, and on no device.
+    They are added up where they lie, as whole numbers that wrap around, so that the
+    result depends on no order, and on no device.
     """
-    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
+    return digest(repr(dataclasses.asdict(config)), of_arrays(params))
+
+
+def of_arrays(tree: Any) -> str:
+    """Return a digest of arrays: their names, shapes, dtypes and sums of their bits."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     sums = jax.device_get([_sums(leaf) for _, leaf in leaves])
     parts = [
         f"{jax.tree_util.keystr(path)} {leaf.shape} {leaf.dtype} {total.tolist()}"
         for (path, leaf), total in zip(leaves, sums, strict=True)
     ]
-    return digest(repr(dataclasses.asdict(config)), *parts)
+    return digest(*parts)
 
 
 @functools.partial(jax.jit, inline=True)

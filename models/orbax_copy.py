@@ -23,6 +23,7 @@ from jaxkv.models.decoder import (
 )
 from jaxkv.models.gguf_header import read_header
 from jaxkv.models.hf_weights import DTYPES, check_dtype
+from jaxkv.models.orbax_folder import check_target, checkpointer, written_whole
 
 _MARKER = "jaxkv.json"
 _PARAMS = "params"
@@ -68,25 +69,18 @@ def save_orbax(
         )
     folder = Path(folder).absolute()
     dtype = _check_params(params, config)
-    _check_target(folder, overwrite=overwrite)
-    # The process id keeps two writers apart; what a dead process left is replaced.
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    try:
+    check_target(folder, _MARKER, "a copy of a checkpoint", overwrite=overwrite)
+    with written_whole(folder) as partial:
         if source is not None:
             _copy_text(Path(source), partial, config)
-        with _checkpointer() as checkpointer:
-            checkpointer.save(partial / _PARAMS, params)
+        with checkpointer() as orbax:
+            orbax.save(partial / _PARAMS, params)
         marker = {
             "format": _FORMAT,
             "dtype": dtype,
             "config": dataclasses.asdict(config),
         }
         (partial / _MARKER).write_text(json.dumps(marker, indent=2) + "\n", "utf-8")
-        _replace(folder, partial)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def load_orbax(
@@ -127,21 +121,14 @@ def load_orbax(
         shardings,
     )
     try:
-        with _checkpointer() as checkpointer:
-            return config, checkpointer.restore(folder / _PARAMS, wanted)
+        with checkpointer() as orbax:
+            return config, orbax.restore(folder / _PARAMS, wanted)
     # Orbax and TensorStore raise several unrelated classes for damaged files.
     except Exception as error:
         raise CheckpointError(
             f"{folder / _PARAMS} is damaged or does not fit {_MARKER} "
             f"({str(error)[:300]}); save the copy again."
         ) from error
-
-
-def _checkpointer() -> Any:
-    # Imported here: it takes a second, which those who keep no copy need not wait.
-    import orbax.checkpoint as ocp
-
-    return ocp.StandardCheckpointer()
 
 
 def _check_params(params: dict[str, Any], config: Config) -> str:
@@ -161,25 +148,6 @@ def _check_params(params: dict[str, Any], config: Config) -> str:
     return dtypes[0]
 
 
-def _check_target(folder: Path, *, overwrite: bool) -> None:
-    if not folder.parent.is_dir():
-        raise CheckpointError(f"{folder.parent} is not a folder; make it first.")
-    if not os.path.lexists(folder):
-        return
-    if folder.is_symlink() or not folder.is_dir():
-        raise CheckpointError(f"{folder} exists and is not a folder; name another.")
-    if not any(folder.iterdir()):
-        return
-    if not is_orbax_copy(folder):
-        raise CheckpointError(
-            f"{folder} is not empty and not a copy of a checkpoint; name another."
-        )
-    if not overwrite:
-        raise CheckpointError(
-            f"{folder} already holds a copy; pass overwrite=True to replace it."
-        )
-
-
 def _copy_text(source: Path, target: Path, config: Config) -> None:
     """Copy the small files that a tokenizer and `stop_ids` need."""
     if source.is_file():
@@ -193,21 +161,6 @@ def _copy_text(source: Path, target: Path, config: Config) -> None:
                 copy = target / path.relative_to(source)
                 copy.parent.mkdir(exist_ok=True)
                 shutil.copyfile(path, copy)
-
-
-def _replace(folder: Path, partial: Path) -> None:
-    """Give the finished `partial` its name; an older copy goes aside, then away."""
-    if not folder.exists():
-        partial.rename(folder)
-        return
-    old = partial.with_suffix(".old")
-    folder.rename(old)
-    try:
-        partial.rename(folder)
-    except BaseException:
-        old.rename(folder)
-        raise
-    shutil.rmtree(old)
 
 
 def _read_marker(path: Path) -> tuple[Config, str]:

@@ -9,6 +9,7 @@ from typing import Any
 from jaxkv.cli import prompts
 from jaxkv.cli.prompts import Asked
 from jaxkv.cli.terminal import announce, progress
+from jaxkv.contexts import Context
 from jaxkv.language_model import LanguageModel
 from jaxkv.options import described
 from jaxkv.provenance import provenance
@@ -27,6 +28,7 @@ class Job:
 
     Attributes:
       arguments: of `jaxkv.generate`.
+      context: of one document that all prompts are about, or None.
       batch_size: prompts generated from together.
       seed: prompt `i` draws with `seed + i`, so its output depends on no batch size,
         and it can be had again alone.
@@ -39,6 +41,7 @@ class Job:
     seed: int
     as_json: bool
     stream: bool | None
+    context: Context | None = None
 
 
 def run(lm: LanguageModel, asked: Sequence[Asked], job: Job) -> None:
@@ -63,6 +66,8 @@ def run(lm: LanguageModel, asked: Sequence[Asked], job: Job) -> None:
     if stream and lm.tokenizer is None:
         raise ValueError(f"--stream: {lm.name} has no tokenizer.")
     shared = _shared(lm, job.arguments) if job.as_json else {}
+    if job.context is not None:
+        shared["context"] = repr(job.context)
     stats: list[Stats] = []
     failures: list[ValueError] = []
     with progress(hidden=stream) as bar:  # bar and stream would share the terminal
@@ -129,6 +134,7 @@ def _answer(
             lm,
             [asked.ids for asked in batch],
             seed=[job.seed + asked.number for asked in batch],
+            context=job.context,
             on_tokens=text,
             block=_BLOCK,
             **job.arguments,

@@ -13,7 +13,6 @@ from jaxkv.cli.generate import Sampling
 from jaxkv.cli.groups import grouped
 from jaxkv.cli.terminal import announce, megabytes, say
 from jaxkv.cli.wording import in_flags
-from jaxkv.language_model import NEEDLE
 from jaxkv.policies.full import Full
 from jaxkv.text.conversation import Chat
 from jaxkv.text.terminal import TextStream
@@ -27,7 +26,9 @@ Policy = Annotated[str | None, typer.Option(help="As in jaxkv generate.")]
 @grouped
 def chat(
     *,
-    model: flags.Model = NEEDLE,
+    model: flags.Asked = None,
+    context: flags.ContextFolder = None,
+    document: flags.Document = 0,
     system: Annotated[
         str | None, typer.Option(help="What the system says first.")
     ] = None,
@@ -57,14 +58,22 @@ def chat(
         "decode": decode and registry.parse(decode, registry.DECODE, flag="--decode"),
     }
     sampling.sampler  # noqa: B018 -- looked at before a model is loaded
-    lm = flags.load_model(model, dtype, follow_links=follow_links)
+    lm, read = flags.load_model_and_context(
+        model, dtype, context, document, follow_links=follow_links
+    )
     sampler = sampling.sampler_of(lm)
 
     def begin(tokens: int | None) -> Chat:
         # Where a budget comes later there may be no policies yet.
         given = policies if tokens is not None else {}
         return Chat.begin(
-            lm, system=system, budget=tokens, sampler=sampler, seed=seed, **given
+            lm,
+            context=read,
+            system=system,
+            budget=tokens,
+            sampler=sampler,
+            seed=seed,
+            **given,
         )
 
     talk = begin(budget)

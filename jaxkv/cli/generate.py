@@ -10,7 +10,7 @@ from jaxkv import registry
 from jaxkv.cli import answers, flags, prompts
 from jaxkv.cli.groups import grouped
 from jaxkv.cli.terminal import say
-from jaxkv.language_model import NEEDLE, LanguageModel
+from jaxkv.language_model import LanguageModel
 from jaxkv.models import hf_generation
 from jaxkv.sampling import Categorical, Greedy, Sampler
 from jaxkv.speculation.rules import Exact
@@ -142,7 +142,9 @@ class Sampling:
 @grouped
 def generate(
     *,
-    model: flags.Model = NEEDLE,
+    model: flags.Asked = None,
+    context: flags.ContextFolder = None,
+    document: flags.Document = 0,
     prompt: Annotated[
         list[str] | None, typer.Option(help="A prompt; may be repeated.")
     ] = None,
@@ -199,12 +201,22 @@ def generate(
     records = prompts.read(prompt or [], prompt_file or [])
     if stream and (json_ or len(records) > 1):
         raise ValueError("--stream takes one prompt and no --json.")
-    lm = flags.load_model(model, dtype, follow_links=follow_links)
+    if context is not None and (chat or system is not None):
+        raise ValueError(
+            "--chat and --system come before the document; pass them to jaxkv compress."
+        )
+    lm, read = flags.load_model_and_context(
+        model, dtype, context, document, follow_links=follow_links
+    )
     arguments["sampler"] = sampling.sampler_of(lm)
     # All at once, so that a bad prompt is found before a good one has cost anything.
-    asked = prompts.encode(lm, records, arguments, chat=chat, system=system)
+    if read is None:
+        asked = prompts.encode(lm, records, arguments, chat=chat, system=system)
+    else:
+        asked = prompts.encode_behind(lm, read, records, arguments)
     job = answers.Job(
         arguments=arguments,
+        context=read,
         batch_size=batch_size,
         seed=seed,
         as_json=json_,
@@ -212,5 +224,5 @@ def generate(
     )
     answers.run(lm, asked, job)
     plain = any(isinstance(a.record.body, str) and not a.messages for a in asked)
-    if plain and speaks_in_chats(lm):
+    if plain and read is None and speaks_in_chats(lm):
         say(f"{lm.name} has a chat template, and is asked without; see --chat")

@@ -15,7 +15,16 @@ import jax
 import typer
 
 from jaxkv._version import __version__
-from jaxkv.cli import chat, checkpoints, demo, evaluate, generate, study, wording
+from jaxkv.cli import (
+    chat,
+    checkpoints,
+    compress,
+    demo,
+    evaluate,
+    generate,
+    study,
+    wording,
+)
 from jaxkv.cli.interrupts import noted_interrupts
 from jaxkv.cli.streams import complain, escaped_output, flushed_output
 from jaxkv.cli.terminal import say
@@ -158,6 +167,7 @@ def _start(
 
 app.command()(demo.demo)
 app.command()(generate.generate)
+app.command()(compress.compress)
 app.command()(chat.chat)
 app.command()(checkpoints.train)
 app.command()(checkpoints.convert)

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from jaxkv.cli import flags
+from jaxkv.contexts import Context
 from jaxkv.language_model import LanguageModel
 from jaxkv.tasks.records import Message, Record, decode_text, read_records
 from jaxkv.text import prompts as library
 from jaxkv.text.chat import encode_chat
+from jaxkv.text.documents import encode_questions
 
 _LINES = (".jsonl", ".ndjson")
 
@@ -113,6 +115,38 @@ def encode(
             flags.check_fit(lm, ids, options)
             _check_turns(lm, asked, options["max_new_tokens"])
         found.append(asked)
+    return found
+
+
+def encode_behind(
+    lm: LanguageModel,
+    context: Context,
+    records: Sequence[Record],
+    options: Mapping[str, Any],
+) -> list[Asked]:
+    """Tokenise questions about a document, and check them all.
+
+    Args:
+      lm: the model.
+      context: of one document.
+      records: the questions.
+      options: arguments of `jaxkv.generate`.
+
+    Raises:
+      ValueError: a question is bad, or does not fit behind the document; the message
+        names where it comes from.
+    """
+    found = []
+    for number, record in enumerate(records):
+        with _named(record.where):
+            if record.messages:
+                raise ValueError(
+                    "a context is asked by prompts, not by conversations; see jaxkv "
+                    "chat --context."
+                )
+            (ids,) = encode_questions(lm, [record.prompt], chat=context.chat)
+            flags.check_question(lm, context, ids, options)
+        found.append(Asked(record=record, number=number, ids=ids))
     return found
 
 

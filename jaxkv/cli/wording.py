@@ -12,10 +12,12 @@ from typing import Any
 
 from jaxkv.registry import ACCEPT, DECODE, PREFILL, SPECULATE
 from jaxkv.sampling import Categorical, Greedy
+from jaxkv.text.documents import compress
 from jaxkv.text.inference import generate
 
 ARGUMENTS = {
     *inspect.signature(generate).parameters,
+    *inspect.signature(compress).parameters,
     *(field.name for field in dataclasses.fields(Categorical)),
     "dtype",  # of `jaxkv.load`
 }
@@ -57,7 +59,7 @@ def in_flags(message: str, known: Collection[str]) -> str:
       message: what a function of the library has said.
       known: names of the parameters of the command.
     """
-    message = re.sub(r"^(generate|Categorical|Greedy): ", "", message)
+    message = re.sub(r"^(generate|compress|Categorical|Greedy): ", "", message)
     flags = {}
     for name in ARGUMENTS:
         used = name if name in known else _ALIASES.get(name)

@@ -61,6 +61,47 @@ def encode_addition(
     return None
 
 
+_BREAK = "\n\n"  # between a document and what is asked about it
+_CUT = "\ue000jaxkv\ue000"  # where rendered texts are cut; no text has it
+
+
+def encode_document(
+    lm: LanguageModel, document: str, *, system: str | None = None
+) -> list[int]:
+    """Return the beginning of a conversation, up to a document in the user's message.
+
+    Args:
+      lm: a model whose tokenizer has a chat template.
+      document: what the user's message begins with.
+      system: what the system says first.
+
+    Raises:
+      ValueError: there is no template, it fails, or it leaves a message out.
+    """
+    said = [] if system is None else [{"role": "system", "content": system}]
+    said.append({"role": "user", "content": document + _CUT})
+    return _encode(lm, _render(lm, said).partition(_CUT)[0])
+
+
+def encode_question(lm: LanguageModel, *turns: str) -> list[int]:
+    """Return what follows a document: the question, and the assistant's beginning.
+
+    Args:
+      lm: a model whose tokenizer has a chat template.
+      *turns: the user's question and, if the conversation has gone on, the assistant's
+        answer, the user's next message, and so on.
+
+    Raises:
+      ValueError: there is no template, it fails, or it leaves a message out.
+    """
+    roles = ("user", "assistant")
+    said = [
+        {"role": roles[number % 2], "content": turn}
+        for number, turn in enumerate((_CUT + _BREAK + turns[0], *turns[1:]))
+    ]
+    return _encode(lm, _render(lm, said).partition(_CUT)[2])
+
+
 def _encode(lm: LanguageModel, text: str) -> list[int]:
     most = lm.config.max_positions
     if too_long(lm.tokenizer, text, most):

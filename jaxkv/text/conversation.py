@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxkv import soundness
 from jaxkv import state as kv
+from jaxkv.contexts import Context
 from jaxkv.generation import Running, follow_jit
 from jaxkv.language_model import LanguageModel
 from jaxkv.options import Options
@@ -21,7 +22,8 @@ from jaxkv.policies.longflow import LongFlow
 from jaxkv.policies.snapkv import SnapKV
 from jaxkv.sampling import Sampler
 from jaxkv.text import arguments, inference, planning
-from jaxkv.text.chat import encode_addition, encode_chat
+from jaxkv.text.chat import encode_addition, encode_chat, encode_question
+from jaxkv.text.documents import questions
 from jaxkv.text.inference import Completion
 from jaxkv.text.planning import Plan, bucket
 
@@ -57,6 +59,7 @@ class Chat:
       seed: of the draws.
       messages: what was said, each with "role" and "content".
       tokens: the transcript as the model has read and written it.
+      context: of one document that the first message begins with, or None.
     """
 
     lm: LanguageModel
@@ -64,6 +67,7 @@ class Chat:
     seed: int = 0
     messages: tuple[dict[str, str], ...] = ()
     tokens: tuple[int, ...] = ()
+    context: Context | None = None
     _read: _Read | None = None  # None where the next turn reads everything
 
     @classmethod
@@ -72,6 +76,7 @@ class Chat:
         lm: LanguageModel,
         *,
         system: str | None = None,
+        context: Context | None = None,
         budget: int | None = None,
         prefill: PrefillPolicy | None = None,
         decode: DecodePolicy | None = None,
@@ -82,11 +87,14 @@ class Chat:
 
         Args:
           lm: from `jaxkv.load`, with a chat template.
-          system: the system's message.
+          system: the system's message; that of a context is in it.
+          context: from `compress(chat=True)`, of one document, which the user's first
+            message begins with. No turn reads it again.
           budget: tokens that each layer and head may keep: of the whole conversation,
-            or of the first turn if `decode` does not evict. None keeps everything.
+            or of the first turn if `decode` does not evict. None keeps everything; what
+            a context keeps is its own affair.
           prefill: eviction of what is read at once, as the first turn is; None is
-            `SnapKV()` where there is a budget.
+            `SnapKV()` where there is a budget and no context.
           decode: eviction of all that follows; None is `LongFlow()` where there is a
             budget.
           sampler: None is `Greedy()`.
@@ -95,16 +103,20 @@ class Chat:
         Raises:
           ValueError: options at odds with each other.
         """
+        if context is not None:
+            _check_context(lm, context, system)
         if budget is not None:
             budget = arguments.integer("budget", budget)
-            prefill, decode = prefill or SnapKV(), decode or LongFlow()
+            if context is None:
+                prefill = prefill or SnapKV()
+            decode = decode or LongFlow()
         options = arguments.static_options(
             prefill=prefill, decode=decode, sampler=sampler
         )
         options = dataclasses.replace(options, budget=budget)
         options.check()
         said = () if system is None else ({"role": "system", "content": system},)
-        return cls(lm=lm, options=options, seed=seed, messages=said)
+        return cls(lm=lm, options=options, seed=seed, messages=said, context=context)
 
     def with_budget(self, budget: int | None) -> Self:
         """Return the conversation under another budget; the next turn reads it anew."""
@@ -113,6 +125,7 @@ class Chat:
             policies = {"prefill": self.options.prefill, "decode": self.options.decode}
         begun = self.begin(
             self.lm,
+            context=self.context,
             budget=budget,
             **policies,
             sampler=self.options.sampler,
@@ -144,15 +157,24 @@ class Chat:
         said = (*self.messages, {"role": "user", "content": text})
         lm, tokens = self.lm, self._transcript(said)
         begun = None if tokens is None else self._read
-        if tokens is None:
+        asked = None
+        if tokens is None and self.context is not None:
+            asked = self._asked(said, max_new_tokens)
+            document = np.asarray(self.context.tokens[0])[: self.context.lengths[0]]
+            tokens = (*document.tolist(), *asked.ids[0])
+        elif tokens is None:
             tokens = tuple(encode_chat(lm, said))
         budgets = None
-        if begun is None and self.options.budget is not None:
+        if begun is None and asked is None and self.options.budget is not None:
             budgets = (self.options.budget,)
         arguments.check_fit(lm, [tokens], max_new_tokens, self.options, budgets)
         stops = arguments.stop_ids(lm, None)
         with inference.stopwatch() as lap, jax.transfer_guard("allow"):
-            if begun is None:
+            if asked is not None:
+                plan = asked.plan
+                state = asked.start(lm, seed=self.seed, stops=stops, spans=None)
+                room = plan.max_out
+            elif begun is None:
                 plan, state, room = self._begin(tokens, max_new_tokens, stops)
             else:
                 plan = begun.plan
@@ -211,12 +233,31 @@ class Chat:
         ended = bool(np.asarray(self._read.running.done)[0])
         return (*(self.tokens[:-1] if ended else self.tokens), *added)
 
+    def _asked(self, said, max_new_tokens):
+        """Return everything that was said, as a question about the context."""
+        turns = [message["content"] for message in said]
+        ids = encode_question(self.lm, *turns)
+        position = int(self.context.lengths[0]) + len(ids)
+        room = self._room(position, max_new_tokens)
+        options = dataclasses.replace(self.options, budget=None)
+        return questions(
+            *(self.lm, self.context, [ids], None, options),
+            budget=self.options.budget,
+            compression_ratio=None,
+            max_new_tokens=max_new_tokens,
+            room=room,
+        )
+
+    def _room(self, position, max_new_tokens):
+        """Return how many slots to have for what follows a position."""
+        left = self.lm.config.max_positions - position
+        return max(bucket(max_new_tokens), min(_ROOM, bucket(left)))
+
     def _begin(self, tokens, max_new_tokens, stops):
         """Read everything that was said."""
         options = self.options
         evicts, budget = options.decode.evicts, options.budget
-        left = self.lm.config.max_positions - len(tokens)
-        room = max(bucket(max_new_tokens), min(_ROOM, bucket(left)))
+        room = self._room(len(tokens), max_new_tokens)
         plan = planning.plan(
             [tokens],
             dataclasses.replace(options, budget=None),
@@ -249,3 +290,23 @@ class Chat:
         )
         soundness.check(state, self.lm.params, self.options.prefill)
         return state, room - len(new)
+
+
+def _check_context(lm: LanguageModel, context: Context, system: str | None) -> None:
+    """Raise ValueError for a context that a conversation cannot begin with."""
+    context.identity.check(lm.identity)
+    if len(context) != 1:
+        raise ValueError(
+            f"a conversation begins with one document, but the context has "
+            f"{len(context)}; choose one by context.take([0])."
+        )
+    if not context.chat:
+        raise ValueError(
+            "the context was read without a chat template; compress the document again "
+            "with chat=True."
+        )
+    if system is not None:
+        raise ValueError(
+            "system= comes before the document, which has been read; pass it to "
+            "jaxkv.compress."
+        )

@@ -23,6 +23,7 @@ from jaxkv.policies.full import Full
 from jaxkv.runtime.seeds import row_keys
 from jaxkv.speculation.drafters import Drafter
 from jaxkv.text import arguments, planning
+from jaxkv.text.chat import encode_document, encode_question
 from jaxkv.text.planning import Plan, bucket
 from jaxkv.text.prompts import Prompts, encode
 
@@ -35,6 +36,8 @@ def compress(
     compression_ratio: float | None = None,
     prefill: PrefillPolicy | None = None,
     question: Prompts | None = None,
+    chat: bool = False,
+    system: str | None = None,
     speculate: Drafter | None = None,
     prefill_implementation: prefill_kernels.Implementation | None = None,
     scores_implementation: window_scores.Implementation | None = None,
@@ -52,6 +55,9 @@ def compress(
       question: what the choice should serve, one for all documents or one for each. The
         policy sees it as the end of a prompt, and nothing of it is kept: ask it, or
         another, of the context. Without it, the document's own end is looked at.
+      chat: whether documents, then texts, begin a user's message of the chat template.
+        Questions that are texts end it, and the assistant's turn begins.
+      system: what the system says first, with `chat`.
       speculate: the drafter of answers to come, if it looks at what the network held
         likeliest along the document, as `Aligned()` does; others need no mention here.
       prefill_implementation: see `jaxkv.kernels.prefill`.
@@ -72,10 +78,14 @@ def compress(
             prefill_implementation=prefill_implementation,
             scores_implementation=scores_implementation,
         )
+        if chat:
+            documents = _in_chat(lm, documents, system)
+        elif system is not None:
+            raise ValueError("generate: system= does nothing without chat=True.")
         ids = encode(lm, documents)
         budgets = planning.row_budgets(budget, compression_ratio, ids, evicts=False)
         options.check(budgets)
-        asked = _asked(lm, question, len(ids))
+        asked = _asked(lm, question, len(ids), chat=chat)
         rows = [[*row, *more] for row, more in zip(ids, asked, strict=True)]
         fit = None
         if budgets is not None:  # none of the question is kept
@@ -106,6 +116,7 @@ def compress(
             likeliest=found.likeliest,
             identity=lm.identity,
             policy=repr(options.prefill),
+            chat=chat,
         )
 
 
@@ -167,6 +178,7 @@ def questions(
     budget: int | Sequence[int] | None,
     compression_ratio: float | None,
     max_new_tokens: int,
+    room: int | None = None,
 ) -> Questions:
     """Check what is asked of a context, and decide all shapes.
 
@@ -179,6 +191,7 @@ def questions(
       budget: slots of decoding, if the decode policy evicts.
       compression_ratio: refused; the context has been cut.
       max_new_tokens: the longest output.
+      room: slots for the output and what may follow; None is those of the output.
 
     Raises:
       ValueError: they do not go together; the message says what to do.
@@ -188,8 +201,8 @@ def questions(
             "generate: context= takes what jaxkv.compress returns, got "
             f"{arguments.brief(context)}."
         )
-    ids = encode(lm, prompts, behind=True)
-    check_identity(lm, context)
+    context.identity.check(lm.identity)
+    ids = encode_questions(lm, prompts, chat=context.chat)
     _check_options(context, options, budget, compression_ratio)
     chosen = _documents(documents, len(ids), len(context))
     seen, kept = jax.device_get((context.lengths, context.kept))
@@ -203,7 +216,8 @@ def questions(
                 f"{seen[document]} tokens leave {left} positions of "
                 f"{lm.config.max_positions}; shorten one of them."
             )
-    prompt, max_out = bucket(max(map(len, ids))), bucket(max_new_tokens)
+    prompt = bucket(max(map(len, ids)))
+    max_out = bucket(max_new_tokens if room is None else room)
     if options.decode.evicts:
         size = arguments.integer("budget", budget)
         most = zip(chosen, ids, strict=True)
@@ -228,26 +242,6 @@ def questions(
     )
     return Questions(
         context=context, plan=plan, documents=chosen, ids=ids, lengths=lengths
-    )
-
-
-def check_identity(lm: LanguageModel, context: Context) -> None:
-    """Raise ValueError unless this model has read the context."""
-    own, other = lm.identity, context.identity
-    if own == other:
-        return
-    read_by = f"generate: the context was read by {other.name}"
-    if own.dtype != other.dtype:
-        raise ValueError(
-            f"{read_by} in {other.dtype}, but {own.name} is in {own.dtype}; load it "
-            f"with dtype={other.dtype!r}, or compress the documents again."
-        )
-    what = "weights are not those"
-    if own.network == other.network:
-        what = "tokenizer is not that"
-    raise ValueError(
-        f"{read_by}, whose {what} of {own.name} as it is now; use the model that it "
-        "was made with, or compress the documents again."
     )
 
 
@@ -298,11 +292,47 @@ def _documents(given: Any, rows: int, number: int) -> np.ndarray:
     return np.array(found, np.int32)
 
 
-def _asked(lm: LanguageModel, question: Any, rows: int) -> list[Sequence[int]]:
+def encode_questions(
+    lm: LanguageModel, prompts: Prompts, *, chat: bool
+) -> list[Sequence[int]]:
+    """Return the token ids of questions.
+
+    Args:
+      lm: the model.
+      prompts: the questions.
+      chat: whether texts end a user's message that a document has begun.
+    """
+    if chat:
+        if isinstance(prompts, str):
+            prompts = [prompts]
+        if isinstance(prompts, list | tuple):
+            prompts = [
+                encode_question(lm, prompt) if isinstance(prompt, str) else prompt
+                for prompt in prompts
+            ]
+    return encode(lm, prompts, behind=True)
+
+
+def _in_chat(lm: LanguageModel, documents: Any, system: str | None) -> list[Any]:
+    """Return documents with the beginning of a user's message in front of them."""
+    texts = [documents] if isinstance(documents, str) else documents
+    if not isinstance(texts, list | tuple) or not all(
+        isinstance(text, str) for text in texts
+    ):
+        raise ValueError(
+            "generate: chat=True takes a list of texts, got "
+            f"{arguments.brief(documents)}."
+        )
+    return [encode_document(lm, text, system=system) for text in texts]
+
+
+def _asked(
+    lm: LanguageModel, question: Any, rows: int, *, chat: bool
+) -> list[Sequence[int]]:
     """Return the question behind each document, as token ids."""
     if question is None:
         return [()] * rows
-    found = encode(lm, question, behind=True)
+    found = encode_questions(lm, question, chat=chat)
     if len(found) not in (1, rows):
         raise ValueError(
             f"generate: got {len(found)} questions for {rows} prompts; pass one, or "

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from hf_checkpoints import raises
 
-from jaxkv.models import orbax_copy
+from jaxkv.models import orbax_copy, orbax_folder
 from jaxkv.models.decoder import Llama3Scaling, random_parameters
 from jaxkv.models.orbax_copy import is_orbax_copy, load_orbax, save_orbax
 
@@ -111,9 +111,16 @@ def test_orbax_never_overwrites_anything_else(tmp_path, original):
     assert not (tmp_path / "copy").exists()
 
 
-@pytest.mark.parametrize("stage", ["_copy_text", "_checkpointer", "_replace"])
+@pytest.mark.parametrize(
+    ("module", "stage"),
+    [
+        (orbax_copy, "_copy_text"),
+        (orbax_copy, "checkpointer"),
+        (orbax_folder, "_replace"),
+    ],
+)
 def test_a_failure_leaves_the_old_copy_and_nothing_else(
-    tmp_path, original, monkeypatch, stage
+    tmp_path, original, monkeypatch, module, stage
 ):
     folder, config, params = original
     copy = tmp_path / "copy"
@@ -122,7 +129,7 @@ def test_a_failure_leaves_the_old_copy_and_nothing_else(
     def crash(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(orbax_copy, stage, crash)
+    monkeypatch.setattr(module, stage, crash)
     for target in (copy, tmp_path / "new"):
         with pytest.raises(KeyboardInterrupt):
             save_orbax(params, config, target, source=folder, overwrite=True)
