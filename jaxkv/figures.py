@@ -70,7 +70,12 @@ def save(figure: Any, stem: Path) -> list[Path]:
     # Not with_suffix: a name may have dots of its own.
     files = [stem.with_name(f"{stem.name}.{kind}") for kind in ("png", "svg")]
     for file in files:
-        drawn = io.BytesIO()
-        figure.savefig(drawn, dpi=150, format=file.suffix[1:])
-        write_whole(file, drawn.getvalue())
+        write(figure, file)
     return files
+
+
+def write(figure: Any, file: Path) -> None:
+    """Write a figure as its file's ending says, in a folder that may be new."""
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=150, format=file.suffix[1:])
+    write_whole(file, drawn.getvalue())

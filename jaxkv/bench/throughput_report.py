@@ -136,8 +136,7 @@ def draw_picture(path: Path, result: Mapping[str, Any]) -> None:
     axes.grid(alpha=0.3)
     if speeds:
         axes.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    figures.write(figure, path)
 
 
 def _speeds(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, float]]:

@@ -4,14 +4,18 @@ import dataclasses
 import re
 import textwrap
 import time
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
+import jax.numpy as jnp
 import rich.box
 import rich.console
 import rich.table
 import typer
 from rich.text import Text
 
+from jaxkv import figures, plot
+from jaxkv.bench.throughput_report import check_picture
 from jaxkv.cli import flags
 from jaxkv.cli.terminal import (
     announce,
@@ -20,10 +24,14 @@ from jaxkv.cli.terminal import (
     right_aligned,
 )
 from jaxkv.evaluation.questions import Cell, counter, draw_sample, judge
+from jaxkv.forward import prefill
 from jaxkv.language_model import NEEDLE, LanguageModel
+from jaxkv.options import Options
 from jaxkv.policies.streaming_llm import StreamingLLM
+from jaxkv.runtime.programs import bounded_jit
 from jaxkv.tasks.samples import Sample
 from jaxkv.text.inference import Stats, generate
+from jaxkv.text.prompts import encode
 from jaxkv.text.terminal import TextStream
 
 RETRIEVAL = ("niah_multikey", "niah_multiquery", "vt")
@@ -59,15 +67,23 @@ def demo(
         int | None, typer.Option(min=8, help="Of the small cache; default: an eighth.")
     ] = None,
     seed: flags.Seed = 0,
+    picture: Annotated[
+        Path | None,
+        typer.Option(help="Draw what the small cache keeps of the first document."),
+    ] = None,
     dtype: flags.Dtype = None,
     follow_links: flags.FollowLinks = False,
 ) -> None:
     """Ask about long documents, with the full cache and with a small one."""
+    if picture is not None:
+        check_picture(picture)
     lm = flags.load_model(model, dtype, follow_links=follow_links)
-    run(lm, length=length, budget=budget or length // 8, seed=seed)
+    run(lm, length=length, budget=budget or length // 8, seed=seed, picture=picture)
 
 
-def run(lm: LanguageModel, *, length: int, budget: int, seed: int) -> None:
+def run(
+    lm: LanguageModel, *, length: int, budget: int, seed: int, picture: Path | None
+) -> None:
     """Answer every question with the full cache and with a small one; print a table.
 
     Args:
@@ -75,6 +91,7 @@ def run(lm: LanguageModel, *, length: int, budget: int, seed: int) -> None:
       length: tokens of the documents.
       budget: tokens that the small cache keeps.
       seed: of the documents.
+      picture: file that shows which tokens those are; None draws nothing.
     """
     if lm.tokenizer is None:
         raise ValueError(f"{lm.name} has no tokenizer; the demo's documents are text.")
@@ -117,6 +134,36 @@ def run(lm: LanguageModel, *, length: int, budget: int, seed: int) -> None:
         f"{time.perf_counter() - begin:.0f} s in all.",
         soft_wrap=True,
         highlight=False,
+    )
+    if picture is not None:
+        figures.write(draw(lm, samples[0], budget), picture)
+        said = f"{picture}: what is kept of the first document in {budget} tokens"
+        console.print(said, soft_wrap=True, highlight=False, markup=False)
+
+
+def draw(lm: LanguageModel, sample: Sample, budget: int) -> Any:
+    """Return a picture of what the small cache keeps, and where the answer stands.
+
+    Args:
+      lm: the model.
+      sample: a question about a document.
+      budget: tokens that are kept.
+    """
+    (ids,) = encode(lm, [sample.prompt])
+    _, cache = bounded_jit(static_argnames=("network", "options", "slots"))(prefill)(
+        *(lm.network, lm.params, jnp.asarray([ids], jnp.int32)),
+        jnp.asarray([len(ids)], jnp.int32),
+        options=Options(budget=budget, prefill=StreamingLLM()),
+        slots=budget,
+    )
+    count = counter(lm.tokenizer)
+    spans = {}
+    for wanted in sample.outputs:
+        first = len(ids) - count(sample.prompt[sample.prompt.index(wanted) :])
+        spans[wanted] = (first, first + count(wanted))
+    kept = plot.kept(cache, length=len(ids))
+    return plot.survival(
+        {"sinks + recent": kept}, spans=spans, title=_short(question(sample), 80)
     )
 
 

@@ -64,6 +64,7 @@ def against_budget(
     label: str,
     limits: tuple[float, float] | None = None,
     title: str = "",
+    budget_label: str = "budget",
 ) -> "Figure":
     """Draw accuracy or loss against the budget, panels side by side.
 
@@ -74,6 +75,7 @@ def against_budget(
       label: of the vertical axis.
       limits: of the vertical axis; None is what the curves need.
       title: of the picture.
+      budget_label: of the horizontal axes, where budgets are of another kind.
 
     Raises:
       ValueError: a budget is no number, or matplotlib is missing.
@@ -86,7 +88,7 @@ def against_budget(
         ordered = sorted(every, key=_tokens)
         place = {name: number for number, name in enumerate(ordered)}
         axes.set_xticks(range(len(ordered)), ordered)
-        axes.set_xlabel("budget")
+        axes.set_xlabel(budget_label)
         for name, curve in panel.curves.items():
             at = np.array([place[str(budget)] for budget in curve.at])
             order = np.argsort(at)

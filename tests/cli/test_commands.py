@@ -24,14 +24,18 @@ def records(out: str) -> list[dict]:
     return [json.loads(line) for line in out.splitlines()]
 
 
-def test_demo(jaxkv_, tiny):
-    code, out, err = jaxkv_("demo", tiny, "--length", "500", "--seed", "1")
+def test_demo(jaxkv_, tiny, tmp_path):
+    picture = tmp_path / "new" / "kept.png"
+    flags = ["--length", "500", "--seed", "1", "--picture", picture]
+    code, out, err = jaxkv_("demo", tiny, *flags)
     assert (code, err.count("\n")) == (0, 1)
     assert "What is the" in out and "Find all" in out
     assert out.count(" full ") == out.count(" small ") == 4
     assert "lines right" in out
-    last = out.splitlines()[-1]
+    *_, last, drawn = out.splitlines()
     assert last.startswith("Full cache: 0 of 4 right") and last.endswith("in all.")
+    assert drawn == f"{picture}: what is kept of the first document in 62 tokens"
+    assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 def test_eval_card(jaxkv_, tiny, tmp_path):

@@ -182,6 +182,7 @@ BAD_COMMANDS = {
     "unknown model": (["generate", "no/model", "--prompt=x"], "no/model"),
     "no model name": (["generate", "no such model", "--prompt=x"], "neither"),
     "demo too short": (["demo", "{tiny}", "--length=100"], "--length"),
+    "demo draws no text": (["demo", "{tiny}", "--picture=a.txt"], "--picture takes a"),
     "unknown task": (["eval", "{tiny}", "--tasks=vt,sudoku"], "'sudoku'; choose"),
     "bad length": (["eval", "{tiny}", "--lengths=64,-1"], "--lengths takes"),
     "short task": (["eval", "{tiny}", "--tasks=vt", "--lengths=20"], "length >="),
