@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any, Self
 
+from jaxkv import outside
 from jaxkv.fields import as_python, check_types
 from jaxkv.kernels import decode as decode_kernels
 from jaxkv.kernels import prefill as prefill_kernels
@@ -174,10 +175,18 @@ class Options:
 
 
 def described(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Return arguments of `jaxkv.generate` ready for JSON, policies with fields."""
-    return {
-        name: {"name": type(value).__name__} | dataclasses.asdict(value)
-        if dataclasses.is_dataclass(value) and not isinstance(value, type)
-        else value
-        for name, value in arguments.items()
-    }
+    """Return arguments of `jaxkv.generate` ready for JSON, policies with fields.
+
+    One that is not ours has a digest of its source beside them.
+    """
+
+    def told(value: Any) -> Any:
+        if not dataclasses.is_dataclass(value) or isinstance(value, type):
+            return value
+        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+        digest = outside.source_digest(value)
+        own = {} if digest is None else {"source": digest}
+        whole = {"name": type(value).__name__} | own
+        return whole | {name: told(x) for name, x in fields.items()}
+
+    return {name: told(value) for name, value in arguments.items()}

@@ -1,7 +1,8 @@
 """Methods by name, as commands take them: `full`, `streaming-llm:n_sink=2`.
 
 A method joins the command line by one line in a table here. Its options are the fields
-of its dataclass, so there is nothing else to declare.
+of its dataclass, so there is nothing else to declare. A policy that is in no table is
+written as `module:Class`, with options behind it as all others have them.
 """
 
 import dataclasses
@@ -11,9 +12,11 @@ import typing
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from jaxkv import outside
 from jaxkv.fields import element, kinds, words
+from jaxkv.policies import contract
 from jaxkv.policies.adakv import AdaKV
-from jaxkv.policies.base import WholePrompt
+from jaxkv.policies.base import DecodePolicy, PrefillPolicy, WholePrompt
 from jaxkv.policies.chance import Random, RandomDecode
 from jaxkv.policies.chunkkv import ChunkKV
 from jaxkv.policies.criticalkv import CriticalKV
@@ -75,6 +78,13 @@ ACCEPT: Mapping[str, type] = {
     "top-k": TopK,
     "typical": Typical,
 }
+TABLES = {
+    "prefill": PREFILL,
+    "decode": DECODE,
+    "speculate": SPECULATE,
+    "accept": ACCEPT,
+}
+_ROLES = {"prefill": PrefillPolicy, "decode": DecodePolicy}  # may be one's own
 
 
 def parse(text: str, table: Mapping[str, type], *, flag: str) -> Any:
@@ -93,15 +103,19 @@ def parse(text: str, table: Mapping[str, type], *, flag: str) -> Any:
       An instance of the dataclass.
 
     Raises:
-      ValueError: unknown name, setting or option, or a value of the wrong type.
+      ValueError: unknown name, setting or option, or a value of the wrong type; a class
+        that cannot be imported, or is no policy.
     """
     name, _, rest = text.partition(":")
-    if name not in table:
-        raise ValueError(f"{flag}: unknown {name!r}; choose one of {', '.join(table)}.")
-    hints = typing.get_type_hints(table[name])
-    fields = {f.name: hints[f.name] for f in dataclasses.fields(table[name])}
-    settings = _settings(table[name])
-    make: Callable[..., Any] = table[name]
+    role = next((_ROLES[x] for x in _ROLES if TABLES[x] is table), None)
+    own = name not in table
+    if own:
+        method, name, rest = _outside(name, rest, role, table, flag)
+    else:
+        method = table[name]
+    fields = _options(method)
+    settings = _settings(method)
+    make: Callable[..., Any] = method
     values: dict[str, Any] = {}
     parts = [part.strip() for part in rest.split(",") if part.strip()]
     if parts and parts[0] in settings:
@@ -118,7 +132,40 @@ def parse(text: str, table: Mapping[str, type], *, flag: str) -> Any:
         if option in values:
             raise ValueError(f"{flag}: {option} is given twice in {text!r}.")
         values[option] = _read(value, fields[option], f"{flag}: {name}'s {option}")
-    return make(**values)
+    if not own:
+        return make(**values)
+    made = outside.make(make, values, name=name, flag=flag)
+    if lacks := contract.missing(made, role):
+        raise ValueError(
+            f"{flag}: {name} is no {role.__name__}: it has no {', '.join(lacks)}."
+        )
+    return made
+
+
+def _outside(
+    module: str, rest: str, role: Any, table: Mapping[str, type], flag: str
+) -> tuple[type, str, str]:
+    """Return the class that `module:Class` names, that text, and its options."""
+    name, _, options = rest.partition(":")
+    parts = [*module.split("."), name]
+    if role is None or not all(part.isidentifier() for part in parts):
+        own = ", or write module:Class for one of your own" if role else ""
+        raise ValueError(
+            f"{flag}: unknown {module!r}; choose one of {', '.join(table)}{own}."
+        )
+    return outside.find(module, name, flag=flag), f"{module}:{name}", options
+
+
+def _options(method: type) -> dict[str, Any]:
+    """Return the options of a method by name, with their annotations."""
+    if not dataclasses.is_dataclass(method):
+        return {}
+    try:
+        hints = typing.get_type_hints(method)
+    except Exception:  # whatever the text of an annotation raises when it is evaluated
+        hints = {}
+    fields = dataclasses.fields(method)
+    return {f.name: hints.get(f.name, Any) for f in fields if f.init}
 
 
 def split_methods(text: str) -> list[str]:
@@ -156,6 +203,8 @@ def _read(text: str, hint: Any, what: str) -> Any:
     except ValueError:
         spellings = {"none": None, "true": True, "false": False}  # Python's as well
         value = spellings.get(text.lower(), text)
+    if hint is Any:
+        return value
     for kind in kinds(hint):
         if typing.get_origin(kind) is typing.Literal:
             if text in typing.get_args(kind):  # "none" is a choice of some

@@ -58,19 +58,34 @@ def check(generation: Generation[Any], params: Any, prefill: Any) -> None:
         spoilt = jax.device_get(_spoilt_prompts(generation, state))
         for row in rows:
             # The first token does not depend on scores; without it the network is bad.
-            if spoilt[row] and counts[row]:
+            name = type(prefill).__name__
+            if spoilt[0][row] and counts[row]:
                 raise ValueError(
-                    f"generate: {type(prefill).__name__} scores tokens of prompt {row} "
-                    f"as NaN in layer {layer}; look for a division by 0 in compress."
+                    f"generate: {name} scores tokens of prompt {row} as NaN in layer "
+                    f"{layer}; look for a division by 0 in compress or scores."
+                )
+            if spoilt[1][row] and counts[row]:
+                raise ValueError(
+                    f"generate: {name} keeps more tokens of prompt {row} in layer "
+                    f"{layer} than its budget; compress may keep prompt.keep of each."
                 )
     raise LogitsError({row: counts[row] for row in rows}, cause(params))
 
 
-def _spoilt_prompts(generation: Generation[Any], state: KVState) -> jax.Array:
-    """Return where a layer holds NaN for a token of the prompt, bool `[B]`."""
+def _spoilt_prompts(
+    generation: Generation[Any], state: KVState
+) -> tuple[jax.Array, jax.Array]:
+    """Return where a layer holds NaN for a token of the prompt, bool `[B]` twice.
+
+    First where a value is NaN as a whole, then where it begins with NaN: the policy
+    kept too many tokens (see `policies.contract`).
+    """
     prompt = generation.position - generation.lengths + 1
     held = kv.occupied(state) & (state.positions < prompt[:, None, None])
-    return (jnp.isnan(state.values).any(-1) & held).any((1, 2))
+    wrong = jnp.isnan(state.values)
+    whole = wrong.all(-1) & held
+    first = wrong[..., 0] & held & ~whole
+    return whole.any((1, 2)), first.any((1, 2))
 
 
 def cause(params: Any) -> str:

@@ -63,7 +63,7 @@ Prefill = Annotated[
     str,
     typer.Option(
         help=f"Eviction of the prompt: {', '.join(registry.PREFILL)}; options follow, "
-        "as in streaming-llm:n_sink=2.",
+        "as in streaming-llm:n_sink=2. One of your own is my_module:MyPolicy.",
     ),
 ]
 Decode = Annotated[

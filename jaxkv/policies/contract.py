@@ -9,6 +9,7 @@ size, `T` nodes of a tree, `D` its depth.
 """
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,18 +17,33 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxkv import state as kv
 from jaxkv.policies.base import (
     DecodePolicy,
     PrefillPolicy,
     Prompt,
     Sketch,
     Speculable,
+    WholePrompt,
 )
 from jaxkv.policies.fitting import Misfit, fit
 from jaxkv.state import KVState
 from jaxkv.trees import DraftTree, Pending
 
 _FIELDS = dict(keys="B K S H", values="B K S H", positions="B K S", target="B K")
+
+
+def missing(value: Any, protocol: type) -> list[str]:
+    """Return the methods and attributes of a protocol that a value lacks."""
+    declared = {n: x for n, x in vars(protocol).items() if not n.startswith("_")}
+    lacks = [
+        name
+        for name, stub in declared.items()
+        if not hasattr(value, name) or getattr(type(value), name, None) is stub
+    ]
+    if isinstance(value, WholePrompt) and not value.chooses:
+        lacks += ["compress"] * (type(value).compress is WholePrompt.compress)
+    return lacks
 
 
 def compress(
@@ -37,7 +53,23 @@ def compress(
     with called(policy, "compress"):
         filled = policy.compress(prompt, state, budget=budget)
         _fit_state(filled, state)
-    return filled
+    if type(policy).__module__.partition(".")[0] == "jaxkv":
+        return filled  # laws hold ours
+    return _mark_excess(policy, prompt, filled)
+
+
+def _mark_excess(policy: PrefillPolicy, prompt: Prompt, state: KVState) -> KVState:
+    """Spoil the first number of a head's first value where it holds too many tokens.
+
+    `jaxkv.soundness` reads it: where scores were NaN, all of the value is.
+    """
+    most = jnp.floor(
+        prompt.keep.astype(jnp.float32) * getattr(policy, "head_share", 1.0)
+    )
+    excess = kv.occupancy(state).astype(jnp.float32) > most[:, None]
+    first = state.values[:, :, 0, 0]
+    marked = jnp.where(excess, jnp.nan, first)
+    return dataclasses.replace(state, values=state.values.at[:, :, 0, 0].set(marked))
 
 
 def pseudo_tokens(

@@ -10,7 +10,8 @@ import numpy as np
 from jaxkv.fields import MOST, MOST_SEED
 from jaxkv.language_model import LanguageModel
 from jaxkv.options import Options
-from jaxkv.policies.base import DecodePolicy, PrefillPolicy, WholePrompt
+from jaxkv.policies import contract
+from jaxkv.policies.base import DecodePolicy, PrefillPolicy
 from jaxkv.policies.full import Full
 from jaxkv.sampling import Sampler
 from jaxkv.speculation.drafters import Drafter
@@ -125,14 +126,8 @@ def _check_role(name: str, value: Any, role: _Role) -> None:
       value: what was given for it.
       role: that it is to have.
     """
-    declared = {n: x for n, x in vars(role.protocol).items() if not n.startswith("_")}
-    lacks = [
-        member
-        for member, stub in declared.items()
-        if not hasattr(value, member) or getattr(type(value), member, None) is stub
-    ]
-    if isinstance(value, WholePrompt) and not value.chooses:
-        lacks += ["compress"] * (type(value).compress is WholePrompt.compress)
+    lacks = contract.missing(value, role.protocol)
+    declared = [n for n in vars(role.protocol) if not n.startswith("_")]
     what = f"generate: {name}= takes something like {role.example}, got {value!r}"
     if len(lacks) == len(declared):
         raise ValueError(f"{what}.")

@@ -17,12 +17,7 @@ from jaxkv import (
     registry,
 )
 
-TABLES = {
-    "prefill": registry.PREFILL,
-    "decode": registry.DECODE,
-    "speculate": registry.SPECULATE,
-    "accept": registry.ACCEPT,
-}
+TABLES = registry.TABLES
 ALL = [(kind, name) for kind, table in TABLES.items() for name in table]
 
 
