@@ -3,8 +3,10 @@
     python benchmarks/speculation_prompts.py question.jsonl --out speculation.json
 
 The prompts are Spec-Bench's (`question.jsonl` of github.com/hemingkx/Spec-Bench), the
-first turn of each, in the model's chat template. Of each kind those are taken whose
-length falls into the bucket that most of them share, so that few programs compile.
+first turn of each, in the model's chat template; `multi_turn` is the second turn of its
+conversations, behind the model's own plain answer to the first. Of each kind those are
+taken whose length falls into the bucket that most of them share, so that few programs
+compile.
 Every variant gets the same prompts in the same order; its first batch runs twice, since
 the first call compiles. A variant is on the disk as soon as it is measured.
 
@@ -16,6 +18,7 @@ of token ids).
 
 import collections
 import json
+import re
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -33,7 +36,7 @@ from jaxkv.provenance import provenance, write_json
 from jaxkv.text.chat import encode_chat
 from jaxkv.text.planning import bucket
 
-KINDS = "summarization,rag,translation,math_reasoning,qa"
+KINDS = "summarization,rag,translation,math_reasoning,qa,multi_turn"
 RULES = {
     "F1": jaxkv.Conditional(form="F1"),
     "F2": jaxkv.Conditional(form="F2"),
@@ -65,19 +68,70 @@ def variants(nodes: int) -> dict[str, dict[str, Any]]:
     }
 
 
-def chosen_prompts(
-    lm: jaxkv.LanguageModel, file: Path, kind: str, count: int
-) -> list[list[int]]:
-    """Return the first prompts of a kind that share its most common bucket."""
-    rows = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
-    ids = [
-        encode_chat(lm, [{"role": "user", "content": row["turns"][0]}])
-        for row in rows
-        if row["category"] == kind
+def conversations(
+    lm: jaxkv.LanguageModel, rows: list[dict[str, Any]], new: int
+) -> list[list[dict[str, str]]]:
+    """Return the messages of each question, which the user has the last word in."""
+    found = [[{"role": "user", "content": row["turns"][0]}] for row in rows]
+    if not all(len(row["turns"]) > 1 for row in rows):
+        return found
+    firsts = [encode_chat(lm, messages) for messages in found]
+    answers = jaxkv.generate(lm, firsts, max_new_tokens=new).text or ()
+    return [
+        [
+            *said,
+            {"role": "assistant", "content": answer},
+            {"role": "user", "content": t},
+        ]
+        for said, answer, t in zip(
+            found, answers, [row["turns"][1] for row in rows], strict=True
+        )
     ]
-    sizes = collections.Counter(bucket(len(row)) for row in ids)
-    common = sizes.most_common(1)[0][0]
-    return [row for row in ids if bucket(len(row)) == common][:count]
+
+
+def chosen_prompts(
+    lm: jaxkv.LanguageModel, file: Path, kind: str, count: int, new: int
+) -> tuple[list[list[int]], list[list[str]]]:
+    """Return the first prompts of a kind that share its most common bucket.
+
+    Beside each what a right output holds one of, empty where that is not known.
+    """
+    rows = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+    several = kind == "multi_turn"
+    rows = [
+        row
+        for row in rows
+        if (len(row["turns"]) > 1 if several else row["category"] == kind)
+    ]
+    ids = [encode_chat(lm, messages) for messages in conversations(lm, rows, new)]
+    common = collections.Counter(map(bucket, map(len, ids))).most_common(1)[0][0]
+    pairs = [
+        (tokens, wanted(row))
+        for tokens, row in zip(ids, rows, strict=True)
+        if bucket(len(tokens)) == common
+    ][:count]
+    return [tokens for tokens, _ in pairs], [texts for _, texts in pairs]
+
+
+def wanted(row: dict[str, Any]) -> list[str]:
+    """Return the texts of which a right output holds one."""
+    (reference, *_) = row.get("reference") or [None]
+    if row["category"] == "math_reasoning" and reference:
+        return [reference.split("####")[-1].strip()]
+    if row["category"] == "rag" and reference:
+        return [reference] if isinstance(reference, str) else list(reference)
+    return []
+
+
+def right(output: str, texts: list[str]) -> bool:
+    """Return whether an output holds one of the texts, as words of their own."""
+    plain = output.replace(",", "").lower()
+    return any(
+        re.search(
+            rf"(?<!\w){re.escape(text.replace(',', '').lower().strip())}(?!\w)", plain
+        )
+        for text in texts
+    )
 
 
 def log_likelihood(
@@ -113,6 +167,7 @@ def rouge_l(a: tuple[int, ...], b: tuple[int, ...]) -> float:
 def measure(
     lm: jaxkv.LanguageModel,
     prompts: list[list[int]],
+    answers: list[list[str]],
     *,
     batch: int,
     new: int,
@@ -143,6 +198,10 @@ def measure(
         "log_likelihood": mean,
         "log_likelihood_half": half,
     }
+    if all(answers):
+        texts = lm.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        found = [right(*pair) for pair in zip(texts, answers, strict=True)]
+        result |= {"right": float(np.mean(found)), "right_half": half_width(found)}
     if stats[0].drafts:
         result |= drafts_of([s.drafts for s in stats], decoded)
     if plain is not None:
@@ -178,12 +237,17 @@ def main(
     rows: list[dict[str, Any]] = []
     for size in map(int, batch.split(",")):
         for kind in kinds.split(","):
-            drawn = chosen_prompts(lm, file, kind, prompts)
-            drawn = drawn[: len(drawn) // size * size]  # no smaller last batch
+            drawn, answers = chosen_prompts(lm, file, kind, prompts, new)
+            whole = len(drawn) // size * size  # no smaller last batch
+            drawn, answers = drawn[:whole], answers[:whole]
             base, plain = None, None
             for name, arguments in chosen.items():
                 row, tokens = measure(
-                    lm, drawn, batch=size, new=new, plain=plain, **arguments
+                    *(lm, drawn, answers),
+                    batch=size,
+                    new=new,
+                    plain=plain,
+                    **arguments,
                 )
                 if name == "plain":
                     base, plain = row, tokens
