@@ -28,9 +28,9 @@ from speculation_prompts import log_likelihood, rouge_l
 
 import jaxkv
 from jaxkv import registry
-from jaxkv.chat import encode_chat
 from jaxkv.evaluation.statistics import half_width
 from jaxkv.provenance import provenance, write_json
+from jaxkv.text.chat import encode_chat
 
 KINDS = "writing,roleplay,reasoning,math,coding,extraction,stem,humanities,qa"
 METHODS = "longflow;longflow:recommended;h2o;tova;streaming-llm;vatp;r-kv"
