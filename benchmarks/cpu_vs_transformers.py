@@ -45,7 +45,7 @@ class Clock(transformers.StoppingCriteria):
 
 def time_ours(lm: Any, prompts: np.ndarray, new: int) -> tuple[float, np.ndarray]:
     """Return tokens per second of decoding, and the tokens."""
-    out = generate(lm, prompts.tolist(), max_new_tokens=new, stop_ids=[-1])
+    out = generate(lm, prompts.tolist(), max_new_tokens=new, stop_ids=[])
     return out.stats.tokens_per_second, np.array(out.tokens)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxkv.fields import check_types
 from jaxkv.identity import Identity, of_network, of_tokenizer
 from jaxkv.models import (
     checkpoint,
@@ -92,8 +93,17 @@ class LanguageModel:
                 "which jaxkv does not have."
             )
         if named["temperature"]:
-            return Categorical(**named)
-        return Greedy(repetition_penalty=named["repetition_penalty"])
+            found: Greedy | Categorical = Categorical(**named)
+        else:
+            found = Greedy(repetition_penalty=named["repetition_penalty"])
+        try:
+            check_types(found)
+            found.check()
+        except ValueError as error:
+            what = str(error).removeprefix(f"{type(found).__name__}: ")
+            path = self.folder / hf_generation.FILE
+            raise checkpoint.CheckpointError(f"{path}: {what}") from error
+        return found
 
     @property
     def dtype(self) -> jnp.dtype:

@@ -10,11 +10,11 @@ FILE = "generation_config.json"
 
 # What draws a token here, with the ranges that it has.
 _DRAWING = {
-    "temperature": "at least 0",
+    "temperature": "a number of at least 0",
     "top_k": "a whole number of at least 0",
-    "top_p": "above 0 and at most 1",
-    "min_p": "at least 0 and at most 1",
-    "repetition_penalty": "above 0",
+    "top_p": "a number above 0 and at most 1",
+    "min_p": "a number of at least 0 and at most 1",
+    "repetition_penalty": "a number above 0",
 }
 _TOP_K = 50  # of transformers, where a checkpoint draws and names none
 # Keys that choose no token.
@@ -43,7 +43,8 @@ def stop_ids(folder: str | Path) -> tuple[int, ...]:
     former is absent or silent; empty if neither names one.
 
     Raises:
-      CheckpointError: if a file is damaged or an id is not a non-negative integer.
+      CheckpointError: if a file is damaged, or an id is no whole number that int32
+        holds and not below 0.
     """
     for name in (FILE, "config.json"):
         path = Path(folder) / name
@@ -54,7 +55,7 @@ def stop_ids(folder: str | Path) -> tuple[int, ...]:
             continue
         ids = value if isinstance(value, list) else [value]
         ids = [_whole(i) for i in ids]
-        if not all(type(i) is int and i >= 0 for i in ids):
+        if not all(type(i) is int and 0 <= i < 2**31 for i in ids):
             raise CheckpointError(
                 f"{path}: eos_token_id must be a token id or a list of them, "
                 f"found {value!r}."
@@ -86,7 +87,7 @@ def drawing(folder: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
     for name, value in named.items():
         if not _in_range(name, value):
             raise CheckpointError(
-                f"{path}: {name} must be a number {_DRAWING[name]}, found {value!r}."
+                f"{path}: {name} must be {_DRAWING[name]}, found {value!r}."
             )
     if raw.get("do_sample") is not True:
         penalty = named.get("repetition_penalty", 1.0)

@@ -28,6 +28,7 @@ from jaxkv.cli import (
 from jaxkv.cli.interrupts import noted_interrupts
 from jaxkv.cli.streams import complain, escaped_output, flushed_output
 from jaxkv.cli.terminal import say
+from jaxkv.models.checkpoint import CheckpointError
 from jaxkv.runtime.compilation_cache import enable_compilation_cache
 from jaxkv.runtime.devices import check_devices
 
@@ -91,7 +92,8 @@ def _run(argv: Sequence[str], interrupted: Callable[[], bool]) -> int:
         said = _message(error)
         if said is None or settings.debug:
             raise
-        if isinstance(error, ValueError):
+        # What is wrong in a checkpoint is named as its files name it.
+        if isinstance(error, ValueError) and not isinstance(error, CheckpointError):
             known = wording.parameters(every_command(), argv)
             said = wording.in_flags(said, known)
         complain(said)

@@ -169,8 +169,18 @@ def seeds(seed: int | Sequence[int], rows: int) -> int | list[int]:
 
 
 def stop_ids(lm: LanguageModel, given: Sequence[int] | None) -> np.ndarray:
-    """Return the ids that end a row, int32 `[E]`; -1 stands for none."""
+    """Return the ids that end a row, int32 `[E]`; -1 stands for none.
+
+    Raises:
+      ValueError: one that was given is no token id of the model.
+    """
     stops = lm.stop_ids if given is None else integers("stop_ids", given)
+    for stop in () if given is None else stops:
+        if not 0 <= stop < lm.config.vocab_size:
+            raise ValueError(
+                f"generate: stop_ids has {stop}, which ends nothing: the token ids of "
+                f"{lm.name} are 0 to {lm.config.vocab_size - 1}."
+            )
     return np.array(stops if len(stops) else [-1], np.int32)
 
 

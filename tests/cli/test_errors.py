@@ -70,6 +70,10 @@ BAD_GENERATE = {
     "idle min_p": (["--prompt=x", "--min-p=.1"], "--min-p does nothing"),
     "penalty": (["--prompt=x", "--repetition-penalty=0"], "--repetition-penalty m"),
     "stop id": (["--prompt=x", f"--stop-id={2**40}"], "--stop-id"),
+    "idle stop id": (
+        ["--prompt=x", "--stop-id=4096"],
+        "--stop-id has 4096, which ends",
+    ),
     "triton": (["--prompt=x", "--decode-implementation=triton"], "NVIDIA GPU"),
     "kernel": (["--prompt=x", "--decode-implementation=magic"], "implementation"),
     "stream": (["--prompt=x", "--stream", "--json"], "--stream takes one prompt"),
@@ -83,6 +87,29 @@ BAD_GENERATE = {
 def test_bad_input_of_generate(jaxkv_, tiny, case):
     arguments, message = BAD_GENERATE[case]
     assert message in jaxkv_.error("generate", tiny, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("top_k", -1, "top_k must be a whole number of at least 0, found -1"),
+        ("top_k", 2**40, "top_k must be between"),
+        (
+            "repetition_penalty",
+            1e-300,
+            "repetition_penalty must be a number that",
+        ),
+        ("temperature", 1e-300, "temperature must be a number that float32 holds"),
+    ],
+)
+def test_bad_keys_of_a_generation_config_are_no_flags(
+    jaxkv_, tiny, tmp_path, key, value, words
+):
+    shutil.copytree(tiny, tmp_path / "m")
+    path = tmp_path / "m" / "generation_config.json"
+    path.write_text(json.dumps({"do_sample": True, key: value}))
+    asked = "generate", tmp_path / "m", "--prompt=x", "--use-generation-config"
+    assert f"{path}: {words}" in jaxkv_.error(*asked)
 
 
 BEFORE_LOADING = {

@@ -29,7 +29,7 @@ def test_stop_ids(tmp_path, generation, config, expected):
     assert stop_ids(tmp_path) == expected
 
 
-@pytest.mark.parametrize("value", ["</s>", [2, "3"], -1, True, 2.5])
+@pytest.mark.parametrize("value", ["</s>", [2, "3"], -1, True, 2.5, 2**31])
 def test_stop_ids_refuses(tmp_path, value):
     (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": value}))
     with raises("eos_token_id must be", repr(value)):
@@ -87,7 +87,7 @@ def test_drawing(tmp_path, config, named, others):
         ("temperature", "0.6", "found '0.6'"),
         ("temperature", True, "found True"),
         ("temperature", float("nan"), "found nan"),
-        ("top_k", 2.5, "a whole number of at least 0, found 2.5"),
+        ("top_k", 2.5, "whole number of at least 0, found 2.5"),
         ("top_k", -1, "found -1"),
         ("top_p", 0, "above 0 and at most 1, found 0"),
         ("top_p", 1.5, "found 1.5"),
@@ -97,5 +97,5 @@ def test_drawing(tmp_path, config, named, others):
 )
 def test_drawing_refuses(tmp_path, name, value, words):
     (tmp_path / "generation_config.json").write_text(json.dumps({name: value}))
-    with raises(f"generation_config.json: {name} must be a number", words):
+    with raises(f"generation_config.json: {name} must be a", words):
         drawing(tmp_path)

@@ -33,6 +33,11 @@ BAD = {
     "large seed": (dict(seed=2**63), "seed must be between"),
     "stop ids": (dict(stop_ids=5), "stop_ids must be a list"),
     "stop id": (dict(stop_ids=[5.5]), r"stop_ids\[0\] must be a whole number"),
+    "stop beyond the vocabulary": (
+        dict(stop_ids=[5, 4096]),
+        "stop_ids has 4096, which ends nothing: the token ids of .* are 0 to 4095",
+    ),
+    "stop below it": (dict(stop_ids=[-1]), "stop_ids has -1, which ends nothing"),
     "policy's name": (dict(prefill="snapkv"), "prefill= takes something like DapQ"),
     "policy's class": (dict(prefill=jaxkv.SnapKV), r"write SnapKV\(\)"),
     "prompt policy": (dict(decode=jaxkv.SnapKV()), "decode= takes something like Long"),
