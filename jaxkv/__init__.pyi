@@ -38,6 +38,7 @@ from jaxkv.state import KVState
 from jaxkv.text.conversation import Chat
 from jaxkv.text.documents import compress
 from jaxkv.text.inference import Completion, Stats, generate
+from jaxkv.text.scores import Scores, score
 
 __all__ = [
     "H2O",
@@ -78,6 +79,7 @@ __all__ = [
     "PyramidKV",
     "Random",
     "RandomDecode",
+    "Scores",
     "SnapKV",
     "Stats",
     "StreamingLLM",
@@ -96,4 +98,5 @@ __all__ = [
     "prefill",
     "save",
     "save_context",
+    "score",
 ]

@@ -10,7 +10,7 @@ Axis letters: `D` documents, `P` padded document, `B` questions, `Q` padded ques
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, cast
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +19,12 @@ import numpy as np
 from jaxkv import generation
 from jaxkv import state as kv
 from jaxkv.attention import Network
-from jaxkv.forward import logits_at_end, read, read_behind
+from jaxkv.forward import decode_step, feed, logits_at_end, read, read_behind
 from jaxkv.generation import Running
 from jaxkv.identity import Identity
 from jaxkv.options import Options
 from jaxkv.policies import contract
+from jaxkv.policies.base import DecodePolicy
 from jaxkv.runtime.programs import bounded_jit
 from jaxkv.sequences import write
 from jaxkv.speculation.likeliest import likeliest_tokens, top_three
@@ -139,14 +140,64 @@ def read_documents(
     found = None
     if likeliest:
         found = likeliest_tokens(network, params, hidden[:, : tokens.shape[1]])
+    return _documents(cache, logits_at_end(network, params, hidden, lengths), found)
+
+
+def _documents(cache, logits, likeliest=None):
+    """Return what has been read, with what is counted of it."""
     nan = [jnp.isnan(s.values).any(-1) & kv.occupied(s) for s in cache]
     return Documents(
         cache=cache,
-        logits=logits_at_end(network, params, hidden, lengths),
-        likeliest=found,
+        logits=logits,
+        likeliest=likeliest,
         kept=jnp.stack([kv.occupancy(state).max(-1) for state in cache]),
         spoilt=jnp.stack([layer.any((1, 2)) for layer in nan]),
     )
+
+
+def read_on(
+    network: Network,
+    params: Any,
+    context: Context,
+    documents: jax.Array,
+    tokens: jax.Array,
+    counts: jax.Array,
+    *,
+    options: Options,
+    slots: tuple[int, ...],
+) -> Documents:
+    """Put questions behind documents, so that these are longer; see `ask`."""
+    chosen = _drawn(context, documents, slots)
+    hidden, cache = read_behind(
+        *(network, params, tokens, counts, chosen.lengths, chosen.cache),
+        implementation=options.decode_implementation,
+    )
+    return _documents(cache, logits_at_end(network, params, hidden, counts))
+
+
+def settle(
+    network: Network,
+    params: Any,
+    token: jax.Array,
+    position: jax.Array,
+    cache: Cache,
+    *,
+    options: Options,
+) -> Documents:
+    """Feed the newest tokens of outputs, so that what is left of texts is documents.
+
+    Args:
+      network: static.
+      params: its parameters.
+      token: int32 `[B]`, which the cache does not hold yet.
+      position: int32 `[B]`, theirs.
+      cache: one state per layer; what a decode policy remembers is dropped.
+      options: static.
+    """
+    logits, cache = decode_step(
+        network, params, token, position, cache, options=options
+    )
+    return _documents(tuple(kv.pack(state) for state in cache), logits)
 
 
 def ask(
@@ -185,29 +236,21 @@ def ask(
     Returns:
       The state of the loop after one token.
     """
-    chosen = jax.tree.map(lambda x: x[documents], context)
-    cache = tuple(
-        kv.resize(state, size) for state, size in zip(chosen.cache, slots, strict=True)
-    )
+    chosen = _drawn(context, documents, slots)
     hidden, cache = read_behind(
-        *(network, params, tokens, counts, chosen.lengths, cache),
+        *(network, params, tokens, counts, chosen.lengths, chosen.cache),
         implementation=options.decode_implementation,
     )
     total = chosen.lengths + counts
-    # Where everything fits, a policy meets what it would behind a whole prompt.
-    cache = tuple(
-        contract.begin(
-            options.decode, dataclasses.replace(s, target=kv.first_free(s)), total
-        )
-        for s in cache
-    )
+    cache = _begun(options.decode, cache, total)
     room = ((0, 0), (0, tokens.shape[1]))
     text = write(jnp.pad(chosen.tokens, room), tokens, chosen.lengths, counts)
     likeliest = None
     if options.speculate is not None and options.speculate.likeliest:
         found = likeliest_tokens(network, params, hidden)
         found = found.at[:, 0].set(top_three(chosen.logits))
-        likeliest = jnp.pad(chosen.likeliest, (*room, (0, 0)))
+        of_document = cast(jax.Array, chosen.likeliest)
+        likeliest = jnp.pad(of_document, (*room, (0, 0)))
         likeliest = write(likeliest, found, chosen.lengths, counts)
     return generation.begin(
         *(text, total, logits_at_end(network, params, hidden, counts), cache),
@@ -219,10 +262,115 @@ def ask(
     )
 
 
+class Likelihoods(NamedTuple):
+    """How likely given tokens are behind documents.
+
+    Attributes:
+      logprobs: float32 `[B, Q]`, the logarithm of each token's probability, in nats; 0
+        beyond a row's tokens.
+      likeliest: bool `[B, Q]`, whether none was likelier in its place.
+    """
+
+    logprobs: jax.Array
+    likeliest: jax.Array
+
+
+def weigh(
+    network: Network,
+    params: Any,
+    context: Context,
+    documents: jax.Array,
+    tokens: jax.Array,
+    counts: jax.Array,
+    *,
+    options: Options,
+    slots: tuple[int, ...],
+    chunk: int = 64,
+) -> Likelihoods:
+    """Return how likely given tokens are behind documents.
+
+    They are read at once or, if the decode policy evicts, fed one by one.
+
+    Args:
+      network: static.
+      params: its parameters.
+      context: of this network.
+      documents: int32 `[B]`, which one each row follows.
+      tokens: int32 `[B, Q]`, right-padded.
+      counts: int32 `[B]`, at least 1.
+      options: static.
+      slots: see `ask`.
+      chunk: tokens whose logits exist at a time, in each row, static.
+    """
+    chosen = _drawn(context, documents, slots)
+    where = (*(network, params, tokens, counts, chosen.lengths),)
+    if options.decode.evicts:
+        cache = _begun(options.decode, chosen.cache, chosen.lengths)
+        fed = feed(*where, chosen.logits, cache, options=options)
+        return Likelihoods(fed.log_probs, fed.likeliest)
+    hidden, _ = read_behind(
+        *(*where, chosen.cache), implementation=options.decode_implementation
+    )
+
+    def chances(part):
+        states, ids = part
+        logits = network.apply({"params": params}, states, method="unembed")
+        return _chances(logits, ids)
+
+    batch, number = tokens.shape
+    size = min(chunk, number)
+    seen, given = (
+        jnp.pad(x, ((0, 0), (0, -number % size)) + ((0, 0),) * (x.ndim - 2))
+        .reshape(batch, -1, size, *x.shape[2:])
+        .swapaxes(0, 1)
+        for x in (hidden, jnp.roll(tokens, -1, axis=1))
+    )
+    rest = jax.tree.map(
+        lambda x: x.swapaxes(0, 1).reshape(batch, -1)[:, : number - 1],
+        jax.lax.map(chances, (seen, given)),
+    )
+    first = _chances(chosen.logits[:, None], tokens[:, :1])
+    found = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), first, rest)
+    real = jnp.arange(number, dtype=jnp.int32)[None] < counts[:, None]
+    return Likelihoods(jnp.where(real, found.logprobs, 0.0), found.likeliest & real)
+
+
+def _chances(logits, ids):
+    """Return the likelihoods of tokens `[B, N]` by what they were chosen from."""
+    chosen = jnp.take_along_axis(logits, ids[..., None], axis=-1)[..., 0]
+    total = jax.nn.logsumexp(logits, axis=-1)
+    return Likelihoods(chosen - total, chosen >= logits.max(-1))
+
+
+def _drawn(context: Context, documents: jax.Array, slots: tuple[int, ...]) -> Context:
+    """Return the context of these documents, in states of these sizes."""
+    chosen = jax.tree.map(lambda x: x[documents], context)
+    sizes = zip(chosen.cache, slots, strict=True)
+    cache = tuple(kv.resize(state, size) for state, size in sizes)
+    return dataclasses.replace(chosen, cache=cache)
+
+
+def _begun(policy: DecodePolicy, cache: Cache, lengths: jax.Array) -> Cache:
+    """Return the cache as a policy meets it behind whole prompts of these lengths."""
+    return tuple(
+        contract.begin(policy, dataclasses.replace(s, target=kv.first_free(s)), lengths)
+        for s in cache
+    )
+
+
 _PARAMS = ("params",)
 read_documents_jit = bounded_jit(
     implied=_PARAMS, static_argnames=("network", "options", "slots", "likeliest")
 )(read_documents)
+weigh_jit = bounded_jit(
+    implied=_PARAMS, static_argnames=("network", "options", "slots", "chunk")
+)(weigh)
+settle_jit = bounded_jit(implied=_PARAMS, static_argnames=("network", "options"))(
+    settle
+)
+read_on_jit = bounded_jit(
+    implied=_PARAMS, static_argnames=("network", "options", "slots")
+)(read_on)
 ask_jit = bounded_jit(
     implied=_PARAMS, static_argnames=("network", "options", "slots", "max_out")
 )(ask)

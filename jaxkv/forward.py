@@ -290,11 +290,13 @@ class Fed(NamedTuple):
     Attributes:
       log_probs: float32 `[B, N]`, the logarithm of each token's probability after all
         tokens before it, in nats; 0 beyond a row's tokens.
+      likeliest: bool `[B, N]`, whether no token was likelier in its place.
       logits: float32 `[B, V]`, of the token after each row's last one.
       cache: one state per layer.
     """
 
     log_probs: jax.Array
+    likeliest: jax.Array
     logits: jax.Array
     cache: Cache
 
@@ -333,6 +335,7 @@ def feed(
         chosen = jnp.take_along_axis(fed.logits, token[:, None], axis=1)[:, 0]
         log_prob = chosen - jax.nn.logsumexp(fed.logits, axis=1)
         log_prob = jnp.where(running, log_prob, 0.0)[:, None]
+        best = (running & (chosen >= fed.logits.max(1)))[:, None]
         logits, cache = decode_step(
             *(network, params, token, jnp.where(running, position + order, -1)),
             fed.cache,
@@ -340,11 +343,13 @@ def feed(
         )
         return Fed(
             jax.lax.dynamic_update_slice_in_dim(fed.log_probs, log_prob, order, axis=1),
+            jax.lax.dynamic_update_slice_in_dim(fed.likeliest, best, order, axis=1),
             jnp.where(running[:, None], logits, fed.logits),
             cache,
         )
 
     none = jnp.zeros((batch, number), jnp.float32)
+    begun = Fed(none, none > 0, logits, cache)
     # As many steps as there are tokens, not as the buffer is wide.
     steps = jnp.minimum(counts.max(), number)
-    return jax.lax.fori_loop(jnp.int32(0), steps, step, Fed(none, logits, cache))
+    return jax.lax.fori_loop(jnp.int32(0), steps, step, begun)

@@ -23,7 +23,7 @@ from jaxkv.policies.base import Speculable
 from jaxkv.runtime.programs import bounded_jit
 from jaxkv.runtime.seeds import independent
 from jaxkv.sampling import Sampler, from_numbers, pick_next
-from jaxkv.sequences import Generation, append
+from jaxkv.sequences import Generation, append, no_logprobs
 from jaxkv.speculation import loop as speculation
 from jaxkv.speculation.drafters import Drafter
 from jaxkv.speculation.likeliest import likeliest_tokens
@@ -122,6 +122,7 @@ def begin(
         rngs=independent(keys),
         seen=seen,
         speculation=None,
+        logprobs=no_logprobs(batch, max_out, options.top_logprobs),
     )
     every = jnp.ones(batch, bool)
     generation = _choose(generation, logits, every, stop_ids, options.sampler)
@@ -325,7 +326,8 @@ def _choose(
     token = pick_next(sampler, logits, g.rngs, g.position + 1, g.seen)
     finite = from_numbers(logits, token)
     g = dataclasses.replace(g, finite=g.finite & (finite | ~rows))
-    return append(g, token[:, None], (rows & finite).astype(jnp.int32), stop_ids)
+    count = (rows & finite).astype(jnp.int32)
+    return append(g, token[:, None], count, stop_ids, lambda: logits[:, None])
 
 
 class Output(NamedTuple):

@@ -2,7 +2,9 @@
 
 import dataclasses
 from collections.abc import Iterable, Mapping
-from typing import Any, Self
+from typing import Annotated, Any, Self
+
+from annotated_types import Ge
 
 from jaxkv import outside
 from jaxkv.fields import as_python, check_types
@@ -30,6 +32,8 @@ class Options:
       sampler: how a token is chosen.
       speculate: how tokens are drafted; None decodes one at a time.
       accept: which drafted tokens pass.
+      top_logprobs: how many alternatives to each token of the output have their
+        log-probabilities noted, beside its own; None notes none.
       prefill_implementation: of `kernels.prefill.causal_attention`; None is the best.
       decode_implementation: of `kernels.decode.decode_attention`, and of what goes with
         it in `kernels.tree_attention`; None is the best.
@@ -42,6 +46,7 @@ class Options:
     sampler: Sampler = Greedy()
     speculate: Drafter | None = None
     accept: Rule = Exact()
+    top_logprobs: Annotated[int, Ge(0)] | None = None
     prefill_implementation: prefill_kernels.Implementation | None = None
     decode_implementation: decode_kernels.Implementation | None = None
     scores_implementation: window_scores.Implementation | None = None

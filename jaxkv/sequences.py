@@ -5,7 +5,8 @@ ids.
 """
 
 import dataclasses
-from typing import Generic, TypeVar
+from collections.abc import Callable
+from typing import Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,20 @@ from jaxkv.shown import brief
 from jaxkv.state import Cache
 
 Drafts = TypeVar("Drafts", covariant=True)
+
+
+class LogProbs(NamedTuple):
+    """How likely the network held the tokens of outputs, whatever the sampler did.
+
+    Attributes:
+      chosen: float32 `[B, O]`, the logarithm of each token's probability, in nats.
+      tokens: int32 `[B, O, A]`, the likeliest tokens in its place, the likeliest first.
+      values: float32 `[B, O, A]`, theirs.
+    """
+
+    chosen: jax.Array
+    tokens: jax.Array
+    values: jax.Array
 
 
 @jax.tree_util.register_dataclass
@@ -35,6 +50,7 @@ class Generation(Generic[Drafts]):
       seen: bool `[B, V]` for the repetition penalty, or None if it is off.
       speculation: what drafting carries along, a pytree of its own (see
         `speculation.loop.Speculation`); None without drafts.
+      logprobs: of the output so far; None if nobody asked.
     """
 
     tokens: jax.Array
@@ -47,12 +63,17 @@ class Generation(Generic[Drafts]):
     rngs: jax.Array
     seen: jax.Array | None
     speculation: Drafts
+    logprobs: LogProbs | None = None
 
     __repr__ = brief
 
 
 def append(
-    g: Generation[Drafts], new: jax.Array, count: jax.Array, stop_ids: jax.Array
+    g: Generation[Drafts],
+    new: jax.Array,
+    count: jax.Array,
+    stop_ids: jax.Array,
+    logits: Callable[[], jax.Array] | None = None,
 ) -> Generation[Drafts]:
     """Append the first `count` of the new tokens to each row's output.
 
@@ -62,6 +83,8 @@ def append(
       count: int32 `[B]`, at most `N`; 0 leaves a row as it is. A stop id among these
         tokens must be the last one.
       stop_ids: int32 `[E]`.
+      logits: returns what the new tokens were chosen from, float32 `[B, N, V]`; called
+        if their log-probabilities are noted.
 
     Returns:
       The sequences after these tokens.
@@ -79,7 +102,31 @@ def append(
         last=jnp.where(count > 0, last, g.last),
         position=g.position + count,
         seen=None if g.seen is None else g.seen.at[rows, new].max(added),
+        logprobs=None
+        if g.logprobs is None or logits is None
+        else _noted(g.logprobs, logits(), new, g.lengths, count),
     )
+
+
+def no_logprobs(batch: int, most: int, alternatives: int | None) -> LogProbs | None:
+    """Return room for `most` tokens of each of `batch` outputs, or None for None."""
+    if alternatives is None:
+        return None
+    shape = (batch, most)
+    return LogProbs(
+        chosen=jnp.zeros(shape, jnp.float32),
+        tokens=jnp.zeros((*shape, alternatives), jnp.int32),
+        values=jnp.zeros((*shape, alternatives), jnp.float32),
+    )
+
+
+def _noted(noted, logits, new, start, count):
+    """Write the log-probabilities of new tokens behind those that are there."""
+    logprobs = jax.nn.log_softmax(logits, axis=-1)
+    values, tokens = jax.lax.top_k(logprobs, noted.tokens.shape[-1])
+    chosen = jnp.take_along_axis(logprobs, new[..., None], axis=-1)[..., 0]
+    found = LogProbs(chosen, tokens.astype(jnp.int32), values)
+    return jax.tree.map(lambda old, x: write(old, x, start, count), noted, found)
 
 
 def write(
@@ -88,8 +135,8 @@ def write(
     """Write the first `count` of the new tokens into each row, from `start` on.
 
     Args:
-      buffer: int32 `[B, O]`.
-      new: int32 `[B, N]`.
+      buffer: `[B, O, ...]`.
+      new: `[B, N, ...]`.
       start: int32 `[B]`.
       count: int32 `[B]`.
 

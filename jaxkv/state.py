@@ -206,6 +206,19 @@ def resize(state: KVState, slots: int) -> KVState:
     return dataclasses.replace(cut, target=first_free(cut))
 
 
+def pack(state: KVState) -> KVState:
+    """Return a state with its tokens in the first slots, in order, and no memory."""
+    last = jnp.iinfo(jnp.int32).max
+    order = jnp.argsort(jnp.where(occupied(state), state.positions, last), axis=-1)
+    packed = KVState(
+        keys=jnp.take_along_axis(state.keys, order[..., None], axis=2),
+        values=jnp.take_along_axis(state.values, order[..., None], axis=2),
+        positions=jnp.take_along_axis(state.positions, order, axis=2),
+        target=state.target,
+    )
+    return dataclasses.replace(packed, target=first_free(packed))
+
+
 def first_free(state: KVState) -> jax.Array:
     """Return the lowest free slot of each head, int32 `[B, K]`; 0 where none is."""
     return jnp.argmax(~occupied(state), axis=-1).astype(jnp.int32)

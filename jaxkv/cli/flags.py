@@ -16,8 +16,8 @@ from jaxkv.language_model import NEEDLE, LanguageModel, load
 from jaxkv.options import Options
 from jaxkv.policies.full import Full
 from jaxkv.text import arguments as checks
-from jaxkv.text.documents import questions
 from jaxkv.text.planning import row_budgets
+from jaxkv.text.questions import questions
 
 Model = Annotated[
     str,

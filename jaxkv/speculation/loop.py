@@ -266,7 +266,11 @@ def tree_step(
         ),
     )
     g = dataclasses.replace(g, cache=cache, finite=finite, speculation=s)
-    return append(g, new, count, stop_ids)
+
+    def along_path():
+        return jnp.take_along_axis(logits, path[..., None], axis=1)
+
+    return append(g, new, count, stop_ids, along_path)
 
 
 def _attend(

@@ -157,6 +157,22 @@ def limits(
     return numbers["max_new_tokens"], numbers["block"]
 
 
+def alternatives(lm: Any, logprobs: bool, top_logprobs: int) -> int | None:
+    """Return how many alternatives to each token are noted, None for none of them.
+
+    Raises:
+      ValueError: there are no such numbers of tokens.
+    """
+    number = integer("top_logprobs", top_logprobs)
+    most = lm.config.vocab_size if isinstance(lm, LanguageModel) else MOST
+    if not 0 <= number <= most:
+        raise ValueError(
+            f"generate: top_logprobs must be between 0 and {most}, the tokens of the "
+            f"vocabulary, got {number}."
+        )
+    return number if number or logprobs else None
+
+
 def seeds(seed: int | Sequence[int], rows: int) -> int | list[int]:
     """Return one seed for all rows, or one for each, or raise ValueError."""
     if isinstance(seed, str) or not is_collection(seed):

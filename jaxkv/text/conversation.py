@@ -23,9 +23,10 @@ from jaxkv.policies.snapkv import SnapKV
 from jaxkv.sampling import Sampler
 from jaxkv.text import arguments, inference, planning
 from jaxkv.text.chat import encode_addition, encode_chat, encode_question
-from jaxkv.text.documents import questions
 from jaxkv.text.inference import Completion
 from jaxkv.text.planning import Plan, bucket
+from jaxkv.text.questions import questions
+from jaxkv.text.stopwatch import stopwatch
 
 # Slots for what follows the first turn, where nothing evicts it. With more the cache
 # grows seldom, and each time all programs compile anew.
@@ -158,10 +159,10 @@ class Chat:
         lm, tokens = self.lm, self._transcript(said)
         begun = None if tokens is None else self._read
         asked = None
-        if tokens is None and self.context is not None:
-            asked = self._asked(said, max_new_tokens)
-            document = np.asarray(self.context.tokens[0])[: self.context.lengths[0]]
-            tokens = (*document.tolist(), *asked.ids[0])
+        context = self.context
+        if tokens is None and context is not None:
+            asked = self._asked(context, said, max_new_tokens)
+            tokens = tuple(asked.rows[0])
         elif tokens is None:
             tokens = tuple(encode_chat(lm, said))
         budgets = None
@@ -169,7 +170,7 @@ class Chat:
             budgets = (self.options.budget,)
         arguments.check_fit(lm, [tokens], max_new_tokens, self.options, budgets)
         stops = arguments.stop_ids(lm, None)
-        with inference.stopwatch() as lap, jax.transfer_guard("allow"):
+        with stopwatch() as lap, jax.transfer_guard("allow"):
             if asked is not None:
                 plan = asked.plan
                 state = asked.start(lm, seed=self.seed, stops=stops, spans=None)
@@ -233,15 +234,15 @@ class Chat:
         ended = bool(np.asarray(self._read.running.done)[0])
         return (*(self.tokens[:-1] if ended else self.tokens), *added)
 
-    def _asked(self, said, max_new_tokens):
+    def _asked(self, context, said, max_new_tokens):
         """Return everything that was said, as a question about the context."""
         turns = [message["content"] for message in said]
         ids = encode_question(self.lm, *turns)
-        position = int(self.context.lengths[0]) + len(ids)
+        position = int(context.lengths[0]) + len(ids)
         room = self._room(position, max_new_tokens)
         options = dataclasses.replace(self.options, budget=None)
         return questions(
-            *(self.lm, self.context, [ids], None, options),
+            *(self.lm, context, [ids], None, options),
             budget=self.options.budget,
             compression_ratio=None,
             max_new_tokens=max_new_tokens,

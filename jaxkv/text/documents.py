@@ -1,7 +1,4 @@
-"""`jaxkv.compress`: documents in, a context out; and the checks of what is asked of it.
-
-A question stands behind its document whole, at the positions that follow it.
-"""
+"""`jaxkv.compress`: documents in, a context out."""
 
 import contextlib
 import dataclasses
@@ -13,14 +10,10 @@ import numpy as np
 
 from jaxkv import contexts, soundness
 from jaxkv.contexts import Context, Documents
-from jaxkv.generation import Running
 from jaxkv.kernels import prefill as prefill_kernels
 from jaxkv.kernels import window_scores
 from jaxkv.language_model import LanguageModel
-from jaxkv.options import Options
 from jaxkv.policies.base import PrefillPolicy
-from jaxkv.policies.full import Full
-from jaxkv.runtime.seeds import row_keys
 from jaxkv.speculation.drafters import Drafter
 from jaxkv.text import arguments, planning
 from jaxkv.text.chat import encode_document, encode_question
@@ -96,7 +89,7 @@ def compress(
         *(ids, options, budgets), max_new_tokens=0, num_layers=lm.config.num_layers
     )
     lengths = np.array([len(row) for row in ids], np.int32)
-    tokens = _padded(rows)
+    tokens = padded(rows)
     # Documents are the host's: these transfers are meant.
     with jax.transfer_guard("allow"):
         found = contexts.read_documents_jit(
@@ -109,7 +102,7 @@ def compress(
         _check(lm, found, plan)
         return Context(
             cache=found.cache,
-            tokens=jax.numpy.asarray(_padded(ids)),
+            tokens=jax.numpy.asarray(padded(ids)),
             lengths=jax.numpy.asarray(lengths),
             kept=found.kept.max(0),
             logits=found.logits,
@@ -118,178 +111,6 @@ def compress(
             policy=repr(options.prefill),
             chat=chat,
         )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Questions:
-    """What is asked of a context, checked and padded.
-
-    Attributes:
-      context: what is asked.
-      plan: shapes of the batch.
-      documents: int32 `[B]`, which document each question is about.
-      ids: the questions.
-      lengths: tokens of document and question.
-    """
-
-    context: Context
-    plan: Plan
-    documents: np.ndarray
-    ids: Sequence[Sequence[int]]
-    lengths: tuple[int, ...]
-
-    @property
-    def rows(self) -> list[range]:
-        """Positions of each document and its question, in place of their tokens."""
-        return [range(length) for length in self.lengths]
-
-    def start(
-        self,
-        lm: LanguageModel,
-        *,
-        seed: int | Sequence[int],
-        stops: np.ndarray,
-        spans: np.ndarray | None,
-    ) -> Running:
-        """Read the questions, choose the first tokens, and wait for them."""
-        rows = len(self.ids)
-        state = contexts.ask_jit(
-            # The program is the same whatever has chosen the tokens.
-            *(lm.network, lm.params, dataclasses.replace(self.context, policy="")),
-            *(self.documents, self.plan.padded(self.ids)),
-            np.array([len(row) for row in self.ids], np.int32),
-            *(row_keys(arguments.seeds(seed, rows), rows), stops),
-            options=self.plan.options.of_the_loop(),
-            slots=self.plan.slots,
-            max_out=self.plan.max_out,
-            pool=spans,
-        )
-        soundness.check(state, lm.params, Full())
-        return state
-
-
-def questions(
-    lm: LanguageModel,
-    context: Context,
-    prompts: Prompts,
-    documents: Sequence[int] | None,
-    options: Options,
-    *,
-    budget: int | Sequence[int] | None,
-    compression_ratio: float | None,
-    max_new_tokens: int,
-    room: int | None = None,
-) -> Questions:
-    """Check what is asked of a context, and decide all shapes.
-
-    Args:
-      lm: the model.
-      context: what is asked.
-      prompts: the questions.
-      documents: of each question; see `generate`.
-      options: of the call, without a budget.
-      budget: slots of decoding, if the decode policy evicts.
-      compression_ratio: refused; the context has been cut.
-      max_new_tokens: the longest output.
-      room: slots for the output and what may follow; None is those of the output.
-
-    Raises:
-      ValueError: they do not go together; the message says what to do.
-    """
-    if not isinstance(context, Context):
-        raise ValueError(
-            "generate: context= takes what jaxkv.compress returns, got "
-            f"{arguments.brief(context)}."
-        )
-    context.identity.check(lm.identity)
-    ids = encode_questions(lm, prompts, chat=context.chat)
-    _check_options(context, options, budget, compression_ratio)
-    chosen = _documents(documents, len(ids), len(context))
-    seen, kept = jax.device_get((context.lengths, context.kept))
-    lengths = tuple(int(seen[d]) + len(row) for d, row in zip(chosen, ids, strict=True))
-    for index, (document, row) in enumerate(zip(chosen, ids, strict=True)):
-        left = lm.config.max_positions - int(seen[document])
-        if len(row) + max_new_tokens > left:
-            raise ValueError(
-                f"generate: prompt {index} of {len(row)} tokens and max_new_tokens="
-                f"{max_new_tokens} do not fit behind document {document}, whose "
-                f"{seen[document]} tokens leave {left} positions of "
-                f"{lm.config.max_positions}; shorten one of them."
-            )
-    prompt = bucket(max(map(len, ids)))
-    max_out = bucket(max_new_tokens if room is None else room)
-    if options.decode.evicts:
-        size = arguments.integer("budget", budget)
-        most = zip(chosen, ids, strict=True)
-        need = max(int(kept[d]) + len(row) for d, row in most) + options.decode.spare
-        if size < need:
-            raise ValueError(
-                f"generate: budget={size} is too small for the {kept.max()} tokens "
-                "that the context keeps of a document, a question, and what "
-                f"{type(options.decode).__name__} leaves free; use at least {need}."
-            )
-        slots: tuple[int, ...] = (size,) * len(context.cache)
-    else:
-        slots = tuple(state.slots + prompt + max_out for state in context.cache)
-    plan = Plan(
-        options=options,
-        bound=None,
-        keep=None,
-        slots=slots,
-        prompt=prompt,
-        max_out=max_out,
-        distinct=len(ids),
-    )
-    return Questions(
-        context=context, plan=plan, documents=chosen, ids=ids, lengths=lengths
-    )
-
-
-def _check_options(context, options, budget, compression_ratio):
-    """Raise ValueError for options that a context has no use for."""
-    if options.prefill != Full() or compression_ratio is not None:
-        name = "compression_ratio" if compression_ratio is not None else "prefill"
-        raise ValueError(
-            f"generate: {name}= does nothing with context=, whose documents have been "
-            f"cut; pass {name}= to jaxkv.compress."
-        )
-    if not options.decode.evicts and budget is not None:
-        raise ValueError(
-            "generate: budget= with context= is that of a decode policy that evicts; "
-            "pass decode=, or leave the budget to jaxkv.compress."
-        )
-    options.check(None if budget is None else (arguments.integer("budget", budget),))
-    drafter = options.speculate
-    if drafter is not None and drafter.likeliest and context.likeliest is None:
-        name = type(drafter).__name__
-        raise ValueError(
-            f"generate: {name} drafts from what the network held likeliest along the "
-            f"document, which this context has not noted; pass speculate={name}() to "
-            "jaxkv.compress, too, or use another drafter."
-        )
-
-
-def _documents(given: Any, rows: int, number: int) -> np.ndarray:
-    """Return which document each question is about, int32 `[B]`."""
-    if given is None:
-        if number not in (1, rows):
-            raise ValueError(
-                f"generate: {rows} prompts about {number} documents; pass documents=, "
-                "the index of each prompt's document."
-            )
-        return np.arange(rows, dtype=np.int32) % number
-    found = arguments.integers("documents", given)
-    if len(found) != rows:
-        raise ValueError(
-            f"generate: got {len(found)} indices in documents= for {rows} prompts."
-        )
-    for index in found:
-        if not 0 <= index < number:
-            raise ValueError(
-                f"generate: documents= has the index {index}, but the context has "
-                f"{number} documents, from 0 on."
-            )
-    return np.array(found, np.int32)
 
 
 def encode_questions(
@@ -341,10 +162,11 @@ def _asked(
     return found * rows if len(found) == 1 else found
 
 
-def _padded(rows: Sequence[Sequence[int]]) -> np.ndarray:
+def padded(rows: Sequence[Sequence[int]]) -> np.ndarray:
+    """Return token ids as int32 `[B, P]`, right-padded to a bucket."""
     tokens = np.zeros((len(rows), bucket(max(map(len, rows)))), np.int32)
-    for padded, row in zip(tokens, rows, strict=True):
-        padded[: len(row)] = row
+    for line, row in zip(tokens, rows, strict=True):
+        line[: len(row)] = row
     return tokens
 
 

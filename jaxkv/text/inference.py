@@ -11,13 +11,10 @@ With a network of 2 layers on a CPU, 64 programs took 14,500 to 17,200 memory ma
 different calls and 1,538 MiB after 160: JAX keeps traces of what was let go of.
 """
 
-import contextlib
 import dataclasses
 import functools
-import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -34,14 +31,16 @@ from jaxkv.options import Options
 from jaxkv.policies.base import DecodePolicy, PrefillPolicy
 from jaxkv.runtime.seeds import row_keys
 from jaxkv.sampling import Sampler
+from jaxkv.sequences import LogProbs
 from jaxkv.shown import brief
 from jaxkv.speculation.counts import DraftStats, draft_stats
 from jaxkv.speculation.drafters import Drafter
 from jaxkv.speculation.rules import Rule
 from jaxkv.text import arguments, planning
-from jaxkv.text.documents import questions
 from jaxkv.text.planning import Plan
 from jaxkv.text.prompts import Prompts, encode
+from jaxkv.text.questions import kept_context, questions
+from jaxkv.text.stopwatch import Lap, stopwatch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,6 +84,11 @@ class Completion:
       lengths: how many they are.
       finish_reason: "stop" (a stop id) or "length" (`max_new_tokens`).
       stats: what it cost.
+      logprobs: the logarithm of the probability that the network gave to each token, in
+        nats, before the sampler changed it; None unless asked for.
+      top_logprobs: for each token, the likeliest ones in its place and theirs, the
+        likeliest first; None unless asked for.
+      context: prompts and outputs, to be gone on with; None unless asked for.
     """
 
     decoded: tuple[str, ...] | None
@@ -92,6 +96,9 @@ class Completion:
     lengths: tuple[int, ...]
     finish_reason: tuple[str, ...]
     stats: Stats
+    logprobs: tuple[tuple[float, ...], ...] | None = None
+    top_logprobs: tuple[tuple[dict[int, float], ...], ...] | None = None
+    context: Context | None = None
 
     __repr__ = brief
 
@@ -129,6 +136,9 @@ def generate(
     stop_ids: Sequence[int] | None = None,
     on_tokens: Callable[[list[list[int]]], None] | None = None,
     block: int = 32,
+    logprobs: bool = False,
+    top_logprobs: int = 0,
+    return_cache: bool = False,
     prefill_implementation: prefill_kernels.Implementation | None = None,
     decode_implementation: decode_kernels.Implementation | None = None,
     scores_implementation: window_scores.Implementation | None = None,
@@ -168,6 +178,10 @@ def generate(
       on_tokens: called with each row's new tokens: the first ones, and then those of
         about `block` steps.
       block: see `on_tokens`.
+      logprobs: whether to return the log-probability of each token of the output.
+      top_logprobs: how many alternatives to each token to return theirs of, too.
+      return_cache: whether to return the cache, as a context of the texts so far, with
+        the last token in it: `context=` of the next call, which reads what is new.
       prefill_implementation: see `jaxkv.kernels.prefill`.
       decode_implementation: see `jaxkv.kernels.decode`.
       scores_implementation: see `jaxkv.kernels.window_scores`.
@@ -189,9 +203,10 @@ def generate(
         prefill_implementation=prefill_implementation,
         decode_implementation=decode_implementation,
         scores_implementation=scores_implementation,
+        top_logprobs=arguments.alternatives(lm, logprobs, top_logprobs),
     )
     max_new_tokens, block = arguments.limits(max_new_tokens, block, on_tokens)
-    sizes = dict(
+    sizes: dict[str, Any] = dict(
         budget=budget,
         compression_ratio=compression_ratio,
         max_new_tokens=max_new_tokens,
@@ -214,7 +229,12 @@ def generate(
             *(lm, plan, state, stops, max_new_tokens), block=block, on_tokens=on_tokens
         )
         decoding = lap()
-        return completion(lm, plan, ids, state, reading, decoding)
+        out = completion(lm, plan, ids, state, reading, decoding)
+        if return_cache:
+            policy = repr(options.prefill) if context is None else context.policy
+            left = kept_context(lm, plan.options, ids, out.tokens, state, policy)
+            out = dataclasses.replace(out, context=left)
+    return out
 
 
 def _planned(
@@ -300,8 +320,8 @@ def completion(
     plan: Plan,
     ids: Sequence[Sequence[int]],
     state: Running,
-    reading: "_Lap",
-    decoding: "_Lap",
+    reading: Lap,
+    decoding: Lap,
 ) -> Completion:
     """Return the outputs as Python's own values, and what they cost."""
     lengths = np.asarray(state.lengths).tolist()
@@ -317,6 +337,7 @@ def completion(
     prefill = options.prefill_implementation or prefill_kernels.choose(
         backend, lm.dtype, length=plan.prompt, head_dim=lm.config.head_dim
     )
+    noted = state.logprobs and jax.tree.map(np.asarray, state.logprobs)
     decoded, seconds = sum(lengths) - len(ids), decoding.computing
     return Completion(
         decoded=texts,
@@ -338,48 +359,24 @@ def completion(
             if state.speculation is None
             else draft_stats(state.speculation.counts, lengths, prompts),
         ),
+        logprobs=noted
+        and tuple(
+            tuple(row[:length].tolist())
+            for row, length in zip(noted.chosen, lengths, strict=True)
+        ),
+        top_logprobs=noted and _alternatives(noted, lengths),
     )
 
 
-_COMPILING = (
-    "/jax/core/compile/jaxpr_trace_duration",
-    "/jax/core/compile/jaxpr_to_mlir_module_duration",
-    "/jax/core/compile/backend_compile_duration",
-)
-
-
-class _Lap(NamedTuple):
-    """Seconds of a phase; what is not `compiling` is `computing`."""
-
-    compiling: float
-    computing: float
-
-
-@contextlib.contextmanager
-def stopwatch() -> Iterator[Callable[[], _Lap]]:
-    """Yield a function that returns the seconds since its last call, or the start.
-
-    Tracing, lowering and compiling are told apart by JAX's own events.
-    """
-    seconds: list[float] = []
-    thread = threading.get_ident()
-    begin = time.perf_counter()
-
-    def listen(event: str, duration_secs: float, **_: str | int) -> None:
-        # Another thread may compile for a call of its own.
-        if event in _COMPILING and threading.get_ident() == thread:
-            seconds.append(duration_secs)
-
-    def lap() -> _Lap:
-        nonlocal begin
-        now = time.perf_counter()
-        compiling, elapsed = sum(seconds), now - begin
-        begin = now
-        seconds.clear()
-        return _Lap(compiling, max(elapsed - compiling, 0.0))
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield lap
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
+def _alternatives(noted: LogProbs, lengths: Sequence[int]) -> Any:
+    """Return the likeliest tokens in place of each one, None where none were noted."""
+    if not noted.tokens.shape[-1]:
+        return None
+    rows = zip(noted.tokens.tolist(), noted.values.tolist(), lengths, strict=True)
+    return tuple(
+        tuple(
+            dict(zip(*one, strict=True))
+            for one in zip(tokens[:length], values[:length], strict=True)
+        )
+        for tokens, values, length in rows
+    )

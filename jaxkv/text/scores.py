@@ -1,0 +1,156 @@
+"""`jaxkv.score`: how likely continuations are, under a budget."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from jaxkv import contexts
+from jaxkv.contexts import Context
+from jaxkv.kernels import decode as decode_kernels
+from jaxkv.kernels import prefill as prefill_kernels
+from jaxkv.language_model import LanguageModel
+from jaxkv.options import Options
+from jaxkv.policies.base import DecodePolicy, PrefillPolicy
+from jaxkv.shown import brief
+from jaxkv.text import arguments
+from jaxkv.text.documents import compress, padded
+from jaxkv.text.prompts import Prompts, encode
+from jaxkv.text.questions import check, questions, rows_of, slots_of
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scores:
+    """What `score` returns; every field has one entry per continuation.
+
+    Attributes:
+      tokens: the continuations' token ids.
+      logprobs: the logarithm of the probability of each token, in nats.
+      totals: their sums.
+      greedy: whether each continuation is what greedy decoding gives.
+    """
+
+    tokens: tuple[tuple[int, ...], ...]
+    logprobs: tuple[tuple[float, ...], ...]
+    totals: tuple[float, ...]
+    greedy: tuple[bool, ...]
+
+    __repr__ = brief
+
+
+def score(
+    lm: LanguageModel,
+    prompts: Prompts | None,
+    continuations: Prompts,
+    *,
+    context: Context | None = None,
+    documents: Sequence[int] | None = None,
+    budget: int | None = None,
+    compression_ratio: float | None = None,
+    prefill: PrefillPolicy | None = None,
+    decode: DecodePolicy | None = None,
+    prefill_implementation: prefill_kernels.Implementation | None = None,
+    decode_implementation: decode_kernels.Implementation | None = None,
+) -> Scores:
+    """Return how likely continuations are behind prompts that are cut to a budget.
+
+    Args:
+      lm: from `jaxkv.load`.
+      prompts: as in `generate`: one for each continuation, or one that all follow and
+        that is read once. None, with `context`, lets them follow its documents.
+      continuations: as prompts; texts get no special tokens.
+      context: see `generate`.
+      documents: see `generate`; of each prompt or, without prompts, continuation.
+      budget: see `generate`. If `decode` does not evict, the prompts' alone.
+      compression_ratio: see `generate`.
+      prefill: eviction of the prompt; None is `Full()`.
+      decode: eviction while the continuation is read, token by token; None is `Full()`,
+        with which it is read at once.
+      prefill_implementation: see `jaxkv.kernels.prefill`.
+      decode_implementation: see `jaxkv.kernels.decode`.
+
+    Raises:
+      ValueError: bad prompts or options; the message says what to do.
+    """
+    options = arguments.static_options(
+        prefill=prefill if context is not None else None,
+        decode=decode,
+        decode_implementation=decode_implementation,
+    )
+    ids = encode(lm, continuations, behind=True)
+    if prompts is None and context is None:
+        raise ValueError("score: pass prompts, or a context.")
+    if documents is not None and context is None:
+        raise ValueError("score: documents= does nothing without context=.")
+    if context is None:
+        spare = options.decode.spare
+        options.check(None if budget is None else (budget,))
+        context = compress(
+            *(lm, prompts or ()),
+            budget=None if budget is None else budget - spare,
+            compression_ratio=compression_ratio,
+            prefill=prefill,
+            prefill_implementation=prefill_implementation,
+        )
+    elif prompts is not None:
+        asked = questions(
+            *(lm, context, prompts, documents, options),
+            budget=budget,
+            compression_ratio=compression_ratio,
+            max_new_tokens=1,
+        )
+        context, documents = asked.read(lm), None
+    else:
+        check(lm, context, options, budget, compression_ratio)
+    chosen = rows_of(context, documents, len(ids))
+    _check_fit(lm, context, chosen, ids)
+    return _weighed(lm, context, chosen, ids, options, budget)
+
+
+def _weighed(
+    lm: LanguageModel,
+    context: Context,
+    documents: np.ndarray,
+    ids: Sequence[Sequence[int]],
+    options: Options,
+    budget: int | None,
+) -> Scores:
+    tokens, counts = padded(ids), np.array([len(row) for row in ids], np.int32)
+    slots = slots_of(
+        *(context, documents, [0] * len(ids), options.decode, budget),
+        more=tokens.shape[1],
+    )
+    with jax.transfer_guard("allow"):
+        found = contexts.weigh_jit(
+            *(lm.network, lm.params, dataclasses.replace(context, policy="")),
+            *(documents, tokens, counts),
+            options=options.of_the_loop(),
+            slots=slots,
+        )
+        found = jax.tree.map(np.asarray, found)
+    rows = [row[:count] for row, count in zip(found.logprobs, counts, strict=True)]
+    best = zip(found.likeliest, counts, strict=True)
+    return Scores(
+        tokens=tuple(tuple(map(int, row)) for row in ids),
+        logprobs=tuple(tuple(row.tolist()) for row in rows),
+        totals=tuple(float(row.sum()) for row in rows),
+        greedy=tuple(bool(row[:count].all()) for row, count in best),
+    )
+
+
+def _check_fit(
+    lm: LanguageModel,
+    context: Context,
+    documents: np.ndarray,
+    ids: Sequence[Sequence[int]],
+) -> None:
+    """Raise ValueError where a continuation goes beyond the model's positions."""
+    seen = np.asarray(context.lengths)[documents]
+    for index, (before, row) in enumerate(zip(seen, ids, strict=True)):
+        if before + len(row) > lm.config.max_positions:
+            raise ValueError(
+                f"score: continuation {index} of {len(row)} tokens behind {before} "
+                f"needs {before + len(row)} positions, but {lm.name} was made for "
+                f"{lm.config.max_positions}; shorten one of them."
+            )

@@ -1,0 +1,133 @@
+"""What a next turn needs: the cache, log-probabilities, and scores of candidates."""
+
+import jax
+import numpy as np
+import pytest
+
+import jaxkv
+
+PROMPTS = [list(range(5, 45)), list(range(300, 320))]
+NEXT = [[7, 8, 9], [400]]
+NEW = 8
+CLOSE = dict(rtol=1e-4, atol=1e-4)
+EVICTING = dict(
+    budget=24, prefill=jaxkv.SnapKV(window_size=4), decode=jaxkv.LongFlow.paper()
+)
+
+
+def test_a_turn_costs_its_own_tokens(tiny_lm):
+    first = jaxkv.generate(tiny_lm, PROMPTS, max_new_tokens=NEW, return_cache=True)
+    assert first.context.lengths.tolist() == [48, 28]
+    assert first.context.kept.tolist() == [48, 28]
+    turns = dict(max_new_tokens=NEW, return_cache=True)
+    second = jaxkv.generate(tiny_lm, NEXT, context=first.context, **turns)
+    third = jaxkv.generate(tiny_lm, NEXT, context=second.context, **turns)
+    texts = PROMPTS
+    for out in (first, second, third):
+        whole = jaxkv.generate(tiny_lm, texts, max_new_tokens=NEW)
+        assert out.tokens == whole.tokens
+        rows = zip(texts, out.tokens, NEXT, strict=True)
+        texts = [[*text, *answer, *more] for text, answer, more in rows]
+    slots = [context.context.cache[0].slots for context in (first, second, third)]
+    assert slots == [64, 64, 96]  # not those of outputs that ended
+
+
+@pytest.mark.slow
+def test_what_evicts_is_gone_on_with(tiny_lm):
+    out = jaxkv.generate(
+        tiny_lm, PROMPTS, max_new_tokens=NEW, return_cache=True, **EVICTING
+    )
+    assert out.context.kept.tolist() == [24, 24]
+    assert "SnapKV(" in out.context.policy and "LongFlow(" in out.context.policy
+    (held, *_), *_ = out.context.kept_positions(1)
+    assert held[-1] == 27  # the newest token is among them
+    after = jaxkv.generate(tiny_lm, NEXT, context=out.context, max_new_tokens=NEW)
+    assert after.lengths == (NEW, NEW)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        dict(speculate=jaxkv.PromptLookup(break_even=0.0)),
+        pytest.param(EVICTING, marks=pytest.mark.slow),
+    ],
+)
+def test_logprobs_are_scores(tiny_lm, options):
+    out = jaxkv.generate(
+        tiny_lm, PROMPTS, max_new_tokens=NEW, top_logprobs=3, stop_ids=[], **options
+    )
+    for tokens, chosen, tops in zip(
+        out.tokens, out.logprobs, out.top_logprobs, strict=True
+    ):
+        assert len(tokens) == len(chosen) == len(tops) == NEW
+        for token, logprob, top in zip(tokens, chosen, tops, strict=True):
+            assert next(iter(top.items())) == (token, logprob)  # greedy
+            assert len(top) == 3 and sorted(top.values(), reverse=True) == [
+                *top.values()
+            ]
+    policies = {k: v for k, v in options.items() if k != "speculate"}
+    scores = jaxkv.score(tiny_lm, PROMPTS, out.tokens, **policies)
+    assert scores.tokens == out.tokens and scores.greedy == (True, True)
+    np.testing.assert_allclose(scores.logprobs, out.logprobs, **CLOSE)
+    np.testing.assert_allclose(scores.totals, np.sum(out.logprobs, axis=1), **CLOSE)
+    plain = jaxkv.generate(tiny_lm, PROMPTS, max_new_tokens=NEW, **policies)
+    assert plain.logprobs is None and plain.top_logprobs is None
+    only = jaxkv.generate(
+        tiny_lm, PROMPTS, max_new_tokens=NEW, logprobs=True, stop_ids=[], **policies
+    )
+    assert only.top_logprobs is None
+    np.testing.assert_allclose(only.logprobs, out.logprobs, **CLOSE)
+
+
+@pytest.mark.slow
+def test_scores_are_those_of_the_network(tiny_lm):
+    rows = [[5, 9, 11], [400, 6]]
+    scores = jaxkv.score(tiny_lm, PROMPTS, rows)
+    logits, _ = jaxkv.prefill(
+        *(tiny_lm.network, tiny_lm.params),
+        *(np.array([[*PROMPTS[0], *rows[0][:2]]], np.int32), np.array([42])),
+        options=jaxkv.Options(),
+        slots=42,
+    )
+    want = jax.nn.log_softmax(logits)[0, 11]
+    np.testing.assert_allclose(scores.logprobs[0][2], want, **CLOSE)
+    assert [len(row) for row in scores.logprobs] == [3, 2]
+    assert scores.greedy == (False, False)
+
+
+def test_candidates_behind_a_context(tiny_lm):
+    context = jaxkv.compress(tiny_lm, PROMPTS)
+    rows = [[5, 9, 11], [400, 6], [77]]
+    documents = [0, 1, 0]
+    got = jaxkv.score(tiny_lm, None, rows, context=context, documents=documents)
+    prompts = [PROMPTS[document] for document in documents]
+    want = jaxkv.score(tiny_lm, prompts, rows)
+    for one, two in zip(got.logprobs, want.logprobs, strict=True):
+        np.testing.assert_allclose(one, two, **CLOSE)
+    asked = jaxkv.score(tiny_lm, [[5, 9]], [[11], [12]], context=context.take([0]))
+    np.testing.assert_allclose(asked.logprobs[0][0], got.logprobs[0][2], **CLOSE)
+    one = jaxkv.score(tiny_lm, PROMPTS[:1], rows, **EVICTING)
+    assert len(one.totals) == 3
+
+
+@pytest.mark.parametrize(
+    ("prompts", "rows", "options", "message"),
+    [
+        (None, ["a"], {}, "score: pass prompts, or a context"),
+        (["a"], ["a"], dict(documents=[0]), "documents= does nothing without context="),
+        (["a", "b"], ["a"] * 3, {}, "got 3 .* 2 documents|3 prompts about 2 documents"),
+        (["a"], [[5] * 3000], {}, "continuation 0 of 3000 tokens behind .* positions"),
+        (["a"], ["b"], dict(decode=jaxkv.LongFlow()), "LongFlow evicts .* needs a bud"),
+        (["a"], [], {}, "got no prompts"),
+    ],
+)
+def test_bad_scores_are_named(tiny_lm, prompts, rows, options, message):
+    with pytest.raises(ValueError, match=message):
+        jaxkv.score(tiny_lm, prompts, rows, **options)
+
+
+@pytest.mark.parametrize("number", [-1, 5000, 0.5])
+def test_bad_alternatives_are_named(tiny_lm, number):
+    with pytest.raises(ValueError, match="top_logprobs must be"):
+        jaxkv.generate(tiny_lm, [[5]], top_logprobs=number)
