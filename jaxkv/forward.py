@@ -353,3 +353,37 @@ def feed(
     # As many steps as there are tokens, not as the buffer is wide.
     steps = jnp.minimum(counts.max(), number)
     return jax.lax.fori_loop(jnp.int32(0), steps, step, begun)
+
+
+def feed_on(
+    network: Network,
+    params: Any,
+    tokens: jax.Array,
+    counts: jax.Array,
+    position: jax.Array,
+    cache: Cache,
+    *,
+    options: Options,
+) -> tuple[jax.Array, Cache]:
+    """Feed given tokens, in blocks where the decode policy evicts nothing on the way.
+
+    Args:
+      network: static.
+      params: its parameters.
+      tokens: int32 `[B, N]`.
+      counts: int32 `[B]`, at least 1; the other tokens are padding.
+      position: int32 `[B]`, of the first of them.
+      cache: one state per layer.
+      options: static.
+
+    Returns:
+      Float32 logits `[B, V]` of the token after each row's last one, and the cache.
+    """
+    given = (network, params, tokens, counts, position)
+    if options.decode == Full():
+        how = options.decode_implementation
+        hidden, cache = read_behind(*given, cache, implementation=how)
+        return logits_at_end(network, params, hidden, counts), cache
+    unknown = jnp.zeros((len(tokens), network.config.vocab_size), jnp.float32)
+    fed = feed(*given, unknown, cache, options=options)
+    return fed.logits, fed.cache

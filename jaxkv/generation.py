@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxkv.attention import Network
-from jaxkv.forward import decode_step, feed, logits_at_end, read
+from jaxkv.forward import decode_step, feed_on, logits_at_end, read
 from jaxkv.options import Options
 from jaxkv.policies.base import Speculable
 from jaxkv.runtime.programs import bounded_jit
@@ -209,11 +209,9 @@ def follow(
       The state of the loop after one token of the new output.
     """
     batch = len(tokens)
-    unknown = jnp.zeros((batch, network.config.vocab_size), jnp.float32)
-    fed = feed(
-        *(network, params, tokens, counts, generation.position, unknown),
-        generation.cache,
-        options=options,
+    at = generation.position
+    logits, cache = feed_on(
+        *(network, params, tokens, counts, at, generation.cache), options=options
     )
     seen = generation.seen
     if seen is not None:
@@ -224,12 +222,12 @@ def follow(
         tokens=jnp.full((batch, max_out), -1, jnp.int32),
         lengths=jnp.zeros(batch, jnp.int32),
         done=jnp.zeros(batch, bool),
-        position=generation.position + counts - 1,
-        cache=fed.cache,
+        position=at + counts - 1,
+        cache=cache,
         seen=seen,
     )
     every = jnp.ones(batch, bool)
-    return _choose(begun, fed.logits, every, stop_ids, options.sampler)
+    return _choose(begun, logits, every, stop_ids, options.sampler)
 
 
 def advance(

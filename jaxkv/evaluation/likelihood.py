@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxkv.evaluation.methods import Method
-from jaxkv.forward import feed, logits_at_end, read
+from jaxkv.forward import feed, logits_at_end, read, read_behind
 from jaxkv.language_model import LanguageModel
 from jaxkv.models.decoder import Decoder
 from jaxkv.options import Options
+from jaxkv.policies.full import Full
 from jaxkv.runtime.programs import bounded_jit
 
 
@@ -56,8 +57,9 @@ def losses(
     """Return the negative log-likelihood of each token behind the prompt, in nats.
 
     The prompt is read, and the prefill policy evicts from it; the rest is fed token by
-    token, and the decode policy evicts on the way. Without a policy all tokens are read
-    at once, which gives the same but for rounding.
+    token, and the decode policy evicts on the way. Where it keeps everything, the rest
+    passes in blocks, and without a policy all tokens are read at once, which gives the
+    same but for rounding.
 
     Args:
       lm: the model.
@@ -92,28 +94,27 @@ def _fed(
         slots=slots,
         keep=None,
     )
+    rest = tokens[:, prompt:]
     counts = jnp.full(batch, length - prompt, jnp.int32)
+    if options.decode == Full():
+        behind, _ = read_behind(
+            *(network, params, rest, counts, lengths, cache),
+            implementation=options.decode_implementation,
+        )
+        before = jnp.concatenate([hidden[:, prompt - 1 :], behind[:, :-1]], axis=1)
+        return _losses(network, params, before, rest)
     fed = feed(
-        *(network, params, tokens[:, prompt:], counts),
+        *(network, params, rest, counts),
         *(lengths, logits_at_end(network, params, hidden, lengths), cache),
         options=options,
     )
     return -fed.log_probs
 
 
-@bounded_jit(
-    static_argnames=("network", "prompt", "options", "chunk"), implied=("params",)
-)
+@bounded_jit(static_argnames=("network", "prompt", "options"), implied=("params",))
 def _read(
-    network: Decoder,
-    params: Any,
-    tokens: jax.Array,
-    *,
-    prompt: int,
-    options: Options,
-    chunk: int = 64,
+    network: Decoder, params: Any, tokens: jax.Array, *, prompt: int, options: Options
 ) -> jax.Array:
-    """Logits of `chunk` positions exist at a time, over all rows."""
     batch, length = tokens.shape
     hidden, _ = read(
         *(network, params, tokens, jnp.full(batch, length, jnp.int32)),
@@ -121,13 +122,24 @@ def _read(
         slots=length,
         keep=None,
     )
-    seen, given = hidden[:, prompt - 1 : length - 1], tokens[:, prompt:]
-    pad = -(length - prompt) % chunk
+    before = hidden[:, prompt - 1 : length - 1]
+    return _losses(network, params, before, tokens[:, prompt:])
+
+
+def _losses(
+    network: Decoder, params: Any, hidden: jax.Array, given: jax.Array, chunk: int = 64
+) -> jax.Array:
+    """Return what each token costs behind a hidden state, float32 `[B, N]`, in nats.
+
+    Logits of `chunk` positions exist at a time, over all rows.
+    """
+    batch, number = given.shape
+    pad = -number % chunk
     parts = [
         jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2))
         .reshape(batch, -1, chunk, *x.shape[2:])
         .swapaxes(0, 1)
-        for x in (seen, given)
+        for x in (hidden, given)
     ]
 
     def loss(part):
@@ -137,4 +149,4 @@ def _read(
         return jax.nn.logsumexp(logits, axis=-1) - chosen
 
     found = jax.lax.map(loss, tuple(parts)).swapaxes(0, 1)
-    return found.reshape(batch, -1)[:, : length - prompt]
+    return found.reshape(batch, -1)[:, :number]

@@ -1,5 +1,7 @@
 """Loss of given text: against transformers' definition, and under a budget."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -51,6 +53,23 @@ def test_what_a_budget_forgets_costs(lm, tokens, read):
     kept = losses(lm, tokens, method, 8, prompt=PROMPT)
     assert np.abs(kept - read).max() > 0.1
     np.testing.assert_allclose(kept[:, 0], read[:, 0], atol=1e-4)  # before any eviction
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OneByOne(jaxkv.Full):
+    """Keeps everything, and is not known for it."""
+
+
+def test_blocks_cost_what_single_tokens_do(lm, tokens):
+    prefill = jaxkv.SnapKV(window_size=4)
+    blocks, single = (
+        losses(
+            *(lm, tokens, Method(name="x", prefill=prefill, decode=decode), 8),
+            prompt=PROMPT,
+        )
+        for decode in (jaxkv.Full(), OneByOne())
+    )
+    np.testing.assert_allclose(blocks, single, atol=1e-4)
 
 
 def test_windows_do_not_overlap(lm):
