@@ -1,25 +1,12 @@
-"""The tiny network of the tests, its random weights, and random prompts for it."""
+"""The tiny network of the laws, and one that is counted by hand."""
 
-import functools
+from jaxkv.laws.network import CONFIG as CONFIG
+from jaxkv.laws.network import NETWORK as NETWORK
+from jaxkv.laws.network import parameters as parameters
+from jaxkv.laws.network import params as params
+from jaxkv.laws.network import prompts as prompts
+from jaxkv.models.decoder import Config
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
-from jaxkv.models.decoder import Config, Decoder, random_parameters
-
-CONFIG = Config(
-    vocab_size=61,
-    hidden_size=32,
-    intermediate_size=48,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    qk_norm=True,
-    tied=True,
-)
-NETWORK = Decoder(CONFIG)
 BY_HAND = Config(  # so small that its numbers are counted by hand
     vocab_size=10,
     hidden_size=4,
@@ -30,22 +17,3 @@ BY_HAND = Config(  # so small that its numbers are counted by hand
     head_dim=2,
     max_positions=64,
 )
-
-
-def parameters(config):
-    """Draw float32 weights so wide that no two tokens are nearly as likely."""
-    drawn = random_parameters(config, jax.random.key(0), jnp.float32)
-    return jax.tree.map(lambda x: 12 * x if x.ndim == 2 else x, drawn)
-
-
-@functools.cache
-def params():
-    """Return the weights of `NETWORK`."""
-    return parameters(CONFIG)
-
-
-def prompts(seed, lengths, width):
-    """Return random tokens `[B, width]` and the lengths, both int32."""
-    rng = np.random.default_rng(seed)
-    tokens = rng.integers(0, CONFIG.vocab_size, size=(len(lengths), width))
-    return jnp.asarray(tokens, jnp.int32), jnp.asarray(lengths, jnp.int32)

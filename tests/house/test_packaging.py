@@ -20,6 +20,7 @@ FOLDERS = {
     "jaxkv.evaluation": "jaxkv/evaluation",
     "jaxkv.kernels": "kernels",
     "jaxkv.models": "models",
+    "jaxkv.laws": "jaxkv/laws",
     "jaxkv.needle": "jaxkv/needle",
     "jaxkv.plot": "jaxkv/plot",
     "jaxkv.policies": "jaxkv/policies",

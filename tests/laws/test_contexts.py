@@ -5,11 +5,8 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import lawbook
 import numpy as np
-import programs
 import pytest
-from programs import NEW, PROMPT
 from small_policies import DAPQ, SMALL_DECODE
 from tiny import NETWORK, params, prompts
 
@@ -25,6 +22,8 @@ from jaxkv import (
     generation,
 )
 from jaxkv.identity import Identity
+from jaxkv.laws import lawbook, programs
+from jaxkv.laws.programs import NEW, PROMPT
 
 LENGTHS = (16, 9)  # of the documents
 ABOUT, COUNTS = (0, 1, 0), (8, 3, 1)  # each question's document, and its tokens

@@ -3,14 +3,14 @@
 import dataclasses
 
 import hypothesis.strategies as st
-import lawbook
 import pytest
 from hypothesis import given, settings
-from programs import LENGTHS, PROMPT, with_budget
 from small_policies import DECODE
 from tiny import prompts
 
 from jaxkv import Categorical, Greedy, registry
+from jaxkv.laws import lawbook
+from jaxkv.laws.programs import LENGTHS, PROMPT, with_budget
 
 # How a token is drawn has nothing to do with what evicts, so these prove it for all.
 SAMPLERS = {

@@ -12,15 +12,14 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-import lawbook
-import programs
 import pytest
-from programs import LENGTHS, PROMPT, with_budget
 from small_policies import DECODE, PREFILL
 from tiny import prompts
 
 from jaxkv import Categorical
 from jaxkv import state as kv
+from jaxkv.laws import lawbook, programs
+from jaxkv.laws.programs import LENGTHS, PROMPT, with_budget
 
 TOKENS, ROWS = prompts(0, LENGTHS, PROMPT)
 

@@ -1,13 +1,13 @@
 """The laws of the prompt's eviction, for every prefill policy of the registry."""
 
-import lawbook
 import numpy as np
 import pytest
-from programs import LENGTHS, PROMPT, prefill
 from small_policies import PREFILL, SMALL_PREFILL, small
 from tiny import prompts
 
 from jaxkv import KNorm, registry
+from jaxkv.laws import lawbook
+from jaxkv.laws.programs import LENGTHS, PROMPT, prefill
 
 TOKENS, _ = prompts(0, LENGTHS, PROMPT)
 policies = pytest.mark.parametrize("policy", PREFILL.values(), ids=PREFILL)

@@ -12,13 +12,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.extend.core import jaxprs_in_params
-from lawbook import DRAFTER
-from programs import LENGTHS, NEW, PROMPT, with_budget
 from small_policies import DAPQ, DECODE, PREFILL
 from tiny import CONFIG, NETWORK, params, prompts
 
 import jaxkv
 from jaxkv import Categorical, Greedy, LongFlow, Options, generation, registry
+from jaxkv.laws.lawbook import DRAFTER
+from jaxkv.laws.programs import LENGTHS, NEW, PROMPT, with_budget
 
 SMALL = 9
 DRAWN = Categorical(

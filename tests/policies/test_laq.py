@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
-from programs import LENGTHS, PROMPT, generate, prefill
 from tiny import prompts
 
 from jaxkv import LAQ, DapQ, Options, SnapKV
+from jaxkv.laws.programs import LENGTHS, PROMPT, generate, prefill
 
 
 @pytest.mark.slow

@@ -1,11 +1,11 @@
 """StreamingLLM, by hand."""
 
 import numpy as np
-from programs import NEW, PROMPT, generate
 from prompts_by_hand import KEYS, ONES, kept, prompt_of
 from tiny import prompts
 
 from jaxkv import Options, StreamingLLM
+from jaxkv.laws.programs import NEW, PROMPT, generate
 
 
 def test_streaming_llm_by_hand():

@@ -11,10 +11,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from tiny import CONFIG, NETWORK, params
 
-from jaxkv import Options, forward, generation
+from jaxkv import forward, generation
+from jaxkv.laws.network import CONFIG, NETWORK, params
+from jaxkv.options import Options
 from jaxkv.policies.full import Full
+from jaxkv.runtime.seeds import key_of
 
 PROMPT, NEW = 24, 16
 LENGTHS = (PROMPT, 3, 13)
@@ -69,7 +71,7 @@ def generate(options, tokens, lengths, *, new=NEW, stop_ids=(-1,), seed=0, keys=
     """Return the `generation.Output` of `new` tokens."""
     options.check()
     if keys is None:
-        keys = jax.random.split(jax.random.key(seed), len(lengths))
+        keys = jax.random.split(key_of(seed), len(lengths))
     return current.generate(
         *(NETWORK, params(), tokens, lengths, keys),
         jnp.asarray(stop_ids, jnp.int32),

@@ -1,8 +1,8 @@
 """The laws of the design, each a function that raises AssertionError if it is broken.
 
-They say nothing about which tokens a policy keeps, so that they hold for all. The tests
-in `laws/` hold every policy of the registry to them, and then break the library on
-purpose, to see that the laws notice.
+They say nothing about which tokens a policy keeps, so that they hold for all. Tests
+hold every policy of the registry to them, and then break the library on purpose, to see
+that the laws notice. `jaxkv.testing` holds anybody's policy to them.
 
 A law of a prompt's eviction takes a policy, one of decoding takes options. All run the
 tiny network, by `programs`.
@@ -14,13 +14,23 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import programs
-from programs import LENGTHS, NEW, PROMPT, generate, may_keep, prefill, step
-from tiny import NETWORK, params, prompts
 
-from jaxkv import Options
 from jaxkv import state as kv
+from jaxkv.laws import programs
+from jaxkv.laws.network import NETWORK, params, prompts
+from jaxkv.laws.programs import (
+    LENGTHS,
+    NEW,
+    PROMPT,
+    SMALL,
+    generate,
+    may_keep,
+    prefill,
+    step,
+)
+from jaxkv.options import Options
 from jaxkv.policies.full import Full
+from jaxkv.runtime.seeds import key_of
 from jaxkv.speculation.drafters import Tree
 
 CLOSE = dict(rtol=2e-4, atol=2e-4)
@@ -95,11 +105,12 @@ def prompt_is_bounded(policy, tokens):
 def prompt_in_a_batch_equals_singles(policy, tokens):
     """What a row keeps depends on no other row, and not on its padding."""
     _, together = prefill(policy, tokens)
-    others = prompts(7, LENGTHS, PROMPT)[0].at[1].set(tokens[1])
-    _, apart = prefill(policy, others, lengths=(5, 3, PROMPT), keep=(5, 6, 8))
+    others = prompts(7, LENGTHS, PROMPT)[0].at[2].set(tokens[2])
+    lengths, keep = (5, PROMPT, LENGTHS[2]), (5, 8, SMALL[2])
+    _, apart = prefill(policy, others, lengths=lengths, keep=keep)
     _, padded = prefill(policy, tokens.at[2, LENGTHS[2] :].set(60))
     for old, new, same in zip(together, apart, padded, strict=True):
-        np.testing.assert_array_equal(old.positions[1], new.positions[1])
+        np.testing.assert_array_equal(old.positions[2], new.positions[2])
         np.testing.assert_array_equal(old.positions, same.positions)
 
 
@@ -178,7 +189,7 @@ def bounded(options, tokens, lengths):
 
 def batch_equals_singles(options, tokens, lengths, seed):
     """Each row gets what it gets alone, with its own PRNG key."""
-    keys = jax.random.split(jax.random.key(seed), len(lengths))
+    keys = jax.random.split(key_of(seed), len(lengths))
     together = generate(options, tokens, lengths, keys=keys).tokens
     for row in range(len(lengths)):
         one = slice(row, row + 1)
@@ -188,7 +199,7 @@ def batch_equals_singles(options, tokens, lengths, seed):
 
 def exact_speculation_equals_plain(options, tokens, lengths, seed):
     """Whatever is drafted, tokens and cache are those of plain decoding."""
-    keys = jax.random.split(jax.random.key(seed), len(lengths))
+    keys = jax.random.split(key_of(seed), len(lengths))
     plain = generate(options, tokens, lengths, keys=keys)
     drafted = dataclasses.replace(options, speculate=DRAFTER)
     got = generate(drafted, tokens, lengths, keys=keys)
@@ -323,12 +334,16 @@ def finished_rows_do_not_change(options):
     )
 
 
-LAWS = (
+OF_PROMPTS = (
     prompt_at_full_budget_is_exact,
     prompt_is_bounded,
     prompt_in_a_batch_equals_singles,
     pseudo_tokens_leave_no_trace,
     prompt_is_not_recompiled,
+)
+OF_STEPS = (order_free, free_slots_are_never_read, pure, finished_rows_do_not_change)
+LAWS = (
+    *OF_PROMPTS,
     full_budget_is_exact,
     decoding_equals_recomputation,
     bounded,
@@ -336,8 +351,5 @@ LAWS = (
     exact_speculation_equals_plain,
     stop_ids_end_rows_apart,
     not_recompiled,
-    order_free,
-    free_slots_are_never_read,
-    pure,
-    finished_rows_do_not_change,
+    *OF_STEPS,
 )

@@ -1,0 +1,1 @@
+"""What every policy must satisfy, as functions; `jaxkv.testing` is the door to them."""
