@@ -4,10 +4,16 @@ Triton must be imported with `TRITON_INTERPRET=1` set to interpret, and then can
 compile, so a test file whose kernels are interpreted is its own worker, a script.
 """
 
+import concurrent.futures
+import contextlib
+import functools
+import io
 import json
-import os
+import multiprocessing
+import multiprocessing.forkserver
 import pathlib
 import re
+import runpy
 import subprocess
 import sys
 import tempfile
@@ -17,21 +23,34 @@ import pytest
 SHORT = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16", "int32": "*i32"}
 
 
+@functools.cache
+def with_imports() -> multiprocessing.context.BaseContext:
+    """Return what starts processes that have torch, Triton and JAX imported.
+
+    Each is forked from one that has; importing takes longer than most workers do.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "triton.language", "jax.numpy"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        patch.setenv("JAX_PLATFORMS", "cpu")
+        multiprocessing.forkserver.ensure_running()
+    return context
+
+
+def run_script(file: str, arguments: tuple[str, ...]) -> str:
+    """Run a file as a script in this process; return the last line that it prints."""
+    sys.argv = [file, *arguments]
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        runpy.run_path(file, run_name="__main__")
+    return printed.getvalue().splitlines()[-1]
+
+
 def interpreted(file: str, *arguments: str) -> list[str]:
     """Run a test file as a worker; return the failures that its last line lists."""
-    worker = subprocess.run(
-        [sys.executable, file, *arguments],
-        env={
-            **os.environ,
-            "TRITON_INTERPRET": "1",
-            "JAX_PLATFORMS": "cpu",
-            "PYTHONPATH": str(pathlib.Path(__file__).parent),
-        },
-        capture_output=True,
-        text=True,
-    )
-    assert worker.returncode == 0, worker.stderr
-    return json.loads(worker.stdout.splitlines()[-1])
+    processes = concurrent.futures.ProcessPoolExecutor(1, mp_context=with_imports())
+    with processes:
+        return json.loads(processes.submit(run_script, file, arguments).result())
 
 
 def assert_interpreted(file: str, cases: str) -> None:
