@@ -79,10 +79,9 @@ def memory_maps() -> int | None:
     return maps.read_bytes().count(b"\n") if maps.exists() else None
 
 
-def check_maps(where: str, most: int = MOST_MAPS) -> None:
+def check_maps(where: str, maps: int, most: int = MOST_MAPS) -> None:
     """Raise where a test has left more memory maps than a run can afford."""
-    maps = memory_maps()
-    if maps is not None and maps > most:
+    if maps > most:
         raise RuntimeError(
             f"{maps} memory maps after {where}, more than {most}: split the test, "
             "or let go of what it has compiled"
@@ -100,11 +99,10 @@ def programs_are_let_go():
 def maps_are_bounded(request):
     """Let go of them earlier where a module has many, and fail if a test has more."""
     yield
-    try:
-        check_maps(request.node.nodeid)
-    finally:
-        if (memory_maps() or 0) > MOST_MAPS // 2:
-            jax.clear_caches()
+    maps = memory_maps() or 0
+    if maps > MOST_MAPS // 2:
+        jax.clear_caches()
+    check_maps(request.node.nodeid, maps)
 
 
 @pytest.fixture(autouse=True)
