@@ -77,10 +77,6 @@ def chat(
         )
 
     talk = begin(budget)
-    if lm.tokenizer is None or not lm.tokenizer.chat_template:
-        raise ValueError(
-            f"{lm.name} has no chat template; use jaxkv generate, or another model."
-        )
     if sys.stdin.isatty():
         say(f"{lm.name}; {_HELP}")
     for line in _lines():

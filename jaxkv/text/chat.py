@@ -11,6 +11,15 @@ def speaks_in_chats(lm: LanguageModel) -> bool:
     return lm.name != NEEDLE and bool(getattr(lm.tokenizer, "chat_template", None))
 
 
+def check_template(lm: LanguageModel) -> None:
+    """Raise ValueError where a model has no chat template."""
+    if lm.tokenizer is None or not lm.tokenizer.chat_template:
+        raise ValueError(
+            f"{lm.name} has no chat template; write prompts instead of conversations, "
+            "for jaxkv.generate, or jaxkv generate without --chat."
+        )
+
+
 def encode_chat(
     lm: LanguageModel, messages: Sequence[Mapping[str, str]], *, answer_prefix: str = ""
 ) -> list[int]:
@@ -114,11 +123,7 @@ def _encode(lm: LanguageModel, text: str) -> list[int]:
 
 def _render(lm: LanguageModel, messages: Sequence[Mapping[str, str]]) -> str:
     """Return a conversation as text, up to the beginning of the assistant's turn."""
-    if lm.tokenizer is None or not lm.tokenizer.chat_template:
-        raise ValueError(
-            f"{lm.name} has no chat template; leave --chat out, and write prompts "
-            "instead of conversations."
-        )
+    check_template(lm)
     try:
         text = lm.tokenizer.apply_chat_template(
             list(messages), add_generation_prompt=True, tokenize=False

@@ -22,7 +22,12 @@ from jaxkv.policies.longflow import LongFlow
 from jaxkv.policies.snapkv import SnapKV
 from jaxkv.sampling import Sampler
 from jaxkv.text import arguments, inference, planning
-from jaxkv.text.chat import encode_addition, encode_chat, encode_question
+from jaxkv.text.chat import (
+    check_template,
+    encode_addition,
+    encode_chat,
+    encode_question,
+)
 from jaxkv.text.inference import Completion
 from jaxkv.text.planning import Plan, bucket
 from jaxkv.text.questions import questions
@@ -102,8 +107,9 @@ class Chat:
           seed: of the draws.
 
         Raises:
-          ValueError: options at odds with each other.
+          ValueError: options at odds with each other, or a model without a template.
         """
+        check_template(lm)
         if context is not None:
             _check_context(lm, context, system)
         if budget is not None:

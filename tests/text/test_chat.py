@@ -84,7 +84,7 @@ def test_a_template_that_leaves_a_message_out_is_refused(tiny_lm, left_out, numb
 
 @pytest.mark.parametrize("template", [None, ""])
 def test_no_template(tiny_lm, template):
-    with pytest.raises(ValueError, match="has no chat template; leave --chat out"):
+    with pytest.raises(ValueError, match="has no chat template; write prompts"):
         encode_chat(with_template(tiny_lm, template), [USER])
     bare = dataclasses.replace(tiny_lm, tokenizer=None)
     with pytest.raises(ValueError, match="has no chat template"):
