@@ -32,7 +32,12 @@ from jaxkv.evaluation.questions import (
     Cell,
     Match,
 )
-from jaxkv.evaluation.reports import faults_of, report_of, write_report
+from jaxkv.evaluation.reports import (
+    faults_of,
+    report_beside,
+    report_of,
+    write_report,
+)
 from jaxkv.language_model import NEEDLE
 from jaxkv.registry import PREFILL
 from jaxkv.text.planning import row_budgets
@@ -275,11 +280,21 @@ def report(
     baseline: Annotated[
         str | None, typer.Option(help="A method that the others are compared with.")
     ] = None,
+    beside: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of the same run by the other --protocol; prints both side by "
+            "side, and nothing else."
+        ),
+    ] = None,
     pictures: Annotated[
         bool, typer.Option(help="Draw the pictures too; needs matplotlib.")
     ] = False,
 ) -> None:
     """Print the tables of a folder as Markdown, and make its metrics anew."""
+    if beside is not None:
+        print_markdown(report_beside(folder, beside))
+        return
     text = report_of(folder, baseline=baseline)
     if faults := faults_of(folder):
         say(faults)

@@ -18,6 +18,7 @@ from jaxkv.cli.terminal import announce, say
 from jaxkv.evaluation.experiment import Experiment, Outcome, run_experiment
 from jaxkv.evaluation.folder import PREDICTIONS, safe_name
 from jaxkv.evaluation.lock import one_writer
+from jaxkv.evaluation.questions import AWARE, Protocol
 from jaxkv.evaluation.reports import report_of
 from jaxkv.evaluation.rows import to_text
 from jaxkv.language_model import LanguageModel
@@ -38,6 +39,7 @@ class Sweep:
     """What is common to all comparisons; each field is a flag.
 
     Attributes:
+      protocol: whether a question is a part of what is cut.
       chat: ask in the model's chat template.
       system: what the system says first, in a chat.
       batch_size: most prompts generated from together.
@@ -54,6 +56,13 @@ class Sweep:
       as_json: print the metrics as JSON instead of tables.
     """
 
+    protocol: Annotated[
+        Protocol,
+        typer.Option(
+            help="Whether questions are a part of the prompt that is cut, or come "
+            "behind documents that have been cut without them."
+        ),
+    ] = AWARE
     chat: Annotated[
         bool,
         typer.Option("--chat", help="Ask in the model's chat template, as users do."),
@@ -93,7 +102,15 @@ class Sweep:
         """The fields that `Experiment` takes."""
         if self.system is not None and not self.chat:
             raise ValueError("--system goes with --chat; add it.")
-        names = ["chat", "system", "batch_size", "mixed", "side_by_side", "seconds"]
+        names = [
+            "protocol",
+            "chat",
+            "system",
+            "batch_size",
+            "mixed",
+            "side_by_side",
+            "seconds",
+        ]
         names.append("characters")
         return {name: getattr(self, name) for name in names} | {
             "arguments": {
@@ -123,7 +140,9 @@ def run_and_print(
         )
     kept = sweep.out
     if kept is None and what is not None:
-        parts = (experiment.kind, what, model)
+        parts = [experiment.kind, what, model]
+        if experiment.protocol != AWARE:
+            parts.append(experiment.protocol)
         kept = Path("results") / "__".join(map(safe_name, parts))
     if kept is not None:
         with one_writer(kept):  # is it free, and can it be written? Before the work

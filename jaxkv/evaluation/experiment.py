@@ -21,9 +21,13 @@ from jaxkv.evaluation.lock import one_writer
 from jaxkv.evaluation.methods import Budget, Method
 from jaxkv.evaluation.plan import Unit
 from jaxkv.evaluation.questions import (
+    AGNOSTIC,
+    AWARE,
     Cell,
     Match,
+    Protocol,
     Question,
+    apart,
     as_chat,
     draw_questions,
     read_task_file,
@@ -54,6 +58,7 @@ class Experiment:
       max_new_tokens: the longest output; None takes the longest answer of each length,
         for the card of each cell, for a file what it says.
       match: whether one wanted string is enough.
+      protocol: whether a question is a part of what is cut, or comes behind it.
       chat: ask in the model's chat template.
       system: what the system says first, in a chat.
       batch_size: most prompts generated from together.
@@ -73,6 +78,7 @@ class Experiment:
     seed: int = 0
     max_new_tokens: int | None = None
     match: Match = "all"
+    protocol: Protocol = AWARE
     chat: bool = False
     system: str | None = None
     batch_size: int = 8
@@ -89,7 +95,7 @@ class Experiment:
             "model": lm.name,
             "dtype": lm.dtype.name,
             **digests.of_model(lm),
-            "query_aware": True,  # the question is a part of the prompt that is cut
+            "query_aware": self.protocol == AWARE,
             "seed": self.seed,
             "samples": self.samples,
             "file": None if self.file is None else str(self.file),
@@ -249,6 +255,23 @@ def run_experiment(
 def _questions(
     lm: LanguageModel, experiment: Experiment, show: Progress
 ) -> list[Question]:
+    chat, system = experiment.chat, experiment.system
+    questions = _whole_questions(lm, experiment, show)
+    if experiment.protocol == AWARE:
+        return questions
+    for method in experiment.methods:
+        if method.decode.evicts:
+            raise ValueError(
+                f"{method.name} evicts while decoding, but --protocol {AGNOSTIC} cuts "
+                "documents only; leave one of them out."
+            )
+    return apart(lm, questions, chat=chat, system=system)
+
+
+def _whole_questions(
+    lm: LanguageModel, experiment: Experiment, show: Progress
+) -> list[Question]:
+    """Return questions as prompts, with what they are about."""
     if experiment.file is not None:
         return read_task_file(
             *(lm, experiment.file),
@@ -280,7 +303,7 @@ def _plan(
         questions,
         experiment.methods,
         experiment.budgets,
-        whole=whole(experiment.kind, questions),
+        whole=whole(experiment.kind, questions, experiment.protocol),
         outputs=plan.longest_outputs(
             questions,
             by_cell=experiment.kind == "card",
@@ -295,12 +318,17 @@ def _plan(
     return units
 
 
-def whole(kind: Kind, questions: Sequence[Question]) -> Callable[[Question], float]:
+def whole(
+    kind: Kind, questions: Sequence[Question], protocol: Protocol = AWARE
+) -> Callable[[Question], float]:
     """Return what says of a question how many tokens 100 % of them are.
 
-    They are each prompt's own for the card, the mean of prompt and gold answer together
-    over a cell's questions for `reasoning`, the cell's length for all others.
+    They are each document's own where documents are cut, and each prompt's for the
+    card; for `reasoning` the mean of prompt and gold answer together over a cell's
+    questions; for all others the cell's length.
     """
+    if protocol == AGNOSTIC:
+        return lambda question: question.document
     if kind == "card":
         return lambda question: len(question.ids)
     if kind != "reasoning":

@@ -18,10 +18,13 @@ from jaxkv.language_model import LanguageModel
 from jaxkv.models import hf_tokenizer
 from jaxkv.tasks import TASKS, Sample, make, reasoning, score_all
 from jaxkv.tasks.records import Record, read_records
-from jaxkv.text.chat import encode_chat
+from jaxkv.text.chat import encode_chat, encode_document, encode_question
 from jaxkv.text.prompts import encode
 
 Match = Literal["all", "any"]
+Protocol = Literal["query-aware", "query-agnostic"]
+AWARE: Protocol = "query-aware"  # the question is a part of the prompt that is cut
+AGNOSTIC: Protocol = "query-agnostic"  # it comes behind a document that has been cut
 
 RETRIEVAL = (
     "niah_single_1",
@@ -76,6 +79,8 @@ class Question:
       answer_tokens: of the gold answer; 0 where none is known.
       by_lines: whether the answer must be right line by line, instead of containing
         what is wanted.
+      document: tokens of the prompt that the question is about, at its beginning; 0
+        where the two are one.
     """
 
     cell: Cell
@@ -84,6 +89,7 @@ class Question:
     sample: Sample
     answer_tokens: int
     by_lines: bool
+    document: int = 0
 
 
 def draw_sample(
@@ -209,6 +215,45 @@ def as_chat(
     ]
 
 
+def apart(
+    lm: LanguageModel,
+    questions: Sequence[Question],
+    *,
+    chat: bool = False,
+    system: str | None = None,
+) -> list[Question]:
+    """Return questions whose documents can be cut before they are asked.
+
+    Args:
+      lm: a model with a tokenizer.
+      questions: from `draw_questions` or `read_task_file`.
+      chat: whether document and question are a user's turn in the chat template.
+      system: what the system says first, in a chat.
+
+    Raises:
+      ValueError: nothing tells a question from its document.
+    """
+    found = []
+    for question in questions:
+        prompt, asked = question.sample.prompt, question.sample.question
+        if not asked or prompt == asked:
+            raise ValueError(
+                f"question {question.index} of {question.cell.task}: nothing tells it "
+                'from what it is about; write "context" and "question" in the file, or '
+                "take --protocol query-aware."
+            )
+        document = prompt.removesuffix(asked)
+        if chat:
+            head = encode_document(lm, document, system=system)
+            tail = encode_question(lm, asked, between="")
+        else:
+            (head,) = encode(lm, [document])
+            (tail,) = encode(lm, [asked], behind=True)
+        ids = np.array([*head, *tail], np.int32)
+        found.append(dataclasses.replace(question, ids=ids, document=len(head)))
+    return found
+
+
 def _turns(text: str, system: str | None) -> list[dict[str, str]]:
     said = [] if system is None else [{"role": "system", "content": system}]
     return [*said, {"role": "user", "content": text}]
@@ -270,6 +315,7 @@ def read_task_file(
                 segments=((_asked(record), False), ("", True)),
                 outputs=record.outputs,
                 max_new_tokens=max_new_tokens or record.max_new_tokens or OUTPUT,
+                question=record.question and record.question + record.answer_prefix,
             ),
             answer_tokens=0,
             by_lines=False,

@@ -63,6 +63,11 @@ def report_of(folder: Path, *, baseline: str | None = None) -> str:
     return tables.report(rows, config, baseline=baseline, command=_command(folder))
 
 
+def report_beside(folder: Path, other: Path) -> str:
+    """Return the tables of two folders side by side; see `tables.beside`."""
+    return tables.beside([(_rows(f), read_config(f)) for f in (folder, other)])
+
+
 def faults_of(folder: Path) -> str:
     """Return what is wrong with a folder's predictions, in a sentence; else ""."""
     faults = read(folder).faults()

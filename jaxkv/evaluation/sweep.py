@@ -17,7 +17,9 @@ from jaxkv.evaluation.plan import Row, Unit
 from jaxkv.evaluation.questions import Match, judge
 from jaxkv.language_model import LanguageModel
 from jaxkv.soundness import LogitsError
-from jaxkv.text.inference import Stats, generate
+from jaxkv.text.documents import compress
+from jaxkv.text.inference import Completion, Stats, generate
+from jaxkv.text.stopwatch import stopwatch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -164,17 +166,9 @@ def _run_batch(
     characters: int,
     arguments: Mapping[str, Any],
 ) -> Batch:
-    budgets: Any = [row.tokens for row in rows]
+    answered = _answered_apart if rows[0].question.document else _answered
     try:
-        out = generate(
-            lm,
-            [row.question.ids for row in rows],
-            max_new_tokens=unit.max_new_tokens,
-            budget=budgets[0] if len(set(budgets)) == 1 else budgets,
-            prefill=rows[0].method.prefill,
-            decode=rows[0].method.decode,
-            **arguments,
-        )
+        out = answered(lm, rows, unit.max_new_tokens, arguments)
     except LogitsError as error:
         broken = [rows[number] for number in error.tokens]
         raise ValueError(f"{_named(broken)}: {error}") from error
@@ -203,6 +197,66 @@ def _run_batch(
     return Batch(
         rows=found, stats=out.stats, judging_seconds=time.perf_counter() - begin
     )
+
+
+def _answered(
+    lm: LanguageModel,
+    rows: Sequence[Row],
+    max_new_tokens: int,
+    arguments: Mapping[str, Any],
+) -> Completion:
+    """Cut documents together with their questions."""
+    method = rows[0].method
+    return generate(
+        lm,
+        [row.question.ids for row in rows],
+        max_new_tokens=max_new_tokens,
+        budget=_budgets(rows),
+        prefill=method.prefill,
+        decode=method.decode,
+        **arguments,
+    )
+
+
+def _answered_apart(
+    lm: LanguageModel,
+    rows: Sequence[Row],
+    max_new_tokens: int,
+    arguments: Mapping[str, Any],
+) -> Completion:
+    """Cut documents, and ask the questions behind what is left of them."""
+    reading = {k: v for k, v in arguments.items() if k != "decode_implementation"}
+    asking = {k: v for k, v in arguments.items() if k != "prefill_implementation"}
+    with stopwatch() as lap:
+        context = compress(
+            lm,
+            [row.question.ids[: row.question.document] for row in rows],
+            budget=_budgets(rows),
+            prefill=rows[0].method.prefill,
+            **reading,
+        )
+        jax.block_until_ready(context)
+        read = lap()
+    out = generate(
+        lm,
+        [row.question.ids[row.question.document :] for row in rows],
+        context=context,
+        documents=range(len(rows)),
+        max_new_tokens=max_new_tokens,
+        **asking,
+    )
+    stats = dataclasses.replace(
+        out.stats,
+        compile_seconds=out.stats.compile_seconds + read.compiling,
+        prefill_seconds=out.stats.prefill_seconds + read.computing,
+    )
+    return dataclasses.replace(out, stats=stats)
+
+
+def _budgets(rows: Sequence[Row]) -> Any:
+    """Return one budget, or one for each row."""
+    budgets: Any = [row.tokens for row in rows]
+    return budgets[0] if len(set(budgets)) == 1 else budgets
 
 
 def _named(rows: Sequence[Row]) -> str:

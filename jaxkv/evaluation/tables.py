@@ -6,6 +6,7 @@ from typing import Any
 from jaxkv.evaluation.coverage import Coverage, Point, coverage, mark
 from jaxkv.evaluation.methods import FULL
 from jaxkv.evaluation.metrics import Rows, by_cell, differences, groups, macro
+from jaxkv.evaluation.questions import AGNOSTIC, AWARE
 from jaxkv.evaluation.statistics import mean_interval
 
 Record = Mapping[str, Any]
@@ -42,6 +43,7 @@ def report(
     parts = [
         _line(
             f"{config['kind']} of {config['model']} ({config['dtype']}), "
+            f"{'' if protocol_of(config) == AWARE else AGNOSTIC + ', '}"
             f"seed {config['seed']}; mean score and 95 % interval, in per cent."
         ),
         *_unfinished(cover, command),
@@ -70,6 +72,70 @@ def report(
             table = overview(compared, others, "difference")
             parts.append(f"{title}:\n\n{table}" if compared else f"{title}: none.")
         parts.append(f"By task:\n\n{by_task(here, cover, length)}")
+    return "\n\n".join(parts)
+
+
+def protocol_of(config: Mapping[str, Any]) -> str:
+    """Return what a folder says of where questions stand."""
+    return AWARE if config.get("query_aware", True) else AGNOSTIC
+
+
+# What two folders must have in common for their tables to stand side by side.
+_SHARED = (
+    *("kind", "weights", "network", "tokenizer", "dtype", "seed", "samples", "file"),
+    *("chat", "system", "match"),
+)
+
+
+def beside(folders: Sequence[tuple[Rows, Mapping[str, Any]]]) -> str:
+    """Return the means over tasks of two folders, their protocols side by side.
+
+    Args:
+      folders: rows and configuration of each.
+
+    Raises:
+      ValueError: both are of one protocol, or they are not otherwise the same.
+    """
+    (_, first), (_, second) = folders
+    names = [protocol_of(config) for _, config in folders]
+    if names[0] == names[1]:
+        raise ValueError(
+            f"the folders are both {names[0]}; give one of each --protocol."
+        )
+    for name in _SHARED:
+        if first.get(name) != second.get(name):
+            raise ValueError(
+                f"the folders differ in {name}, {first.get(name)!r} and "
+                f"{second.get(name)!r}; give two runs that differ in --protocol alone."
+            )
+    covers = [coverage(rows, config) for rows, config in folders]
+    points = list(dict.fromkeys(point for cover in covers for point in cover.points))
+    budgets = list(dict.fromkeys(b for _, b in points if b != FULL))
+    if any(budget == FULL for _, budget in points):
+        budgets.append(FULL)
+    title = f"{first['kind']} of {first['model']} ({first['dtype']}), mean over tasks"
+    parts = [_line(f"{title} and 95 % interval, in per cent.")]
+    for length in sorted({n for cover in covers for _, n, _ in cover.wanted}):
+        found = [
+            {
+                (record["method"], record["budget"]): record
+                for record in macro([row for row in rows if row["length"] == length])
+            }
+            for rows, _ in folders
+        ]
+        lines = []
+        for method in dict.fromkeys(method for method, _ in points):
+            line = [method]
+            for budget in budgets:
+                for records, cover in zip(found, covers, strict=True):
+                    record = records.get((method, budget))
+                    share = cover.share(method, budget, length=length)
+                    value = "" if record is None else _plus_minus(record, "score")
+                    line.append(f"{value}{mark(share) if value else ''}")
+            lines.append(line)
+        header = [f"{budget}, {name}" for budget in budgets for name in names]
+        table = markdown(["method", *header], lines)
+        parts.append(f"### {length} tokens\n\n{table}")
     return "\n\n".join(parts)
 
 

@@ -48,6 +48,8 @@ class Record:
     Attributes:
       where: the file and the line, for messages.
       body: the prompt without its end: a text, or token ids; empty in a conversation.
+      question: the end of the body that asks; "" where the file does not tell it from
+        what it is about.
       answer_prefix: text that the answer goes on from; with a chat template it begins
         the assistant's turn, else it follows the body.
       messages: a conversation that ends with a user's message; () if it is none.
@@ -61,6 +63,7 @@ class Record:
 
     where: str
     body: str | tuple[int, ...] = ""
+    question: str = ""
     answer_prefix: str = ""
     messages: tuple[Message, ...] = ()
     later_turns: tuple[str, ...] = ()
@@ -183,7 +186,11 @@ class _Fields:
             return {"body": texts[0], "answer_prefix": prefix}
         body = _joined(texts[0], texts[1], between=_BLANK_LINE)
         # In columns the space of RULER's own prefix may have been lost.
-        return {"body": body, "answer_prefix": _joined(body, prefix)[len(body) :]}
+        return {
+            "body": body,
+            "question": body[len(texts[0]) :],
+            "answer_prefix": _joined(body, prefix)[len(body) :],
+        }
 
     def text(self, key: str) -> str:
         """Return a text, an empty one if it is not there."""

@@ -35,12 +35,15 @@ class Sample:
         of sequence follows every answer.
       outputs: Strings a right answer to the last question has to contain.
       max_new_tokens: Enough tokens for the last answer and the end of sequence.
+      question: The end of the prompt that asks; "" where nothing tells it from what it
+        is about.
     """
 
     task: str
     segments: tuple[tuple[str, bool], ...]
     outputs: tuple[str, ...]
     max_new_tokens: int
+    question: str = dataclasses.field(default="", repr=False)  # a part of the prompt
 
     @property
     def prompt(self) -> str:
@@ -68,6 +71,7 @@ def assemble(
         # Eight to spare: the end of sequence, and a wrong answer somewhat longer
         # than the right one must not look right because it was cut.
         max_new_tokens=count_tokens(exchanges[-1].answer) + 8,
+        question=exchanges[-1].question,
     )
 
 

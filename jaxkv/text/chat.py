@@ -92,13 +92,14 @@ def encode_document(
     return _encode(lm, _render(lm, said).partition(_CUT)[0])
 
 
-def encode_question(lm: LanguageModel, *turns: str) -> list[int]:
+def encode_question(lm: LanguageModel, *turns: str, between: str = _BREAK) -> list[int]:
     """Return what follows a document: the question, and the assistant's beginning.
 
     Args:
       lm: a model whose tokenizer has a chat template.
       *turns: the user's question and, if the conversation has gone on, the assistant's
         answer, the user's next message, and so on.
+      between: what stands between document and question.
 
     Raises:
       ValueError: there is no template, it fails, or it leaves a message out.
@@ -106,7 +107,7 @@ def encode_question(lm: LanguageModel, *turns: str) -> list[int]:
     roles = ("user", "assistant")
     said = [
         {"role": roles[number % 2], "content": turn}
-        for number, turn in enumerate((_CUT + _BREAK + turns[0], *turns[1:]))
+        for number, turn in enumerate((_CUT + between + turns[0], *turns[1:]))
     ]
     return _encode(lm, _render(lm, said).partition(_CUT)[2])
 

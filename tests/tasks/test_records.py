@@ -51,6 +51,7 @@ FORMATS = {  # a line, and the fields of its record that differ from the default
         },
         dict(
             body="A text.\nWhat?",
+            question="What?",
             answer_prefix=" It is",
             outputs=("1",),
             task="niah_single_1",
@@ -59,7 +60,7 @@ FORMATS = {  # a line, and the fields of its record that differ from the default
     ),
     "one answer": (
         {"context": "A.", "question": "What?", "answer": "1"},
-        dict(body="A.\n\nWhat?", outputs=("1",)),
+        dict(body="A.\n\nWhat?", question="\n\nWhat?", outputs=("1",)),
     ),
     "LongBench": (
         {
@@ -72,7 +73,12 @@ FORMATS = {  # a line, and the fields of its record that differ from the default
             "all_classes": None,
             "_id": "0f",
         },
-        dict(body="A text.\n\nWhat?", outputs=("1", "one"), length=1200),
+        dict(
+            body="A text.\n\nWhat?",
+            question="\n\nWhat?",
+            outputs=("1", "one"),
+            length=1200,
+        ),
     ),
     "LongBench's summaries": (
         {"input": "", "context": "A text."},
