@@ -14,11 +14,14 @@ from jaxkv.policies.chance import Random, RandomDecode
 from jaxkv.policies.chunkkv import ChunkKV
 from jaxkv.policies.criticalkv import CriticalKV
 from jaxkv.policies.dapq import DapQ
+from jaxkv.policies.defensivekv import DefensiveKV
+from jaxkv.policies.dropkv import DropKV
 from jaxkv.policies.expected_attention import ExpectedAttention
 from jaxkv.policies.full import Full
 from jaxkv.policies.h2o import H2O, H2ODecode
 from jaxkv.policies.keydiff import KeyDiff
 from jaxkv.policies.knorm import KNorm
+from jaxkv.policies.kvzip import KVzip
 from jaxkv.policies.lagkv import LagKV
 from jaxkv.policies.laq import LAQ
 from jaxkv.policies.longflow import LongFlow
@@ -58,8 +61,10 @@ __all__ = [
     "CriticalKV",
     "DapQ",
     "DecodePolicy",
+    "DefensiveKV",
     "DraftStats",
     "Drafter",
+    "DropKV",
     "Exact",
     "ExpectedAttention",
     "FixedThreshold",
@@ -68,6 +73,7 @@ __all__ = [
     "H2ODecode",
     "KNorm",
     "KVState",
+    "KVzip",
     "KeyDiff",
     "LagKV",
     "LanguageModel",

@@ -21,11 +21,14 @@ from jaxkv.policies.chance import Random, RandomDecode
 from jaxkv.policies.chunkkv import ChunkKV
 from jaxkv.policies.criticalkv import CriticalKV
 from jaxkv.policies.dapq import DapQ
+from jaxkv.policies.defensivekv import DefensiveKV
+from jaxkv.policies.dropkv import DropKV
 from jaxkv.policies.expected_attention import ExpectedAttention
 from jaxkv.policies.full import Full
 from jaxkv.policies.h2o import H2O, H2ODecode
 from jaxkv.policies.keydiff import KeyDiff
 from jaxkv.policies.knorm import KNorm
+from jaxkv.policies.kvzip import KVzip
 from jaxkv.policies.lagkv import LagKV
 from jaxkv.policies.laq import LAQ
 from jaxkv.policies.longflow import LongFlow
@@ -54,6 +57,9 @@ PREFILL: Mapping[str, type] = {
     "chunkkv": ChunkKV,
     "criticalkv": CriticalKV,
     "adakv": AdaKV,
+    "kvzip": KVzip,
+    "dropkv": DropKV,
+    "defensivekv": DefensiveKV,
     "random": Random,
 }
 DECODE: Mapping[str, type] = {

@@ -216,6 +216,7 @@ class WholePrompt(PrefillPolicy):
       head_share: the most that a head may keep, in budgets of its layer. Above 1, a
         budget is what the heads of a layer keep on average.
       reads_output: whether `Prompt.output` is wanted.
+      repeats: whether the padded prompt stands once more behind its pseudo tokens.
     """
 
     offset = 0
@@ -223,6 +224,7 @@ class WholePrompt(PrefillPolicy):
     sketches = False
     head_share = 1.0
     reads_output = False
+    repeats = False
 
     @property
     def chooses(self) -> bool:
@@ -236,12 +238,8 @@ class WholePrompt(PrefillPolicy):
     def scores(self, prompt: Prompt) -> jax.Array:
         """Return what each token is worth to each head, float32 `[B, heads, L]`.
 
-        Args:
-          prompt: the layer's.
-
-        Returns:
-          Scores of the first `L` indices of the prompt, all of its real tokens among
-          them. What others score does not matter. Infinity is kept in any case.
+        `L` indices hold all real tokens; what others score does not matter. Infinity is
+        kept in any case.
         """
         raise NotImplementedError(f"{type(self).__name__} does not score tokens.")
 

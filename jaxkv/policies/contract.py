@@ -85,7 +85,8 @@ def pseudo_tokens(
         pseudo = policy.pseudo_tokens(
             tokens, lengths, vocab_size=vocab_size, sketch=sketch
         )
-        shape = (tokens.shape[0], policy.num_pseudo)
+        repeated = tokens.shape[1] if getattr(policy, "repeats", False) else 0
+        shape = (tokens.shape[0], policy.num_pseudo + repeated)
         fit("the result", pseudo, "B num_pseudo", shape, jnp.int32)
     return pseudo
 

@@ -80,15 +80,19 @@ def _scatter(chosen, index, length):
     return jnp.zeros((batch, heads, length), bool).at[where].set(chosen)
 
 
-def output_norms(prompt: Prompt) -> jax.Array:
-    """Return `||W_o v_j||_1` of each query head and token, float32 `[B, N, T]`.
+def output_norms(prompt: Prompt, *, order: int = 1) -> jax.Array:
+    """Return `||W_o v_j||` of each query head and token, float32 `[B, N, T]`.
+
+    Args:
+      prompt: of one layer, with `output`.
+      order: of the norm, 1 or 2.
 
     Raises:
       ValueError: the prompt has no output projection.
     """
     if prompt.output is None:
         raise ValueError(
-            "CriticalKV: the prompt has no output projection; give Prompt(output=)."
+            "output_norms: the prompt has no output projection; give Prompt(output=)."
         )
     batch, length, kv_heads, head_dim = prompt.values.shape
     heads = prompt.output.shape[0]
@@ -103,7 +107,8 @@ def output_norms(prompt: Prompt) -> jax.Array:
 
         def of_chunk(values):
             own = jax.lax.dynamic_index_in_dim(values, of, axis=2, keepdims=False)
-            return jnp.abs(own.astype(jnp.float32) @ weight).sum(-1)  # [B, chunk]
+            written = own.astype(jnp.float32) @ weight  # [B, chunk, D]
+            return jnp.linalg.norm(written, ord=order, axis=-1)
 
         return jax.lax.map(of_chunk, chunks)  # [chunks, B, chunk]
 

@@ -105,6 +105,40 @@ def attention_of_last(
     )
 
 
+def probabilities_of_last(
+    prompt: Prompt, window: int, *, count: jax.Array
+) -> jax.Array:
+    """Return what each of the last tokens pays to each token, all of it at once.
+
+    Args:
+      prompt: of one layer.
+      window: `W`, how many last tokens, at most.
+      count: int32 `[B]`, how many of each row; the others pay nothing.
+
+    Returns:
+      Float32 `[B, K, N / K, W, T]`; it takes `W` times the memory of
+      `attention_of_last`, which needs no more than sums.
+    """
+    batch, length, kv_heads, head_dim = prompt.keys.shape
+    window = min(window, length)
+    own = jnp.minimum(prompt.lengths, count)
+    order = jnp.arange(window, dtype=jnp.int32)[None]
+    place = (prompt.lengths - own)[:, None] + order
+    clipped = jnp.minimum(place, length - 1)[..., None, None]
+    queries = jnp.take_along_axis(prompt.queries, clipped, axis=1)
+    queries = queries.reshape(batch, window, kv_heads, -1, head_dim)
+    logits = prompt.scale * jnp.einsum(
+        "bwkgh,btkh->bkgwt",
+        queries.astype(jnp.float32),
+        prompt.keys.astype(jnp.float32),
+    )
+    index = jnp.arange(length, dtype=jnp.int32)[None, None]
+    seen = (index <= place[..., None])[:, None, None]
+    weights = jax.nn.softmax(jnp.where(seen, logits, -jnp.inf), axis=-1)
+    counts = (order < own[:, None])[:, None, None, :, None]
+    return jnp.where(seen & counts, weights, 0.0)
+
+
 def window_of(prompt: Prompt, window_size: int) -> jax.Array:
     """Return the tokens of each row's window, int32 `[B]`: one slot is left beside it.
 

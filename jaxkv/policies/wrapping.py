@@ -59,6 +59,11 @@ class Wrapper(WholePrompt):
         return self.policy.head_share
 
     @property
+    def repeats(self) -> bool:
+        """As the policy within."""
+        return self.policy.repeats
+
+    @property
     def reads_output(self) -> bool:
         """As the policy within."""
         return self.policy.reads_output

@@ -282,10 +282,12 @@ def check_fit(
                     f"evicts, such as StreamingLLM(), or a budget of at least {least}."
                 )
     # An offset before the prompt starts the pseudo tokens at position 0.
-    last = max(longest + prefill.offset, 0) + prefill.num_pseudo
+    repeated = longest if getattr(prefill, "repeats", False) else 0
+    pseudo = prefill.num_pseudo + repeated
+    last = max(longest + prefill.offset, 0) + pseudo
     if last > max(longest, lm.config.max_positions):
         raise ValueError(
-            f"generate: a prompt of {longest} tokens and {prefill.num_pseudo} pseudo "
+            f"generate: a prompt of {longest} tokens and {pseudo} pseudo "
             f"tokens of {type(prefill).__name__} at offset {prefill.offset} need "
             f"{last} positions, but {lm.name} was made for {lm.config.max_positions}; "
             "shorten the prompt, or lower offset or window_size."
