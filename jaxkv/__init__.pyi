@@ -3,6 +3,7 @@
 from jaxkv._version import __version__ as __version__
 from jaxkv.context_files import load_context, save_context
 from jaxkv.contexts import Context
+from jaxkv.evaluation.comparison import Evaluation, evaluate
 from jaxkv.forward import decode_step, prefill
 from jaxkv.generation import generate_tokens
 from jaxkv.language_model import LanguageModel, load, save
@@ -65,6 +66,7 @@ __all__ = [
     "DraftStats",
     "Drafter",
     "DropKV",
+    "Evaluation",
     "Exact",
     "ExpectedAttention",
     "FixedThreshold",
@@ -97,6 +99,7 @@ __all__ = [
     "compress",
     "decode_step",
     "enable_compilation_cache",
+    "evaluate",
     "generate",
     "generate_tokens",
     "load",

@@ -52,6 +52,21 @@ print(out.text[0].upper(), out.lengths[0] + 1, out.stats.tokens_per_second / 2)
 if out.stats.drafts is not None:
     print(out.stats.drafts.mal_with_bonus + 1)
 
+# Contexts, scores, comparisons.
+context = jaxkv.compress(lm, ["a", "b"], budget=3, prefill=jaxkv.SnapKV(), question="c")
+out = jaxkv.generate(lm, ["d", [1]], context=context, documents=[1, 0], logprobs=True)
+print(len(context), context.kept_positions(1)[0][0].max(), context.take([0]).policy)
+if out.context is not None and out.logprobs is not None:
+    jaxkv.save_context(out.context, "folder")
+    print(jaxkv.load_context("folder", lm).identity.name, out.logprobs[0][0] + 1)
+print(jaxkv.score(lm, "a", ["b", [3]], budget=4, decode=jaxkv.LongFlow()).totals[0] + 1)
+compared = jaxkv.evaluate(
+    lm,
+    {"all": jaxkv.Full(), "some": (jaxkv.KNorm(), jaxkv.LongFlow())},
+    budgets=["6%", 64],
+)
+print(compared.report.upper(), compared.rows[0]["score"])
+
 # Choices among methods, whose type is what they have in common.
 temperature = float(len(lm.name))
 sampler = jaxkv.Categorical(temperature=temperature) if temperature else jaxkv.Greedy()

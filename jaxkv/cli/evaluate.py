@@ -8,6 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 from jaxkv.cli import flags, parsing
+from jaxkv.cli.export import export
 from jaxkv.cli.groups import grouped
 from jaxkv.cli.perplexity import perplexity
 from jaxkv.cli.sweep import Sweep, print_markdown, run_and_print
@@ -272,6 +273,7 @@ def card(
 
 
 app.command()(perplexity)
+app.command()(export)
 
 
 @app.command()

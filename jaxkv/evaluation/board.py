@@ -1,0 +1,140 @@
+"""A folder of results as the public board of KV-cache compression takes it.
+
+kvpress writes a folder for each press and ratio, and names it
+`DATASET__LENGTH__MODEL__PRESS__RATIO`, with `__query_aware` behind it if the question
+was a part of what was cut. The ratio is the share of the tokens that was removed. In it
+lie `predictions.csv`, `metrics.json` (scores of RULER in per cent) and `config.yaml`.
+"""
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxkv._version import __version__
+from jaxkv.evaluation.coverage import coverage
+from jaxkv.evaluation.folder import read, read_config, safe_name, write_yaml
+from jaxkv.evaluation.methods import FULL
+from jaxkv.evaluation.metrics import groups
+from jaxkv.evaluation.rows import typed
+from jaxkv.evaluation.tables import unfinished
+from jaxkv.provenance import write_json, write_whole
+
+DATASET = "ruler"
+_COLUMNS = ("task", "index", "answer", "predicted_answer", "compression_ratio")
+
+
+def export(
+    folder: Path, out: Path, *, length: int | None = None, model: str | None = None
+) -> list[Path]:
+    """Write a folder for each method, budget and length of an experiment.
+
+    Args:
+      folder: of results.
+      out: where the folders go.
+      length: what the board calls the length of the samples; None takes what the
+        experiment asked for.
+      model: what the board calls the model; None takes what it was loaded as.
+
+    Returns:
+      The folders.
+
+    Raises:
+      ValueError: the results are not complete, of another kind than the board's, or of
+        budgets that no ratio says.
+    """
+    config = read_config(folder)
+    rows = [typed(row) for row in read(folder).rows]
+    cover = coverage(rows, config)
+    if not cover.complete:
+        raise ValueError(f"{folder} is {unfinished(cover)}; run it to its end first.")
+    if config["kind"] not in ("ruler", "file"):
+        raise ValueError(
+            f"{folder} is of the kind {config['kind']!r}; the board takes RULER's "
+            "tasks, from jaxkv eval ruler or --task-file."
+        )
+    if config["kind"] == "file" and length is None:
+        raise ValueError(
+            f"{folder} is of a file, which does not say the length that the board "
+            "calls its samples; pass --length, such as 4096."
+        )
+    made = []
+    points = groups(rows, ("method", "budget", "length"))
+    for (method, budget, tokens), some in points.items():
+        ratios = [_ratio(row, query_aware=config["query_aware"]) for row in some]
+        named = {
+            "dataset": DATASET,
+            "data_dir": str(length or tokens),
+            "model": model or config["model"],
+            "press_name": _press(method),
+            "compression_ratio": _nominal(budget, ratios),
+            "query_aware": bool(config["query_aware"]),
+        }
+        place = out / _name(named)
+        write_whole(place / "predictions.csv", _predictions(some, ratios))
+        write_json(place / "metrics.json", _metrics(some))
+        own = {name: config[name] for name in ("dtype", "seed", "chat", "system")}
+        own |= {"version": __version__, "method": method, "budget": budget}
+        write_yaml(place / "config.yaml", named | {"fraction": 1.0, "jaxkv": own})
+        made.append(place)
+    return made
+
+
+def _press(method: str) -> str:
+    return "no_press" if method == FULL else safe_name(method.replace("-", "_"))
+
+
+def _name(named: Mapping[str, Any]) -> str:
+    parts = [
+        *(named["dataset"], named["data_dir"], safe_name(named["model"])),
+        *(named["press_name"], f"{named['compression_ratio']:.2f}"),
+    ]
+    return "__".join([*parts, "query_aware"] if named["query_aware"] else parts)
+
+
+def _ratio(row: Mapping[str, Any], *, query_aware: bool) -> float:
+    """Return the share of the tokens that was removed for one row.
+
+    Raises:
+      ValueError: nothing says it.
+    """
+    if row["budget"] == FULL:
+        return 0.0
+    if query_aware:
+        return max(0.0, 1 - row["budget_tokens"] / row["prompt_tokens"])
+    if not row["budget"].endswith("%"):
+        raise ValueError(
+            f"the budget {row['budget']} is a number of tokens, but the board names "
+            "results by a ratio; run with percentages, such as --budgets 25%."
+        )
+    return 1 - float(row["budget"][:-1]) / 100
+
+
+def _nominal(budget: str, ratios: Sequence[float]) -> float:
+    """Return the ratio that names a folder."""
+    if budget.endswith("%"):
+        return round(1 - float(budget[:-1]) / 100, 6)
+    return round(sum(ratios) / len(ratios), 6)
+
+
+def _predictions(rows: Sequence[Mapping[str, Any]], ratios: Sequence[float]) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(_COLUMNS)
+    for row, ratio in zip(rows, ratios, strict=True):
+        answer = json.loads(row["outputs"])
+        writer.writerow(
+            [row["task"], row["index"], answer, row["prediction"], round(ratio, 6)]
+        )
+    return text.getvalue()
+
+
+def _metrics(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    return {
+        task: {
+            "string_match": round(100 * sum(r["score"] for r in some) / len(some), 2)
+        }
+        for (task,), some in groups(rows, ("task",)).items()
+    }

@@ -1,0 +1,96 @@
+"""Results as the public board takes them."""
+
+import csv
+import json
+
+import pytest
+import yaml
+
+from jaxkv.evaluation.board import export
+from jaxkv.evaluation.folder import write_yaml
+from jaxkv.evaluation.rows import to_text
+
+METHODS = [
+    {"name": "full", "prefill": {"name": "Full"}, "decode": {"name": "Full"}},
+    {"name": "streaming-llm", "prefill": {"name": "S"}, "decode": {"name": "Full"}},
+]
+
+
+def results(folder, *, budgets=("25%", "64"), aware=True, kind="ruler", rows=2):
+    """Write a folder of two tasks with `rows` questions each."""
+    cells = [{"task": t, "length": 4096, "depth": None, "questions": 2} for t in "ab"]
+    config = {
+        **{"kind": kind, "model": "meta/Llama", "dtype": "float32", "seed": 1},
+        **{"chat": True, "system": None, "query_aware": aware, "samples": 2},
+        **{"methods": METHODS, "budgets": list(budgets), "cells": cells},
+    }
+    points = [("full", "full", "")]
+    points += [("streaming-llm", b, 1000 if "%" in b else int(b)) for b in budgets]
+    lines = [
+        {
+            **{"method": method, "budget": budget, "budget_tokens": tokens},
+            **{"task": task, "length": 4096, "depth": "", "index": index},
+            **{"score": 0.5 * index, "exact": 0, "prompt_tokens": 4000},
+            **{"output_tokens": 3, "truncated": 0, "cache_bytes": 10},
+            **{"outputs": json.dumps(["7"]), "prediction": "it is\n7"},
+        }
+        for method, budget, tokens in points
+        for task in "ab"
+        for index in range(rows)
+    ]
+    folder.mkdir()
+    write_yaml(folder / "config.yaml", config)
+    (folder / "predictions.csv").write_text(to_text(lines, header=True))
+    return folder
+
+
+def test_a_folder_for_each_method_and_ratio(tmp_path, jaxkv_):
+    folder, out = results(tmp_path / "run"), tmp_path / "board"
+    code, printed, _ = jaxkv_("eval", "export", "--board", folder, out)
+    assert code == 0
+    names = {path.name for path in out.iterdir()}
+    assert names == {
+        "ruler__4096__meta--Llama__no_press__0.00__query_aware",
+        "ruler__4096__meta--Llama__streaming_llm__0.75__query_aware",
+        "ruler__4096__meta--Llama__streaming_llm__0.98__query_aware",
+    }
+    assert printed.splitlines() == [str(out / name) for name in sorted(names)]
+    place = out / "ruler__4096__meta--Llama__streaming_llm__0.75__query_aware"
+    with open(place / "predictions.csv", newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert len(lines) == 4 and lines[0]["predicted_answer"] == "it is\n7"
+    assert {float(line["compression_ratio"]) for line in lines} == {0.75}
+    metrics = json.loads((place / "metrics.json").read_text())
+    assert metrics == {task: {"string_match": 25.0} for task in "ab"}
+    config = yaml.safe_load((place / "config.yaml").read_text())
+    assert config["press_name"] == "streaming_llm" and config["query_aware"] is True
+    assert config["compression_ratio"] == 0.75 and config["jaxkv"]["budget"] == "25%"
+
+
+def test_the_protocol_is_in_the_name(tmp_path):
+    folder = results(tmp_path / "run", budgets=("12.5%",), aware=False)
+    places = export(folder, tmp_path / "board", length=8192, model="me/mine")
+    assert [place.name for place in places] == [
+        "ruler__8192__me--mine__no_press__0.00",
+        "ruler__8192__me--mine__streaming_llm__0.88",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(rows=1), "is unfinished: 6 of 12 rows; run it to its end first"),
+        (dict(kind="niah"), "is of the kind 'niah'; the board takes RULER's"),
+        (dict(kind="file"), "pass --length, such as 4096"),
+        (dict(aware=False), "the budget 64 is a number of tokens, but the board"),
+    ],
+)
+def test_what_the_board_does_not_take(tmp_path, options, message):
+    folder = results(tmp_path / "run", **options)
+    with pytest.raises(ValueError, match=message):
+        export(folder, tmp_path / "board")
+
+
+def test_there_is_one_form(tmp_path, jaxkv_):
+    said = jaxkv_.error("eval", "export", tmp_path, tmp_path / "board")
+    assert "knows one form; add --board" in said
