@@ -10,7 +10,6 @@ Axis letters: `B` batch, `P` padded prompt, `V` vocabulary, `O` output buffer.
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -25,6 +24,7 @@ from jaxkv.runtime.seeds import independent
 from jaxkv.sampling import Sampler, from_numbers, pick_next
 from jaxkv.sequences import Generation, append, no_logprobs
 from jaxkv.speculation import loop as speculation
+from jaxkv.speculation import pace
 from jaxkv.speculation.drafters import Drafter
 from jaxkv.speculation.likeliest import likeliest_tokens
 from jaxkv.speculation.loop import Speculation
@@ -130,6 +130,7 @@ def begin(
         return generation
     begun = speculation.begin(
         *(options.speculate, tokens, lengths, generation.last),
+        rule=options.accept,
         max_out=max_out,
         likeliest=likeliest,
         pool=pool,
@@ -236,6 +237,7 @@ def advance(
     generation: Running,
     until: jax.Array,
     stop_ids: jax.Array,
+    prices: jax.Array | None = None,
     *,
     options: Options,
 ) -> Running:
@@ -247,12 +249,14 @@ def advance(
       generation: from `start` or from an earlier call.
       until: int32 scalar, at most `O`.
       stop_ids: int32 `[E]`.
+      prices: float32 `[L]`, what a step with drafts of each of `pace.widths` takes, in
+        plain steps. None is what the drafter's `break_even` says, and where that is
+        "auto", `pace.UNMEASURED`: a traced function measures nothing.
       options: static.
 
     Returns:
       The state of the loop.
     """
-
     drafter = options.speculate
     policy = cast(Speculable, options.decode)  # where something is drafted
 
@@ -268,46 +272,37 @@ def advance(
         g = dataclasses.replace(g, cache=cache)
         return _choose(g, logits, rows, stop_ids, options.sampler)
 
-    def drafting_step(drafter: Drafter, g):
+    def drafting_steps(drafter: Drafter, widths, prices, g):
+        g = speculation.wait(g, plain_step, running)
         rows = running(g)
-        g = speculation.draft(drafter, g)
-        brings = rows & speculation.worth_trying(drafter, g)
-        pays = speculation.pays(drafter, options.accept, g, rows, brings)
-
-        def with_trees(g):
-            return speculation.tree_step(
-                *(network, params, g, until, stop_ids, rows, brings),
+        g, drafts, brings, width = speculation.draft(
+            drafter, options.accept, g, rows, prices
+        )
+        for index in range(len(widths)):
+            step = functools.partial(
+                speculation.tree_step,
+                *(network, params),
+                drafts=drafts,
+                brings=brings,
+                until=until,
+                stop_ids=stop_ids,
+                widths=widths[: index + 1],
                 depth=drafter.depth,
                 policy=policy,
                 rule=options.accept,
                 sampler=options.sampler,
                 implementation=options.decode_implementation,
             )
-
-        def without(g):
-            return speculation.learn(plain_step(g), rows)
-
-        return _if(~pays, without, _if(pays, with_trees, g))
+            g = speculation.once_if(width == index, step, g)
+        return g
 
     step = plain_step
     if drafter is not None:
-        step = functools.partial(drafting_step, drafter)
+        widths = pace.widths(drafter, options.accept)
+        if prices is None:
+            prices = pace.assumed_prices(drafter, options.accept)
+        step = functools.partial(drafting_steps, drafter, widths, prices)
     return jax.lax.while_loop(lambda g: running(g).any(), step, generation)
-
-
-def _if(
-    condition: jax.Array, step: Callable[[Running], Running], g: Running
-) -> Running:
-    """Return `step(g)` or `g`; a loop of one round, because a branch copies the cache.
-
-    The buffers of a branch's result are not those of its arguments, while a loop's are.
-    """
-    once = (condition, g)
-
-    def body(carry):
-        return jnp.zeros_like(carry[0]), step(carry[1])
-
-    return jax.lax.while_loop(lambda carry: carry[0], body, once)[1]
 
 
 def _choose(

@@ -20,6 +20,7 @@ from jaxkv.options import Options
 from jaxkv.speculation import loop as speculation
 from jaxkv.speculation.drafters import Aligned, Drafter, PromptLookup, Tree
 from jaxkv.speculation.matching import Context
+from jaxkv.speculation.rules import Exact
 from jaxkv.trees import DraftTree
 
 
@@ -161,7 +162,9 @@ def time_steps(
             return state
         tokens = jnp.zeros((batch, context), jnp.int32)
         lengths = jnp.full(batch, context, jnp.int32)
-        begun = speculation.begin(drafter, tokens, lengths, state.last, max_out=steps)
+        begun = speculation.begin(
+            *(drafter, tokens, lengths, state.last), rule=Exact(), max_out=steps
+        )
         # One buffer in two places cannot be donated.
         begun = jax.tree.map(lambda x: jnp.array(x, copy=True), begun)
         return dataclasses.replace(state, speculation=begun)

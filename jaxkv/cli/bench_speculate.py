@@ -35,8 +35,9 @@ def speculate(
     """Time a step with a full tree against a plain one, matching, and prefill.
 
     All ratios are of one run. A step with a tree pays where more drafted tokens are
-    accepted, on average, than its break-even: its price in plain steps, less one. That
-    is what a drafter's `break_even` should be for trees of this size on this device.
+    accepted, on average, than its break-even: its price in plain steps, less one. By
+    default `jaxkv.generate` measures that itself; as a drafter's `break_even` it makes
+    the outputs of a lossy rule repeatable.
     Where drafts are given up, a step costs a plain one and a draft.
     """
     sizes = _nodes(nodes)

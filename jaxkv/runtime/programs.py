@@ -118,14 +118,15 @@ class Program(Generic[R]):
 
     def __call__(self, *args: Any, **kwargs: Any) -> R:
         """Call the program of these arguments."""
-        key = self._key(args, kwargs)
+        key = self.key(*args, **kwargs)
         return self._shelf.get(key, self._fresh)(*args, **kwargs)
 
     def lower(self, *args: Any, **kwargs: Any) -> jax.stages.Lowered:
         """Trace and lower as `jax.jit(...).lower` does; nothing is kept."""
         return self._fresh().lower(*args, **kwargs)
 
-    def _key(self, args: tuple, kwargs: dict[str, Any]) -> Hashable:
+    def key(self, *args: Any, **kwargs: Any) -> Hashable:
+        """Return what the program of these arguments is known by."""
         named = dict(zip(self._names, args, strict=False)) | kwargs
         static = tuple(named.pop(name, None) for name in self._static)
         for name in self._implied:

@@ -60,10 +60,9 @@ def none_yet(unexpected: jax.Array, *, depth: int) -> Counts:
     )
 
 
-def count_plain(counts: Counts, running: jax.Array) -> Counts:
-    """Count a step without drafts of the running rows, bool `[B]`."""
-    steps = counts.steps + running.astype(jnp.int32)
-    return dataclasses.replace(counts, steps=steps)
+def count_plain(counts: Counts, steps: jax.Array) -> Counts:
+    """Count steps without drafts, int32 `[B]` of them."""
+    return dataclasses.replace(counts, steps=counts.steps + steps)
 
 
 def count_tree(
@@ -80,12 +79,15 @@ def count_tree(
     Args:
       counts: so far.
       tree: the drafts.
-      path: int32 `[B, D + 1]`, the nodes that passed, from the root on.
+      path: int32 `[B, D + 1]`, the nodes that passed, from the root on; shorter if the
+        tree is narrow.
       accepted: int32 `[B]`, how many of them became output, the root not counted.
       running: bool `[B]`, rows that took the step.
       brings: bool `[B]`, those of them that brought a draft.
     """
-    depth = jnp.arange(1, path.shape[1], dtype=jnp.int32)
+    deepest = counts.drafted.shape[1]
+    path = jnp.pad(path, ((0, 0), (0, 1 + deepest - path.shape[1])))
+    depth = jnp.arange(1, 1 + deepest, dtype=jnp.int32)
     nodes = tree.valid & (tree.depths > 0) & brings[:, None]
     on_path = brings[:, None] & (depth[None] <= accepted[:, None])  # [B, D]
     path_kinds = jnp.take_along_axis(tree.kinds, path[:, 1:], axis=1)

@@ -27,7 +27,7 @@ Nodes = Annotated[int, Ge(1), Le(MOST_NODES)]
 Depth = Annotated[int, Ge(1), Le(64)]
 Ngram = Annotated[int, Ge(1), Le(128)]
 Matches = Annotated[int, Ge(1), Le(256)]
-Tokens = Annotated[float, Ge(0)]
+BreakEven = Annotated[float, Ge(0)] | Literal["auto"]
 
 
 class Drafter(Protocol):
@@ -46,10 +46,14 @@ class Drafter(Protocol):
         """Whether prefill must keep the likeliest tokens of each position."""
 
     @property
-    def break_even(self) -> float:
+    def break_even(self) -> float | Literal["auto"]:
         """Drafted tokens per step that must be accepted for a step with a tree to pay.
 
-        Where fewer are, on average, the row takes plain steps.
+        Where fewer are, on average, plain steps are taken. "auto" is what is measured:
+        `jaxkv.generate` times a few steps of a program's first generation. By how wide
+        a tree is, the number differs; so "auto" also chooses among a few widths. With
+        the exact rule the output does not depend on it, but for rounding; with a lossy
+        one it does, and a number is what makes it repeatable.
         """
 
     def check(self) -> None:
@@ -73,7 +77,7 @@ class PromptLookup(Drafter):
       ngram_min: shortest one.
       match: which occurrence is copied.
       include_output: whether the output may be copied from as well.
-      break_even: see `Drafter`; 0 never falls back to plain steps.
+      break_even: see `Drafter`; 0 takes every draft there is.
     """
 
     num_draft_tokens: Nodes = 10
@@ -81,7 +85,7 @@ class PromptLookup(Drafter):
     ngram_min: Ngram = 1
     match: Literal["earliest", "latest"] = "earliest"
     include_output: bool = True
-    break_even: Tokens = 0.2
+    break_even: BreakEven = "auto"
     likeliest = False
 
     @property
@@ -123,22 +127,22 @@ class Tree(Drafter):
     """Merge what followed all longest matches into one tree, the most frequent first.
 
     Attributes:
-      num_draft_tokens: nodes; 63 and the root make 64.
+      num_draft_tokens: nodes; 15 and the root make 16.
       depth: tokens copied from each occurrence.
       ngram_max: longest n-gram that is looked up.
       ngram_min: shortest one.
       max_matches: occurrences that are merged, the latest first.
       include_output: whether the output may be copied from as well.
-      break_even: see `Drafter`; 0 never falls back to plain steps.
+      break_even: see `Drafter`; 0 takes every draft there is.
     """
 
-    num_draft_tokens: Nodes = 63
+    num_draft_tokens: Nodes = 15
     depth: Depth = 10
     ngram_max: Ngram = 16
-    ngram_min: Ngram = 2
+    ngram_min: Ngram = 1
     max_matches: Matches = 32
     include_output: bool = True
-    break_even: Tokens = 0.35
+    break_even: BreakEven = "auto"
     likeliest = False
 
     def check(self) -> None:

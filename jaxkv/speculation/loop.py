@@ -4,11 +4,11 @@ After "Alignment-Augmented Speculative Decoding with Alignment Sampling and Cond
 Verification" (Wang et al., arXiv 2505.13204), of which only the abstract was available
 to us; what it leaves open is our choice. One step, for all rows together:
 
-    tree    <- drafter.draft(text)            what followed the same words before
-    if the trees promise less than they cost:
+    while drafts wait:
         append(decode_step())                 as without drafts
-        hope <- would the draft have had it?
-    else:
+    tree    <- drafter.draft(text)            what followed the same words before
+    learn from an earlier draft               would it have been right?
+    if the trees promise more than they cost:
         pending, logits <- attend_tree(tree)  all nodes in one pass; a node sees the
                                               nodes above it and the cache, less what
                                               would have been evicted on the way to it
@@ -17,9 +17,11 @@ to us; what it leaves open is our choice. One step, for all rows together:
         count   <- len(new), but no further than the first stop id or the limit
         cache   <- commit(pending, path)      as `count` decode steps would have left it
         append(new, count)
-        hope, counts <- count(tree, path)
+        learn, counts <- count(tree, path)
+    else: drafts wait
 
-`generation.advance` has the loop; the functions here are its steps.
+`generation.advance` has the loop; the functions here are its steps. `pace` decides when
+drafts wait, and how many nodes of a tree are fed.
 
 With the rule `Exact` this gives, token for token, what plain decoding gives, whatever
 is drafted. By induction along the path: the root is plain decoding's newest token. What
@@ -33,6 +35,7 @@ padded prompt, `E` stop ids.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -45,16 +48,14 @@ from jaxkv.kernels.decode import Implementation
 from jaxkv.policies.base import Speculable
 from jaxkv.sampling import Sampler
 from jaxkv.sequences import Generation, append, is_stop, write
-from jaxkv.speculation import contract, counts
+from jaxkv.speculation import contract, counts, pace
 from jaxkv.speculation.counts import Counts
 from jaxkv.speculation.drafters import Drafter
 from jaxkv.speculation.matching import Context
+from jaxkv.speculation.pace import Drafted, Pace
 from jaxkv.speculation.rules import Rule
 from jaxkv.speculation.verdict import Verdict, decide
 from jaxkv.trees import DraftTree
-
-HOPE = 1.0  # accepted tokens per step that are expected of a row not yet tried
-_MEMORY = 0.75  # share of the old value in the running mean of accepted tokens
 
 
 @jax.tree_util.register_dataclass
@@ -67,9 +68,7 @@ class Speculation:
       prompt: int32 `[B]`, tokens of the prompts.
       pool: int32 `[B, 2]`, the span of the prompt that drafts are copied from.
       likeliest: int32 `[B, P, 3]` or None, see `matching.Context`.
-      tree: drafts for the coming step.
-      hope: float32 `[B]`, running mean of the accepted tokens of a step with a draft;
-        in plain steps, of whether a draft's first token would have been right.
+      pace: decides what the coming step is.
       counts: statistics.
     """
 
@@ -77,8 +76,7 @@ class Speculation:
     prompt: jax.Array
     pool: jax.Array
     likeliest: jax.Array | None
-    tree: DraftTree
-    hope: jax.Array
+    pace: Pace
     counts: Counts
 
 
@@ -91,6 +89,7 @@ def begin(
     lengths: jax.Array,
     first: jax.Array,
     *,
+    rule: Rule,
     max_out: int,
     likeliest: jax.Array | None = None,
     pool: jax.Array | None = None,
@@ -102,6 +101,7 @@ def begin(
       tokens: int32 `[B, P]`, right-padded prompts.
       lengths: int32 `[B]`.
       first: int32 `[B]`, the first token of the output.
+      rule: static.
       max_out: size of the output buffer.
       likeliest: int32 `[B, P, 3]`, from `likeliest_tokens`, if the drafter asks.
       pool: int32 `[B, 2]`; None is the whole prompt.
@@ -122,77 +122,110 @@ def begin(
         prompt=lengths,
         pool=pool,
         likeliest=likeliest,
-        tree=trees.root_only(first, nodes=1 + drafter.num_draft_tokens),
-        hope=jnp.full(batch, HOPE, jnp.float32),
+        pace=pace.begin(first, lengths, drafter, rule),
         counts=counts.none_yet(unexpected, depth=drafter.depth),
     )
 
 
-def draft(drafter: Drafter, g: Drafting) -> Drafting:
-    """Return the generation with drafts for the coming step."""
+def wait(
+    g: Drafting,
+    step: Callable[[Drafting], Drafting],
+    running: Callable[[Drafting], jax.Array],
+) -> Drafting:
+    """Take plain steps until some row's drafts have waited long enough.
+
+    Args:
+      g: the sequences.
+      step: a plain step.
+      running: says which rows take it, bool `[B]`.
+    """
+
+    def waits(g):
+        return pace.waits(g.speculation.pace, running(g))
+
+    def body(g):
+        now = pace.passed(g.speculation.pace, running(g))
+        s = dataclasses.replace(g.speculation, pace=now)
+        return dataclasses.replace(step(g), speculation=s)
+
+    before = g.lengths
+    g = jax.lax.while_loop(waits, body, g)
     s = g.speculation
-    tree = contract.draft(
-        drafter, Context(s.text, g.position, s.prompt, s.pool, s.likeliest)
+    # What was appended is copied at once, so that a plain step is nothing but that.
+    index = jnp.arange(s.text.shape[1], dtype=jnp.int32)[None] - s.prompt[:, None]
+    output = (index >= 0) & (index < g.lengths[:, None])
+    index = jnp.clip(index, 0, g.tokens.shape[1] - 1)
+    s = dataclasses.replace(
+        s,
+        text=jnp.where(output, jnp.take_along_axis(g.tokens, index, axis=1), s.text),
+        counts=counts.count_plain(s.counts, g.lengths - before),
     )
-    return dataclasses.replace(g, speculation=dataclasses.replace(s, tree=tree))
+    return dataclasses.replace(g, speculation=s)
 
 
-def worth_trying(drafter: Drafter, g: Drafting) -> jax.Array:
-    """Return which rows have a draft, and hope enough for it, bool `[B]`."""
-    s = g.speculation
-    return s.tree.valid[:, 1:].any(1) & (s.hope >= drafter.break_even)
-
-
-def pays(
-    drafter: Drafter, rule: Rule, g: Drafting, running: jax.Array, brings: jax.Array
-) -> jax.Array:
-    """Return whether the coming step is one with trees, a bool scalar.
+def draft(
+    drafter: Drafter,
+    rule: Rule,
+    g: Drafting,
+    running: jax.Array,
+    prices: jax.Array,
+) -> tuple[Drafting, Drafted, jax.Array, jax.Array]:
+    """Draft, learn from what was drafted before, and decide the coming step.
 
     Args:
       drafter: static.
       rule: static.
-      g: with its drafts.
-      running: bool `[B]`, rows that take the step.
-      brings: bool `[B]`, those of them that bring a draft.
-    """
-    if not rule.exact:
-        # A row's output must not depend on the rows beside it, and with a lossy rule it
-        # does depend on the kind of the step.
-        return brings.any()
-    hoped = jnp.where(brings, g.speculation.hope, 0.0).sum()
-    price = drafter.break_even * running.sum(dtype=jnp.int32).astype(jnp.float32)
-    return brings.any() & (hoped >= price)
+      g: the sequences.
+      running: bool `[B]`, rows that go on.
+      prices: float32 `[L]`, of a step of each width, in plain steps.
 
-
-def learn(g: Drafting, running: jax.Array) -> Drafting:
-    """Note what a plain step has shown: whether the draft would have had the token.
-
-    Args:
-      g: after the step.
-      running: bool `[B]`, rows that took it.
+    Returns:
+      The sequences, the drafts, and what `pace.choose` says of them: the rows that
+      bring theirs, and the width by its index.
     """
     s = g.speculation
-    first = s.tree.valid & (s.tree.depths == 1)
-    drafted = running & first.any(-1)
-    right = (first & (s.tree.tokens == g.last[:, None])).any(-1)
-    s = dataclasses.replace(
-        s,
-        text=write(s.text, g.last[:, None], g.position, running.astype(jnp.int32)),
-        hope=jnp.where(drafted, _mean(s.hope, right), s.hope),
-        counts=counts.count_plain(s.counts, running),
+    context = Context(s.text, g.position, s.prompt, s.pool, s.likeliest)
+    where: Any = dict(depth=drafter.depth, counts=pace.widths(drafter, rule))
+    likely, most = pace.assumed(context, **where)
+    new = Drafted(
+        tree=contract.draft(drafter, context),
+        likely=likely,
+        most=most,
+        running=running,
+        lengths=g.lengths,
+        prices=prices,
     )
-    return dataclasses.replace(g, speculation=s)
+    seen = pace.watch(s.pace, new, s.text, g.position, exact=rule.exact, **where)
+    now, brings, width = pace.choose(seen, new, exact=rule.exact)
+    g = dataclasses.replace(g, speculation=dataclasses.replace(s, pace=now))
+    return g, new, brings, width
+
+
+def once_if(
+    condition: jax.Array, step: Callable[[Drafting], Drafting], g: Drafting
+) -> Drafting:
+    """Return `step(g)` or `g`; a loop of one round, because a branch copies the cache.
+
+    The buffers of a branch's result are not those of its arguments, while a loop's are.
+    """
+    once = (condition, g)
+
+    def body(carry):
+        return jnp.zeros_like(carry[0]), step(carry[1])
+
+    return jax.lax.while_loop(lambda carry: carry[0], body, once)[1]
 
 
 def tree_step(
     network: Network,
     params: Any,
     g: Drafting,
+    drafts: Drafted,
+    brings: jax.Array,
     until: jax.Array,
     stop_ids: jax.Array,
-    running: jax.Array,
-    brings: jax.Array,
     *,
+    widths: tuple[int, ...],
     depth: int,
     policy: Speculable,
     rule: Rule,
@@ -204,11 +237,12 @@ def tree_step(
     Args:
       network: static.
       params: its parameters.
-      g: with its drafts.
+      g: the sequences.
+      drafts: of them, and which rows take the step.
+      brings: bool `[B]`, those of them that bring a draft.
       until: int32 scalar, tokens that no output exceeds.
       stop_ids: int32 `[E]`.
-      running: bool `[B]`, rows that take the step.
-      brings: bool `[B]`, those of them that bring a draft.
+      widths: nodes that are fed, the last, and narrower ones to learn of, static.
       depth: of the deepest node that a tree may have, `D`, static.
       policy: evicts, static.
       rule: says which drafted tokens pass, static.
@@ -218,9 +252,11 @@ def tree_step(
     Returns:
       The generation. With the exact rule it is what plain steps would give.
     """
-    s = g.speculation
-    is_root = jnp.arange(s.tree.tokens.shape[1], dtype=jnp.int32)[None] == 0
-    tree = s.tree._replace(valid=s.tree.valid & (brings[:, None] | is_root))
+    s, running = g.speculation, drafts.running
+    tree = pace.within(drafts.tree, widths[-1])
+    is_root = jnp.arange(widths[-1], dtype=jnp.int32)[None] == 0
+    tree = tree._replace(valid=tree.valid & (brings[:, None] | is_root))
+    depth = min(depth, widths[-1] - 1)
     above = trees.ancestors(tree, depth=depth)
     position = jnp.where(running, g.position, -1)
     logits, pending = _attend(
@@ -257,10 +293,14 @@ def tree_step(
         for state, layer in zip(g.cache, pending, strict=True)
     )
     accepted = jnp.minimum(verdict.accepted, count)  # of these, what became output
+    passed = jnp.arange(depth + 1, dtype=jnp.int32)[None] <= accepted[:, None]
+    limits = jnp.asarray(widths, jnp.int32)
+    fits = passed[..., None] & (path[..., None] < limits[None, None])  # [B, D + 1, L]
+    right = fits.sum(1, dtype=jnp.int32) - 1  # the root is no draft
     s = dataclasses.replace(
         s,
         text=write(s.text, new, g.position + 1, count),
-        hope=jnp.where(brings, _mean(s.hope, accepted), s.hope),
+        pace=pace.after(s.pace, drafts, right, brings, exact=rule.exact),
         counts=counts.count_tree(
             *(s.counts, tree, path, accepted), running=running, brings=brings
         ),
@@ -305,7 +345,3 @@ def _along(path: jax.Array, tree: DraftTree, verdict: Verdict) -> jax.Array:
     new = jnp.concatenate([drafted, last], axis=1)
     order = jnp.arange(new.shape[1], dtype=jnp.int32)[None]
     return jnp.where(order == verdict.accepted[:, None], last, new)
-
-
-def _mean(old: jax.Array, new: jax.Array) -> jax.Array:
-    return _MEMORY * old + (1 - _MEMORY) * new.astype(jnp.float32)

@@ -36,7 +36,7 @@ from jaxkv.shown import brief
 from jaxkv.speculation.counts import DraftStats, draft_stats
 from jaxkv.speculation.drafters import Drafter
 from jaxkv.speculation.rules import Rule
-from jaxkv.text import arguments, planning
+from jaxkv.text import arguments, planning, pricing
 from jaxkv.text.planning import Plan
 from jaxkv.text.prompts import Prompts, encode
 from jaxkv.text.questions import kept_context, questions
@@ -298,6 +298,14 @@ def advance(
 ) -> Running:
     """Decode to the end; if somebody listens, the first token and then blocks."""
     options = plan.options.of_the_loop()
+    prices = None
+
+    def run(state: Running, until: int, prices: np.ndarray | None = None) -> Running:
+        return generation.advance_jit(
+            *(lm.network, lm.params, state, np.int32(until), stops, prices),
+            options=options,
+        )
+
     shown, until = np.zeros(len(state.lengths), int), 1
     while True:
         lengths = np.asarray(state.lengths)
@@ -308,11 +316,11 @@ def advance(
         soundness.check(state, lm.params, plan.options.prefill)
         if until == max_new_tokens or np.asarray(state.done).all():
             return state
+        if prices is None and (found := pricing.of_program(lm, options, state, stops)):
+            state = found.measure(run, state, max_new_tokens)
+            prices, until = found.array(), int(np.asarray(state.lengths).max())
         until = min(until + block, max_new_tokens) if on_tokens else max_new_tokens
-        state = generation.advance_jit(
-            *(lm.network, lm.params, state, np.int32(until), stops),
-            options=options,
-        )
+        state = run(state, until, prices)
 
 
 def completion(

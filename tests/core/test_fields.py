@@ -61,8 +61,8 @@ WRONG = {
     "speculate": [
         (Tree(depth=2.0), "Tree: depth takes a whole number, got 2.0"),
         (Tree(ngram_max="5"), "ngram_max takes a whole number, got '5'"),
-        (Tree(break_even="0.2"), "break_even takes a number, got '0.2'"),
-        (Tree(break_even=NAN), "break_even takes a number, got nan"),
+        (Tree(break_even="0.2"), "break_even takes a number or auto, got '0.2'"),
+        (Tree(break_even=NAN), "break_even takes a number or auto, got nan"),
         (PromptLookup(num_draft_tokens=True), "takes a whole number, got True"),
         (PromptLookup(include_output=None), "takes true or false, got None"),
         (PromptLookup(match="best"), "match takes earliest or latest, got 'best'"),

@@ -345,7 +345,7 @@ def test_aligned(tail, seed):
         (Tree(num_draft_tokens=10**9), "num_draft_tokens must be .* at most 1023"),
         (Tree(depth=65), "depth must be .* at most 64"),
         (PromptLookup(ngram_max=129), "ngram_max must be .* at most 128"),
-        (Tree(break_even=float("nan")), "break_even takes a number, got nan"),
+        (Tree(break_even=float("nan")), "break_even takes a number or auto, got nan"),
         (Aligned(num_alternatives=3), "num_alternatives must be .* at most 2"),
         (Aligned(sources=0), "sources must be at least 1"),
         (Aligned(sources=33), "sources must be in .1, max_matches=32., got 33"),

@@ -40,7 +40,7 @@ class Scripted:
 
     num_draft_tokens: int = 7
     depth: int = 4
-    break_even: float = 0.0
+    break_even: float | str = 0.0
     likeliest = False
 
     def check(self):
@@ -170,6 +170,7 @@ def scripted(
     until=(NEW,),
     stop_ids=(-1, -1),
     drafter=None,
+    prices=None,
 ):
     """Run with drafts from `script`, stopping at each of `until` on the way."""
     drafter = drafter or Scripted()
@@ -179,6 +180,7 @@ def scripted(
         tokens,
         jnp.asarray(lengths, jnp.int32),
         g.last,
+        rule=options.accept,
         max_out=NEW,
         pool=jnp.asarray([(seed + row, mode) for row, mode in enumerate(modes)]),
     )
@@ -187,7 +189,8 @@ def scripted(
     options = dataclasses.replace(options, speculate=drafter)
     for end in until:
         g = advance(
-            NETWORK, params, g, jnp.int32(end), jnp.asarray(stop_ids), options=options
+            *(NETWORK, params, g, jnp.int32(end), jnp.asarray(stop_ids), prices),
+            options=options,
         )
     return g
 
@@ -271,28 +274,37 @@ def test_right_drafts_are_all_accepted(params, name):
     np.testing.assert_array_equal(got.tokens, script)
 
 
-def test_drafts_that_keep_failing_are_given_up(params):
+AUTO = Scripted(num_draft_tokens=9, break_even="auto")  # in trees of 4 and of 10 nodes
+
+
+@pytest.mark.parametrize(
+    ("prices", "modes", "tree_steps"),
+    [
+        pytest.param((np.inf, np.inf), [RIGHT] * ROWS, 0, id="never at no price"),
+        # 23 tokens after the first, of which a step gives 4 + 1, and the last one 3.
+        pytest.param((np.inf, 1.0), [RIGHT] * ROWS, 5, id="always at a plain step's"),
+        pytest.param((1.0, np.inf), [RIGHT] * ROWS, 6, id="narrow trees, 3 + 1"),
+        pytest.param((1.0, 1.01), [RIGHT] * ROWS, 5, id="what gives more per price"),
+        pytest.param((np.inf, 0.0), [NONE] * ROWS, None, id="below: without drafts"),
+        pytest.param((1.0, 1.0), [WRONG] * ROWS, 23, id="always, though they fail"),
+        pytest.param((1.2, np.inf), [WRONG] * ROWS, None, id="failing, cheap"),
+        pytest.param((9.0, np.inf), [WRONG] * ROWS, 0, id="failing, not affordable"),
+        pytest.param((1.2, 1.5), [WRONG, RIGHT, MIXED], None, id="rows differ"),
+    ],
+)
+def test_drafts_pay_or_stay_out_of_the_way(params, prices, modes, tree_steps):
+    """At any price tokens are plain decoding's; what fails costs a step or so."""
     options, lengths = CASES["full"], [PROMPT, 3, 9]
     script = run(params, options, 1, lengths).tokens
-    drafter = Scripted(break_even=0.5)
-    modes = [WRONG, RIGHT, WRONG]
-    got = scripted(params, options, 1, lengths, script, modes, drafter=drafter)
+    wanted = dict(drafter=AUTO, prices=jnp.asarray(prices, jnp.float32))
+    got = scripted(params, options, 1, lengths, script, modes, **wanted)
     np.testing.assert_array_equal(got.tokens, script)
-    steps, tree = (
-        np.asarray(getattr(got.speculation.counts, field)).tolist()
-        for field in ("steps", "tree_steps")
-    )
-    # 1 x 0.75^3 < 0.5: after three failures rows 0 and 2 bring no drafts any more. Row
-    # 1 goes on with its own, and is through after five steps.
-    assert tree == [3, 5, 3]
-    assert steps == [23, 5, 23]
-    # They fail from the first: plain steps, in which their first tokens are watched.
-    script = jnp.where(jnp.arange(NEW) < 12, 0, script)
-    modes = [RIGHT] * ROWS
-    got = scripted(params, options, 1, lengths, script, modes, drafter=drafter)
-    counts = got.speculation.counts
-    assert (counts.tree_steps > 3).all()  # taken up again where they are right
-    assert (counts.steps < 23).all()
+    taken = np.asarray(got.speculation.counts.tree_steps)
+    if tree_steps is not None:
+        assert taken.tolist() == [tree_steps] * ROWS
+    if modes == [WRONG] * ROWS and min(prices) > 1:
+        steps = np.asarray(got.speculation.counts.steps)
+        assert (steps + (min(prices) - 1) * taken - 23).max() <= 1 + 0.01 * NEW
 
 
 def small_drafter(name):

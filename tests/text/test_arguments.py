@@ -63,7 +63,7 @@ BAD = {
     ),
     "break even": (
         dict(speculate=jaxkv.Tree(break_even=float("nan"))),
-        "Tree: break_even takes a number, got nan",
+        "Tree: break_even takes a number or auto, got nan",
     ),
 }
 

@@ -9,6 +9,8 @@ import jaxkv
 from jaxkv import generation
 from jaxkv.evaluation.questions import DEVELOPMENT_SEED, Cell, draw_sample
 from jaxkv.models.decoder import Decoder
+from jaxkv.text import pricing
+from jaxkv.text.pricing import Ledger
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +119,31 @@ def test_streamed_blocks_are_the_output(lm):
     )
     assert tuple(map(tuple, blocks)) == plain.tokens
     assert sizes == [1, 6, 6, 6, 1]
+
+
+def test_prices_of_drafts_are_measured_on_the_way(tiny_lm, monkeypatch):
+    """In the first calls, whose outputs are plain decoding's, and in no later one."""
+    ledger = Ledger()
+    monkeypatch.setattr(pricing, "LEDGER", ledger)
+    common = dict(max_new_tokens=20, stop_ids=[])
+    plain = jaxkv.generate(tiny_lm, [[5, 6, 7, 5, 6]], **common)
+    drafts, timed = jaxkv.Tree(num_draft_tokens=3), []
+    for _ in range(8):
+        heard = []
+        out = jaxkv.generate(
+            *(tiny_lm, [[5, 6, 7, 5, 6]]),
+            **common,
+            speculate=drafts,
+            on_tokens=heard.append,
+        )
+        assert out.tokens == plain.tokens
+        assert tuple(token for (row,) in heard for token in row) == plain.tokens[0]
+        (prices,) = ledger.known()
+        timed.append(len(prices.timed))
+    assert prices.known and timed == sorted(timed) and timed[-2] == timed[-1]
+    fixed = dataclasses.replace(drafts, break_even=0.0)
+    jaxkv.generate(tiny_lm, [[5, 6, 7, 5, 6]], **common, speculate=fixed)
+    assert ledger.known() == [prices]
 
 
 def test_one_token_needs_no_loop(lm, monkeypatch):

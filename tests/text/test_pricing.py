@@ -1,0 +1,129 @@
+"""What a step with drafts takes: measured in a first generation, kept, bounded."""
+
+import dataclasses
+import threading
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxkv import Exact, Tree
+from jaxkv.sequences import Generation
+from jaxkv.speculation import loop
+from jaxkv.text.pricing import Ledger, Prices
+
+IDLE, STEPS = 0.25, (0.01, 0.015, 0.04)  # seconds of a call, and of each kind of step
+DRAFTER = Tree()
+
+
+class Machine:
+    """Decodes without a network, by a clock of its own."""
+
+    def __init__(self, slow=()):
+        self.now, self.slow, self.kinds = 0.0, list(slow), []
+
+    def clock(self):
+        return self.now
+
+    def __call__(self, state, until, prices):
+        lengths = np.asarray(state.lengths)
+        left = until - lengths[~np.asarray(state.done)]
+        count = int(left.max(initial=0))
+        kind = int(np.argmin(prices)) + 1 if np.isfinite(prices).any() else 0
+        waits = np.asarray(state.speculation.pace.wait) > 0
+        assert count == 0 or waits.all() == (kind == 0)
+        if count:
+            self.kinds.append(kind)
+        slow = self.slow.pop(0) if count and self.slow else 1
+        self.now += IDLE + count * STEPS[kind] * slow
+        taken = jnp.asarray(np.clip(until - lengths, 0, None), jnp.int32)
+        counts = state.speculation.counts
+        counts = dataclasses.replace(counts, steps=counts.steps + taken)
+        return dataclasses.replace(
+            state,
+            lengths=state.lengths + taken,
+            speculation=dataclasses.replace(state.speculation, counts=counts),
+        )
+
+
+def begun(done=(False, False)):
+    one = jnp.ones(2, jnp.int32)
+    return Generation(
+        tokens=jnp.zeros((2, 256), jnp.int32),
+        lengths=one,
+        done=jnp.asarray(done),
+        finite=one == 1,
+        last=one,
+        position=one,
+        cache=(),
+        rngs=one,
+        seen=None,
+        speculation=loop.begin(
+            *(DRAFTER, jnp.zeros((2, 4), jnp.int32), one, one),
+            rule=Exact(),
+            max_out=256,
+        ),
+    )
+
+
+def measured(machine, *, most=256, found=None, state=None):
+    found = found or Prices(2, clock=machine.clock)
+    return found, found.measure(machine, state or begun(), most)
+
+
+def test_prices_are_ratios_of_steps():
+    found, state = measured(Machine())
+    assert found.known
+    np.testing.assert_allclose(found.array(), [1.5, 4.0], rtol=1e-5)
+    speculation = state.speculation.pace
+    assert (speculation.wait == 0).all() and (speculation.balance == 0).all()
+
+
+def test_a_disturbed_call_does_not_count():
+    found, _ = measured(Machine(slow=[3, 1, 9, 2, 4]))
+    np.testing.assert_allclose(found.array(), [1.5, 4.0], rtol=1e-5)
+
+
+def test_no_step_is_cheaper_than_a_plain_one():
+    found, _ = measured(Machine(slow=[7] + [1, 1, 7] * 3))
+    assert (found.array() >= 1).all()
+
+
+def test_what_is_known_is_not_measured_again():
+    machine = Machine()
+    found, _ = measured(machine)
+    before = machine.now
+    measured(machine, found=found)
+    assert machine.now == before
+
+
+def test_short_outputs_leave_the_rest_to_later_ones():
+    machine = Machine()
+    found, state = measured(machine, most=5)
+    assert not found.known and np.isinf(found.array()).all()
+    assert int(state.lengths.max()) == 5
+    for _ in range(20):
+        measured(machine, most=5, found=found)
+    np.testing.assert_allclose(found.array(), [1.5, 4.0], rtol=1e-5)
+    assert machine.kinds == [0, 1, 2] * 3
+
+
+@pytest.mark.parametrize("done", [(True, True), (True, False)])
+def test_rows_that_have_ended_are_not_waited_for(done):
+    found, state = measured(Machine(), state=begun(done))
+    assert found.known == (not all(done))
+    assert state.done.tolist() == list(done)
+
+
+def test_a_ledger_keeps_what_was_used_last():
+    ledger = Ledger(most=2)
+    first = ledger.of("a", widths=2)
+    ledger.of("b", widths=1)
+    assert ledger.of("a", widths=2) is first
+    ledger.of("c", widths=1)  # in place of b
+    assert ledger.of("a", widths=2) is first
+    others = [threading.Thread(target=ledger.of, args=("d",), kwargs=dict(widths=1))]
+    for thread in others:
+        thread.start()
+        thread.join()
+    assert ledger.of("a", widths=2) is first
