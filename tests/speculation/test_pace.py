@@ -119,6 +119,11 @@ def test_choice(prices, there, balance, step, wait):
     assert now.pause.tolist() == [2 * wait or 1]
 
 
+def test_a_step_at_a_plain_ones_price_is_taken_without_hope():
+    start, new = begun(right=jnp.zeros((1, 2), jnp.float32)), newest((NEVER, 1.0))
+    assert int(pace.choose(start, new, exact=True)[2]) == 1
+
+
 def test_waits_grow_up_to_a_bound():
     now, new, waits = begun(), newest((NEVER, NEVER)), []
     for _ in range(4):

@@ -39,10 +39,14 @@ class Machine:
         taken = jnp.asarray(np.clip(until - lengths, 0, None), jnp.int32)
         counts = state.speculation.counts
         counts = dataclasses.replace(counts, steps=counts.steps + taken)
+        pace = state.speculation.pace
+        pace = dataclasses.replace(pace, balance=pace.balance + 1)
         return dataclasses.replace(
             state,
             lengths=state.lengths + taken,
-            speculation=dataclasses.replace(state.speculation, counts=counts),
+            speculation=dataclasses.replace(
+                state.speculation, counts=counts, pace=pace
+            ),
         )
 
 
