@@ -6,6 +6,7 @@ of them share both of their programs. Weights are random: what is compiled does 
 depend on them.
 """
 
+import dataclasses
 import itertools
 import random
 import sys
@@ -86,8 +87,9 @@ def resident_mib() -> int:
 def main(
     out: Annotated[Path | None, typer.Argument(help="JSON; default: none.")] = None,
     count: Annotated[int, typer.Option("--calls", min=1)] = 500,
+    layers: Annotated[int, typer.Option(min=1, help="Of the network.")] = 2,
     needle: Annotated[
-        bool, typer.Option("--needle", help="Take needle, not a network of 2 layers.")
+        bool, typer.Option("--needle", help="Take needle, not a random network.")
     ] = False,
     bounded: Annotated[
         bool, typer.Option(help="Let go of programs, as the library does.")
@@ -99,11 +101,12 @@ def main(
         programs.SHELF.most, programs.SHELF.most_maps = sys.maxsize, None
     lm = language_model.load("needle")
     if not needle:
-        params = random_parameters(TINY, jax.random.key(0), jnp.float32)
+        config = dataclasses.replace(TINY, num_layers=layers)
+        params = random_parameters(config, jax.random.key(0), jnp.float32)
         lm = language_model.LanguageModel(
             name="tiny",
             folder=lm.folder,
-            network=Decoder(TINY),
+            network=Decoder(config),
             params=params,
             tokenizer=None,
             stop_ids=(),
