@@ -9,6 +9,7 @@ Axis letters: `D` documents, `P` padded document, `B` questions, `Q` padded ques
 """
 
 import dataclasses
+import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Self, cast
 
@@ -74,16 +75,41 @@ class Context:
         )
 
     def take(self, documents: Sequence[int]) -> Self:
-        """Return a context of these documents, by their index; some may come twice."""
-        rows = jnp.asarray(documents, jnp.int32)
+        """Return a context of these documents, by their index; some may come twice.
+
+        Raises:
+          ValueError: there is none, or none of such an index.
+        """
+        if not len(documents):
+            raise ValueError("Context.take: got no documents; name at least one.")
+        found = [self._row("take", document) for document in documents]
+        rows = jnp.asarray(found, jnp.int32)
         return jax.tree.map(lambda x: x[rows], self)
 
     def kept_positions(self, document: int = 0) -> tuple[tuple[np.ndarray, ...], ...]:
-        """Return which tokens of a document are left: in order, by layer and head."""
-        layers = jax.device_get([state.positions[document] for state in self.cache])
+        """Return which tokens of a document are left: in order, by layer and head.
+
+        Raises:
+          ValueError: there is no document of this index.
+        """
+        row = self._row("kept_positions", document)
+        layers = jax.device_get([state.positions[row] for state in self.cache])
         return tuple(
             tuple(np.sort(head[head >= 0]) for head in layer) for layer in layers
         )
+
+    def _row(self, where: str, document: Any) -> int:
+        """Return the index of a document; for a wrong one, JAX would take another."""
+        try:
+            row = -1 if isinstance(document, bool) else operator.index(document)
+        except TypeError:
+            row = -1
+        if not 0 <= row < len(self):
+            raise ValueError(
+                f"Context.{where}: a document is a whole number from 0 to "
+                f"{len(self) - 1}, got {document!r}."
+            )
+        return row
 
 
 class Documents(NamedTuple):

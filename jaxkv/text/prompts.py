@@ -232,7 +232,16 @@ def _neither(index: int, what: str) -> ValueError:
 
 
 def _as_array(values: Any) -> Any:
-    """Return arrays of JAX, PyTorch or pandas as NumPy's, other values as they are."""
+    """Return arrays of JAX, PyTorch or pandas as NumPy's, other values as they are.
+
+    Raises:
+      ValueError: values are masked, so that nothing is known of what lies there.
+    """
+    if np.ma.is_masked(values):
+        raise ValueError(
+            "generate: a masked array has no token ids where it is masked; pass a list "
+            "of each row's compressed()."
+        )
     if isinstance(values, np.ndarray) or not hasattr(values, "__array__"):
         return values
     if hasattr(values, "detach"):  # PyTorch's, on whatever device

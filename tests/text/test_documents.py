@@ -1,6 +1,7 @@
 """`jaxkv.compress`, and `jaxkv.generate` with what it returns."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -92,6 +93,17 @@ def test_budgets_are_those_of_documents(tiny_lm):
 def test_bad_questions_are_named(tiny_lm, context, options, message):
     with pytest.raises(ValueError, match=message):
         ask(tiny_lm, **{"context": context} | options)
+
+
+@pytest.mark.parametrize("document", [2, -1, 0.5, True, "0", None])
+def test_documents_that_are_not_there(context, document):
+    message = f"a document is a whole number from 0 to 1, got {document!r}"
+    for ask in context.kept_positions, lambda row: context.take([0, row]):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            ask(document)
+    with pytest.raises(ValueError, match="got no documents; name at least one"):
+        context.take([])
+    assert context.take(np.array([1])).kept.tolist() == [context.kept[1]]
 
 
 def test_documents_need_a_context(tiny_lm):

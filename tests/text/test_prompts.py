@@ -65,6 +65,10 @@ BAD = {
     "an empty text": ([""], "prompt 0 is empty"),
     "no prompts": ([], "got no prompts; pass at least one"),
     "no ids": ([[]], "prompt 0 has no tokens"),
+    "masked": (
+        np.ma.array([[5, 6], [7, 8]], mask=[[0, 0], [0, 1]]),
+        "a masked array has no token ids where it is masked",
+    ),
     "no ids of NumPy": ([np.array([])], "prompt 0 has no tokens"),
     "negative": ([[-1]], "prompt 0 has token ids outside [0, 4096)"),
     "beyond the vocabulary": ([np.array([5, 4096])], "ids outside [0, 4096)"),
