@@ -80,36 +80,28 @@ class Context:
         Raises:
           ValueError: there is none, or none of such an index.
         """
-        if not len(documents):
-            raise ValueError("Context.take: got no documents; name at least one.")
-        found = [self._row("take", document) for document in documents]
-        rows = jnp.asarray(found, jnp.int32)
+        rows = jnp.asarray([self._row(document) for document in documents], jnp.int32)
+        if not len(rows):
+            raise ValueError("Context: got no documents to take; name at least one.")
         return jax.tree.map(lambda x: x[rows], self)
 
     def kept_positions(self, document: int = 0) -> tuple[tuple[np.ndarray, ...], ...]:
-        """Return which tokens of a document are left: in order, by layer and head.
-
-        Raises:
-          ValueError: there is no document of this index.
-        """
-        row = self._row("kept_positions", document)
+        """Return which tokens of a document are left: in order, by layer and head."""
+        row = self._row(document)
         layers = jax.device_get([state.positions[row] for state in self.cache])
         return tuple(
             tuple(np.sort(head[head >= 0]) for head in layer) for layer in layers
         )
 
-    def _row(self, where: str, document: Any) -> int:
+    def _row(self, document: Any) -> int:
         """Return the index of a document; for a wrong one, JAX would take another."""
-        try:
-            row = -1 if isinstance(document, bool) else operator.index(document)
-        except TypeError:
-            row = -1
-        if not 0 <= row < len(self):
+        whole = hasattr(document, "__index__") and not isinstance(document, bool)
+        if not whole or not 0 <= operator.index(document) < len(self):
             raise ValueError(
-                f"Context.{where}: a document is a whole number from 0 to "
-                f"{len(self) - 1}, got {document!r}."
+                f"Context: a document is a whole number from 0 to {len(self) - 1}, got "
+                f"{document!r}."
             )
-        return row
+        return operator.index(document)
 
 
 class Documents(NamedTuple):

@@ -64,7 +64,7 @@ def compress(
       LogitsError: the network gives NaN or infinity; a ValueError, too.
       NotImplementedError: a named implementation cannot run here.
     """
-    with _of_documents():
+    with speaking_of("compress", "document"):
         options = arguments.static_options(
             prefill=prefill,
             speculate=speculate,
@@ -187,13 +187,17 @@ def _check(lm: LanguageModel, found: Documents, plan: Plan) -> None:
 
 
 @contextlib.contextmanager
-def _of_documents() -> Iterator[None]:
-    """Let what is said of prompts of `generate` speak of documents of `compress`."""
+def speaking_of(call: str, what: str) -> Iterator[None]:
+    """Let what is said of prompts of `generate` speak of what another call takes.
+
+    Args:
+      call: its name.
+      what: one of them.
+    """
     try:
         yield
     except soundness.LogitsError:
         raise
     except ValueError as error:
-        said = str(error).replace("generate: ", "compress: ")
-        said = said.replace("prompt", "document")
+        said = str(error).replace("generate: ", f"{call}: ").replace("prompt", what)
         raise ValueError(said) from error

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from jaxkv import contexts
+from jaxkv import contexts, soundness
 from jaxkv.contexts import Context
 from jaxkv.kernels import decode as decode_kernels
 from jaxkv.kernels import prefill as prefill_kernels
@@ -15,7 +15,7 @@ from jaxkv.options import Options
 from jaxkv.policies.base import DecodePolicy, PrefillPolicy
 from jaxkv.shown import brief
 from jaxkv.text import arguments
-from jaxkv.text.documents import compress, padded
+from jaxkv.text.documents import compress, padded, speaking_of
 from jaxkv.text.prompts import Prompts, encode
 from jaxkv.text.questions import check, questions, rows_of, slots_of
 
@@ -72,13 +72,15 @@ def score(
 
     Raises:
       ValueError: bad prompts or options; the message says what to do.
+      LogitsError: the network gives NaN or infinity; a ValueError, too.
     """
     options = arguments.static_options(
         prefill=prefill if context is not None else None,
         decode=decode,
         decode_implementation=decode_implementation,
     )
-    ids = encode(lm, continuations, behind=True)
+    with speaking_of("score", "continuation"):
+        ids = encode(lm, continuations, behind=True)
     if prompts is None and context is None:
         raise ValueError("score: pass prompts, or a context.")
     if documents is not None and context is None:
@@ -130,6 +132,14 @@ def _weighed(
         )
         found = jax.tree.map(np.asarray, found)
     rows = [row[:count] for row, count in zip(found.logprobs, counts, strict=True)]
+    firsts = [int(np.isfinite(row).argmin()) for row in rows]
+    broken = {
+        number: first
+        for number, (row, first) in enumerate(zip(rows, firsts, strict=True))
+        if not np.isfinite(row[first])
+    }
+    if broken:
+        raise soundness.LogitsError(broken, soundness.cause(lm.params))
     best = zip(found.likeliest, counts, strict=True)
     return Scores(
         tokens=tuple(tuple(map(int, row)) for row in ids),

@@ -119,6 +119,18 @@ def test_a_row_that_breaks_in_the_middle_is_named(drafter, sampler):
     assert blocks == [list(fine[0]), list(fine[1][:after])]
 
 
+@pytest.mark.parametrize(
+    ("options", "held"),
+    [({}, 1), (dict(decode=jaxkv.StreamingLLM(), prefill=jaxkv.KNorm(), budget=8), 2)],
+)
+def test_no_score_behind_what_is_no_number(options, held):
+    broken = model(embedding=lambda x: x.at[60].set(jnp.nan))
+    rows = [[9, 8, 7, 6], [9, 60, 7, 6]]
+    with pytest.raises(LogitsError, match=r"behind prompt 1 .* embedding are") as error:
+        jaxkv.score(broken, [[5, 6, 8]], rows, **options)
+    assert error.value.tokens == {1: held}
+
+
 def test_the_pure_function_says_which_rows():
     lm = model(embedding=lambda x: x.at[10].set(jnp.nan))
     tokens = np.zeros((2, 20), np.int32)

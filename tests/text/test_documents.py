@@ -101,7 +101,7 @@ def test_documents_that_are_not_there(context, document):
     for ask in context.kept_positions, lambda row: context.take([0, row]):
         with pytest.raises(ValueError, match=re.escape(message)):
             ask(document)
-    with pytest.raises(ValueError, match="got no documents; name at least one"):
+    with pytest.raises(ValueError, match="got no documents to take; name at least one"):
         context.take([])
     assert context.take(np.array([1])).kept.tolist() == [context.kept[1]]
 

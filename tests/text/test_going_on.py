@@ -119,7 +119,8 @@ def test_candidates_behind_a_context(tiny_lm):
         (["a", "b"], ["a"] * 3, {}, "got 3 .* 2 documents|3 prompts about 2 documents"),
         (["a"], [[5] * 3000], {}, "continuation 0 of 3000 tokens behind .* positions"),
         (["a"], ["b"], dict(decode=jaxkv.LongFlow()), "LongFlow evicts .* needs a bud"),
-        (["a"], [], {}, "got no prompts"),
+        (["a"], [], {}, "score: got no continuations"),
+        (["a"], [[5], [-1]], {}, "score: continuation 1 has token ids outside"),
     ],
 )
 def test_bad_scores_are_named(tiny_lm, prompts, rows, options, message):
