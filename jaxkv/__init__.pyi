@@ -31,6 +31,7 @@ from jaxkv.policies.rkv import RKV
 from jaxkv.policies.snapkv import SnapKV
 from jaxkv.policies.streaming_llm import StreamingLLM
 from jaxkv.policies.tova import TOVA, TOVADecode
+from jaxkv.policies.triattention import TriAttention
 from jaxkv.policies.vatp import VATP
 from jaxkv.runtime.compilation_cache import enable_compilation_cache
 from jaxkv.sampling import Categorical, Greedy
@@ -94,6 +95,7 @@ __all__ = [
     "TOVADecode",
     "TopK",
     "Tree",
+    "TriAttention",
     "Typical",
     "__version__",
     "compress",

@@ -107,6 +107,36 @@ def empty_layers(
     )
 
 
+def begin_layers(
+    policy: DecodePolicy,
+    network: Network,
+    params: Any,
+    cache: tuple[KVState, ...],
+    lengths: jax.Array,
+) -> tuple[KVState, ...]:
+    """Begin a decode policy in each layer's state.
+
+    Args:
+      policy: see `DecodePolicy.begin`.
+      network: static.
+      params: its parameters.
+      cache: one state per layer, filled.
+      lengths: int32 `[B]`, tokens of the prompts.
+    """
+    places: list[contract.Place | None] = [None] * len(cache)
+    if hasattr(policy, "begin_at"):
+        frequencies = network.apply({"params": params}, method="frequencies")
+        heads = network.config.num_heads
+        places = [
+            contract.Place(layer, len(cache), heads, frequencies)
+            for layer in range(len(cache))
+        ]
+    return tuple(
+        contract.begin(policy, state, lengths, place)
+        for state, place in zip(cache, places, strict=True)
+    )
+
+
 def append_tokens(
     tokens: jax.Array, lengths: jax.Array, extra: jax.Array, *, offset: int
 ) -> tuple[jax.Array, jax.Array]:

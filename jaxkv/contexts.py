@@ -19,12 +19,11 @@ import numpy as np
 
 from jaxkv import generation
 from jaxkv import state as kv
-from jaxkv.attention import Network
+from jaxkv.attention import Network, begin_layers
 from jaxkv.forward import decode_step, feed, logits_at_end, read, read_behind
 from jaxkv.generation import Running
 from jaxkv.identity import Identity
 from jaxkv.options import Options
-from jaxkv.policies import contract
 from jaxkv.policies.base import DecodePolicy
 from jaxkv.runtime.programs import bounded_jit
 from jaxkv.sequences import write
@@ -260,7 +259,7 @@ def ask(
         implementation=options.decode_implementation,
     )
     total = chosen.lengths + counts
-    cache = _begun(options.decode, cache, total)
+    cache = _begun(options.decode, network, params, cache, total)
     room = ((0, 0), (0, tokens.shape[1]))
     text = write(jnp.pad(chosen.tokens, room), tokens, chosen.lengths, counts)
     likeliest = None
@@ -323,7 +322,7 @@ def weigh(
     chosen = _drawn(context, documents, slots)
     where = (*(network, params, tokens, counts, chosen.lengths),)
     if options.decode.evicts:
-        cache = _begun(options.decode, chosen.cache, chosen.lengths)
+        cache = _begun(options.decode, network, params, chosen.cache, chosen.lengths)
         fed = feed(*where, chosen.logits, cache, options=options)
         return Likelihoods(fed.log_probs, fed.likeliest)
     hidden, _ = read_behind(
@@ -368,12 +367,12 @@ def _drawn(context: Context, documents: jax.Array, slots: tuple[int, ...]) -> Co
     return dataclasses.replace(chosen, cache=cache)
 
 
-def _begun(policy: DecodePolicy, cache: Cache, lengths: jax.Array) -> Cache:
+def _begun(
+    policy: DecodePolicy, network: Network, params: Any, cache: Cache, lengths
+) -> Cache:
     """Return the cache as a policy meets it behind whole prompts of these lengths."""
-    return tuple(
-        contract.begin(policy, dataclasses.replace(s, target=kv.first_free(s)), lengths)
-        for s in cache
-    )
+    aimed = tuple(dataclasses.replace(s, target=kv.first_free(s)) for s in cache)
+    return begin_layers(policy, network, params, aimed, lengths)
 
 
 _PARAMS = ("params",)

@@ -19,6 +19,7 @@ from jaxkv.attention import (
     attend_cache,
     attend_prompt,
     attend_tree,
+    begin_layers,
     empty_layers,
 )
 from jaxkv.kernels import decode, dispatch, tree_attention
@@ -133,9 +134,7 @@ def read(
         else None,
     )
     hidden, cache = network.apply({"params": params}, tokens, positions, empty, attend)
-    return hidden, tuple(
-        contract.begin(options.decode, state, lengths) for state in cache
-    )
+    return hidden, begin_layers(options.decode, network, params, cache, lengths)
 
 
 def logits_at_end(

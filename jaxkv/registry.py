@@ -37,6 +37,7 @@ from jaxkv.policies.rkv import RKV
 from jaxkv.policies.snapkv import SnapKV
 from jaxkv.policies.streaming_llm import StreamingLLM
 from jaxkv.policies.tova import TOVA, TOVADecode
+from jaxkv.policies.triattention import TriAttention
 from jaxkv.policies.vatp import VATP
 from jaxkv.speculation.drafters import Aligned, PromptLookup, Tree
 from jaxkv.speculation.rules import Conditional, Exact, FixedThreshold, TopK, Typical
@@ -70,6 +71,7 @@ DECODE: Mapping[str, type] = {
     "random": RandomDecode,
     "streaming-llm": StreamingLLM,
     "tova": TOVADecode,
+    "triattention": TriAttention,
     "vatp": VATP,
 }
 SPECULATE: Mapping[str, type] = {

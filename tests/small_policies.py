@@ -33,6 +33,7 @@ from jaxkv import (
     SnapKV,
     StreamingLLM,
     TOVADecode,
+    TriAttention,
     registry,
 )
 
@@ -88,6 +89,7 @@ SMALL_DECODE = {
     "random": RandomDecode(),
     "streaming-llm": StreamingLLM(n_sink=1),
     "tova": TOVADecode(),
+    "triattention": TriAttention(interval=2, n_recent=1),
     "vatp": VATP(n_sink=1, n_recent=2),
 }
 

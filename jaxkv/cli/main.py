@@ -16,6 +16,7 @@ import typer
 
 from jaxkv._version import __version__
 from jaxkv.cli import (
+    calibrate,
     chat,
     checkpoints,
     compress,
@@ -173,6 +174,7 @@ app.command()(compress.compress)
 app.command()(chat.chat)
 app.command()(checkpoints.train)
 app.command()(checkpoints.convert)
+app.command()(calibrate.calibrate)
 
 
 @app.command(

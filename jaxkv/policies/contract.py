@@ -11,7 +11,7 @@ size, `T` nodes of a tree, `D` its depth.
 import contextlib
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -116,10 +116,32 @@ def layer_budgets(
     return budgets
 
 
-def begin(policy: DecodePolicy, state: KVState, lengths: jax.Array) -> KVState:
-    """Call `DecodePolicy.begin`."""
-    with called(policy, "begin"):
-        begun = policy.begin(state, lengths)
+class Place(NamedTuple):
+    """Where a state is, for policies that have a `begin_at`.
+
+    Attributes:
+      layer: of the network, static.
+      layers: how many it has, static.
+      heads: query heads, static.
+      frequencies: float32 `[H / 2]`, of the rotation.
+    """
+
+    layer: int
+    layers: int
+    heads: int
+    frequencies: jax.Array
+
+
+def begin(
+    policy: DecodePolicy, state: KVState, lengths: jax.Array, place: Place | None = None
+) -> KVState:
+    """Call `DecodePolicy.begin`, or a method `begin_at` that is told the layer."""
+    begin_at = None if place is None else getattr(policy, "begin_at", None)
+    with called(policy, "begin" if begin_at is None else "begin_at"):
+        if begin_at is None:
+            begun = policy.begin(state, lengths)
+        else:
+            begun = begin_at(state, lengths, place)
         _fit_state(begun, state)
     return begun
 

@@ -24,6 +24,7 @@ from jaxkv import (
     RandomDecode,
     SnapKV,
     StreamingLLM,
+    TriAttention,
 )
 from jaxkv.fields import check_types
 
@@ -63,6 +64,8 @@ RECENT = "be a whole number of at least 0 or a number of at least 0 and below 1,
         (H2ODecode(n_recent=INFINITE), f"n_recent must {RECENT} inf"),
         (H2ODecode(n_recent=np.float32(1)), f"n_recent must {RECENT} 1.0"),
         (H2ODecode(n_recent=NAN), "n_recent takes a number, got nan"),
+        (TriAttention(interval=0), "TriAttention: interval must be at least 1, got 0"),
+        (TriAttention(n_recent=-1), "TriAttention: n_recent must be at least 0"),
         (VATP(n_sink=-1), "VATP: n_sink must be at least 0"),
         (VATP(n_recent=1.5), f"VATP: n_recent must {RECENT} 1.5"),
         (RandomDecode(n_sink=-1), "RandomDecode: n_sink must be at least 0"),
@@ -132,6 +135,7 @@ def test_bounds_themselves_are_taken():
         (H2ODecode(n_recent=16), 16, "use a budget of at least 17"),
         (VATP(), 16, "20 sinks, 8 recent tokens and 1 to evict"),
         (RandomDecode(n_recent=16), 16, "RandomDecode: budget=16 is too small"),
+        (TriAttention(), 16, "TriAttention: budget=16 is too small"),
         (RKV(), 16, "RKV: budget=16 is too small"),
     ],
 )

@@ -1,0 +1,43 @@
+"""`jaxkv calibrate`: what a network's queries are like, for `triattention`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from jaxkv import calibration
+from jaxkv.cli import flags
+from jaxkv.cli.terminal import say
+
+
+def calibrate(
+    model: flags.Model,
+    out: Annotated[Path, typer.Argument(help="File to write, such as stats.npz.")],
+    text: Annotated[list[Path], typer.Option(help="A file of text; may be repeated.")],
+    length: Annotated[int, typer.Option(min=1, help="Tokens of a window.")] = 1024,
+    batch_size: flags.BatchSize = 4,
+    dtype: flags.Dtype = None,
+    follow_links: flags.FollowLinks = False,
+) -> None:
+    """Count a network's queries over text, for --decode triattention:stats=FILE."""
+    texts = [read(path) for path in text]
+    if out.is_dir() or not out.resolve().parent.is_dir():
+        raise ValueError(f"{out} must be a file in a folder that is there.")
+    lm = flags.load_model(model, dtype, follow_links=follow_links)
+    longest = min(length, lm.config.max_positions)
+    found = calibration.calibrate(lm, texts, length=longest, batch_size=batch_size)
+    calibration.save(found, out, model=lm.name, dtype=lm.dtype.name)
+    layers, heads, size = found.mean.shape
+    say(f"{out}: queries of {layers} layers, {heads} heads of size {size}")
+
+
+def read(path: Path) -> str:
+    """Return a file's text.
+
+    Raises:
+      ValueError: it is no UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--text {path} is no text in UTF-8: {error}.") from error
