@@ -31,8 +31,9 @@ from jaxkv.speculation.loop import Speculation
 Advance = Callable[[Running, int, np.ndarray], Running]
 
 _REPEATS = 3  # timed calls of each kind of step, of which the fastest counts
-_SECONDS = 0.01  # that a timed call should take
-_MOST_STEPS = 8  # but of no more steps, where they are as short as that
+_SECONDS = 0.01  # that a timed call should take at least
+_IDLES = 4  # and how many times as long as one in which no step is taken
+_MOST_STEPS = 64  # but no more steps
 _FOREVER = 2**30
 
 
@@ -88,7 +89,7 @@ class Prices:
             width = len(self.timed) % (1 + self.widths)  # 0 is a plain step
             prices = np.where(np.arange(1, 1 + self.widths) == width, 0, never)
             state = _waiting(state, 0 if width else _FOREVER)
-            until = min(int(lengths[~ended].min()) + self._steps(), most)
+            until = min(int(lengths[~ended].min()) + self._steps(idle), most)
             before, begin = _taken(state), self._clock()
             state = advance(state, until, prices.astype(np.float32))
             state = jax.block_until_ready(state)
@@ -96,11 +97,12 @@ class Prices:
             self.timed.append(seconds / max(int((_taken(state) - before).max()), 1))
         return _waiting(state, 0)
 
-    def _steps(self) -> int:
+    def _steps(self, idle: float) -> int:
         """Return how many tokens each row gets in the coming timed call, at least."""
         if not self.timed:
             return 2
-        return min(max(math.ceil(_SECONDS / self.timed[0]), 1), _MOST_STEPS)
+        long = max(_SECONDS, _IDLES * idle)
+        return min(math.ceil(long / min(self.timed)), _MOST_STEPS)
 
 
 def _waiting(state: Running, steps: int) -> Running:

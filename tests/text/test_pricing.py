@@ -12,15 +12,16 @@ from jaxkv.sequences import Generation
 from jaxkv.speculation import loop
 from jaxkv.text.pricing import Ledger, Prices
 
-IDLE, STEPS = 0.25, (0.01, 0.015, 0.04)  # seconds of a call, and of each kind of step
+IDLE, STEPS = 0.005, (0.01, 0.015, 0.04)  # seconds of a call, and of each kind of step
 DRAFTER = Tree()
 
 
 class Machine:
     """Decodes without a network, by a clock of its own."""
 
-    def __init__(self, slow=()):
+    def __init__(self, slow=(), idle=IDLE, steps=STEPS):
         self.now, self.slow, self.kinds = 0.0, list(slow), []
+        self.idle, self.steps = idle, steps
 
     def clock(self):
         return self.now
@@ -35,7 +36,7 @@ class Machine:
         if count:
             self.kinds.append(kind)
         slow = self.slow.pop(0) if count and self.slow else 1
-        self.now += IDLE + count * STEPS[kind] * slow
+        self.now += self.idle + count * self.steps[kind] * slow
         taken = jnp.asarray(np.clip(until - lengths, 0, None), jnp.int32)
         counts = state.speculation.counts
         counts = dataclasses.replace(counts, steps=counts.steps + taken)
@@ -53,7 +54,7 @@ class Machine:
 def begun(done=(False, False)):
     one = jnp.ones(2, jnp.int32)
     return Generation(
-        tokens=jnp.zeros((2, 256), jnp.int32),
+        tokens=jnp.zeros((2, 1024), jnp.int32),
         lengths=one,
         done=jnp.asarray(done),
         finite=one == 1,
@@ -65,12 +66,12 @@ def begun(done=(False, False)):
         speculation=loop.begin(
             *(DRAFTER, jnp.zeros((2, 4), jnp.int32), one, one),
             rule=Exact(),
-            max_out=256,
+            max_out=1024,
         ),
     )
 
 
-def measured(machine, *, most=256, found=None, state=None):
+def measured(machine, *, most=1024, found=None, state=None):
     found = found or Prices(2, clock=machine.clock)
     return found, found.measure(machine, state or begun(), most)
 
@@ -110,6 +111,21 @@ def test_short_outputs_leave_the_rest_to_later_ones():
         measured(machine, most=5, found=found)
     np.testing.assert_allclose(found.array(), [1.5, 4.0], rtol=1e-5)
     assert machine.kinds == [0, 1, 2] * 3
+
+
+@pytest.mark.parametrize(
+    ("idle", "step", "tokens"),
+    [
+        (0.0, 0.1, 1),
+        (0.0, 0.004, 3),  # 10 ms
+        (0.01, 0.004, 10),  # 40 ms
+        (0.01, 0.0001, 64),  # no more
+    ],
+)
+def test_calls_last_longer_than_what_disturbs_them(idle, step, tokens):
+    machine = Machine(idle=idle, steps=(step, step, step))
+    _, state = measured(machine)
+    assert (state.lengths - 1).tolist() == [2 + 8 * tokens] * 2
 
 
 @pytest.mark.parametrize("done", [(True, True), (True, False)])
