@@ -89,15 +89,21 @@ def check_maps(where: str, maps: int, most: int = MOST_MAPS) -> None:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def programs_are_let_go():
-    """Let go of the compiled programs of a module when its last test has run."""
+def patched_programs_are_let_go(request):
+    """Let go of what was compiled where tests of a module replace functions.
+
+    A compiled program stays what it was, whatever is put back. Those of other modules
+    stay for the next ones.
+    """
     yield
-    jax.clear_caches()
+    tests = (item for item in request.session.items if item.path == request.path)
+    if any("monkeypatch" in getattr(item, "fixturenames", ()) for item in tests):
+        jax.clear_caches()
 
 
 @pytest.fixture(autouse=True)
 def maps_are_bounded(request):
-    """Let go of them earlier where a module has many, and fail if a test has more."""
+    """Let go of all programs where there are many, and fail if a test has more."""
     yield
     maps = memory_maps() or 0
     if maps > MOST_MAPS // 2:
