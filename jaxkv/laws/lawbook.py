@@ -197,6 +197,25 @@ def batch_equals_singles(options, tokens, lengths, seed):
         np.testing.assert_array_equal(alone.tokens[0], together[row])
 
 
+def rows_are_independent(options, tokens, lengths, seed):
+    """Each row gets what it gets in another place, among other rows.
+
+    The batch is as large as before, so that this compiles nothing.
+    """
+    keys = jax.random.split(key_of(seed), len(lengths))
+    together = generate(options, tokens, lengths, keys=keys).tokens
+    others = prompts(seed + 1, lengths, PROMPT)[0]
+    for row in range(len(lengths)):
+        place = (row + 1) % len(lengths)
+        apart = generate(
+            options,
+            others.at[place].set(tokens[row]),
+            lengths.at[place].set(lengths[row]),
+            keys=keys[::-1].at[place].set(keys[row]),
+        )
+        np.testing.assert_array_equal(apart.tokens[place], together[row])
+
+
 def exact_speculation_equals_plain(options, tokens, lengths, seed):
     """Whatever is drafted, tokens and cache are those of plain decoding."""
     keys = jax.random.split(key_of(seed), len(lengths))
@@ -348,6 +367,7 @@ LAWS = (
     decoding_equals_recomputation,
     bounded,
     batch_equals_singles,
+    rows_are_independent,
     exact_speculation_equals_plain,
     stop_ids_end_rows_apart,
     not_recompiled,

@@ -21,6 +21,8 @@ from jaxkv import state as kv
 from jaxkv.laws import lawbook, programs
 from jaxkv.laws.programs import LENGTHS, PROMPT, with_budget
 
+# A fault of these laws shows where tokens are drawn.
+DRAWN = (lawbook.rows_are_independent, lawbook.batch_equals_singles)
 TOKENS, ROWS = prompts(0, LENGTHS, PROMPT)
 
 
@@ -239,6 +241,12 @@ FAULTS = {
     "a PRNG key shared by rows": Fault(
         "jaxkv.sampling.Categorical.pick",
         share_the_first_row_s_key,
+        lawbook.rows_are_independent,
+        "full",
+    ),
+    "a PRNG key shared by rows, in a batch and alone": Fault(
+        "jaxkv.sampling.Categorical.pick",
+        share_the_first_row_s_key,
         lawbook.batch_equals_singles,
         "full",
     ),
@@ -285,9 +293,9 @@ def check(fault):
     if "policy" in given:
         arguments["policy"] = PREFILL[fault.policy]
     if "options" in given:
-        options = dataclasses.replace(
-            DECODE[fault.policy], sampler=Categorical(temperature=2.0)
-        )
+        options = DECODE[fault.policy]
+        if fault.law in DRAWN:
+            options = dataclasses.replace(options, sampler=Categorical(temperature=2.0))
         arguments["options"] = with_budget(options, 9)
     fault.law(**{k: v for k, v in arguments.items() if k in given})
 

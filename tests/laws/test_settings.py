@@ -191,8 +191,9 @@ def test_settings_change_no_token(name, setting, wanted):
         assert tokens(**RUNS[name]) == wanted[name]
 
 
-@pytest.mark.parametrize("implementation", ["rbg", "unsafe_rbg"])
-@pytest.mark.parametrize("partitionable", [True, False])
+@pytest.mark.parametrize(
+    ("implementation", "partitionable"), [("rbg", True), ("unsafe_rbg", False)]
+)
 def test_a_row_draws_what_it_draws_alone(implementation, partitionable):
     with (
         jax.default_prng_impl(implementation),
