@@ -32,10 +32,14 @@ def talk(lm, turns=TURNS, **options):
     [
         {},
         dict(system="be brief", sampler=jaxkv.Categorical(temperature=2.0), seed=3),
-        dict(sampler=jaxkv.Greedy(repetition_penalty=1.5)),
         dict(budget=200),
-        dict(budget=200, decode=jaxkv.StreamingLLM()),
-        dict(budget=200, decode=jaxkv.Full()),
+        pytest.param(
+            dict(sampler=jaxkv.Greedy(repetition_penalty=1.5)), marks=pytest.mark.slow
+        ),
+        pytest.param(
+            dict(budget=200, decode=jaxkv.StreamingLLM()), marks=pytest.mark.slow
+        ),
+        pytest.param(dict(budget=200, decode=jaxkv.Full()), marks=pytest.mark.slow),
     ],
 )
 def test_a_chat_is_generation_on_the_whole_transcript(lm, options):
@@ -171,7 +175,7 @@ def test_bad_input_is_named(lm, options, say, message):
 def test_a_model_without_a_template_is_named(lm):
     plain = dataclasses.replace(lm, tokenizer=types.SimpleNamespace(chat_template=None))
     with pytest.raises(ValueError, match="has no chat template"):
-        jaxkv.Chat.begin(plain).say("a")
+        jaxkv.Chat.begin(plain)
 
 
 def test_a_chat_holds_arrays_of_its_own(lm):
