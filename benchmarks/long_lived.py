@@ -21,23 +21,13 @@ import typer
 
 import jaxkv
 from jaxkv import language_model
-from jaxkv.models.decoder import Config, Decoder, random_parameters
+from jaxkv.laws.network import CONFIG
+from jaxkv.models.decoder import Decoder, random_parameters
 from jaxkv.options import described
 from jaxkv.provenance import provenance, write_json
 from jaxkv.runtime import programs
 
-TINY = Config(
-    vocab_size=64,
-    hidden_size=32,
-    intermediate_size=48,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    max_positions=2048,
-    qk_norm=True,
-    tied=True,
-)
+TINY = dataclasses.replace(CONFIG, vocab_size=64, max_positions=2048)
 ROWS = (1, 2, 3, 4)
 PROMPTS = (60, 90, 120, 180, 250)  # each of another bucket
 NEW = (8, 70, 100)
