@@ -65,11 +65,12 @@ CODE = (("stdlib", 0.6), ("code", 0.4))
 def variants(nodes: int, *, dev: bool) -> dict[str, dict[str, Any]]:
     """Return the arguments of `jaxkv.generate` by the name of the variant."""
     drafts = nodes - 1
-    aligned = jaxkv.Aligned(num_draft_tokens=drafts)
+    trees: dict[str, Any] = dict(num_draft_tokens=drafts, break_even=0.35)
+    aligned = jaxkv.Aligned(**trees)
     shown = {
         "plain": {},
-        "prompt lookup": {"speculate": jaxkv.PromptLookup()},
-        "tree": {"speculate": jaxkv.Tree(num_draft_tokens=drafts)},
+        "prompt lookup": {"speculate": jaxkv.PromptLookup(break_even=0.2)},
+        "tree": {"speculate": jaxkv.Tree(**trees)},
         "aligned": {"speculate": aligned},
     }
     if not dev:

@@ -8,7 +8,9 @@ conversations, behind the model's own plain answer to the first. Of each kind th
 taken whose length falls into the bucket that most of them share, so that few programs
 compile.
 Every variant gets the same prompts in the same order; its first batch runs twice, since
-the first call compiles. A variant is on the disk as soon as it is measured.
+the first call compiles. What a step with drafts costs is a constant here, so that
+acceptance does not depend on the machine; `drafts_auto.py` has what is measured. A
+variant is on the disk as soon as it is measured.
 
 Quality is what the network itself says of an output (`log_likelihood`, nats a token,
 mean over tokens, all in one pass over prompt and output), and how much of plain
@@ -54,10 +56,11 @@ def variants(nodes: int) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {"plain": {}}
     for output in (False, True):
         name = " + output" if output else ""
-        options = dict(include_output=output)
-        trees = dict(num_draft_tokens=drafts, **options)
+        options: dict[str, Any] = dict(include_output=output)
+        trees = dict(num_draft_tokens=drafts, break_even=0.35, **options)
+        lookup = jaxkv.PromptLookup(break_even=0.2, **options)
         found |= {
-            f"prompt lookup{name}": {"speculate": jaxkv.PromptLookup(**options)},
+            f"prompt lookup{name}": {"speculate": lookup},
             f"tree{name}": {"speculate": jaxkv.Tree(**trees)},
             f"aligned{name}": {"speculate": jaxkv.Aligned(**trees)},
         }

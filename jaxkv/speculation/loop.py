@@ -187,8 +187,10 @@ def draft(
     context = Context(s.text, g.position, s.prompt, s.pool, s.likeliest)
     where: Any = dict(depth=drafter.depth, counts=pace.widths(drafter, rule))
     likely, most = pace.assumed(context, **where)
+    tree = contract.draft(drafter, context)
     new = Drafted(
-        tree=contract.draft(drafter, context),
+        tree=tree,
+        above=trees.ancestors(tree, depth=drafter.depth),
         likely=likely,
         most=most,
         running=running,
@@ -256,8 +258,8 @@ def tree_step(
     tree = pace.within(drafts.tree, widths[-1])
     is_root = jnp.arange(widths[-1], dtype=jnp.int32)[None] == 0
     tree = tree._replace(valid=tree.valid & (brings[:, None] | is_root))
+    above = drafts.above[:, : widths[-1], : widths[-1]]
     depth = min(depth, widths[-1] - 1)
-    above = trees.ancestors(tree, depth=depth)
     position = jnp.where(running, g.position, -1)
     logits, pending = _attend(
         *(network, params, g.cache, position, tree, above),

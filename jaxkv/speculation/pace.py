@@ -69,6 +69,7 @@ class Pace:
       wait: int32 `[B]`, plain steps that the row takes before it drafts again.
       pause: int32 `[B]`, what `wait` becomes when drafts do not pay.
       watched: a draft that is compared with what comes, whatever steps it comes by.
+      above: bool `[B, T, T]`, its `trees.ancestors`.
       since: int32 `[B]`, position of its root.
       likely: float32 `[B, L]`, what is assumed of it.
     """
@@ -79,6 +80,7 @@ class Pace:
     wait: jax.Array
     pause: jax.Array
     watched: DraftTree
+    above: jax.Array
     since: jax.Array
     likely: jax.Array
 
@@ -88,6 +90,7 @@ class Drafted(NamedTuple):
 
     Attributes:
       tree: the drafts.
+      above: bool `[B, T, T]`, their `trees.ancestors`.
       likely: float32 `[B, L]`, tokens of it that are assumed to be right.
       most: float32 `[L]`, the same of the best drafts.
       running: bool `[B]`, rows that take the coming step.
@@ -96,6 +99,7 @@ class Drafted(NamedTuple):
     """
 
     tree: DraftTree
+    above: jax.Array
     likely: jax.Array
     most: jax.Array
     running: jax.Array
@@ -137,7 +141,7 @@ def begin(first: jax.Array, position: jax.Array, drafter: Drafter, rule: Rule) -
       drafter: static.
       rule: static.
     """
-    batch = len(first)
+    batch, nodes = len(first), 1 + drafter.num_draft_tokens
     shape = (batch, len(widths(drafter, rule)))
     # A lossy rule lets about twice as many pass.
     share = 0.8 if rule.exact else 2.0
@@ -147,7 +151,8 @@ def begin(first: jax.Array, position: jax.Array, drafter: Drafter, rule: Rule) -
         balance=jnp.zeros(batch, jnp.float32),
         wait=jnp.zeros(batch, jnp.int32),
         pause=jnp.ones(batch, jnp.int32),
-        watched=trees.root_only(first, nodes=1 + drafter.num_draft_tokens),
+        watched=trees.root_only(first, nodes=nodes),
+        above=jnp.zeros((batch, nodes, nodes), bool),
         since=position,
         likely=jnp.zeros(shape, jnp.float32),
     )
@@ -221,7 +226,7 @@ def watch(
     at = jnp.minimum(pace.since[:, None] + old.depths, text.shape[1] - 1)
     right = old.valid & (old.tokens == jnp.take_along_axis(text, at, axis=1))
     right |= old.depths == 0
-    whole = ~(trees.ancestors(old, depth=depth) & ~right[:, None]).any(-1)
+    whole = ~(pace.above & ~right[:, None]).any(-1)
     order = jnp.arange(old.tokens.shape[1], dtype=jnp.int32)
     wide = order[None] < jnp.asarray(counts, jnp.int32)[:, None]  # [L, T]
     reached = jnp.where(whole[:, None] & wide[None], old.depths[:, None], 0).max(-1)
@@ -245,6 +250,7 @@ def watch(
         pace,
         balance=jnp.where(seen, balance, pace.balance),
         watched=DraftTree(*map(newer, new.tree, old)),
+        above=jnp.where(fresh[:, None, None], new.above, pace.above),
         since=jnp.where(fresh, position, pace.since),
         likely=newer(new.likely, pace.likely),
     )

@@ -74,8 +74,10 @@ def chain(rows, there=True, token=7):
 def newest(
     prices, *, rows=1, there=True, likely=(1.5, 2.0), lengths=None, running=None
 ):
+    tree = chain(rows, there)
     return pace.Drafted(
-        tree=chain(rows, there),
+        tree=tree,
+        above=trees.ancestors(tree, depth=DEPTH),
         likely=jnp.broadcast_to(jnp.asarray(likely, jnp.float32), (rows, 2)),
         most=jnp.asarray((2.0, 3.0), jnp.float32),
         running=jnp.ones(rows, bool) if running is None else jnp.asarray(running),
@@ -191,9 +193,9 @@ def test_watched_drafts_lift_the_balance_so_far_only():
     where = dict(depth=DEPTH, counts=COUNTS, exact=True)
     text, at = jnp.full((1, 32), 7, jnp.int32), jnp.asarray([14], jnp.int32)
     for before, wanted in ((-1.0, 2.0), (5.0, 5.0)):
-        start = begun(
-            watched=chain(1), balance=jnp.asarray([before], jnp.float32)
-        )  # 4 + 1 - 1.5
+        # 4 + 1 - 1.5
+        balance = jnp.asarray([before], jnp.float32)
+        start = begun(watched=chain(1), above=new.above, balance=balance)
         assert pace.watch(start, new, text, at, **where).balance.tolist() == [wanted]
 
 
