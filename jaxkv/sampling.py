@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from annotated_types import Ge, Gt, Le
 
+from jaxkv.policies.fitting import fit
+
 Positive = Annotated[float, Gt(0)]
 
 
@@ -118,18 +120,30 @@ def pick_next(
       seen: bool `[B, V]` for the repetition penalty, or None if it is off.
 
     Returns:
-      int32 tokens `[B]`.
+      int32 tokens `[B]`; `V` stands for what is none.
+
+    Raises:
+      ValueError: a sampler of one's own returns something else.
     """
     if seen is not None:
         logits = penalize(logits, seen, sampler.repetition_penalty)
-    return sampler.pick(logits, jax.vmap(jax.random.fold_in)(keys, position))
+    token = sampler.pick(logits, jax.vmap(jax.random.fold_in)(keys, position))
+    if isinstance(sampler, Greedy | Categorical):
+        return token
+    if isinstance(token, jax.Array) and jnp.issubdtype(token.dtype, jnp.integer):
+        token = token.astype(jnp.int32)
+    name = f"{type(sampler).__name__}.pick: what it returns"
+    fit(name, token, "B", logits.shape[:1], jnp.int32)
+    vocabulary = logits.shape[-1]
+    return jnp.where((token >= 0) & (token < vocabulary), token, vocabulary)
 
 
 def from_numbers(logits: jax.Array, tokens: jax.Array) -> jax.Array:
     """Return whether each row's token was chosen from numbers, bool `[B]`.
 
     Only what was chosen is looked at, because NaN and infinity win every choice, and
-    minus infinity wins where there is nothing else.
+    minus infinity wins where there is nothing else. A token beyond the vocabulary was
+    chosen from none.
 
     Args:
       logits: float32 `[B, V]`, as the network gives them.

@@ -8,8 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxkv import state as kv
+from jaxkv.options import Options
+from jaxkv.sampling import Categorical, Greedy
 from jaxkv.sequences import Generation
 from jaxkv.state import KVState
+
+_USUAL = Options()
 
 
 class LogitsError(ValueError):
@@ -38,13 +42,13 @@ class LogitsError(ValueError):
         return LogitsError(tokens, self.cause)
 
 
-def check(generation: Generation[Any], params: Any, prefill: Any) -> None:
+def check(generation: Generation[Any], params: Any, options: Options) -> None:
     """Raise unless all rows go on: one look at `generation.finite`.
 
     Args:
       generation: the sequences; what else they hold is looked at where a row is broken.
       params: of the network; likewise.
-      prefill: the policy of the prompts, for the message.
+      options: the policy of the prompts and the sampler, for the message.
 
     Raises:
       LogitsError: logits are NaN or infinite.
@@ -58,18 +62,19 @@ def check(generation: Generation[Any], params: Any, prefill: Any) -> None:
         spoilt = jax.device_get(_spoilt_prompts(generation, state))
         for row in rows:
             # The first token does not depend on scores; without it the network is bad.
-            name = type(prefill).__name__
+            name = type(options.prefill).__name__
             if spoilt[0][row] and counts[row]:
                 raise ValueError(
                     f"generate: {name} scores tokens of prompt {row} as NaN in layer "
-                    f"{layer}; look for a division by 0 in compress or scores."
+                    f"{layer}, or not all of them; look for a division by 0 in "
+                    "compress or scores, and at how many scores it returns."
                 )
             if spoilt[1][row] and counts[row]:
                 raise ValueError(
                     f"generate: {name} keeps more tokens of prompt {row} in layer "
                     f"{layer} than its budget; compress may keep prompt.keep of each."
                 )
-    raise LogitsError({row: counts[row] for row in rows}, cause(params))
+    raise LogitsError({row: counts[row] for row in rows}, cause(params, options))
 
 
 def _spoilt_prompts(
@@ -88,11 +93,12 @@ def _spoilt_prompts(
     return whole.any((1, 2)), first.any((1, 2))
 
 
-def cause(params: Any) -> str:
+def cause(params: Any, options: Options = _USUAL) -> str:
     """Return what makes logits NaN or infinite, and what would help.
 
     Args:
       params: of the network.
+      options: a sampler of one's own may be what is wrong.
     """
     leaves, _ = jax.tree_util.tree_flatten_with_path(params)
     dtype = leaves[0][1].dtype
@@ -110,6 +116,12 @@ def cause(params: Any) -> str:
         return (
             "float16 holds no number beyond 65,504; load the model with dtype bfloat16 "
             "or float32, which do."
+        )
+    if not isinstance(options.sampler, Greedy | Categorical):
+        return (
+            "all weights are numbers, so that either what the network computes exceeds "
+            f"{dtype}, or {type(options.sampler).__name__}.pick returns tokens that "
+            "are not in the vocabulary."
         )
     return (
         f"all weights are numbers, but what the network computes exceeds {dtype}; "

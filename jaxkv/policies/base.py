@@ -174,15 +174,18 @@ def keep_top(
     Returns:
       The filled state, its tokens in the order of their positions, so that a row that
       fits lies as it would in a full cache. Ties favour the earlier token. Where a
-      score is NaN the head's first value is, too, so that it does not go unnoticed.
+      score is NaN, or missing, the head's first value is NaN, so that it is noticed.
     """
-    heads, length = state.target.shape, scores.shape[-1]
-    if scores.shape[:-1] != heads or length > prompt.keys.shape[1]:
-        length = prompt.keys.shape[1]
+    heads, length = state.target.shape, prompt.keys.shape[1]
+    given = getattr(scores, "shape", ())
+    if given[:-1] == heads and given[-1] <= length:
+        length = given[-1]
     fit("scores", scores, "B heads L", (*heads, length), jnp.floating)
     real = jnp.arange(length, dtype=jnp.int32)[None] < prompt.candidates[:, None]
     scores = jnp.where(real[:, None], scores, -jnp.inf)
     wrong = jnp.isnan(scores).any(-1)[..., None]
+    if length < prompt.keys.shape[1]:  # that it has no score must not go unnoticed
+        wrong |= (prompt.candidates > length)[:, None, None]
     _, best = jax.lax.top_k(scores, min(budget, length))
     rank = jnp.arange(best.shape[-1], dtype=jnp.int32)[None, None]
     keep = prompt.keep[:, None] if keep is None else keep

@@ -295,7 +295,7 @@ class Chat:
             options=begun.plan.options,
             max_out=max(begun.plan.max_out, bucket(max_new_tokens)),
         )
-        soundness.check(state, self.lm.params, self.options.prefill)
+        soundness.check(state, self.lm.params, self.options)
         return state, room - len(new)
 
 

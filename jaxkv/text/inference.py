@@ -282,7 +282,7 @@ def start(
     else:
         keep = keep.reshape(-1, plan.distinct)
         state = generation.start_copies_jit(*args, **shapes, keep=keep)
-    soundness.check(state, lm.params, plan.options.prefill)  # waits, too
+    soundness.check(state, lm.params, plan.options)  # waits, too
     return state
 
 
@@ -313,7 +313,7 @@ def advance(
             rows = zip(np.asarray(state.tokens), shown, lengths, strict=True)
             on_tokens([out[first:last].tolist() for out, first, last in rows])
             shown = lengths
-        soundness.check(state, lm.params, plan.options.prefill)
+        soundness.check(state, lm.params, plan.options)
         if until == max_new_tokens or np.asarray(state.done).all():
             return state
         if prices is None and (found := pricing.of_program(lm, options, state, stops)):

@@ -73,7 +73,7 @@ class Questions:
             max_out=self.plan.max_out,
             pool=spans,
         )
-        soundness.check(state, lm.params, Full())
+        soundness.check(state, lm.params, self.plan.options)
         return state
 
     def read(self, lm: LanguageModel) -> Context:

@@ -147,6 +147,36 @@ def test_the_pure_function_says_which_rows():
     assert out.lengths.tolist() == [4, 0] and out.stopped.tolist() == [False, False]
 
 
+PICKED = r"Mine\.pick: what it returns must be .*int32 \[B\]=\[2\], got "
+
+
+@pytest.mark.parametrize(
+    ("pick", "message"),
+    [
+        (lambda logits: logits.argmax(-1)[0], PICKED + r"int32 \[\]"),
+        (lambda logits: logits.max(-1), PICKED + r"float32 \[2\]"),
+        (lambda logits: None, PICKED + "NoneType"),
+        (lambda logits: jnp.full(2, 999), "or Mine.pick returns tokens that are not"),
+        (lambda logits: jnp.full(2, -1), "or Mine.pick returns tokens that are not"),
+    ],
+)
+def test_mistakes_of_a_sampler(pick, message):
+    with pytest.raises(ValueError, match=message):
+        generate(model(), PROMPTS, sampler=picking(pick))
+
+
+def picking(pick):
+    named = dict(repetition_penalty=1.0, check=lambda self: None)
+    named["pick"] = lambda self, logits, keys: pick(logits)
+    return type("Mine", (), named)()
+
+
+def test_a_sampler_of_one_s_own_works():
+    best = picking(lambda logits: logits.argmax(-1).astype(jnp.int16))
+    wanted = generate(model(), PROMPTS).tokens
+    assert generate(model(), PROMPTS, sampler=best).tokens == wanted
+
+
 def test_many_rows_are_few_words():
     error = LogitsError({row: 0 for row in range(9)}, "why.").of_prompts(range(8, 17))
     assert "behind prompt 8, prompt 9, prompt 10 and 6 more are NaN" in str(error)

@@ -346,11 +346,26 @@ def test_scores_that_are_no_numbers(tmp_path):
         scores = jnp.where(broken, jnp.nan, scores)
         return keep_top(prompt, scores, state, budget=budget)
 
-    message = "Mine scores tokens of prompt 1 as NaN in layer 0; look for a division"
+    message = "Mine scores tokens of prompt 1 as NaN in layer 0, or not all of them"
     with pytest.raises(ValueError, match=message):
         generate(tmp_path, prefill=compressing(compress))
     with pytest.raises(ValueError, match=message):
         generate(tmp_path, prefill=compressing(compress), speculate=DRAFTER)
+
+
+def test_scores_that_are_missing(tmp_path):
+    """The first prompt has more tokens than there are scores, the second has not."""
+    few = scoring(lambda prompt: scores_of(prompt).swapaxes(1, 2)[..., :5])
+    message = "Mine scores tokens of prompt 0 .* or not all .* how many scores"
+    with pytest.raises(ValueError, match=message):
+        generate(tmp_path, prefill=few)
+    for scores in [1.0, 2.0], jnp.float32(3):
+        with pytest.raises(ValueError, match=r"Mine.compress: scores must be .* got"):
+            generate(tmp_path, prefill=scoring(lambda prompt, x=scores: x))
+
+
+def scoring(scores):
+    return type("Mine", (Own,), dict(scores=lambda self, prompt: scores(prompt)))()
 
 
 def test_a_bug_inside_keeps_its_own_error(tmp_path):
