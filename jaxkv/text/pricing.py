@@ -107,13 +107,13 @@ class Prices:
 
 def _waiting(state: Running, steps: int) -> Running:
     """Return the state with drafts that wait so many steps."""
-    shape = state.lengths.shape
     drafts = cast(Speculation, state.speculation)
+    # Made of what was there, so that they lie on the same devices.
     now = dataclasses.replace(
         drafts.pace,
-        balance=jnp.zeros(shape, jnp.float32),
-        wait=jnp.full(shape, steps, jnp.int32),
-        pause=jnp.ones(shape, jnp.int32),
+        balance=jnp.zeros_like(drafts.pace.balance),
+        wait=jnp.zeros_like(drafts.pace.wait) + steps,
+        pause=jnp.zeros_like(drafts.pace.pause) + 1,
     )
     drafts = dataclasses.replace(drafts, pace=now)
     return dataclasses.replace(state, speculation=drafts)
