@@ -16,10 +16,13 @@ template. Each output has `--new` tokens, stop ids or not. Variants of a batch:
 
 A first round compiles and measures, and is left out. Then the variants take turns, and
 each is compared with `plain` of its own round, since a machine has other work at times.
+Where it has much, the processor's time says more than the clock: of all threads of the
+process, prefill included (`work_against_plain`). On a GPU it means nothing.
 """
 
 import dataclasses
 import math
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -55,6 +58,7 @@ class Failing(jaxkv.Tree):
 
 
 Told = tuple[float, ...] | None
+Round = dict[str, tuple[jaxkv.Completion, float]]  # and the processor's seconds
 VARIANTS: dict[str, tuple[jaxkv.Drafter | None, Told]] = {
     "plain": (None, None),
     "auto": (jaxkv.Tree(), None),
@@ -85,17 +89,19 @@ def rounds(
     repeats: int,
     warm: int,
     **arguments: Any,
-) -> tuple[list[dict[str, jaxkv.Completion]], dict[jaxkv.Drafter, pricing.Prices]]:
+) -> tuple[list[Round], dict[jaxkv.Drafter, pricing.Prices]]:
     """Return what each variant gives in each round, and the prices of each drafter."""
     found: dict[jaxkv.Drafter, pricing.Prices] = {}
 
-    def call(name: str) -> jaxkv.Completion:
+    def call(name: str) -> tuple[jaxkv.Completion, float]:
         drafter, prices = VARIANTS[name]
+        begin = time.process_time()
         known = found.get(drafter, pricing.Prices(0)) if drafter else pricing.Prices(0)
         with told(known, prices):
-            return jaxkv.generate(
+            out = jaxkv.generate(
                 lm, prompts, stop_ids=[], speculate=drafter, **arguments
             )
+        return out, time.process_time() - begin
 
     for name in names:
         drafter, prices = VARIANTS[name]
@@ -108,18 +114,20 @@ def rounds(
 
 
 def summary(
-    name: str, outs: list[dict[str, jaxkv.Completion]], prices: pricing.Prices | None
+    name: str, outs: list[Round], prices: pricing.Prices | None
 ) -> dict[str, Any]:
     """Return a variant's row."""
-    stats = [out[name].stats for out in outs]
+    pairs = [(out[name], out["plain"]) for out in outs]
+    stats = [out.stats for (out, _), _ in pairs]
     against = [
-        out[name].stats.tokens_per_second / out["plain"].stats.tokens_per_second
-        for out in outs
+        out.stats.tokens_per_second / plain.stats.tokens_per_second
+        for (out, _), (plain, _) in pairs
     ]
+    work = [plain / ours for (_, ours), (_, plain) in pairs]
     same = [
         a == b
-        for out in outs
-        for a, b in zip(out[name].tokens, out["plain"].tokens, strict=True)
+        for (out, _), (plain, _) in pairs
+        for a, b in zip(out.tokens, plain.tokens, strict=True)
     ]
     drafts = stats[0].drafts
     return {
@@ -127,6 +135,8 @@ def summary(
         "tokens_per_second": float(np.median([s.tokens_per_second for s in stats])),
         "against_plain": float(np.median(against)),
         "against_plain_each": against,
+        "work_against_plain": float(np.median(work)),
+        "work_against_plain_each": work,
         "prices": prices and prices.array().tolist(),
         "mal": drafts and drafts.mal_with_bonus,
         "steps": drafts and drafts.steps,
