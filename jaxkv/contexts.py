@@ -17,10 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxkv import generation
+from jaxkv import generation, soundness
 from jaxkv import state as kv
 from jaxkv.attention import Network, begin_layers
-from jaxkv.forward import decode_step, feed, logits_at_end, read, read_behind
+from jaxkv.forward import decode_step, logits_at_end, read, read_behind
 from jaxkv.generation import Running
 from jaxkv.identity import Identity
 from jaxkv.options import Options
@@ -111,7 +111,8 @@ class Documents(NamedTuple):
       logits: float32 `[D, V]`, of the token after each document.
       likeliest: int32 `[D, P, 3]` or None, as in `Context`.
       kept: int32 `[L, D]`, tokens that the head with the most of them holds.
-      spoilt: bool `[L, D]`, where a value that is kept is NaN.
+      spoilt: bool `[L, 2, D]`, what is wrong with what is kept; see
+        `soundness.spoilt_prompts`.
     """
 
     cache: Cache
@@ -157,18 +158,62 @@ def read_documents(
     found = None
     if likeliest:
         found = likeliest_tokens(network, params, hidden[:, : tokens.shape[1]])
-    return _documents(cache, logits_at_end(network, params, hidden, lengths), found)
+    logits = logits_at_end(network, params, hidden, lengths)
+    return _documents(cache, lengths, logits, found)
 
 
-def _documents(cache, logits, likeliest=None):
+def read_copies(
+    network: Network,
+    params: Any,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    asked: jax.Array,
+    keep: jax.Array,
+    *,
+    options: Options,
+    slots: tuple[int, ...],
+) -> Documents:
+    """Read each document once, and cut it to as many budgets as it has.
+
+    Arguments are those of `read_documents`, but for this one:
+
+    Args:
+      keep: int32 `[C, D]`.
+
+    Returns:
+      What comes of `C * D` documents: all with their first budget, then all of them
+      with the second, and so on.
+    """
+
+    def cut(keep):
+        return read_documents(
+            *(network, params, tokens, lengths, asked, keep),
+            options=options,
+            slots=slots,
+        )
+
+    # What does not depend on the budget is not repeated: all but the evictions.
+    found = jax.vmap(cut)(keep)
+    cache, logits = jax.tree.map(
+        lambda x: x.reshape(-1, *x.shape[2:]), (found.cache, found.logits)
+    )
+    return _documents(cache, jnp.tile(lengths, len(keep)), logits)
+
+
+def _documents(
+    cache: Cache,
+    lengths: jax.Array,
+    logits: jax.Array,
+    likeliest: jax.Array | None = None,
+) -> Documents:
     """Return what has been read, with what is counted of it."""
-    nan = [jnp.isnan(s.values).any(-1) & kv.occupied(s) for s in cache]
+    spoilt = [jnp.stack(soundness.spoilt_prompts(s, lengths)) for s in cache]
     return Documents(
         cache=cache,
         logits=logits,
         likeliest=likeliest,
         kept=jnp.stack([kv.occupancy(state).max(-1) for state in cache]),
-        spoilt=jnp.stack([layer.any((1, 2)) for layer in nan]),
+        spoilt=jnp.stack(spoilt),
     )
 
 
@@ -184,12 +229,13 @@ def read_on(
     slots: tuple[int, ...],
 ) -> Documents:
     """Put questions behind documents, so that these are longer; see `ask`."""
-    chosen = _drawn(context, documents, slots)
+    chosen = drawn(context, documents, slots)
     hidden, cache = read_behind(
         *(network, params, tokens, counts, chosen.lengths, chosen.cache),
         implementation=options.decode_implementation,
     )
-    return _documents(cache, logits_at_end(network, params, hidden, counts))
+    logits = logits_at_end(network, params, hidden, counts)
+    return _documents(cache, chosen.lengths + counts, logits)
 
 
 def settle(
@@ -214,7 +260,8 @@ def settle(
     logits, cache = decode_step(
         network, params, token, position, cache, options=options
     )
-    return _documents(tuple(kv.pack(state) for state in cache), logits)
+    cache = tuple(kv.pack(state) for state in cache)
+    return _documents(cache, position + 1, logits)
 
 
 def ask(
@@ -253,13 +300,13 @@ def ask(
     Returns:
       The state of the loop after one token.
     """
-    chosen = _drawn(context, documents, slots)
+    chosen = drawn(context, documents, slots)
     hidden, cache = read_behind(
         *(network, params, tokens, counts, chosen.lengths, chosen.cache),
         implementation=options.decode_implementation,
     )
     total = chosen.lengths + counts
-    cache = _begun(options.decode, network, params, cache, total)
+    cache = begun(options.decode, network, params, cache, total)
     room = ((0, 0), (0, tokens.shape[1]))
     text = write(jnp.pad(chosen.tokens, room), tokens, chosen.lengths, counts)
     likeliest = None
@@ -279,87 +326,7 @@ def ask(
     )
 
 
-class Likelihoods(NamedTuple):
-    """How likely given tokens are behind documents.
-
-    Attributes:
-      logprobs: float32 `[B, Q]`, the logarithm of each token's probability, in nats; 0
-        beyond a row's tokens.
-      likeliest: bool `[B, Q]`, whether none was likelier in its place.
-    """
-
-    logprobs: jax.Array
-    likeliest: jax.Array
-
-
-def weigh(
-    network: Network,
-    params: Any,
-    context: Context,
-    documents: jax.Array,
-    tokens: jax.Array,
-    counts: jax.Array,
-    *,
-    options: Options,
-    slots: tuple[int, ...],
-    chunk: int = 64,
-) -> Likelihoods:
-    """Return how likely given tokens are behind documents.
-
-    They are read at once or, if the decode policy evicts, fed one by one.
-
-    Args:
-      network: static.
-      params: its parameters.
-      context: of this network.
-      documents: int32 `[B]`, which one each row follows.
-      tokens: int32 `[B, Q]`, right-padded.
-      counts: int32 `[B]`, at least 1.
-      options: static.
-      slots: see `ask`.
-      chunk: tokens whose logits exist at a time, in each row, static.
-    """
-    chosen = _drawn(context, documents, slots)
-    where = (*(network, params, tokens, counts, chosen.lengths),)
-    if options.decode.evicts:
-        cache = _begun(options.decode, network, params, chosen.cache, chosen.lengths)
-        fed = feed(*where, chosen.logits, cache, options=options)
-        return Likelihoods(fed.log_probs, fed.likeliest)
-    hidden, _ = read_behind(
-        *(*where, chosen.cache), implementation=options.decode_implementation
-    )
-
-    def chances(part):
-        states, ids = part
-        logits = network.apply({"params": params}, states, method="unembed")
-        return _chances(logits, ids)
-
-    batch, number = tokens.shape
-    size = min(chunk, number)
-    seen, given = (
-        jnp.pad(x, ((0, 0), (0, -number % size)) + ((0, 0),) * (x.ndim - 2))
-        .reshape(batch, -1, size, *x.shape[2:])
-        .swapaxes(0, 1)
-        for x in (hidden, jnp.roll(tokens, -1, axis=1))
-    )
-    rest = jax.tree.map(
-        lambda x: x.swapaxes(0, 1).reshape(batch, -1)[:, : number - 1],
-        jax.lax.map(chances, (seen, given)),
-    )
-    first = _chances(chosen.logits[:, None], tokens[:, :1])
-    found = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), first, rest)
-    real = jnp.arange(number, dtype=jnp.int32)[None] < counts[:, None]
-    return Likelihoods(jnp.where(real, found.logprobs, 0.0), found.likeliest & real)
-
-
-def _chances(logits, ids):
-    """Return the likelihoods of tokens `[B, N]` by what they were chosen from."""
-    chosen = jnp.take_along_axis(logits, ids[..., None], axis=-1)[..., 0]
-    total = jax.nn.logsumexp(logits, axis=-1)
-    return Likelihoods(chosen - total, chosen >= logits.max(-1))
-
-
-def _drawn(context: Context, documents: jax.Array, slots: tuple[int, ...]) -> Context:
+def drawn(context: Context, documents: jax.Array, slots: tuple[int, ...]) -> Context:
     """Return the context of these documents, in states of these sizes."""
     chosen = jax.tree.map(lambda x: x[documents], context)
     sizes = zip(chosen.cache, slots, strict=True)
@@ -367,7 +334,7 @@ def _drawn(context: Context, documents: jax.Array, slots: tuple[int, ...]) -> Co
     return dataclasses.replace(chosen, cache=cache)
 
 
-def _begun(
+def begun(
     policy: DecodePolicy, network: Network, params: Any, cache: Cache, lengths
 ) -> Cache:
     """Return the cache as a policy meets it behind whole prompts of these lengths."""
@@ -376,12 +343,12 @@ def _begun(
 
 
 _PARAMS = ("params",)
+read_copies_jit = bounded_jit(
+    implied=_PARAMS, static_argnames=("network", "options", "slots")
+)(read_copies)
 read_documents_jit = bounded_jit(
     implied=_PARAMS, static_argnames=("network", "options", "slots", "likeliest")
 )(read_documents)
-weigh_jit = bounded_jit(
-    implied=_PARAMS, static_argnames=("network", "options", "slots", "chunk")
-)(weigh)
 settle_jit = bounded_jit(implied=_PARAMS, static_argnames=("network", "options"))(
     settle
 )

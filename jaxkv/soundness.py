@@ -59,34 +59,45 @@ def check(generation: Generation[Any], params: Any, options: Options) -> None:
         return
     counts = jax.device_get(generation.lengths).tolist()
     for layer, state in enumerate(generation.cache):
-        spoilt = jax.device_get(_spoilt_prompts(generation, state))
+        prompts = generation.position - generation.lengths + 1
+        spoilt = jax.device_get(spoilt_prompts(state, prompts))
         for row in rows:
             # The first token does not depend on scores; without it the network is bad.
-            name = type(options.prefill).__name__
-            if spoilt[0][row] and counts[row]:
-                raise ValueError(
-                    f"generate: {name} scores tokens of prompt {row} as NaN in layer "
-                    f"{layer}, or not all of them; look for a division by 0 in "
-                    "compress or scores, and at how many scores it returns."
-                )
-            if spoilt[1][row] and counts[row]:
-                raise ValueError(
-                    f"generate: {name} keeps more tokens of prompt {row} in layer "
-                    f"{layer} than its budget; compress may keep prompt.keep of each."
-                )
+            if counts[row]:
+                spoiling = (each[row] for each in spoilt)
+                check_prompt(*spoiling, options.prefill, row, layer)
     raise LogitsError({row: counts[row] for row in rows}, cause(params, options))
 
 
-def _spoilt_prompts(
-    generation: Generation[Any], state: KVState
-) -> tuple[jax.Array, jax.Array]:
+def check_prompt(
+    is_nan: bool, exceeds: bool, prefill: Any, row: int, layer: int
+) -> None:
+    """Raise ValueError where `spoilt_prompts` says so of a row of a layer."""
+    name = type(prefill).__name__
+    if is_nan:
+        raise ValueError(
+            f"generate: {name} scores tokens of prompt {row} as NaN in layer "
+            f"{layer}, or not all of them; look for a division by 0 in compress or "
+            "scores, and at how many scores it returns."
+        )
+    if exceeds:
+        raise ValueError(
+            f"generate: {name} keeps more tokens of prompt {row} in layer "
+            f"{layer} than its budget; compress may keep prompt.keep of each."
+        )
+
+
+def spoilt_prompts(state: KVState, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Return where a layer holds NaN for a token of the prompt, bool `[B]` twice.
 
     First where a value is NaN as a whole, then where it begins with NaN: the policy
     kept too many tokens (see `policies.contract`).
+
+    Args:
+      state: of the layer.
+      lengths: int32 `[B]`, tokens of the prompts.
     """
-    prompt = generation.position - generation.lengths + 1
-    held = kv.occupied(state) & (state.positions < prompt[:, None, None])
+    held = kv.occupied(state) & (state.positions < lengths[:, None, None])
     wrong = jnp.isnan(state.values)
     whole = wrong.all(-1) & held
     first = wrong[..., 0] & held & ~whole

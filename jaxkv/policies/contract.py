@@ -55,7 +55,16 @@ def compress(
         _fit_state(filled, state)
     if type(policy).__module__.partition(".")[0] == "jaxkv":
         return filled  # laws hold ours
-    return _mark_excess(policy, prompt, filled)
+    return _mark_excess(policy, prompt, _without_question(prompt, filled))
+
+
+def _without_question(prompt: Prompt, state: KVState) -> KVState:
+    """Return a state without the tokens that are not to be kept."""
+    if prompt.held is None:
+        return state
+    held = state.positions < prompt.held[:, None, None]
+    positions = jnp.where(held, state.positions, kv.FREE)
+    return kv.pack(dataclasses.replace(state, positions=positions))
 
 
 def _mark_excess(policy: PrefillPolicy, prompt: Prompt, state: KVState) -> KVState:

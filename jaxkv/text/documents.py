@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -41,7 +42,8 @@ def compress(
       lm: from `jaxkv.load`.
       documents: as the prompts of `generate`.
       budget: tokens that each layer and head may keep of a document; one number, or one
-        for each. None keeps everything.
+        for each. None keeps everything. Where the documents are one list several times
+        over, with other budgets each time, each is read once.
       compression_ratio: another way to say it: the fraction of each document that is
         removed.
       prefill: what chooses them; None is `Full()`.
@@ -88,17 +90,23 @@ def compress(
     plan = planning.plan(
         *(ids, options, budgets), max_new_tokens=0, num_layers=lm.config.num_layers
     )
-    lengths = np.array([len(row) for row in ids], np.int32)
-    tokens = padded(rows)
+    distinct = plan.distinct if question is None else len(ids)
+    lengths, sizes = (
+        np.array([len(row) for row in each], np.int32) for each in (ids, asked)
+    )
+    read = (lm.network, lm.params, padded(rows)[:distinct], lengths[:distinct])
+    read = (*read, sizes[:distinct])
+    shapes = {"slots": plan.slots}
+    shapes["options"] = dataclasses.replace(plan.options, speculate=None)
+    keep: Any = plan.keep
     # Documents are the host's: these transfers are meant.
     with jax.transfer_guard("allow"):
-        found = contexts.read_documents_jit(
-            *(lm.network, lm.params, tokens, lengths),
-            *(np.array([len(row) for row in asked], np.int32), plan.keep),
-            options=dataclasses.replace(plan.options, speculate=None),
-            slots=plan.slots,
-            likeliest=options.speculate is not None and options.speculate.likeliest,
-        )
+        if distinct == len(ids):
+            noted = options.speculate is not None and options.speculate.likeliest
+            found = contexts.read_documents_jit(*read, keep, **shapes, likeliest=noted)
+        else:
+            keep = keep.reshape(-1, distinct)
+            found = contexts.read_copies_jit(*read, keep, **shapes)
         _check(lm, found, plan)
         return Context(
             cache=found.cache,
@@ -172,18 +180,16 @@ def padded(rows: Sequence[Sequence[int]]) -> np.ndarray:
 
 def _check(lm: LanguageModel, found: Documents, plan: Plan) -> None:
     """Raise unless what was read is numbers."""
-    name = type(plan.options.prefill).__name__
     spoilt, finite = jax.device_get(
         (found.spoilt, jax.numpy.isfinite(found.logits).all(-1))
     )
     if not finite.all():
         broken = dict.fromkeys(np.flatnonzero(~finite).tolist(), 0)
         raise soundness.LogitsError(broken, soundness.cause(lm.params))
-    for layer, row in np.argwhere(spoilt):
-        raise ValueError(
-            f"compress: {name} scores tokens of document {row} as NaN in layer {layer};"
-            " look for a division by 0 in compress."
-        )
+    with speaking_of("compress", "document"):
+        for layer, row in np.argwhere(spoilt.any(1)):
+            broken = spoilt[layer, :, row].tolist()
+            soundness.check_prompt(*broken, plan.options.prefill, row, layer)
 
 
 @contextlib.contextmanager
@@ -199,5 +205,6 @@ def speaking_of(call: str, what: str) -> Iterator[None]:
     except soundness.LogitsError:
         raise
     except ValueError as error:
-        said = str(error).replace("generate: ", f"{call}: ").replace("prompt", what)
+        said = str(error).replace("generate: ", f"{call}: ")
+        said = re.sub(r"\bprompt(?=s?\b)(?!\.)", what, said)
         raise ValueError(said) from error

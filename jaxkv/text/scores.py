@@ -6,7 +6,8 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from jaxkv import contexts, soundness
+from jaxkv import soundness
+from jaxkv.candidates import weigh_jit
 from jaxkv.contexts import Context
 from jaxkv.kernels import decode as decode_kernels
 from jaxkv.kernels import prefill as prefill_kernels
@@ -124,7 +125,7 @@ def _weighed(
         more=tokens.shape[1],
     )
     with jax.transfer_guard("allow"):
-        found = contexts.weigh_jit(
+        found = weigh_jit(
             *(lm.network, lm.params, dataclasses.replace(context, policy="")),
             *(documents, tokens, counts),
             options=options.of_the_loop(),

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import jaxkv
+from jaxkv import state as kv
 from jaxkv.policies.base import WholePrompt
 
 DOCUMENTS = [list(range(5, 75)), list(range(300, 340))]
@@ -71,6 +72,18 @@ def test_budgets_are_those_of_documents(tiny_lm):
         ask(tiny_lm, context, **evicting)
 
 
+def test_a_document_is_read_once_for_all_budgets(tiny_lm):
+    policy = dict(prefill=jaxkv.SnapKV(window_size=4))
+    many = jaxkv.compress(tiny_lm, DOCUMENTS * 2, budget=[8, 7, 20, 30], **policy)
+    assert many.kept.tolist() == [8, 7, 20, 30]
+    assert many.lengths.tolist() == [70, 40] * 2
+    alone = jaxkv.compress(tiny_lm, DOCUMENTS[1:], budget=30, **policy)
+    for one, two in zip(many.kept_positions(3), alone.kept_positions(), strict=True):
+        for held, wanted in zip(one, two, strict=True):
+            np.testing.assert_array_equal(held, wanted)
+    np.testing.assert_allclose(many.logits[3], alone.logits[0], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -122,6 +135,30 @@ class Broken(WholePrompt):
         return jaxkv.policies.base.keep_top(prompt, scores, state, budget=budget)
 
 
+class Newest(WholePrompt):
+    """Keeps the last tokens that it sees, a question's among them."""
+
+    def check(self, budget):
+        pass
+
+    def compress(self, prompt, state, *, budget):
+        del budget
+        newest = prompt.lengths[:, None] - 1 - jnp.arange(4, dtype=jnp.int32)[None]
+        shape = (*state.target.shape, 4)
+        kept = jnp.broadcast_to(newest[:, None], shape)
+        return kv.gather(state, prompt.keys, prompt.values, kept)
+
+
+def test_nothing_of_a_question_is_kept(tiny_lm):
+    context = jaxkv.compress(
+        tiny_lm, [[5] * 40], budget=8, prefill=Newest(), question=[[7, 8]]
+    )
+    for head in sum(context.kept_positions(), ()):
+        assert head.tolist() == [38, 39]
+    asked = jaxkv.generate(tiny_lm, [[7, 8]], context=context, max_new_tokens=2)
+    assert asked.lengths == (2,)
+
+
 @pytest.mark.parametrize(
     ("documents", "options", "message"),
     [
@@ -132,6 +169,11 @@ class Broken(WholePrompt):
         ([[5], [6]], dict(question=["a"] * 3), "got 3 questions for 2 documents"),
         ([[5] * 40], dict(budget=8, prefill=jaxkv.SnapKV), "takes an instance"),
         ([[5] * 40], dict(budget=8, prefill=Broken()), "Broken scores .* document 0"),
+        (
+            [[5] * 40],
+            dict(budget=3, prefill=Newest()),
+            "Newest keeps more tokens of document 0 in layer 0 than .* prompt.keep of",
+        ),
         ([[5]], dict(budget=1, compression_ratio=0.5), "not both"),
     ],
 )
