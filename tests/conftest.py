@@ -20,6 +20,8 @@ import jax
 import numpy as np
 import pytest
 
+from jaxkv.runtime.programs import memory_maps, memory_maps_allowed
+
 jax.config.update("jax_enable_x64", False)
 
 ON_CPU = os.environ["JAX_PLATFORMS"] == "cpu"
@@ -36,9 +38,9 @@ if ON_CPU:
     own = os.environ.get("XLA_FLAGS", "")  # a flag given by hand comes last and wins
     os.environ["XLA_FLAGS"] = " ".join([*QUICK_TO_COMPILE, own])
 
-# Each compiled program maps some memory, and Linux allows a process 65,530 maps: one
-# that asks for more ends in a segmentation fault. No test comes near it.
-MOST_MAPS = 65_530 // 4
+# Each compiled program maps some memory, and a process that asks for more maps than it
+# may have ends in a segmentation fault. No test comes near it.
+MOST_MAPS = min(memory_maps_allowed() or 65_530, 65_530) // 4
 
 # Tests may import the modules beside them, also where pytest imports by path.
 sys.path.append(str(Path(__file__).parent))
@@ -71,12 +73,6 @@ def pytest_runtest_setup(item):
     """Skip tests marked `gpu` where JAX runs on something else."""
     if item.get_closest_marker("gpu") and jax.default_backend() != "gpu":
         pytest.skip("needs a GPU; on a machine with one, set JAX_PLATFORMS=cuda,cpu")
-
-
-def memory_maps() -> int | None:
-    """Return how many memory maps this process has, None where nothing tells."""
-    maps = Path("/proc/self/maps")
-    return maps.read_bytes().count(b"\n") if maps.exists() else None
 
 
 def check_maps(where: str, maps: int, most: int = MOST_MAPS) -> None:
