@@ -235,20 +235,21 @@ def apart(
     """
     found = []
     for question in questions:
-        prompt, asked = question.sample.prompt, question.sample.question
-        if not asked or prompt == asked:
+        sample = question.sample
+        asked, prefix = sample.question, sample.answer_prefix
+        document = sample.prompt.removesuffix(asked + prefix)
+        if not asked or not document:
             raise ValueError(
                 f"question {question.index} of {question.cell.task}: nothing tells it "
                 'from what it is about; write "context" and "question" in the file, or '
                 "take --protocol query-aware."
             )
-        document = prompt.removesuffix(asked)
         if chat:
             head = encode_document(lm, document, system=system)
-            tail = encode_question(lm, asked, between="")
+            tail = encode_question(lm, asked, between="", answer_prefix=prefix)
         else:
             (head,) = encode(lm, [document])
-            (tail,) = encode(lm, [asked], behind=True)
+            (tail,) = encode(lm, [asked + prefix], behind=True)
         ids = np.array([*head, *tail], np.int32)
         found.append(dataclasses.replace(question, ids=ids, document=len(head)))
     return found
@@ -315,7 +316,8 @@ def read_task_file(
                 segments=((_asked(record), False), ("", True)),
                 outputs=record.outputs,
                 max_new_tokens=max_new_tokens or record.max_new_tokens or OUTPUT,
-                question=record.question and record.question + record.answer_prefix,
+                question=record.question,
+                answer_prefix=record.answer_prefix,
             ),
             answer_tokens=0,
             by_lines=False,
@@ -325,9 +327,10 @@ def read_task_file(
 
 
 def _in_chat(record: Record, system: str | None) -> Record:
-    if record.messages or not isinstance(record.prompt, str):
+    if record.messages or not isinstance(record.body, str):
         return record  # it says itself how it is asked
-    return dataclasses.replace(record, messages=tuple(_turns(record.prompt, system)))
+    # What the answer begins with follows the template, not the body.
+    return dataclasses.replace(record, messages=tuple(_turns(record.body, system)))
 
 
 def _check_question(record: Record) -> None:

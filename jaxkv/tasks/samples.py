@@ -35,8 +35,10 @@ class Sample:
         of sequence follows every answer.
       outputs: Strings a right answer to the last question has to contain.
       max_new_tokens: Enough tokens for the last answer and the end of sequence.
-      question: The end of the prompt that asks; "" where nothing tells it from what it
-        is about.
+      question: What asks, at the end of the prompt; "" where nothing tells it from what
+        it is about.
+      answer_prefix: What stands behind the question, and begins the answer. In a chat
+        it begins the assistant's turn.
     """
 
     task: str
@@ -44,6 +46,7 @@ class Sample:
     outputs: tuple[str, ...]
     max_new_tokens: int
     question: str = dataclasses.field(default="", repr=False)  # a part of the prompt
+    answer_prefix: str = dataclasses.field(default="", repr=False)  # likewise
 
     @property
     def prompt(self) -> str:

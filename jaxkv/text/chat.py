@@ -92,7 +92,9 @@ def encode_document(
     return _encode(lm, _render(lm, said).partition(_CUT)[0])
 
 
-def encode_question(lm: LanguageModel, *turns: str, between: str = _BREAK) -> list[int]:
+def encode_question(
+    lm: LanguageModel, *turns: str, between: str = _BREAK, answer_prefix: str = ""
+) -> list[int]:
     """Return what follows a document: the question, and the assistant's beginning.
 
     Args:
@@ -100,6 +102,7 @@ def encode_question(lm: LanguageModel, *turns: str, between: str = _BREAK) -> li
       *turns: the user's question and, if the conversation has gone on, the assistant's
         answer, the user's next message, and so on.
       between: what stands between document and question.
+      answer_prefix: text that the assistant's turn begins with.
 
     Raises:
       ValueError: there is no template, it fails, or it leaves a message out.
@@ -109,7 +112,7 @@ def encode_question(lm: LanguageModel, *turns: str, between: str = _BREAK) -> li
         {"role": roles[number % 2], "content": turn}
         for number, turn in enumerate((_CUT + between + turns[0], *turns[1:]))
     ]
-    return _encode(lm, _render(lm, said).partition(_CUT)[2])
+    return _encode(lm, _render(lm, said).partition(_CUT)[2] + answer_prefix)
 
 
 def _encode(lm: LanguageModel, text: str) -> list[int]:

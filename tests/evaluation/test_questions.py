@@ -10,6 +10,7 @@ import pytest
 from jaxkv.evaluation.questions import (
     CHAT_WORDS,
     Cell,
+    apart,
     as_chat,
     counter,
     draw_questions,
@@ -72,6 +73,21 @@ def test_texts_of_a_file_are_put_into_a_chat(tiny_lm, tmp_path):
     assert second.ids.tolist() == encode_chat(tiny_lm, messages)
     plain, _ = read_task_file(tiny_lm, file)
     assert plain.ids.tolist() == tiny_lm.tokenizer("a")["input_ids"]
+
+
+def test_the_beginning_of_an_answer_follows_the_template(tiny_lm, tmp_path):
+    file = tmp_path / "q.jsonl"
+    row = {"context": "The number is 7.", "question": "\nWhich?", "answer": "7"}
+    file.write_text(json.dumps(row | {"answer_prefix": " It is"}))
+    asked = [{"role": "user", "content": "The number is 7.\nWhich?"}]
+    want = encode_chat(tiny_lm, asked, answer_prefix=" It is")
+    (question,) = read_task_file(tiny_lm, file, chat=True)
+    assert question.ids.tolist() == want
+    (other,) = apart(tiny_lm, [question], chat=True)
+    assert other.ids.tolist() == want and 0 < other.document < len(want)
+    (plain,) = apart(tiny_lm, read_task_file(tiny_lm, file))
+    text = tiny_lm.tokenizer.decode(plain.ids[plain.document :])
+    assert text == "\nWhich? It is"
 
 
 def test_needle_is_no_model_for_chats(tiny_lm):
