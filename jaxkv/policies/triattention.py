@@ -59,7 +59,8 @@ class TriAttention(PlainAttention):
     """Evict what a mean query pays least to, averaged over the coming positions.
 
     Mao et al., "TriAttention: Efficient Long Reasoning with Trigonometric KV
-    Compression" (arXiv 2604.04921), with the details of its code. Before the rotation, queries of a head lie close to their mean. So a key is worth
+    Compression" (arXiv 2604.04921), with the details of its code. Before the rotation,
+    queries of a head lie close to their mean. So a key is worth
 
         S(j) = mean_d (R(t + d) E[q])^T k_j + sum_f (E|q_f| - |E[q_f]|) |k_jf|
 
