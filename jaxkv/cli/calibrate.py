@@ -12,17 +12,26 @@ from jaxkv.cli.terminal import say
 
 def calibrate(
     model: flags.Model,
-    out: Annotated[Path, typer.Argument(help="File to write, such as stats.npz.")],
     text: Annotated[list[Path], typer.Option(help="A file of text; may be repeated.")],
+    out: Annotated[Path, typer.Option(help="File to write.")] = Path(
+        "triattention.npz"
+    ),
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an older file.")
+    ] = False,
     length: Annotated[int, typer.Option(min=1, help="Tokens of a window.")] = 1024,
     batch_size: flags.BatchSize = 4,
     dtype: flags.Dtype = None,
     follow_links: flags.FollowLinks = False,
 ) -> None:
     """Count a network's queries over text, for --decode triattention:stats=FILE."""
-    texts = [read(path) for path in text]
     if out.is_dir() or not out.resolve().parent.is_dir():
-        raise ValueError(f"{out} must be a file in a folder that is there.")
+        raise ValueError(f"--out {out} must be a file in a folder that is there.")
+    if out.exists() and not overwrite:
+        raise ValueError(
+            f"--out {out} is there already; pass --overwrite to replace it."
+        )
+    texts = [read(path) for path in text]
     lm = flags.load_model(model, dtype, follow_links=follow_links)
     longest = min(length, lm.config.max_positions)
     found = calibration.calibrate(lm, texts, length=longest, batch_size=batch_size)

@@ -195,7 +195,7 @@ def test_the_prompt_can_be_protected():
 def test_the_command_writes_a_file_and_refuses_what_is_no_text(jaxkv_, tiny, tmp_path):
     text, out = tmp_path / "a.txt", tmp_path / "stats.npz"
     text.write_text("A short text.")
-    code, printed, err = jaxkv_("calibrate", tiny, out, "--text", text)
+    code, printed, err = jaxkv_("calibrate", tiny, "--text", text, "--out", out)
     assert (code, printed) == (
         0,
         "",
@@ -203,9 +203,12 @@ def test_the_command_writes_a_file_and_refuses_what_is_no_text(jaxkv_, tiny, tmp
     assert read_statistics(str(out), "").mean.shape == (2, 4, 8)
     text.write_bytes(b"\xff\xfe\xff")
     assert "a.txt is no text in UTF-8" in jaxkv_.error(
-        "calibrate", tiny, out, "--text", text
+        "calibrate", tiny, "--text", text, "--out", out, "--overwrite"
+    )
+    assert "is there already; pass --overwrite" in jaxkv_.error(
+        "calibrate", tiny, "--text", text, "--out", out
     )
     text.write_text("A short text.")
     assert "must be a file in a folder that is there" in jaxkv_.error(
-        "calibrate", tiny, tmp_path, "--text", text
+        "calibrate", tiny, "--text", text, "--out", tmp_path
     )
