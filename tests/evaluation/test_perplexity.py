@@ -17,8 +17,8 @@ SIZES = [Budget(name="24", value=24), Budget(name="50%", value=50)]
 
 
 @pytest.fixture(scope="module")
-def lm():
-    return jaxkv.load("needle")
+def lm(tiny_lm):
+    return tiny_lm
 
 
 @pytest.fixture(scope="module")

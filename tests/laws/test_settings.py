@@ -6,6 +6,7 @@ which compiles nothing; a few run under each setting.
 
 import contextlib
 import dataclasses
+import itertools
 from pathlib import Path
 
 import jax
@@ -184,10 +185,19 @@ def loose():
 SETTINGS = {"strict": strict, "loose": loose}
 
 
-@pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
-@pytest.mark.parametrize("name", RUNS)
+# Each compiles everything anew.
+QUICK = [("evicting", "strict"), ("drafting", "strict"), ("drawing", "loose")]
+
+
+@pytest.mark.parametrize(
+    ("name", "setting"),
+    [
+        pytest.param(*pair, marks=[] if pair in QUICK else pytest.mark.slow)
+        for pair in itertools.product(RUNS, SETTINGS)
+    ],
+)
 def test_settings_change_no_token(name, setting, wanted):
-    with setting():
+    with SETTINGS[setting]():
         assert tokens(**RUNS[name]) == wanted[name]
 
 
