@@ -10,6 +10,7 @@ Axis letters: `P` parts, `B` batch, `T` tokens, `D` hidden, `N` query heads, `K`
 key/value heads, `H` head size.
 """
 
+import functools
 from typing import Literal
 
 import jax
@@ -63,10 +64,13 @@ def add_rms_norm(
 
 
 def join(parts: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """Return the sum `[B, T, F]` of parts `[P, B, T, F]`, rounded once."""
+    """Return the sum `[B, T, F]` of parts `[P, B, T, F]`, rounded once.
+
+    The parts are added in their order, whatever the other sizes are.
+    """
     if parts.shape[0] == 1:
         return parts[0].astype(dtype)
-    return parts.astype(jnp.float32).sum(0).astype(dtype)
+    return functools.reduce(jnp.add, parts.astype(jnp.float32)).astype(dtype)
 
 
 @checked

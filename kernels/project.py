@@ -4,7 +4,10 @@ A decode step of a small batch waits for its weights and for its launches. So a 
 may be returned in parts, which the launch that reads it adds up (`pointwise`), and the
 gates of the feed-forward are applied where they are computed.
 
-Axis letters: `P` parts, `B` batch, `T` tokens, `D` depth, `F` columns.
+Triton's products of a token are the same bits whatever tokens are beside it, up to 64
+of them. XLA chooses the order of a sum by their number.
+
+Axis letters: `P` parts, `B` batch, `T` tokens, `D` depth, `F` columns, `V` vocabulary.
 """
 
 import jax
@@ -16,6 +19,7 @@ from jaxkv.kernels.pointwise import Implementation, choose
 from jaxkv.kernels.project_triton import (
     project_gated_triton,
     project_triton,
+    unembed_triton,
     unsupported,
 )
 from jaxkv.kernels.shapes import checked
@@ -76,6 +80,43 @@ def project_gated(
     return _run(where, implementation, x, weight, _GATED)
 
 
+@checked
+def unembed(
+    x: Float[Array, "B T D"],
+    weight: Float[Array, "R C"],
+    *,
+    tied: bool,
+    implementation: Implementation | None = None,
+) -> Float[Array, "B T V"]:
+    """Multiply tokens by the output layer.
+
+    Args:
+      x: tokens.
+      weight: `[D, V]`, or if `tied` `[V, D]`, an embedding.
+      tied: see `weight`.
+      implementation: as in `project`.
+
+    Returns:
+      The logits, in the dtype of `x`.
+
+    Raises:
+      ValueError: shapes disagree, or the implementation is unknown.
+      NotImplementedError: a named implementation cannot run here.
+    """
+    where = "unembed"
+    if weight.shape[tied] != x.shape[2]:
+        axes = "[V D]" if tied else "[D V]"
+        raise ValueError(
+            f"{where}: weight must be {axes} with D={x.shape[2]}, got "
+            f"[{weight.shape[0]} {weight.shape[1]}]."
+        )
+    reason = unsupported(x, weight, vocabulary=True)
+    if implementation is None:
+        implementation = choose(not reason)
+    run = dispatch.resolve(where, implementation, _LOGITS, unable={"triton": reason})
+    return run(x, weight, tied=tied)
+
+
 def _product(x: jax.Array, weight: jax.Array) -> jax.Array:
     """Multiply; a single token on a GPU as if it were two.
 
@@ -106,5 +147,10 @@ def _project_gated_xla(x, weight):
     return jax.nn.silu(gate) * up
 
 
+def _unembed_xla(x, weight, *, tied):
+    return jnp.einsum("btd,vd->btv", x, weight) if tied else x @ weight
+
+
 _PRODUCTS = {"xla": _project_xla, "triton": project_triton}
 _GATED = {"xla": _project_gated_xla, "triton": project_gated_triton}
+_LOGITS = {"xla": _unembed_xla, "triton": unembed_triton}

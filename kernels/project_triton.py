@@ -18,7 +18,8 @@ from jaxkv.kernels.triton_call import next_power_of_2, num_processors, shared_me
 
 MOST_ROWS = 64  # beyond that XLA's products are as good
 
-_UNIT = 64  # all sizes are multiples of it
+_UNIT = 64  # all sizes are multiples of it, but those of vocabularies
+_MOST_AT_ONCE = 32  # rows of one instruction; see `project_triton_body`
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,9 +41,26 @@ class Tiles:
     stages: int
 
 
-def unsupported(x: jax.Array, weight: jax.Array, *, gated: bool = False) -> str:
-    """Return why the kernels cannot take these, or an empty string."""
+def unsupported(
+    x: jax.Array,
+    weight: jax.Array,
+    *,
+    gated: bool = False,
+    vocabulary: bool = False,
+) -> str:
+    """Return why the kernels cannot take these, or an empty string.
+
+    Args:
+      x: tokens.
+      weight: the matrix.
+      gated: for `project_gated_triton`.
+      vocabulary: for `unembed_triton`, whose matrix may lie either way and may have
+        any multiple of eight columns.
+    """
     depth, columns = weight.shape
+    if vocabulary:
+        depth = x.shape[-1]
+        columns = weight.size // max(1, depth)
     if gated:
         columns //= 2
     rows = x.size // max(1, x.shape[-1])
@@ -50,8 +68,10 @@ def unsupported(x: jax.Array, weight: jax.Array, *, gated: bool = False) -> str:
         return f"takes 1 to {MOST_ROWS} tokens, got {rows}."
     if x.dtype not in (jnp.bfloat16, jnp.float16) or x.dtype != weight.dtype:
         return f"takes one 16-bit float, got {x.dtype} and {weight.dtype}."
-    if depth % _UNIT or columns % _UNIT or not weight.size:
-        return f"takes multiples of {_UNIT}, got {depth} x {columns}."
+    unit = 8 if vocabulary else _UNIT  # loads are of 16 bytes
+    if depth % _UNIT or columns % unit or not weight.size:
+        units = f"{_UNIT} x {unit}" if vocabulary else _UNIT
+        return f"takes multiples of {units}, got {depth} x {columns}."
     return ""
 
 
@@ -73,7 +93,7 @@ def choose_tiles(
     where they are few.
 
     Args:
-      rows: tokens.
+      rows: tokens; only how far programs fetch ahead depends on them.
       depth: `D`.
       columns: `F`.
       gated: for `project_gated_triton`.
@@ -107,7 +127,7 @@ def project_triton(
 
     batch, length, depth = x.shape
     rows, columns = batch * length, weight.shape[1]
-    tiles = tiles or tiles_here(rows, depth, columns, gated=False)
+    tiles = tiles or tiles_here(rows, depth, columns)
     (out,) = triton_call.call(
         body.project_part,
         (x, weight),
@@ -143,14 +163,67 @@ def project_gated_triton(
     return out
 
 
+def choose_unembed_tiles(
+    rows: int, depth: int, *, tied: bool, shared: int = 232_448
+) -> Tiles:
+    """Return tiles of the output layer, which has programs enough for any device.
+
+    They fetch 256 bytes at a time from one place, as the gates do.
+
+    Args:
+      rows: tokens; only warps and how far they fetch ahead depend on them.
+      depth: `D`.
+      tied: whether the matrix is an embedding.
+      shared: bytes of shared memory of a program, at most.
+    """
+    wide = 2 if tied and depth % (2 * _UNIT) == 0 else 1
+    block, tile_depth = (_UNIT, wide * _UNIT) if tied else (2 * _UNIT, _UNIT)
+    stage = 2 * tile_depth * (block + padded(rows))
+    stages = max(2, min(4, shared // stage))
+    warps = 8 if rows <= 16 and not tied else 4
+    return Tiles(parts=1, block=block, depth=tile_depth, warps=warps, stages=stages)
+
+
+def unembed_triton(
+    x: jax.Array, weight: jax.Array, *, tied: bool, tiles: Tiles | None = None
+) -> jax.Array:
+    """Do `project.unembed`, whose arguments these are; in the dtype of `x`."""
+    from jaxkv.kernels import project_triton_body as body
+
+    *_, depth = x.shape
+    rows, columns = x.size // depth, weight.size // depth
+    tiles = tiles or choose_unembed_tiles(
+        rows, depth, tied=tied, shared=shared_memory()
+    )
+    (out,) = triton_call.call(
+        body.project_part,
+        (x, weight),
+        (jax.ShapeDtypeStruct((*x.shape[:-1], columns), x.dtype),),
+        aliases={},
+        grid=(-(-columns // tiles.block), 1),
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
+        **constants(rows, depth, columns, tiles, transposed=tied),
+    )
+    return out
+
+
 def constants(
-    rows: int, depth: int, columns: int, tiles: Tiles, *, gated: bool = False
+    rows: int,
+    depth: int,
+    columns: int,
+    tiles: Tiles,
+    *,
+    gated: bool = False,
+    transposed: bool = False,
 ) -> dict[str, int]:
     """Return the compile-time arguments of `project_part`, or of `project_gated`."""
-    parts = {} if gated else dict(PARTS=tiles.parts)
+    parts = {} if gated else dict(PARTS=tiles.parts, TRANSPOSED=transposed)
+    at_once = min(padded(rows), _MOST_AT_ONCE)
     return parts | dict(
         ROWS=rows,
-        ROWS_PAD=padded(rows),
+        ROW_TILE=at_once,
+        ROW_TILES=padded(rows) // at_once,
         DEPTH=depth,
         COLUMNS=columns,
         BLOCK=tiles.block,
@@ -163,7 +236,7 @@ def padded(rows: int) -> int:
     return max(16, next_power_of_2(rows))
 
 
-def tiles_here(rows: int, depth: int, columns: int, *, gated: bool) -> Tiles:
+def tiles_here(rows: int, depth: int, columns: int, *, gated: bool = False) -> Tiles:
     """Return what `choose_tiles` does for the default GPU."""
     return choose_tiles(
         *(rows, depth, columns),

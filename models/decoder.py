@@ -302,11 +302,14 @@ class Decoder(nn.Module):
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
         """Return float32 logits `[..., V]` of normalised hidden states `[..., D]`."""
-        if self.config.tied:
-            logits = jnp.einsum("...d,vd->...v", hidden, self.embedding)
-        else:
-            logits = hidden @ self.head
-        return logits.astype(jnp.float32)
+        tied = self.config.tied
+        logits = project.unembed(
+            hidden if hidden.ndim == 3 else hidden.reshape(-1, 1, hidden.shape[-1]),
+            self.embedding if tied else self.head,
+            tied=tied,
+            implementation=self.implementation,
+        )
+        return logits.reshape(*hidden.shape[:-1], -1).astype(jnp.float32)
 
 
 def _declared(config: Config) -> dict[str, Any]:

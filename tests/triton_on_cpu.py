@@ -162,17 +162,22 @@ def call(kernel, arrays, out_types, *, aliases, grid, **constants):
 
 
 def teach_bfloat16_dot():
-    """Make the interpreter's `dot` read bfloat16, whose bits it takes for integers."""
-    import triton.language as tl
-    from triton.runtime.interpreter import InterpreterBuilder
+    """Make the interpreter's `dot` read bfloat16, whose bits it takes for integers.
 
-    create_dot = InterpreterBuilder.create_dot
+    Its sums are float64, rounded once: NumPy's order of a sum depends on the number of
+    rows, and that of the tensor cores does not.
+    """
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
     def widen(builder, x):
         is_bfloat16 = x.dtype.scalar == tl.bfloat16
-        return builder.cast_impl(x, tl.float32) if is_bfloat16 else x
+        x = builder.cast_impl(x, tl.float32) if is_bfloat16 else x
+        return x.data.astype(np.float64)
 
-    def patched(builder, a, b, *rest):
-        return create_dot(builder, widen(builder, a), widen(builder, b), *rest)
+    def create_dot(builder, a, b, d, *_):
+        product = np.matmul(widen(builder, a), widen(builder, b)) + d.data
+        return TensorHandle(product.astype(d.data.dtype), d.dtype.scalar)
 
-    InterpreterBuilder.create_dot = patched
+    InterpreterBuilder.create_dot = create_dot

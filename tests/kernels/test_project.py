@@ -3,6 +3,8 @@
 Run as a script, this file is its own worker; `triton_on_cpu` says why.
 """
 
+import dataclasses
+import functools
 import itertools
 import json
 import sys
@@ -23,6 +25,8 @@ FAST = [
     (3, 1, 256, 128, "float16", 2, 64),
     (1, 17, 512, 64, "bfloat16", 4, 128),
 ]
+# tokens of a batch whose products are to have the bits that they have alone
+TOGETHER = [1, 2, 7, 8, 33, 64]
 SLOW = [
     (*rows, *sizes, dtype, parts, 64)
     for rows, sizes, dtype, parts in itertools.product(
@@ -85,10 +89,19 @@ def test_products_against_float64(backend, tokens, dtype, monkeypatch):
     assert off(out.astype("float32"), gated_oracle(x, weight), dtype) < 3
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_logits_against_float64(tied):
+    x, weight = inputs((2, 3, 24, 0, "float32"), 10)
+    given = jnp.asarray(weight.T if tied else weight, "float32")
+    out = project.unembed(jnp.asarray(x, "float32"), given, tied=tied)
+    assert off(out, x @ weight, "float32") < 1
+
+
 def test_no_tokens_have_no_products():
     x, weight = jnp.ones((0, 1, 8)), jnp.ones((8, 4))
     assert project.project(x, weight).shape == (1, 0, 1, 4)
     assert project.project_gated(x, weight).shape == (0, 1, 2)
+    assert project.unembed(x, weight, tied=False).shape == (0, 1, 4)
 
 
 def test_parts_are_rounded_once():
@@ -107,6 +120,9 @@ def test_bad_arguments_are_named():
         project.project(x, weight.T)
     with pytest.raises(ValueError, match="gate beside up, but has 5 columns"):
         project.project_gated(x, jnp.ones((64, 5)))
+    for tied, other in ((True, weight), (False, weight.T)):
+        with pytest.raises(ValueError, match=r"weight must be \[.* with D=64, got \["):
+            project.unembed(x, other, tied=tied)
 
 
 def test_what_a_named_kernel_cannot_take_is_an_error(monkeypatch):
@@ -137,6 +153,35 @@ def test_what_the_kernels_cannot_take_is_said(rows, sizes, dtypes, gated, why):
     weight = jax.ShapeDtypeStruct(sizes, dtypes[1])
     reason = project_triton.unsupported(x, weight, gated=gated)
     assert why in reason and bool(why) == bool(reason)
+
+
+@pytest.mark.parametrize(
+    ("depth", "columns", "why"),
+    [
+        (64, 50264, ""),
+        (64, 50257, "takes multiples of 64 x 8, got 64 x 50257"),
+        (96, 64, "takes multiples of 64 x 8, got 96 x 64"),
+    ],
+)
+def test_what_output_layers_the_kernel_cannot_take_is_said(depth, columns, why):
+    x = jax.ShapeDtypeStruct((1, 1, depth), "bfloat16")
+    for sizes in ((depth, columns), (columns, depth)):
+        weight = jax.ShapeDtypeStruct(sizes, "bfloat16")
+        reason = project_triton.unsupported(x, weight, vocabulary=True)
+        assert why in reason and bool(why) == bool(reason)
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_the_order_of_a_sum_is_chosen_from_the_matrix_alone(gated):
+    for depth, columns in [(576, 960), (4096, 4096), (11008, 28672)]:
+        alone = choose_tiles(1, depth, columns, gated=gated)
+        for rows in range(2, 65):
+            tiles = choose_tiles(rows, depth, columns, gated=gated)
+            assert dataclasses.replace(tiles, stages=alone.stages) == alone
+            sizes = constants(rows, depth, columns, tiles, gated=gated)
+            # 64 rows at a time would be another instruction.
+            assert sizes["ROW_TILE"] in (16, 32)
+            assert sizes["ROW_TILE"] * sizes["ROW_TILES"] >= rows
 
 
 def test_chosen_tiles_are_possible_everywhere():
@@ -202,6 +247,60 @@ def test_triton_on_a_gpu_agrees_with_float64(rows):
     np.testing.assert_array_equal(parts, again)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("sizes", [(576, 1152), (2048, 4096), (4096, 12288)])
+def test_on_a_gpu_a_token_has_the_products_that_it_has_alone(sizes):
+    failures = check_together(*sizes)
+    assert not failures, "\n".join(failures)
+
+
+def check_together(depth, columns) -> list[str]:
+    """Compare products of batches with those of their tokens alone, bit for bit."""
+    x, weight = inputs((max(TOGETHER), 1, depth, 0, "bfloat16"), columns)
+    x, weight = jnp.asarray(x, "bfloat16"), jnp.asarray(weight, "bfloat16")
+    products = {
+        "project": project_triton.project_triton,
+        "project_gated": project_triton.project_gated_triton,
+        "unembed": functools.partial(project_triton.unembed_triton, tied=False),
+        "tied unembed": lambda x, weight: project_triton.unembed_triton(
+            x, weight.T, tied=True
+        ),
+    }
+    failures = []
+    for name, product in products.items():
+
+        def times(x, product=product):
+            out = np.asarray(product(x, weight).astype("float32"))
+            return out.reshape(-1, len(x), out.shape[-1])
+
+        alone = times(x[:1])
+        for rows in TOGETHER:
+            # The token that was alone comes last.
+            out = times(jnp.roll(x[:rows], -1, axis=0))
+            if not np.array_equal(out[:, -1], alone[:, 0]):
+                failures.append(f"{name}: other bits among {rows} tokens")
+    return failures
+
+
+def check_unembed(case) -> list[str]:
+    """Run the output layer under the interpreter and return what is wrong with it."""
+    batch, tokens, _, columns, dtype, _, tile_depth = case
+    columns += 8  # the last block is not full
+    tiles = Tiles(parts=1, block=64, depth=tile_depth, warps=2, stages=2)
+    x, weight = inputs(case, columns)
+    failures = []
+    for tied in (True, False):
+        given = weight.T if tied else weight
+        got = project_triton.unembed_triton(
+            jnp.asarray(x, dtype), jnp.asarray(given, dtype), tied=tied, tiles=tiles
+        )
+        assert got.dtype == dtype and got.shape == (batch, tokens, columns)
+        worst = off(got.astype("float32"), x @ weight, dtype) / 2
+        if not worst < 1:
+            failures.append(f"unembed {case} {tied=}: off by {worst}")
+    return failures
+
+
 def check_interpreted(case) -> list[str]:
     """Run both kernels under the interpreter and return what is wrong with them."""
     *_, columns, dtype, parts, tile_depth = case
@@ -232,4 +331,8 @@ if __name__ == "__main__":
     triton_on_cpu.teach_bfloat16_dot()
     triton_call.call = triton_on_cpu.call
     cases = {"FAST": FAST, "SLOW": SLOW}[sys.argv[1]]
-    print(json.dumps([f for case in cases for f in check_interpreted(case)]))
+    failures = [f for case in cases for f in check_interpreted(case)]
+    failures += [f for case in cases for f in check_unembed(case)]
+    if sys.argv[1] == "FAST":
+        failures += check_together(512, 128)
+    print(json.dumps(failures))
