@@ -4,6 +4,9 @@ Each program serves one (sequence, key/value head) and one share of its slots, a
 keys and values once for all query heads of the group; a second, small kernel joins the
 shares. `decode_triton_body` has the picture and the numerics.
 
+The order of every sum is chosen from the slots and the heads alone. So a row has the
+same bits whatever rows are beside it, and `nodes_triton` can give them to drafts.
+
 No vmap and no derivatives: the batch is an explicit axis, and decoding has no backward.
 
 Axis letters: `B` batch, `N` query heads, `K` key/value heads, `G` query heads per
@@ -21,13 +24,19 @@ from jaxkv.kernels import triton_call
 from jaxkv.kernels.cache import Slots, Token
 from jaxkv.kernels.triton_call import next_power_of_2, num_processors
 
+# How many tokens are summed apart from the older ones, by their positions: as many as
+# `project_triton` multiplies at once, so that they have room for every draft that has
+# exact products.
+NEWEST = 64
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tiles:
     """How the work of one call is cut.
 
     Attributes:
-      splits: programs per key/value head; 1 needs no second kernel.
+      splits: programs per key/value head for the older tokens. One does the newest,
+        too, and needs no second kernel; several leave them to one more program.
       block: slots per tile, a power of two.
       warps: warps per program.
       stages: depth of the software pipeline; keys and values are fetched `stages - 1`
@@ -38,6 +47,11 @@ class Tiles:
     block: int
     warps: int
     stages: int
+
+    @property
+    def parts(self) -> int:
+        """Programs per key/value head."""
+        return self.splits + (self.splits > 1)
 
 
 def choose_tiles(
@@ -51,20 +65,23 @@ def choose_tiles(
     """Return tiles that keep the memory busy, for a device of `num_sms` processors.
 
     A tile holds 16 KiB of keys and as much of values, so that a processor has room for
-    three programs with two tiles each on their way. There are enough splits for two
-    programs per processor, as long as each keeps three tiles to overlap, and two at
-    least where the slots allow it, for the last wave of programs to be short.
+    three programs with two tiles each on their way. There are enough splits for a
+    single sequence to have 128 programs, and for none to have more than eight tiles,
+    as long as each keeps three tiles to overlap. How tiles are shared out does not
+    depend on `batch`; how many warps do it, which changes no sum, does.
     """
     itemsize = jnp.dtype(dtype).itemsize
     row_bytes = next_power_of_2(head_dim) * itemsize
     block = max(16, min(128, 16384 // row_bytes, next_power_of_2(slots)))
-    rows = batch * kv_heads
     num_tiles = -(-slots // block)
-    splits = max(1, min(max(2, 2 * num_sms // rows), num_tiles // 3))
-    # In float32, or with few programs per processor, four warps are too few.
-    warps = 8 if itemsize == 4 or rows * splits <= num_sms else 4
-    stages = 2 if slots >= 8192 else 3
-    return Tiles(splits=splits, block=block, warps=warps, stages=stages)
+    # With the part of the newest tokens a power of two, as the second kernel likes it.
+    most = max(16, next_power_of_2(128 // kv_heads), num_tiles // 8) - 1
+    splits = max(1, min(most, num_tiles // 3))
+    # In float32, or with few programs per processor that have much to do, four warps
+    # are too few.
+    few = batch * kv_heads * splits <= num_sms and num_tiles > 4 * splits
+    warps = 8 if itemsize == 4 or few else 4
+    return Tiles(splits=splits, block=block, warps=warps, stages=3)
 
 
 def decode_attention_triton(
@@ -96,24 +113,25 @@ def decode_attention_triton(
     heads, dtype = query.shape[1], slots.keys.dtype
     sizes = kv_heads, num_slots, head_dim, dtype
     tiles = tiles or choose_tiles(batch, *sizes, num_processors())
-    part_dtype = query.dtype if tiles.splits == 1 else jnp.float32
+    part_dtype = query.dtype if tiles.parts == 1 else jnp.float32
     cache = slots.keys, slots.values, slots.positions
     out, statistic, keys, values, positions = triton_call.call(
         body.attend_split,
         (query, token.key, token.value, *cache, slots.target, token.position),
         (
-            jax.ShapeDtypeStruct((tiles.splits, batch, heads, head_dim), part_dtype),
-            jax.ShapeDtypeStruct((tiles.splits, batch, heads), jnp.float32),
+            jax.ShapeDtypeStruct((tiles.parts, batch, heads, head_dim), part_dtype),
+            jax.ShapeDtypeStruct((tiles.parts, batch, heads), jnp.float32),
             *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in cache),
         ),
         aliases={3: 2, 4: 3, 5: 4},
-        grid=(batch * kv_heads, tiles.splits),
+        grid=(batch * kv_heads, tiles.parts),
         num_warps=tiles.warps,
         num_stages=tiles.stages,
         **attend_constants(heads, *sizes, scale, tiles),
+        **newest_constants(num_slots, tiles),
     )
     slots = slots._replace(keys=keys, values=values, positions=positions)
-    if tiles.splits == 1:
+    if tiles.parts == 1:
         return out.reshape(query.shape), slots
     return combine(out, statistic, query), slots
 
@@ -154,7 +172,10 @@ def attend_constants(
     scale: float,
     tiles: Tiles,
 ) -> dict[str, Any]:
-    """Return the compile-time arguments of `attend_split`."""
+    """Return the compile-time arguments of `attend_split`, but for the newest tokens.
+
+    Those of LongFlow's kernels are the same.
+    """
     group = heads // kv_heads
     return dict(
         SCALE=float(scale) * math.log2(math.e),
@@ -167,6 +188,16 @@ def attend_constants(
         GROUP_PAD=max(16, next_power_of_2(group)),
         HEAD_PAD=next_power_of_2(head_dim),
         PRECISION="ieee" if jnp.dtype(dtype) == jnp.float32 else "tf32",
+    )
+
+
+def newest_constants(slots: int, tiles: Tiles) -> dict[str, int]:
+    """Return the compile-time arguments that the newest tokens need."""
+    return dict(
+        PARTS=tiles.parts,
+        NEWEST=NEWEST,
+        NEWEST_BLOCK=min(NEWEST, tiles.block),
+        CHUNK=max(16, min(4096, next_power_of_2(slots))),
     )
 
 

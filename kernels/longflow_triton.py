@@ -55,7 +55,8 @@ def choose_tiles(
     as many as any other; with fewer, the rows are split among them all, or down to one
     tile a program where three per processor suffice for that. In float32, and for
     groups whose outputs fill the registers of four warps, 4096 numbers or more, tiles
-    are those of `decode_triton.choose_tiles`, cut to fit.
+    are those of `decode_triton.choose_tiles`, cut to fit, but for their splits: two
+    programs per processor, as long as each keeps three tiles, and two at least.
     """
     attend = decode_triton.choose_tiles(
         batch, kv_heads, slots, head_dim, dtype, num_sms
@@ -63,6 +64,11 @@ def choose_tiles(
     tiles = Tiles(**dataclasses.asdict(attend))
     tiles = dataclasses.replace(tiles, block=min(64, tiles.block))
     rows = batch * kv_heads
+    num_tiles = -(-slots // attend.block)
+    splits = max(1, min(max(2, 2 * num_sms // rows), num_tiles // 3))
+    warps = 8 if jnp.dtype(dtype).itemsize == 4 or rows * splits <= num_sms else 4
+    stages = 2 if slots >= 8192 else 3
+    tiles = dataclasses.replace(tiles, splits=splits, warps=warps, stages=stages)
     whole_rows = 2 * rows >= 3 * num_sms
     large = next_power_of_2(heads // kv_heads) * head_dim >= 4096
     if large:

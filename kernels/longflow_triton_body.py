@@ -115,7 +115,7 @@ def score_row(
         next_positions = tl.load(
             positions_ptr + next_slots, next_slots < SLOTS, other=-1
         )
-        logits, _, maximum, total, acc = attend_tile(
+        logits, maximum, total, acc = attend_tile(
             *(q, keys_ptr, values_ptr, slots, occupied, maximum, total, acc),
             *(SCALE, HEAD_DIM, HEAD_PAD, PRECISION),
         )
@@ -136,7 +136,8 @@ def score_row(
         heads < tl.where(is_mine, GROUP, 0),
     )
     store_part(
-        *(out_ptr, statistic_ptr, split * num_rows + row, maximum, total, acc),
+        *(out_ptr, statistic_ptr, split * num_rows + row),
+        *(maximum, tl.sum(total, 1), acc),
         *(GROUP, HEAD_DIM, GROUP_PAD, HEAD_PAD),
     )
 

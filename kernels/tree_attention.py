@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
-from jaxkv.kernels import decode, dispatch
+from jaxkv.kernels import decode, dispatch, nodes_triton
 from jaxkv.kernels.cache import Nodes, Slots, Token, write
 from jaxkv.kernels.per_shard import per_shard
 from jaxkv.kernels.shapes import check_groups, checked
@@ -48,6 +48,7 @@ def tree_attention(
       scale: factor on the logits.
       implementation: "reference" (float32, writes node by node), "xla" (anywhere),
         "triton" (NVIDIA, through jax-triton), or None for the best one that can run.
+        Triton gives up to 64 nodes in 16 bits the bits of plain decoding.
 
     Returns:
       The output, in the dtype of the query.
@@ -209,4 +210,10 @@ def _xla(query, nodes, slots, upcoming, depths, ancestors, *, scale):
     return out.astype(query.dtype)
 
 
-_RUNS = {"reference": _reference, "xla": _xla, "triton": tree_attention_triton}
+def _triton(query, *arguments, **options):
+    few = nodes_triton.takes(*query.shape[:2], query.dtype)
+    run = nodes_triton.attend_nodes_triton if few else tree_attention_triton
+    return run(query, *arguments, **options)
+
+
+_RUNS = {"reference": _reference, "xla": _xla, "triton": _triton}
