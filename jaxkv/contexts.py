@@ -20,7 +20,7 @@ import numpy as np
 from jaxkv import generation, soundness
 from jaxkv import state as kv
 from jaxkv.attention import Network, begin_layers
-from jaxkv.forward import decode_step, logits_at_end, read, read_behind
+from jaxkv.forward import logits_at_end, read, read_behind
 from jaxkv.generation import Running
 from jaxkv.identity import Identity
 from jaxkv.options import Options
@@ -84,6 +84,30 @@ class Context:
             raise ValueError("Context: got no documents to take; name at least one.")
         return jax.tree.map(lambda x: x[rows], self)
 
+    def join(self, *others: Self) -> Self:
+        """Return a context of these documents and those of others, behind them.
+
+        Raises:
+          ValueError: another model has read them, or a chat template is in some.
+        """
+        together = (self, *others)
+        for other in others:
+            self.identity.check(other.identity)
+            if other.chat != self.chat:
+                raise ValueError(
+                    "Context: documents of a chat template cannot be joined with "
+                    "others; compress all of them with chat=True, or none."
+                )
+        width = max(context.tokens.shape[1] for context in together)
+        slots = tuple(
+            max(state.slots for state in layer)
+            for layer in zip(*(context.cache for context in together), strict=True)
+        )
+        noted = all(context.likeliest is not None for context in together)
+        policies = dict.fromkeys(context.policy for context in together)
+        rows = [_padded(c, width, slots, noted, "; ".join(policies)) for c in together]
+        return jax.tree.map(lambda *x: jnp.concatenate(x), *rows)
+
     def kept_positions(self, document: int = 0) -> tuple[tuple[np.ndarray, ...], ...]:
         """Return which tokens of a document are left: in order, by layer and head."""
         row = self._row(document)
@@ -101,6 +125,23 @@ class Context:
                 f"{document!r}."
             )
         return operator.index(document)
+
+
+def _padded(
+    context: Context, width: int, slots: tuple[int, ...], noted: bool, policy: str
+) -> Context:
+    """Return a context whose arrays go with those of others, but for their rows."""
+    room = ((0, 0), (0, width - context.tokens.shape[1]))
+    likeliest = None
+    if noted and context.likeliest is not None:
+        likeliest = jnp.pad(context.likeliest, (*room, (0, 0)))
+    return dataclasses.replace(
+        context,
+        cache=tuple(map(kv.resize, context.cache, slots)),
+        tokens=jnp.pad(context.tokens, room),
+        likeliest=likeliest,
+        policy=policy,
+    )
 
 
 class Documents(NamedTuple):
@@ -159,7 +200,7 @@ def read_documents(
     if likeliest:
         found = likeliest_tokens(network, params, hidden[:, : tokens.shape[1]])
     logits = logits_at_end(network, params, hidden, lengths)
-    return _documents(cache, lengths, logits, found)
+    return counted(cache, lengths, logits, found)
 
 
 def read_copies(
@@ -197,10 +238,10 @@ def read_copies(
     cache, logits = jax.tree.map(
         lambda x: x.reshape(-1, *x.shape[2:]), (found.cache, found.logits)
     )
-    return _documents(cache, jnp.tile(lengths, len(keep)), logits)
+    return counted(cache, jnp.tile(lengths, len(keep)), logits)
 
 
-def _documents(
+def counted(
     cache: Cache,
     lengths: jax.Array,
     logits: jax.Array,
@@ -215,53 +256,6 @@ def _documents(
         kept=jnp.stack([kv.occupancy(state).max(-1) for state in cache]),
         spoilt=jnp.stack(spoilt),
     )
-
-
-def read_on(
-    network: Network,
-    params: Any,
-    context: Context,
-    documents: jax.Array,
-    tokens: jax.Array,
-    counts: jax.Array,
-    *,
-    options: Options,
-    slots: tuple[int, ...],
-) -> Documents:
-    """Put questions behind documents, so that these are longer; see `ask`."""
-    chosen = drawn(context, documents, slots)
-    hidden, cache = read_behind(
-        *(network, params, tokens, counts, chosen.lengths, chosen.cache),
-        implementation=options.decode_implementation,
-    )
-    logits = logits_at_end(network, params, hidden, counts)
-    return _documents(cache, chosen.lengths + counts, logits)
-
-
-def settle(
-    network: Network,
-    params: Any,
-    token: jax.Array,
-    position: jax.Array,
-    cache: Cache,
-    *,
-    options: Options,
-) -> Documents:
-    """Feed the newest tokens of outputs, so that what is left of texts is documents.
-
-    Args:
-      network: static.
-      params: its parameters.
-      token: int32 `[B]`, which the cache does not hold yet.
-      position: int32 `[B]`, theirs.
-      cache: one state per layer; what a decode policy remembers is dropped.
-      options: static.
-    """
-    logits, cache = decode_step(
-        network, params, token, position, cache, options=options
-    )
-    cache = tuple(kv.pack(state) for state in cache)
-    return _documents(cache, position + 1, logits)
 
 
 def ask(
@@ -349,12 +343,6 @@ read_copies_jit = bounded_jit(
 read_documents_jit = bounded_jit(
     implied=_PARAMS, static_argnames=("network", "options", "slots", "likeliest")
 )(read_documents)
-settle_jit = bounded_jit(implied=_PARAMS, static_argnames=("network", "options"))(
-    settle
-)
-read_on_jit = bounded_jit(
-    implied=_PARAMS, static_argnames=("network", "options", "slots")
-)(read_on)
 ask_jit = bounded_jit(
     implied=_PARAMS, static_argnames=("network", "options", "slots", "max_out")
 )(ask)

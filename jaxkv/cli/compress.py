@@ -98,6 +98,7 @@ def compress(
     ] = "none",
     dtype: flags.Dtype = None,
     follow_links: flags.FollowLinks = False,
+    batch_size: flags.BatchSize = 8,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an older context.")
     ] = False,
@@ -110,15 +111,19 @@ def compress(
     check_folder(out, overwrite=overwrite)
     records = prompts.read(prompt or [], prompt_file or [])
     lm = flags.load_model(model, dtype, follow_links=follow_links)
-    context = compress_documents(
-        lm,
-        _documents(records),
-        question=question,
-        chat=chat,
-        system=system,
-        speculate=drafter,
-        **arguments,
-    )
+    documents, parts = _documents(records), []
+    for first in range(0, len(documents), batch_size):
+        part = compress_documents(
+            lm,
+            documents[first : first + batch_size],
+            question=question,
+            chat=chat,
+            system=system,
+            speculate=drafter,
+            **arguments,
+        )
+        parts.append(part)
+    context = parts[0].join(*parts[1:])
     save_context(context, out, overwrite=overwrite)
     say(f"{out}: {context}")
 

@@ -24,6 +24,7 @@ from jaxkv.text import arguments
 from jaxkv.text.documents import encode_questions, padded
 from jaxkv.text.planning import Plan, bucket
 from jaxkv.text.prompts import Prompts
+from jaxkv.turns import read_on_jit, settle_jit
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -79,7 +80,7 @@ class Questions:
     def read(self, lm: LanguageModel) -> Context:
         """Return documents and questions, as documents that are longer."""
         tokens = self.plan.padded(self.ids)
-        found = contexts.read_on_jit(
+        found = read_on_jit(
             *(lm.network, lm.params, dataclasses.replace(self.context, policy="")),
             *(self.documents, tokens, np.array([len(x) for x in self.ids], np.int32)),
             options=self.plan.options.of_the_loop(),
@@ -107,7 +108,7 @@ def kept_context(
       policy: what has chosen from the prompts, as text.
     """
     texts = [[*row, *out] for row, out in zip(prompts, outputs, strict=True)]
-    found = contexts.settle_jit(
+    found = settle_jit(
         *(lm.network, lm.params, state.last, state.position, state.cache),
         options=options.of_the_loop(),
     )

@@ -72,6 +72,22 @@ def test_budgets_are_those_of_documents(tiny_lm):
         ask(tiny_lm, context, **evicting)
 
 
+def test_contexts_are_joined(tiny_lm, context):
+    texts = [list(range(5, 105)), [9, 8, 7]]
+    more = jaxkv.compress(tiny_lm, texts, budget=8, prefill=jaxkv.KNorm())
+    both = context.join(more)
+    assert len(both) == 4 and both.lengths.tolist() == [70, 40, 100, 3]
+    assert both.policy == "Full(); KNorm()"
+    out = ask(tiny_lm, both, documents=[1, 2, 3])
+    assert out.tokens[0] == ask(tiny_lm, context, documents=[1] * 3).tokens[0]
+    for one, two in zip(both.kept_positions(2), more.kept_positions(), strict=True):
+        for held, wanted in zip(one, two, strict=True):
+            np.testing.assert_array_equal(held, wanted)
+    chat = dataclasses.replace(more, chat=True)
+    with pytest.raises(ValueError, match="of a chat template cannot be joined"):
+        context.join(chat)
+
+
 def test_a_document_is_read_once_for_all_budgets(tiny_lm):
     policy = dict(prefill=jaxkv.SnapKV(window_size=4))
     many = jaxkv.compress(tiny_lm, DOCUMENTS * 2, budget=[8, 7, 20, 30], **policy)
