@@ -7,6 +7,7 @@ import functools
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -100,5 +101,6 @@ def save(statistics: Statistics, path: Path, **about: str) -> None:
     """
     buffer = io.BytesIO()
     named = {name: np.array(text) for name, text in about.items()}
-    np.savez(buffer, **statistics._asdict(), **named)
+    arrays: dict[str, Any] = statistics._asdict() | named
+    np.savez(buffer, **arrays)
     write_whole(path, buffer.getvalue())

@@ -115,7 +115,7 @@ def parse(text: str, table: Mapping[str, type], *, flag: str) -> Any:
         that cannot be imported, or is no policy.
     """
     name, _, rest = text.partition(":")
-    role = next((_ROLES[x] for x in _ROLES if TABLES[x] is table), None)
+    role: Any = next((_ROLES[x] for x in _ROLES if TABLES[x] is table), None)
     own = name not in table
     if own:
         method, name, rest = _outside(name, rest, role, table, flag)

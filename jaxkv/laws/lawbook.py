@@ -10,6 +10,7 @@ tiny network, by `programs`.
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +34,7 @@ from jaxkv.policies.full import Full
 from jaxkv.runtime.seeds import key_of
 from jaxkv.speculation.drafters import Tree
 
-CLOSE = dict(rtol=2e-4, atol=2e-4)
+CLOSE: dict[str, Any] = dict(rtol=2e-4, atol=2e-4)
 DRAFTER = Tree(
     num_draft_tokens=7,
     depth=3,
@@ -338,7 +339,8 @@ def pure(options):
     second, _ = step(options, token, position, cache)
     np.testing.assert_array_equal(first, second)
     jax.tree.map(np.testing.assert_array_equal, before, cache)
-    assert jax.tree.structure(after) == jax.tree.structure(cache)
+    structures: list[Any] = [jax.tree.structure(x) for x in (after, cache)]
+    assert structures[0] == structures[1]
     for old, new in zip(jax.tree.leaves(cache), jax.tree.leaves(after), strict=True):
         assert (old.shape, old.dtype) == (new.shape, new.dtype)
 

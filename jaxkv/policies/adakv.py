@@ -55,7 +55,7 @@ class AdaKV(Wrapper):
         return cls(**dict[str, Any](theirs) | options)
 
     @property
-    def head_share(self) -> float:
+    def head_share(self) -> float:  # type: ignore[override]
         """The most that a head may keep, in budgets of its layer."""
         return self.most
 

@@ -177,7 +177,7 @@ def keep_top(
       score is NaN, or missing, the head's first value is NaN, so that it is noticed.
     """
     heads, length = state.target.shape, prompt.keys.shape[1]
-    given = getattr(scores, "shape", ())
+    given: tuple[int, ...] = getattr(scores, "shape", ())
     if given[:-1] == heads and given[-1] <= length:
         length = given[-1]
     fit("scores", scores, "B heads L", (*heads, length), jnp.floating)

@@ -90,12 +90,13 @@ def output_norms(prompt: Prompt, *, order: int = 1) -> jax.Array:
     Raises:
       ValueError: the prompt has no output projection.
     """
-    if prompt.output is None:
+    output = prompt.output
+    if output is None:
         raise ValueError(
             "output_norms: the prompt has no output projection; give Prompt(output=)."
         )
     batch, length, kv_heads, head_dim = prompt.values.shape
-    heads = prompt.output.shape[0]
+    heads = output.shape[0]
     chunk = min(_CHUNK, length)
     padding = ((0, 0), (0, -length % chunk), (0, 0), (0, 0))
     values = jnp.pad(prompt.values, padding)
@@ -103,7 +104,7 @@ def output_norms(prompt: Prompt, *, order: int = 1) -> jax.Array:
 
     def of_head(head):
         of = head // (heads // kv_heads)
-        weight = prompt.output[head].astype(jnp.float32)  # [H, D]
+        weight = output[head].astype(jnp.float32)  # [H, D]
 
         def of_chunk(values):
             own = jax.lax.dynamic_index_in_dim(values, of, axis=2, keepdims=False)

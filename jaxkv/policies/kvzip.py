@@ -58,7 +58,7 @@ class KVzip(WholePrompt):
         return cls(**dict[str, Any](plus=True) | options)
 
     @property
-    def reads_output(self) -> bool:
+    def reads_output(self) -> bool:  # type: ignore[override]
         """KVzip+ does."""
         return self.plus
 

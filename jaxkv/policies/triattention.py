@@ -42,14 +42,14 @@ class Seen(NamedTuple):
     Attributes:
       mean: float32 `[B, K, G, H]`, their sum.
       size: float32 `[B, K, G, H / 2]`, the sum of lengths.
-      count: float32 `[B]`, how many they are; 1 where both are means.
+      number: float32 `[B]`, how many they are; 1 where both are means.
       frequencies: float32 `[B, H / 2]`, of the rotation.
       prompt: int32 `[B]`, tokens of the prompt.
     """
 
     mean: jax.Array
     size: jax.Array
-    count: jax.Array
+    number: jax.Array
     frequencies: jax.Array
     prompt: jax.Array
 
@@ -151,7 +151,7 @@ class TriAttention(PlainAttention):
         memory = Seen(
             mean=mean,
             size=size,
-            count=count,
+            number=count,
             frequencies=jnp.zeros((batch, 1), jnp.float32) + frequencies[None],
             prompt=jnp.array(lengths, copy=True),
         )
@@ -200,7 +200,7 @@ def _with_query(seen: Seen, query: jax.Array, position: jax.Array) -> Seen:
     return seen._replace(
         mean=seen.mean + jnp.where(here, plain, 0.0),
         size=seen.size + jnp.where(here, lengths_of_pairs(plain), 0.0),
-        count=seen.count + running.astype(jnp.float32),
+        number=seen.number + running.astype(jnp.float32),
     )
 
 
@@ -227,7 +227,7 @@ def expected_logits(
       position: int32 `[B]`, of the newest token.
       standardise: see `TriAttention`.
     """
-    count = jnp.maximum(seen.count, 1.0)[:, None, None, None]
+    count = jnp.maximum(seen.number, 1.0)[:, None, None, None]
     mean, size = seen.mean / count, seen.size / count
     ahead = position[:, None] + jnp.asarray(OFFSETS, jnp.int32)[None]
     angles = ahead[..., None].astype(jnp.float32) * seen.frequencies[:, None]

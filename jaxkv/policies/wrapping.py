@@ -39,32 +39,32 @@ class Wrapper(WholePrompt):
         return self.policy.num_pseudo
 
     @property
-    def offset(self) -> int:
+    def offset(self) -> int:  # type: ignore[override]
         """That of the policy within."""
         return self.policy.offset
 
     @property
-    def same_budgets(self) -> bool:
+    def same_budgets(self) -> bool:  # type: ignore[override]
         """As the policy within."""
         return self.policy.same_budgets
 
     @property
-    def sketches(self) -> bool:
+    def sketches(self) -> bool:  # type: ignore[override]
         """As the policy within."""
         return self.policy.sketches
 
     @property
-    def head_share(self) -> float:
+    def head_share(self) -> float:  # type: ignore[override]
         """That of the policy within."""
         return self.policy.head_share
 
     @property
-    def repeats(self) -> bool:
+    def repeats(self) -> bool:  # type: ignore[override]
         """As the policy within."""
         return self.policy.repeats
 
     @property
-    def reads_output(self) -> bool:
+    def reads_output(self) -> bool:  # type: ignore[override]
         """As the policy within."""
         return self.policy.reads_output
 

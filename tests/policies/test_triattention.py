@@ -55,7 +55,7 @@ def test_scores_are_a_mean_query_s_over_coming_distances():
     seen = Seen(
         mean=jnp.asarray(real(draws.sum(1))[None, None], jnp.float32),
         size=jnp.asarray(np.abs(draws).sum(1)[None, None], jnp.float32),
-        count=jnp.asarray([5.0]),
+        number=jnp.asarray([5.0]),
         frequencies=jnp.asarray(FREQUENCIES[None], jnp.float32),
         prompt=jnp.asarray([3]),
     )
