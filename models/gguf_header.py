@@ -9,7 +9,7 @@ import dataclasses
 import math
 import os
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 
@@ -110,7 +110,7 @@ class _Reader:
 
     def __init__(self, file: BinaryIO, size: int, path: Path):
         self._file = file
-        self._size = size
+        self._at, self._size = 0, size
         self._path = path
         self._what = "the first bytes"
 
@@ -174,7 +174,7 @@ class _Reader:
         """Check that the tensors fill the file from here to its end, in order."""
         from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
-        start = _padded(self._file.tell(), alignment)
+        start = _padded(self._at, alignment)
         tensors, end = {}, 0  # where the last tensor ends, counted from `start`
         for name, (lengths, number, offset) in entries.items():
             self._what = f"tensor {name[:80]!r}"
@@ -238,8 +238,9 @@ class _Reader:
             return [byte != 0 for byte in raw]
         return np.frombuffer(raw, f"<{name}").tolist()
 
-    def _number(self, kind: str) -> int:
-        return int(np.frombuffer(self._take(np.dtype(kind).itemsize), f"<{kind}")[0])
+    def _number(self, kind: Literal["u4", "u8"]) -> int:
+        # A vocabulary is a hundred thousand of these, for which NumPy is slow.
+        return int.from_bytes(self._take(4 if kind == "u4" else 8), "little")
 
     def _name(self) -> str:
         name = self._string()
@@ -254,12 +255,13 @@ class _Reader:
             raise self._damaged("is not UTF-8 text") from None
 
     def _take(self, length: int) -> bytes:
-        left = self._size - self._file.tell()
+        left = self._size - self._at
         if length > left:
             raise self._damaged(
                 f"takes {length} bytes, but {left} are left of the file's "
                 f"{self._size}; it is truncated or damaged"
             )
+        self._at += length
         return self._file.read(length)
 
     def _damaged(self, problem: str) -> CheckpointError:

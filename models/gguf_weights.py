@@ -194,9 +194,10 @@ def _chunks(file: np.ndarray, tensor: Tensor) -> Iterator[tuple[int, np.ndarray]
         count = min(size, tensor.rows - first)
         start = tensor.offset + first * tensor.row_bytes
         raw = np.asarray(file[start : start + count * tensor.row_bytes])
-        raw = raw.reshape(count, tensor.row_bytes)
+        # Blocks know nothing of rows, and the package takes few rows at a time.
         with np.errstate(all="ignore"):
-            rows = dequantize(raw, GGMLQuantizationType[tensor.type])
+            rows = dequantize(raw[None], GGMLQuantizationType[tensor.type])
+        rows = rows.reshape(count, -1)
         if not np.isfinite(rows).all():
             raise CheckpointError(
                 f"tensor {tensor.name} is damaged, it holds NaN or infinite numbers; "
