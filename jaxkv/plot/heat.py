@@ -75,6 +75,7 @@ def heat_maps(
             **scale,
         )
         image.set_clim(low, high)
+        axes.locator_params(integer=True)  # there are no halves of rows
         if rows is not None:
             axes.set_yticks(range(height), rows)
         axes.set_ylabel(row_label)
