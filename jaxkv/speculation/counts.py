@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxkv.shown import brief
+from jaxkv.speculation.guarantee import Guarantee
 from jaxkv.trees import KINDS, DraftTree
 
 
@@ -128,6 +129,8 @@ class DraftStats:
       accepted_by_kind: those that became output.
       unexpected: share of the prompts' tokens that the network had not held likeliest;
         None if nobody asked.
+      guarantee: what the output has in common with plain decoding's; see
+        `guarantee.guarantee`.
     """
 
     steps: int
@@ -142,12 +145,17 @@ class DraftStats:
     drafted_by_kind: dict[str, int]
     accepted_by_kind: dict[str, int]
     unexpected: float | None
+    guarantee: Guarantee
 
     __repr__ = brief
 
 
 def draft_stats(
-    counts: Counts, lengths: Sequence[int], prompts: Sequence[int]
+    counts: Counts,
+    lengths: Sequence[int],
+    prompts: Sequence[int],
+    *,
+    guarantee: Guarantee,
 ) -> DraftStats:
     """Sum up what the loop has counted.
 
@@ -155,6 +163,7 @@ def draft_stats(
       counts: from a finished generation.
       lengths: tokens of the outputs.
       prompts: tokens of the prompts.
+      guarantee: of the setting.
     """
     c = {
         f.name: np.asarray(getattr(counts, f.name)) for f in dataclasses.fields(counts)
@@ -177,6 +186,7 @@ def draft_stats(
         drafted_by_kind=_by_kind(c["drafted_kinds"]),
         accepted_by_kind=_by_kind(c["accepted_kinds"]),
         unexpected=float(c["unexpected"].sum() / asked) if known else None,
+        guarantee=guarantee,
     )
 
 

@@ -35,6 +35,7 @@ from jaxkv.sequences import LogProbs
 from jaxkv.shown import brief
 from jaxkv.speculation.counts import DraftStats, draft_stats
 from jaxkv.speculation.drafters import Drafter
+from jaxkv.speculation.guarantee import guarantee
 from jaxkv.speculation.rules import Rule
 from jaxkv.text import arguments, planning, pricing
 from jaxkv.text.planning import Plan
@@ -365,7 +366,10 @@ def completion(
             or options.decode.default_implementation(backend),
             drafts=None
             if state.speculation is None
-            else draft_stats(state.speculation.counts, lengths, prompts),
+            else draft_stats(
+                *(state.speculation.counts, lengths, prompts),
+                guarantee=guarantee(lm.config, options, rows=len(ids), dtype=lm.dtype),
+            ),
         ),
         logprobs=noted
         and tuple(

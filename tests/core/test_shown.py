@@ -55,6 +55,7 @@ COMPLETION = jaxkv.Completion(
             drafted_by_kind={f"kind {i}": i for i in range(99)},
             accepted_by_kind={},
             unexpected=None,
+            guarantee="exact in float32",
         ),
     ),
 )
