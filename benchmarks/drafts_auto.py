@@ -48,13 +48,19 @@ EVICTION: dict[str, dict[str, Any]] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Failing(jaxkv.Tree):
-    """Drafts as likely as `Tree`'s by their looks, and wrong."""
+    """Drafts as likely as `Tree`'s by their looks, and wrong.
+
+    Attributes:
+      words: of the vocabulary.
+    """
+
+    words: int = 49_152
 
     def draft(self, context: Context) -> DraftTree:
         """Return trees in which each token is another one, but for the root."""
         tree = super().draft(context)
         changed = tree.tokens.at[:, 1:].add(1)
-        return tree._replace(tokens=changed % 49_152)
+        return tree._replace(tokens=changed % self.words)
 
 
 Told = tuple[float, ...] | None
@@ -175,7 +181,7 @@ def main(
     for size in map(int, batch.split(",")):
         for kind in kinds.split(",") if file else ["documentation"]:
             if file:
-                prompts = chosen_prompts(lm, file, kind, size)
+                prompts, _ = chosen_prompts(lm, file, kind, size, new)
             else:
                 prompts = drawn_prompts(lm, size, length)
             cell = {"kind": kind, "batch": size, "tokens": max(map(len, prompts))}

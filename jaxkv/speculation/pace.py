@@ -53,7 +53,8 @@ _CREDIT = 1.0  # plain steps that drafts may lose at first
 _RATE = 0.01  # and more of them with every token
 _MOST = 8.0  # that the balance remembers of what was gained
 _LIFT = 2.0  # to which watched drafts alone may lift it
-_HOPELESS = 8  # plain steps after which hopeless drafts are looked at again, at first
+_HOPEFUL = 8  # plain steps, at most, after which something is drafted again
+_HOPELESS = 8  # the same where not even the best drafts would pay, at first
 _LONGEST = 24  # and at most
 
 
@@ -284,12 +285,11 @@ def choose(
     some = _share(new, drafted[:, None], exact)[:, 0] > 0
     pays = ((gain > 1) | ((gain >= 1) & some)) & affords
     could = 1 + _share(new, new.most[None] * holds, exact) >= new.prices[None]
-    pause = jnp.where(
-        could.any(1) & affords, pace.pause, jnp.maximum(pace.pause, _HOPELESS)
-    )
+    hopeful = could.any(1) & affords
+    pause = jnp.where(hopeful, pace.pause, jnp.maximum(pace.pause, _HOPELESS))
     decides = new.running.any() if exact else asked
     pays, stops = decides & pays, decides & ~pays
-    longer = jnp.minimum(2 * pause, _LONGEST)
+    longer = jnp.minimum(2 * pause, jnp.where(hopeful, _HOPEFUL, _LONGEST))
     pace = dataclasses.replace(
         pace,
         wait=jnp.where(stops, pause, jnp.where(pays, 0, pace.wait)),

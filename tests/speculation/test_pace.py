@@ -126,16 +126,23 @@ def test_a_step_at_a_plain_ones_price_is_taken_without_hope():
     assert int(pace.choose(start, new, exact=True)[2]) == 1
 
 
-def test_waits_grow_up_to_a_bound():
-    now, new, waits = begun(), newest((NEVER, NEVER)), []
-    for _ in range(4):
+@pytest.mark.parametrize(
+    ("prices", "there", "wanted"),
+    [
+        ((NEVER, NEVER), True, [8, 16, 24, 24]),
+        ((1.2, 1.4), False, [1, 2, 4, 8, 8]),  # as soon as there is one, it pays
+    ],
+)
+def test_waits_grow_up_to_a_bound(prices, there, wanted):
+    now, new, waits = begun(), newest(prices, there=there), []
+    for _ in wanted:
         now, *_ = pace.choose(now, new, exact=True)
         waits.append(int(now.wait[0]))
         for left in range(waits[-1], 0, -1):
             assert bool(pace.waits(now, new.running)) and int(now.wait[0]) == left
             now = pace.passed(now, new.running)
         assert not pace.waits(now, new.running)
-    assert waits == [8, 16, 24, 24]
+    assert waits == wanted
 
 
 def test_a_row_ahead_has_less_of_a_say():
