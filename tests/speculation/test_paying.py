@@ -16,7 +16,7 @@ from jaxkv import Options, Tree, generation
 from jaxkv.speculation import loop
 from jaxkv.speculation.rules import Exact
 
-PROMPT, NEW, WORDS = 256, 512, 97
+PROMPT, NEW, WORDS = 192, 320, 97
 NEVER = np.inf
 TREE = Tree()  # of 4 and of 16 nodes
 
@@ -88,10 +88,8 @@ def plain_steps(kind, prices):
 PRICES = [
     (1.05, NEVER),
     (NEVER, 1.15),
-    (NEVER, 1.5),
     (1.6, NEVER),
     (NEVER, 3.0),
-    (4.0, NEVER),
     (NEVER, 20.0),
 ]
 
