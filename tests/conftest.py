@@ -174,3 +174,10 @@ def tiny_lm(tiny):
     import jaxkv
 
     return jaxkv.load(tiny)
+
+
+@pytest.fixture(scope="session")
+def wide_lm(tiny_lm):
+    """The same with weights so wide that its outputs depend on all that it has read."""
+    params = jax.tree.map(lambda x: 12 * x if x.ndim == 2 else x, tiny_lm.params)
+    return dataclasses.replace(tiny_lm, params=params)

@@ -20,21 +20,21 @@ def drawn(lm, samples=2):
     return draw_questions(lm, [CELL], samples=samples, seed=3)
 
 
-def test_documents_and_questions_are_the_prompt(tiny_lm):
+def test_documents_and_questions_are_the_prompt(wide_lm):
     for question, whole in zip(
-        apart(tiny_lm, drawn(tiny_lm)), drawn(tiny_lm), strict=True
+        apart(wide_lm, drawn(wide_lm)), drawn(wide_lm), strict=True
     ):
         assert 0 < question.document < len(question.ids)
-        text = tiny_lm.tokenizer.decode(question.ids[: question.document])
+        text = wide_lm.tokenizer.decode(question.ids[: question.document])
         assert "What is the special magic number" not in text
         np.testing.assert_array_equal(question.ids, whole.ids)
-    chat = as_chat(tiny_lm, drawn(tiny_lm))
-    for question in apart(tiny_lm, chat, chat=True, system="Be brief."):
+    chat = as_chat(wide_lm, drawn(wide_lm))
+    for question in apart(wide_lm, chat, chat=True, system="Be brief."):
         said = [
             {"role": "system", "content": "Be brief."},
             {"role": "user", "content": question.sample.prompt},
         ]
-        assert question.ids.tolist() == encode_chat(tiny_lm, said)
+        assert question.ids.tolist() == encode_chat(wide_lm, said)
 
 
 def experiment(methods="full,snapkv:window_size=4", budgets="50%,100%", **options):
@@ -51,13 +51,13 @@ def experiment(methods="full,snapkv:window_size=4", budgets="50%,100%", **option
 
 
 @pytest.fixture(scope="module")
-def folders(tiny_lm, tmp_path_factory):
+def folders(wide_lm, tmp_path_factory):
     """Folders of one experiment by both protocols."""
     places = {}
     for protocol in ("query-aware", AGNOSTIC):
         places[protocol] = tmp_path_factory.mktemp("runs") / protocol
         asked = experiment(protocol=protocol)
-        run_experiment(tiny_lm, asked, places[protocol], pictures=False)
+        run_experiment(wide_lm, asked, places[protocol], pictures=False)
     return places
 
 
@@ -66,8 +66,8 @@ def rows(folder):
         return list(csv.DictReader(file))
 
 
-def test_a_document_is_cut_and_its_question_is_not(tiny_lm, folders):
-    questions = apart(tiny_lm, drawn(tiny_lm))
+def test_a_document_is_cut_and_its_question_is_not(wide_lm, folders):
+    questions = apart(wide_lm, drawn(wide_lm))
     found = rows(folders[AGNOSTIC])
     assert len(found) == 6  # all budgets, and the control
     for row in found:
@@ -76,13 +76,13 @@ def test_a_document_is_cut_and_its_question_is_not(tiny_lm, folders):
         if row["budget"] == "50%":
             assert int(row["budget_tokens"]) == round(size / 2)
         context = jaxkv.compress(
-            tiny_lm,
+            wide_lm,
             [question.ids[:size]],
             budget=int(row["budget_tokens"] or size),
             prefill=jaxkv.SnapKV(window_size=4),
         )
         out = jaxkv.generate(
-            tiny_lm, [question.ids[size:]], context=context, max_new_tokens=4
+            wide_lm, [question.ids[size:]], context=context, max_new_tokens=4
         )
         assert out.text == (row["prediction"],)
     whole, other = (
@@ -92,20 +92,20 @@ def test_a_document_is_cut_and_its_question_is_not(tiny_lm, folders):
     assert whole == other
 
 
-def test_folders_say_their_protocol(tiny_lm, folders):
+def test_folders_say_their_protocol(wide_lm, folders):
     with pytest.raises(ValueError, match="query_aware=true, this run has"):
         run_experiment(
-            *(tiny_lm, experiment(protocol=AGNOSTIC), folders["query-aware"]),
+            *(wide_lm, experiment(protocol=AGNOSTIC), folders["query-aware"]),
             pictures=False,
         )
 
 
-def test_what_evicts_while_decoding_is_refused(tiny_lm, tmp_path):
+def test_what_evicts_while_decoding_is_refused(wide_lm, tmp_path):
     asked = experiment(protocol=AGNOSTIC)
     methods = parse_prefill_methods("snapkv", decode="longflow")
     asked = type(asked)(**{**vars(asked), "methods": methods})
     with pytest.raises(ValueError, match="evicts while decoding, but --protocol"):
-        run_experiment(tiny_lm, asked, tmp_path / "run", pictures=False)
+        run_experiment(wide_lm, asked, tmp_path / "run", pictures=False)
 
 
 def test_a_file_must_tell_questions_from_documents(jaxkv_, tiny, tmp_path):

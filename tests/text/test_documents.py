@@ -18,8 +18,8 @@ NEW = 8
 
 
 @pytest.fixture(scope="module")
-def context(tiny_lm):
-    return jaxkv.compress(tiny_lm, DOCUMENTS)
+def context(wide_lm):
+    return jaxkv.compress(wide_lm, DOCUMENTS)
 
 
 def ask(lm, context, questions=QUESTIONS, **options):
@@ -27,59 +27,59 @@ def ask(lm, context, questions=QUESTIONS, **options):
     return jaxkv.generate(lm, questions, context=context, **options)
 
 
-def test_a_question_is_the_end_of_a_prompt(tiny_lm, context):
+def test_a_question_is_the_end_of_a_prompt(wide_lm, context):
     prompts = [DOCUMENTS[0] + QUESTIONS[0], DOCUMENTS[1] + QUESTIONS[1]]
     prompts.append(DOCUMENTS[0] + QUESTIONS[2])
-    whole = jaxkv.generate(tiny_lm, prompts, max_new_tokens=NEW)
-    out = ask(tiny_lm, context)
+    whole = jaxkv.generate(wide_lm, prompts, max_new_tokens=NEW)
+    out = ask(wide_lm, context)
     assert out.tokens == whole.tokens
     assert out.stats.prompt_tokens == whole.stats.prompt_tokens
-    assert ask(tiny_lm, context).tokens == whole.tokens
-    many = jaxkv.compress(tiny_lm, DOCUMENTS + DOCUMENTS[:1])
-    assert ask(tiny_lm, many, documents=None).tokens == whole.tokens
+    assert ask(wide_lm, context).tokens == whole.tokens
+    many = jaxkv.compress(wide_lm, DOCUMENTS + DOCUMENTS[:1])
+    assert ask(wide_lm, many, documents=None).tokens == whole.tokens
 
 
-def test_a_text_behind_a_text(tiny_lm):
+def test_a_text_behind_a_text(wide_lm):
     document, question = "The grass is green.", " The sky"
-    context = jaxkv.compress(tiny_lm, document)
-    ids = tiny_lm.tokenizer(document)["input_ids"]
-    ids += tiny_lm.tokenizer(question, add_special_tokens=False)["input_ids"]
-    whole = jaxkv.generate(tiny_lm, [ids], max_new_tokens=NEW)
-    out = jaxkv.generate(tiny_lm, question, context=context, max_new_tokens=NEW)
+    context = jaxkv.compress(wide_lm, document)
+    ids = wide_lm.tokenizer(document)["input_ids"]
+    ids += wide_lm.tokenizer(question, add_special_tokens=False)["input_ids"]
+    whole = jaxkv.generate(wide_lm, [ids], max_new_tokens=NEW)
+    out = jaxkv.generate(wide_lm, question, context=context, max_new_tokens=NEW)
     assert out.tokens == whole.tokens
 
 
-def test_budgets_are_those_of_documents(tiny_lm):
+def test_budgets_are_those_of_documents(wide_lm):
     policy = jaxkv.SnapKV(window_size=4)
     context = jaxkv.compress(
-        tiny_lm, DOCUMENTS, compression_ratio=0.9, prefill=policy, question=[[9, 9]]
+        wide_lm, DOCUMENTS, compression_ratio=0.9, prefill=policy, question=[[9, 9]]
     )
     assert context.kept.tolist() == [7, 4]
     assert context.lengths.tolist() == [70, 40]
     held = context.kept_positions(1)
-    assert len(held) == tiny_lm.config.num_layers
+    assert len(held) == wide_lm.config.num_layers
     assert [head.size for layer in held for head in layer] == [4] * 4
     said = repr(context)
     assert "2 documents" in said and "7, 4 of 70, 40 tokens" in said
     assert "SnapKV(window_size=4" in said and "float32" in said
     # What evicts while decoding needs slots for all that is there.
     evicting = dict(decode=jaxkv.StreamingLLM(), documents=[0, 1, 1])
-    out = ask(tiny_lm, context, budget=12, **evicting)
+    out = ask(wide_lm, context, budget=12, **evicting)
     assert out.stats.slots == 12 and out.lengths == (NEW,) * 3
     with pytest.raises(ValueError, match=r"budget=9 is too small .* use at least 10"):
-        ask(tiny_lm, context, budget=9, **evicting)
+        ask(wide_lm, context, budget=9, **evicting)
     with pytest.raises(ValueError, match=r"StreamingLLM evicts .* needs a budget"):
-        ask(tiny_lm, context, **evicting)
+        ask(wide_lm, context, **evicting)
 
 
-def test_contexts_are_joined(tiny_lm, context):
+def test_contexts_are_joined(wide_lm, context):
     texts = [list(range(5, 105)), [9, 8, 7]]
-    more = jaxkv.compress(tiny_lm, texts, budget=8, prefill=jaxkv.KNorm())
+    more = jaxkv.compress(wide_lm, texts, budget=8, prefill=jaxkv.KNorm())
     both = context.join(more)
     assert len(both) == 4 and both.lengths.tolist() == [70, 40, 100, 3]
     assert both.policy == "Full(); KNorm()"
-    out = ask(tiny_lm, both, documents=[1, 2, 3])
-    assert out.tokens[0] == ask(tiny_lm, context, documents=[1] * 3).tokens[0]
+    out = ask(wide_lm, both, documents=[1, 2, 3])
+    assert out.tokens[0] == ask(wide_lm, context, documents=[1] * 3).tokens[0]
     for one, two in zip(both.kept_positions(2), more.kept_positions(), strict=True):
         for held, wanted in zip(one, two, strict=True):
             np.testing.assert_array_equal(held, wanted)
@@ -88,12 +88,12 @@ def test_contexts_are_joined(tiny_lm, context):
         context.join(chat)
 
 
-def test_a_document_is_read_once_for_all_budgets(tiny_lm):
+def test_a_document_is_read_once_for_all_budgets(wide_lm):
     policy = dict(prefill=jaxkv.SnapKV(window_size=4))
-    many = jaxkv.compress(tiny_lm, DOCUMENTS * 2, budget=[8, 7, 20, 30], **policy)
+    many = jaxkv.compress(wide_lm, DOCUMENTS * 2, budget=[8, 7, 20, 30], **policy)
     assert many.kept.tolist() == [8, 7, 20, 30]
     assert many.lengths.tolist() == [70, 40] * 2
-    alone = jaxkv.compress(tiny_lm, DOCUMENTS[1:], budget=30, **policy)
+    alone = jaxkv.compress(wide_lm, DOCUMENTS[1:], budget=30, **policy)
     for one, two in zip(many.kept_positions(3), alone.kept_positions(), strict=True):
         for held, wanted in zip(one, two, strict=True):
             np.testing.assert_array_equal(held, wanted)
@@ -119,9 +119,9 @@ def test_a_document_is_read_once_for_all_budgets(tiny_lm):
         (dict(pool=[(0, 1)] * 3), "pool= does nothing without speculate="),
     ],
 )
-def test_bad_questions_are_named(tiny_lm, context, options, message):
+def test_bad_questions_are_named(wide_lm, context, options, message):
     with pytest.raises(ValueError, match=message):
-        ask(tiny_lm, **{"context": context} | options)
+        ask(wide_lm, **{"context": context} | options)
 
 
 @pytest.mark.parametrize("document", [2, -1, 0.5, True, "0", None])
@@ -135,9 +135,9 @@ def test_documents_that_are_not_there(context, document):
     assert context.take(np.array([1])).kept.tolist() == [context.kept[1]]
 
 
-def test_documents_need_a_context(tiny_lm):
+def test_documents_need_a_context(wide_lm):
     with pytest.raises(ValueError, match="documents= does nothing without context="):
-        ask(tiny_lm, None)
+        ask(wide_lm, None)
 
 
 class Broken(WholePrompt):
@@ -165,13 +165,13 @@ class Newest(WholePrompt):
         return kv.gather(state, prompt.keys, prompt.values, kept)
 
 
-def test_nothing_of_a_question_is_kept(tiny_lm):
+def test_nothing_of_a_question_is_kept(wide_lm):
     context = jaxkv.compress(
-        tiny_lm, [[5] * 40], budget=8, prefill=Newest(), question=[[7, 8]]
+        wide_lm, [[5] * 40], budget=8, prefill=Newest(), question=[[7, 8]]
     )
     for head in sum(context.kept_positions(), ()):
         assert head.tolist() == [38, 39]
-    asked = jaxkv.generate(tiny_lm, [[7, 8]], context=context, max_new_tokens=2)
+    asked = jaxkv.generate(wide_lm, [[7, 8]], context=context, max_new_tokens=2)
     assert asked.lengths == (2,)
 
 
@@ -193,23 +193,23 @@ def test_nothing_of_a_question_is_kept(tiny_lm):
         ([[5]], dict(budget=1, compression_ratio=0.5), "not both"),
     ],
 )
-def test_bad_documents_are_named(tiny_lm, documents, options, message):
+def test_bad_documents_are_named(wide_lm, documents, options, message):
     with pytest.raises(ValueError, match=message):
-        jaxkv.compress(tiny_lm, documents, **options)
+        jaxkv.compress(wide_lm, documents, **options)
 
 
-def test_a_context_of_another_model_is_refused(tiny_lm, context):
-    params = tiny_lm.params
+def test_a_context_of_another_model_is_refused(wide_lm, context):
+    params = wide_lm.params
     other = jax.tree.map(lambda x: x.at[..., 0].add(1.0), params)
     with pytest.raises(ValueError, match="whose weights are not those of"):
-        ask(dataclasses.replace(tiny_lm, params=other), context)
+        ask(dataclasses.replace(wide_lm, params=other), context)
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
     said = "in float32, but .* is in bfloat16; load it with dtype='float32'"
     with pytest.raises(ValueError, match=said):
-        ask(dataclasses.replace(tiny_lm, params=half), context)
-    bare = dataclasses.replace(tiny_lm, tokenizer=None)
+        ask(dataclasses.replace(wide_lm, params=half), context)
+    bare = dataclasses.replace(wide_lm, tokenizer=None)
     with pytest.raises(ValueError, match="whose tokenizer is not that of"):
         ask(bare, context)
     broken = jax.tree.map(lambda x: x * np.float32(np.nan), params)
     with pytest.raises(jaxkv.LogitsError, match="logits behind prompt 0"):
-        jaxkv.compress(dataclasses.replace(tiny_lm, params=broken), [[5, 6]])
+        jaxkv.compress(dataclasses.replace(wide_lm, params=broken), [[5, 6]])

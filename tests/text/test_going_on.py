@@ -15,16 +15,16 @@ EVICTING = dict(
 )
 
 
-def test_a_turn_costs_its_own_tokens(tiny_lm):
-    first = jaxkv.generate(tiny_lm, PROMPTS, max_new_tokens=NEW, return_cache=True)
+def test_a_turn_costs_its_own_tokens(wide_lm):
+    first = jaxkv.generate(wide_lm, PROMPTS, max_new_tokens=NEW, return_cache=True)
     assert first.context.lengths.tolist() == [48, 28]
     assert first.context.kept.tolist() == [48, 28]
     turns = dict(max_new_tokens=NEW, return_cache=True)
-    second = jaxkv.generate(tiny_lm, NEXT, context=first.context, **turns)
-    third = jaxkv.generate(tiny_lm, NEXT, context=second.context, **turns)
+    second = jaxkv.generate(wide_lm, NEXT, context=first.context, **turns)
+    third = jaxkv.generate(wide_lm, NEXT, context=second.context, **turns)
     texts = PROMPTS
     for out in (first, second, third):
-        whole = jaxkv.generate(tiny_lm, texts, max_new_tokens=NEW)
+        whole = jaxkv.generate(wide_lm, texts, max_new_tokens=NEW)
         assert out.tokens == whole.tokens
         rows = zip(texts, out.tokens, NEXT, strict=True)
         texts = [[*text, *answer, *more] for text, answer, more in rows]
@@ -33,15 +33,15 @@ def test_a_turn_costs_its_own_tokens(tiny_lm):
 
 
 @pytest.mark.slow
-def test_what_evicts_is_gone_on_with(tiny_lm):
+def test_what_evicts_is_gone_on_with(wide_lm):
     out = jaxkv.generate(
-        tiny_lm, PROMPTS, max_new_tokens=NEW, return_cache=True, **EVICTING
+        wide_lm, PROMPTS, max_new_tokens=NEW, return_cache=True, **EVICTING
     )
     assert out.context.kept.tolist() == [24, 24]
     assert "SnapKV(" in out.context.policy and "LongFlow(" in out.context.policy
     (held, *_), *_ = out.context.kept_positions(1)
     assert held[-1] == 27  # the newest token is among them
-    after = jaxkv.generate(tiny_lm, NEXT, context=out.context, max_new_tokens=NEW)
+    after = jaxkv.generate(wide_lm, NEXT, context=out.context, max_new_tokens=NEW)
     assert after.lengths == (NEW, NEW)
 
 
@@ -53,9 +53,9 @@ def test_what_evicts_is_gone_on_with(tiny_lm):
         pytest.param(EVICTING, marks=pytest.mark.slow),
     ],
 )
-def test_logprobs_are_scores(tiny_lm, options):
+def test_logprobs_are_scores(wide_lm, options):
     out = jaxkv.generate(
-        tiny_lm, PROMPTS, max_new_tokens=NEW, top_logprobs=3, stop_ids=[], **options
+        wide_lm, PROMPTS, max_new_tokens=NEW, top_logprobs=3, stop_ids=[], **options
     )
     for tokens, chosen, tops in zip(
         out.tokens, out.logprobs, out.top_logprobs, strict=True
@@ -67,25 +67,25 @@ def test_logprobs_are_scores(tiny_lm, options):
                 *top.values()
             ]
     policies = {k: v for k, v in options.items() if k != "speculate"}
-    scores = jaxkv.score(tiny_lm, PROMPTS, out.tokens, **policies)
+    scores = jaxkv.score(wide_lm, PROMPTS, out.tokens, **policies)
     assert scores.tokens == out.tokens and scores.greedy == (True, True)
     np.testing.assert_allclose(scores.logprobs, out.logprobs, **CLOSE)
     np.testing.assert_allclose(scores.totals, np.sum(out.logprobs, axis=1), **CLOSE)
-    plain = jaxkv.generate(tiny_lm, PROMPTS, max_new_tokens=NEW, **policies)
+    plain = jaxkv.generate(wide_lm, PROMPTS, max_new_tokens=NEW, **policies)
     assert plain.logprobs is None and plain.top_logprobs is None
     only = jaxkv.generate(
-        tiny_lm, PROMPTS, max_new_tokens=NEW, logprobs=True, stop_ids=[], **policies
+        wide_lm, PROMPTS, max_new_tokens=NEW, logprobs=True, stop_ids=[], **policies
     )
     assert only.top_logprobs is None
     np.testing.assert_allclose(only.logprobs, out.logprobs, **CLOSE)
 
 
 @pytest.mark.slow
-def test_scores_are_those_of_the_network(tiny_lm):
+def test_scores_are_those_of_the_network(wide_lm):
     rows = [[5, 9, 11], [400, 6]]
-    scores = jaxkv.score(tiny_lm, PROMPTS, rows)
+    scores = jaxkv.score(wide_lm, PROMPTS, rows)
     logits, _ = jaxkv.prefill(
-        *(tiny_lm.network, tiny_lm.params),
+        *(wide_lm.network, wide_lm.params),
         *(np.array([[*PROMPTS[0], *rows[0][:2]]], np.int32), np.array([42])),
         options=jaxkv.Options(),
         slots=42,
@@ -96,18 +96,18 @@ def test_scores_are_those_of_the_network(tiny_lm):
     assert scores.greedy == (False, False)
 
 
-def test_candidates_behind_a_context(tiny_lm):
-    context = jaxkv.compress(tiny_lm, PROMPTS)
+def test_candidates_behind_a_context(wide_lm):
+    context = jaxkv.compress(wide_lm, PROMPTS)
     rows = [[5, 9, 11], [400, 6], [77]]
     documents = [0, 1, 0]
-    got = jaxkv.score(tiny_lm, None, rows, context=context, documents=documents)
+    got = jaxkv.score(wide_lm, None, rows, context=context, documents=documents)
     prompts = [PROMPTS[document] for document in documents]
-    want = jaxkv.score(tiny_lm, prompts, rows)
+    want = jaxkv.score(wide_lm, prompts, rows)
     for one, two in zip(got.logprobs, want.logprobs, strict=True):
         np.testing.assert_allclose(one, two, **CLOSE)
-    asked = jaxkv.score(tiny_lm, [[5, 9]], [[11], [12]], context=context.take([0]))
+    asked = jaxkv.score(wide_lm, [[5, 9]], [[11], [12]], context=context.take([0]))
     np.testing.assert_allclose(asked.logprobs[0][0], got.logprobs[0][2], **CLOSE)
-    one = jaxkv.score(tiny_lm, PROMPTS[:1], rows, **EVICTING)
+    one = jaxkv.score(wide_lm, PROMPTS[:1], rows, **EVICTING)
     assert len(one.totals) == 3
 
 
@@ -123,12 +123,12 @@ def test_candidates_behind_a_context(tiny_lm):
         (["a"], [[5], [-1]], {}, "score: continuation 1 has token ids outside"),
     ],
 )
-def test_bad_scores_are_named(tiny_lm, prompts, rows, options, message):
+def test_bad_scores_are_named(wide_lm, prompts, rows, options, message):
     with pytest.raises(ValueError, match=message):
-        jaxkv.score(tiny_lm, prompts, rows, **options)
+        jaxkv.score(wide_lm, prompts, rows, **options)
 
 
 @pytest.mark.parametrize("number", [-1, 5000, 0.5])
-def test_bad_alternatives_are_named(tiny_lm, number):
+def test_bad_alternatives_are_named(wide_lm, number):
     with pytest.raises(ValueError, match="top_logprobs must be"):
-        jaxkv.generate(tiny_lm, [[5]], top_logprobs=number)
+        jaxkv.generate(wide_lm, [[5]], top_logprobs=number)
