@@ -41,7 +41,7 @@ def coloured_text(
         from matplotlib.patches import Patch
 
         patches = [Patch(facecolor=colours[name], label=name) for name in names]
-        figure.legend(handles=patches, loc="outside lower center", ncols=len(names))
+        figure.legend(handles=patches, loc="outside lower center", ncols=3)
     axes.set_title(title)
     return figure
 
