@@ -64,8 +64,8 @@ def check(generation: Generation[Any], params: Any, options: Options) -> None:
         for row in rows:
             # The first token does not depend on scores; without it the network is bad.
             if counts[row]:
-                spoiling = (each[row] for each in spoilt)
-                check_prompt(*spoiling, options.prefill, row, layer)
+                is_nan, exceeds = (each[row] for each in spoilt)
+                check_prompt(is_nan, exceeds, options.prefill, row, layer)
     raise LogitsError({row: counts[row] for row in rows}, cause(params, options))
 
 

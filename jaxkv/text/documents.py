@@ -84,8 +84,8 @@ def compress(
         rows = [[*row, *more] for row, more in zip(ids, asked, strict=True)]
         fit = None
         if budgets is not None:  # none of the question is kept
-            sizes = zip(budgets, asked, strict=True)
-            fit = tuple(kept + len(more) for kept, more in sizes)
+            both = zip(budgets, asked, strict=True)
+            fit = tuple(kept + len(more) for kept, more in both)
         arguments.check_fit(lm, rows, 1, options, fit)
     plan = planning.plan(
         *(ids, options, budgets), max_new_tokens=0, num_layers=lm.config.num_layers
@@ -94,10 +94,12 @@ def compress(
     lengths, sizes = (
         np.array([len(row) for row in each], np.int32) for each in (ids, asked)
     )
-    read = (lm.network, lm.params, padded(rows)[:distinct], lengths[:distinct])
-    read = (*read, sizes[:distinct])
-    shapes = {"slots": plan.slots}
-    shapes["options"] = dataclasses.replace(plan.options, speculate=None)
+    texts = (padded(rows)[:distinct], lengths[:distinct], sizes[:distinct])
+    read = (lm.network, lm.params, *texts)
+    shapes: dict[str, Any] = {
+        "slots": plan.slots,
+        "options": dataclasses.replace(plan.options, speculate=None),
+    }
     keep: Any = plan.keep
     # Documents are the host's: these transfers are meant.
     with jax.transfer_guard("allow"):
@@ -188,8 +190,8 @@ def _check(lm: LanguageModel, found: Documents, plan: Plan) -> None:
         raise soundness.LogitsError(broken, soundness.cause(lm.params))
     with speaking_of("compress", "document"):
         for layer, row in np.argwhere(spoilt.any(1)):
-            broken = spoilt[layer, :, row].tolist()
-            soundness.check_prompt(*broken, plan.options.prefill, row, layer)
+            is_nan, exceeds = spoilt[layer, :, row].tolist()
+            soundness.check_prompt(is_nan, exceeds, plan.options.prefill, row, layer)
 
 
 @contextlib.contextmanager
