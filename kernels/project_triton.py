@@ -42,8 +42,8 @@ class Tiles:
 
 
 def unsupported(
-    x: jax.Array,
-    weight: jax.Array,
+    x: jax.Array | jax.ShapeDtypeStruct,
+    weight: jax.Array | jax.ShapeDtypeStruct,
     *,
     gated: bool = False,
     vocabulary: bool = False,

@@ -211,7 +211,7 @@ def _xla(query, nodes, slots, upcoming, depths, ancestors, *, scale):
 
 
 def _triton(query, *arguments, **options):
-    few = nodes_triton.takes(*query.shape[:2], query.dtype)
+    few = nodes_triton.takes(query.shape[0], query.shape[1], query.dtype)
     run = nodes_triton.attend_nodes_triton if few else tree_attention_triton
     return run(query, *arguments, **options)
 
