@@ -46,7 +46,12 @@ METHODS = {"LongFlow": METHODS["LongFlow"]}
 NEW_TOKENS, NODES = 16, [3]
 TASKS, RULES = {"summary": TASKS["summary"]}, {"exact": RULES["exact"]}
 """,
+    "05_your_own_policy": """
+LENGTH, QUESTIONS, BUDGETS, SHOWN, SAMPLES = 120, 1, [64, 96], 64, 1
+MODEL = "needle"
+""",
 }
+SLOW = ("05_your_own_policy",)  # it compiles the laws, and starts the command twice
 
 
 def run(path, smaller, **variables):
@@ -72,7 +77,13 @@ def outputs(path):
     return [cell["outputs"] for cell in read if cell["cell_type"] == "code"]
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, marks=[pytest.mark.slow] * (path.stem in SLOW), id=path.stem)
+        for path in NOTEBOOKS
+    ],
+)
 def test_notebook_runs(path):
     shown = sum(
         "image/png" in o.get("data", {}) for some in outputs(path) for o in some
