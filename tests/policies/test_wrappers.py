@@ -6,11 +6,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from prompts_by_hand import ONES, kept, prompt_of
-from tiny import NETWORK, params
+from tiny import NETWORK, params, prompts
 
 import jaxkv
 from jaxkv import AdaKV, ChunkKV, CriticalKV, KNorm, Options, SnapKV, StreamingLLM
 from jaxkv import state as kv
+from jaxkv.laws import programs
 from jaxkv.policies.adakv import head_budgets
 from jaxkv.policies.base import WholePrompt
 from jaxkv.policies.chunkkv import chunk_scores
@@ -152,13 +153,30 @@ def test_slots_that_heads_may_fill(tmp_path):
         tokenizer=None,
         stop_ids=(),
     )
-    prompts = [list(range(1, 61)) * 4, [9, 10, 11]]
+    asked = [list(range(1, 61)) * 4, [9, 10, 11]]
 
     def run(policy, **budget):
-        return jaxkv.generate(lm, prompts, max_new_tokens=4, prefill=policy, **budget)
+        return jaxkv.generate(lm, asked, max_new_tokens=4, prefill=policy, **budget)
 
     plain = run(None)
     policy = CriticalKV(policy=AdaKV(policy=KNorm()))
     assert run(policy, budget=240).tokens == plain.tokens
     stats = run(policy, budget=[64, 3]).stats
     assert stats.slots == run(KNorm(), budget=[64, 3]).stats.slots + 64
+
+
+def test_decoding_reads_what_each_head_holds():
+    """Whatever computes attention, where heads of a layer hold different numbers."""
+    tokens, lengths = prompts(0, programs.LENGTHS, programs.PROMPT)
+    policy = AdaKV(policy=SnapKV(window_size=2, kernel_size=1))
+    logits, cache = programs.prefill(policy, tokens)
+    held = np.asarray(kv.occupancy(cache[0]))
+    assert (held[:, :1] != held[:, 1:]).any()
+    token = logits.argmax(-1).astype(jnp.int32)
+    both = []
+    for implementation in ("reference", "xla"):
+        options = Options(decode_implementation=implementation)
+        got, after = programs.step(options, token, lengths, cache)
+        np.testing.assert_array_equal(kv.occupancy(after[0]), held + 1)
+        both.append(got)
+    np.testing.assert_allclose(*both, rtol=1e-4, atol=1e-4)
