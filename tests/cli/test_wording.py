@@ -14,7 +14,11 @@ ROOT = Path(jaxkv.__file__).parent
 COMMANDS = cli.every_command()
 GENERATE = parameters(COMMANDS, ["generate"])
 # Of `jaxkv.generate`, what the command line decides by itself.
-WITHOUT_FLAG = {"lm", "prompts", "sampler", "pool", "on_tokens", "block"}
+WITHOUT_FLAG = {"lm", "prompts", "sampler", "pool", "on_tokens", "block"} | {
+    "logprobs",
+    "top_logprobs",
+    "return_cache",
+}
 NAMES = ARGUMENTS - WITHOUT_FLAG - {"scores_implementation"}
 
 SAID = {

@@ -141,7 +141,8 @@ def test_sampler_of_the_command_line_refuses(jaxkv_, copy):
     said = jaxkv_.error(*ask, "--top-k", "3")
     assert "--top-k does nothing at temperature 0" in said
     path.write_text('{"top_p": 2}')
-    assert "top-p must be a number above 0" in jaxkv_.error(*ask)
+    said = jaxkv_.error(*ask)  # of a file, whose keys are not flags
+    assert f"{path}: top_p must be a number above 0" in said
     path.unlink()
     assert "has no generation_config.json" in jaxkv_.error(*ask)
 

@@ -87,7 +87,7 @@ def test_named_profiles():
     assert SnapKV.kvpress() == SnapKV(window_size=64, kernel_size=5, pooling="avg")
     assert SnapKV.kvpress(window_size=8).window_size == 8
     assert PyramidKV.kvpress() == PyramidKV(
-        window_size=64, kernel_size=5, pooling="avg"
+        window_size=64, kernel_size=5, pooling="avg", shares="kvpress"
     )
     paper = DapQ(prefix=4, reduction="sum", kernel_size=7, clusters=0)
     assert paper.window_size == 32
