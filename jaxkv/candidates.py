@@ -65,27 +65,44 @@ def weigh(
         *(*where, chosen.cache), implementation=options.decode_implementation
     )
 
-    def chances(part):
-        states, ids = part
-        logits = network.apply({"params": params}, states, method="unembed")
-        return _chances(logits, ids)
-
-    batch, number = tokens.shape
-    size = min(chunk, number)
-    seen, given = (
-        jnp.pad(x, ((0, 0), (0, -number % size)) + ((0, 0),) * (x.ndim - 2))
-        .reshape(batch, -1, size, *x.shape[2:])
-        .swapaxes(0, 1)
-        for x in (hidden, jnp.roll(tokens, -1, axis=1))
-    )
-    rest = jax.tree.map(
-        lambda x: x.swapaxes(0, 1).reshape(batch, -1)[:, : number - 1],
-        jax.lax.map(chances, (seen, given)),
-    )
+    number = tokens.shape[1]
+    rest = chances(network, params, hidden[:, :-1], tokens[:, 1:], chunk=chunk)
     first = _chances(chosen.logits[:, None], tokens[:, :1])
     found = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), first, rest)
     real = jnp.arange(number, dtype=jnp.int32)[None] < counts[:, None]
     return Likelihoods(jnp.where(real, found.logprobs, 0.0), found.likeliest & real)
+
+
+def chances(
+    network: Network, params: Any, hidden: jax.Array, ids: jax.Array, *, chunk: int = 64
+) -> Likelihoods:
+    """Return how likely tokens are by the hidden states that they were chosen from.
+
+    Args:
+      network: static.
+      params: its parameters.
+      hidden: `[B, N, D]`.
+      ids: int32 `[B, N]`.
+      chunk: tokens whose logits exist at a time, in each row, static.
+    """
+    batch, number = ids.shape
+    size = max(1, min(chunk, number))
+    parts = tuple(
+        jnp.pad(x, ((0, 0), (0, -number % size)) + ((0, 0),) * (x.ndim - 2))
+        .reshape(batch, -1, size, *x.shape[2:])
+        .swapaxes(0, 1)
+        for x in (hidden, ids)
+    )
+
+    def of(part):
+        states, tokens = part
+        logits = network.apply({"params": params}, states, method="unembed")
+        return _chances(logits, tokens)
+
+    return jax.tree.map(
+        lambda x: x.swapaxes(0, 1).reshape(batch, -1)[:, :number],
+        jax.lax.map(of, parts),
+    )
 
 
 def _chances(logits, ids):

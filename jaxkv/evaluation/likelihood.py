@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxkv.candidates import chances
 from jaxkv.evaluation.methods import Method
 from jaxkv.forward import feed, logits_at_end, read, read_behind
 from jaxkv.language_model import LanguageModel
@@ -102,7 +103,7 @@ def _fed(
             implementation=options.decode_implementation,
         )
         before = jnp.concatenate([hidden[:, prompt - 1 :], behind[:, :-1]], axis=1)
-        return _losses(network, params, before, rest)
+        return -chances(network, params, before, rest).logprobs
     fed = feed(
         *(network, params, rest, counts),
         *(lengths, logits_at_end(network, params, hidden, lengths), cache),
@@ -123,30 +124,4 @@ def _read(
         keep=None,
     )
     before = hidden[:, prompt - 1 : length - 1]
-    return _losses(network, params, before, tokens[:, prompt:])
-
-
-def _losses(
-    network: Decoder, params: Any, hidden: jax.Array, given: jax.Array, chunk: int = 64
-) -> jax.Array:
-    """Return what each token costs behind a hidden state, float32 `[B, N]`, in nats.
-
-    Logits of `chunk` positions exist at a time, over all rows.
-    """
-    batch, number = given.shape
-    pad = -number % chunk
-    parts = [
-        jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2))
-        .reshape(batch, -1, chunk, *x.shape[2:])
-        .swapaxes(0, 1)
-        for x in (hidden, given)
-    ]
-
-    def loss(part):
-        states, ids = part
-        logits: Any = network.apply({"params": params}, states, method="unembed")
-        chosen = jnp.take_along_axis(logits, ids[..., None], axis=-1)[..., 0]
-        return jax.nn.logsumexp(logits, axis=-1) - chosen
-
-    found = jax.lax.map(loss, tuple(parts)).swapaxes(0, 1)
-    return found.reshape(batch, -1)[:, :number]
+    return -chances(network, params, before, tokens[:, prompt:]).logprobs
