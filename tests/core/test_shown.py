@@ -11,19 +11,11 @@ import tiny
 import jaxkv
 from jaxkv import state as kv
 from jaxkv.generation import Running
-from jaxkv.language_model import LanguageModel
 from jaxkv.shown import brief
 
 
 def model(**changes):
-    made = LanguageModel(
-        name="tiny",
-        folder=None,
-        network=tiny.NETWORK,
-        params=tiny.params(),
-        tokenizer=None,
-        stop_ids=(),
-    )
+    made = tiny.language_model(None)
     return dataclasses.replace(made, **changes)
 
 

@@ -1,7 +1,6 @@
 """Logits that are no numbers end a generation with one clear line."""
 
 import dataclasses
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +9,6 @@ import pytest
 import tiny
 
 import jaxkv
-from jaxkv.models.decoder import Decoder
 from jaxkv.soundness import LogitsError
 
 CONFIG = dataclasses.replace(tiny.CONFIG, tied=False, qk_norm=False, num_layers=1)
@@ -32,13 +30,8 @@ def model(**changes):
         change = changes.get(path[-1].key)
         return leaf if change is None else change(leaf)
 
-    return jaxkv.LanguageModel(
-        name="tiny",
-        folder=Path(),
-        network=Decoder(CONFIG),
-        params=jax.tree_util.tree_map_with_path(changed, PARAMS),
-        tokenizer=None,
-        stop_ids=(),
+    return tiny.language_model(
+        config=CONFIG, weights=jax.tree_util.tree_map_with_path(changed, PARAMS)
     )
 
 

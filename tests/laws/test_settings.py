@@ -7,14 +7,13 @@ which compiles nothing; a few run under each setting.
 import contextlib
 import dataclasses
 import itertools
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
 from jax.extend.core import jaxprs_in_params
 from small_policies import DAPQ, DECODE, PREFILL
-from tiny import CONFIG, NETWORK, params, prompts
+from tiny import CONFIG, NETWORK, language_model, params, prompts
 
 import jaxkv
 from jaxkv import Categorical, Greedy, LongFlow, Options, generation, registry
@@ -122,14 +121,7 @@ def test_numbers_of_64_bits_are_noticed():
         assert wide(jax.make_jaxpr(double)(jnp.float32(1)).jaxpr)
 
 
-LM = jaxkv.LanguageModel(
-    name="tiny",
-    folder=Path(),
-    network=NETWORK,
-    params=params(),
-    tokenizer=None,
-    stop_ids=(),
-)
+LM = language_model()
 PROMPTS = [[5, 6, 7, 8] * 5, [9, 10, 11], [5, 6, 7, 8, 9]]
 RUNS = {  # draws, bulk evictions; drafts, evictions in trees; drafts that are drawn
     "evicting": dict(

@@ -4,7 +4,7 @@ import dataclasses
 
 import jax.numpy as jnp
 import pytest
-from tiny import NETWORK, params
+from tiny import language_model
 
 import jaxkv
 from jaxkv import KNorm, LongFlow, StreamingLLM, Tree
@@ -18,14 +18,7 @@ PROMPTS = [[5, 6, 7, 8] * 5, [9, 10, 11]]
 
 
 def generate(tmp_path, **options):
-    lm = jaxkv.LanguageModel(
-        name="tiny",
-        folder=tmp_path,
-        network=NETWORK,
-        params=params(),
-        tokenizer=None,
-        stop_ids=(),
-    )
+    lm = language_model(tmp_path)
     return jaxkv.generate(lm, PROMPTS, max_new_tokens=4, budget=9, **options)
 
 

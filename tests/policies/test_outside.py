@@ -5,7 +5,7 @@ import sys
 
 import jax.numpy as jnp
 import pytest
-from tiny import NETWORK, params
+from tiny import language_model
 
 import jaxkv
 from jaxkv import KNorm, outside, registry
@@ -155,14 +155,7 @@ class Hoarding(WholePrompt):
 
 
 def test_too_many_tokens_are_named(tmp_path):
-    lm = jaxkv.LanguageModel(
-        name="tiny",
-        folder=tmp_path,
-        network=NETWORK,
-        params=params(),
-        tokenizer=None,
-        stop_ids=(),
-    )
+    lm = language_model(tmp_path)
     message = "Hoarding keeps more tokens of prompt 1 in layer 0 than its budget; comp"
     with pytest.raises(ValueError, match=message):
         jaxkv.generate(

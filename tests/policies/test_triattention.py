@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import CONFIG, NETWORK, params, prompts
+from tiny import CONFIG, NETWORK, language_model, params, prompts
 
 import jaxkv
 from jaxkv import Options, TriAttention, calibration
@@ -80,14 +80,7 @@ class Words:
 
 
 def lm(folder, **changes):
-    made = jaxkv.LanguageModel(
-        name="tiny",
-        folder=folder,
-        network=NETWORK,
-        params=params(),
-        tokenizer=Words(),
-        stop_ids=(),
-    )
+    made = language_model(folder, tokenizer=Words())
     return dataclasses.replace(made, **changes)
 
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from prompts_by_hand import ONES, kept, prompt_of
-from tiny import NETWORK, params, prompts
+from tiny import language_model, prompts
 
 import jaxkv
 from jaxkv import AdaKV, ChunkKV, CriticalKV, KNorm, Options, SnapKV, StreamingLLM
@@ -145,14 +145,7 @@ def test_named_settings():
 
 def test_slots_that_heads_may_fill(tmp_path):
     """Twice the budget each, and all of a prompt's tokens at most."""
-    lm = jaxkv.LanguageModel(
-        name="tiny",
-        folder=tmp_path,
-        network=NETWORK,
-        params=params(),
-        tokenizer=None,
-        stop_ids=(),
-    )
+    lm = language_model(tmp_path)
     asked = [list(range(1, 61)) * 4, [9, 10, 11]]
 
     def run(policy, **budget):

@@ -3,17 +3,14 @@
 import dataclasses
 import itertools
 import threading
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import BY_HAND, parameters
+from tiny import BY_HAND, language_model, parameters
 
 import jaxkv
-from jaxkv.language_model import LanguageModel
-from jaxkv.models.decoder import Decoder
 from jaxkv.runtime import programs
 from jaxkv.runtime.programs import Shelf, bounded_jit, memory_maps
 
@@ -40,14 +37,7 @@ def times(shelf):
 
 @pytest.fixture(scope="module")
 def lm():
-    return LanguageModel(
-        name="tiny",
-        folder=Path("."),
-        network=Decoder(SMALLEST),
-        params=parameters(SMALLEST),
-        tokenizer=None,
-        stop_ids=(),
-    )
+    return language_model(config=SMALLEST, weights=parameters(SMALLEST))
 
 
 def test_what_is_known_compiles_nothing(times):

@@ -1,7 +1,6 @@
 """Budgets of `jaxkv.generate`: one per row, fractions, layers, and what is refused."""
 
 import dataclasses
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +8,6 @@ import tiny
 
 import jaxkv
 from jaxkv import generation
-from jaxkv.models.decoder import Decoder
 from jaxkv.text.planning import bucket
 
 CONFIG = dataclasses.replace(tiny.CONFIG, max_positions=256)
@@ -19,14 +17,7 @@ PYRAMID = jaxkv.PyramidKV(window_size=2, kernel_size=3, beta=4)
 
 @pytest.fixture(scope="module")
 def lm():
-    return jaxkv.LanguageModel(
-        name="tiny",
-        folder=Path(),
-        network=Decoder(CONFIG),
-        params=tiny.params(),
-        tokenizer=None,
-        stop_ids=(),
-    )
+    return tiny.language_model(config=CONFIG)
 
 
 def prompts(*lengths, seed=0):
