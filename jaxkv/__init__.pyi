@@ -1,8 +1,8 @@
 """The public names of jaxkv, for type checkers, and for `__init__.py`."""
 
 from jaxkv._version import __version__ as __version__
-from jaxkv.context_files import load_context, save_context
-from jaxkv.contexts import Context
+from jaxkv.contexts.context import Context
+from jaxkv.contexts.files import load_context, save_context
 from jaxkv.evaluation.comparison import Evaluation, evaluate
 from jaxkv.forward import decode_step, prefill
 from jaxkv.generation import generate_tokens

@@ -9,7 +9,7 @@ from typing import Any
 from jaxkv.cli import prompts
 from jaxkv.cli.prompts import Asked
 from jaxkv.cli.terminal import announce, progress
-from jaxkv.contexts import Context
+from jaxkv.contexts.context import Context
 from jaxkv.language_model import LanguageModel
 from jaxkv.options import described
 from jaxkv.provenance import provenance

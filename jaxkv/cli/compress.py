@@ -12,7 +12,7 @@ from jaxkv.cli import flags, prompts
 from jaxkv.cli.generate import Speculation
 from jaxkv.cli.groups import grouped
 from jaxkv.cli.terminal import say
-from jaxkv.context_files import check_folder, save_context
+from jaxkv.contexts.files import check_folder, save_context
 from jaxkv.policies.full import Full
 from jaxkv.text.documents import compress as compress_documents
 

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from jaxkv import registry
-from jaxkv.context_files import load_context, read_identity
-from jaxkv.contexts import Context
+from jaxkv.contexts.context import Context
+from jaxkv.contexts.files import load_context, read_identity
 from jaxkv.kernels import decode as decode_kernels
 from jaxkv.kernels import prefill as prefill_kernels
 from jaxkv.language_model import NEEDLE, LanguageModel, load

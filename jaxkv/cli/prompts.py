@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxkv.cli import flags
-from jaxkv.contexts import Context
+from jaxkv.contexts.context import Context
 from jaxkv.language_model import LanguageModel
 from jaxkv.tasks.records import Message, Record, decode_text, read_records
 from jaxkv.text import prompts as library

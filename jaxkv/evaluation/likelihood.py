@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxkv.candidates import chances
+from jaxkv.contexts.candidates import chances
 from jaxkv.evaluation.methods import Method
 from jaxkv.forward import feed, logits_at_end, read, read_behind
 from jaxkv.language_model import LanguageModel

@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxkv import soundness
 from jaxkv import state as kv
-from jaxkv.contexts import Context
+from jaxkv.contexts.context import Context
 from jaxkv.generation import Running, follow_jit
 from jaxkv.language_model import LanguageModel
 from jaxkv.options import Options

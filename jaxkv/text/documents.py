@@ -9,8 +9,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxkv import contexts, soundness
-from jaxkv.contexts import Context, Documents
+from jaxkv import soundness
+from jaxkv.contexts import context as contexts
+from jaxkv.contexts.context import Context, Documents
 from jaxkv.kernels import prefill as prefill_kernels
 from jaxkv.kernels import window_scores
 from jaxkv.language_model import LanguageModel

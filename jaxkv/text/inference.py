@@ -21,7 +21,7 @@ import numpy as np
 
 from jaxkv import generation, soundness
 from jaxkv import state as kv
-from jaxkv.contexts import Context
+from jaxkv.contexts.context import Context
 from jaxkv.generation import Running
 from jaxkv.kernels import decode as decode_kernels
 from jaxkv.kernels import prefill as prefill_kernels

@@ -10,9 +10,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxkv import contexts, soundness
+from jaxkv import soundness
 from jaxkv import state as kv
-from jaxkv.contexts import Context, Documents
+from jaxkv.contexts import context as contexts
+from jaxkv.contexts.context import Context, Documents
+from jaxkv.contexts.turns import read_on_jit, settle_jit
 from jaxkv.generation import Running
 from jaxkv.language_model import LanguageModel
 from jaxkv.options import Options
@@ -24,7 +26,6 @@ from jaxkv.text import arguments
 from jaxkv.text.documents import encode_questions, padded
 from jaxkv.text.planning import Plan, bucket
 from jaxkv.text.prompts import Prompts
-from jaxkv.turns import read_on_jit, settle_jit
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)

@@ -7,8 +7,8 @@ import jax
 import numpy as np
 
 from jaxkv import soundness
-from jaxkv.candidates import weigh_jit
-from jaxkv.contexts import Context
+from jaxkv.contexts.candidates import weigh_jit
+from jaxkv.contexts.context import Context
 from jaxkv.kernels import decode as decode_kernels
 from jaxkv.kernels import prefill as prefill_kernels
 from jaxkv.language_model import LanguageModel

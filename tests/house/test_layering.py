@@ -17,7 +17,10 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 FLAT = "flat"  # the modules of `jaxkv/` that lie in no folder
 
-LIBRARY = {"kernels", "policies", "speculation", "models", "runtime", "laws", FLAT}
+LIBRARY = {
+    *("kernels", "policies", "speculation", "models", "runtime", "contexts", "laws"),
+    FLAT,
+}
 DOORS = {*LIBRARY, "text", "tasks"}
 MAY_IMPORT = {  # other layers; circles and the core have tests of their own
     "kernels": set(),
@@ -26,6 +29,7 @@ MAY_IMPORT = {  # other layers; circles and the core have tests of their own
     "runtime": set(),
     "policies": {"kernels", "runtime", FLAT},
     "speculation": {"kernels", "policies", "runtime", FLAT},
+    "contexts": {"policies", "speculation", "models", "runtime", FLAT},
     "laws": {"policies", "speculation", "models", "runtime", FLAT},
     FLAT: LIBRARY,
     "text": LIBRARY,

@@ -17,6 +17,7 @@ FOLDERS = {
     "jaxkv": "jaxkv",
     "jaxkv.bench": "jaxkv/bench",
     "jaxkv.cli": "jaxkv/cli",
+    "jaxkv.contexts": "jaxkv/contexts",
     "jaxkv.evaluation": "jaxkv/evaluation",
     "jaxkv.kernels": "kernels",
     "jaxkv.models": "models",

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxkv.contexts import Context
+from jaxkv.contexts.context import Context
 from jaxkv.identity import Identity, of_arrays
 from jaxkv.language_model import LanguageModel
 from jaxkv.models.checkpoint import CheckpointError, read_json

@@ -9,7 +9,7 @@ import jax
 
 from jaxkv import state as kv
 from jaxkv.attention import Network
-from jaxkv.contexts import Context, Documents, counted, drawn
+from jaxkv.contexts.context import Context, Documents, counted, drawn
 from jaxkv.forward import decode_step, logits_at_end, read_behind
 from jaxkv.options import Options
 from jaxkv.runtime.programs import bounded_jit

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxkv.attention import Network
-from jaxkv.contexts import Context, begun, drawn
+from jaxkv.contexts.context import Context, begun, drawn
 from jaxkv.forward import feed, read_behind
 from jaxkv.options import Options
 from jaxkv.runtime.programs import bounded_jit

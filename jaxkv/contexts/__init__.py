@@ -1,0 +1,1 @@
+"""Documents read once and asked many times: their state, files, turns and scores."""
