@@ -1,6 +1,7 @@
 """Programs on disk: that they are found again, and whose folder is used."""
 
 import os
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,7 @@ def options(monkeypatch, tmp_path):
     before = {name: getattr(jax.config, name) for name in OPTIONS}
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     jax.config.update(DIRECTORY, None)
+    compilation_cache.reset_cache()  # of a test before, which had a folder
     yield
     for name, value in before.items():
         jax.config.update(name, value)
@@ -32,11 +34,12 @@ def options(monkeypatch, tmp_path):
 
 @pytest.fixture
 def hits():
-    """A list that gets an entry whenever a program is found on disk."""
+    """A list that gets an entry whenever this thread finds a program on disk."""
     found = []
+    mine = threading.get_ident()  # a test before may have left one that compiles
 
     def listen(event, **_):
-        if event == "/jax/compilation_cache/cache_hits":
+        if event.endswith("/cache_hits") and threading.get_ident() == mine:
             found.append(event)
 
     jax.monitoring.register_event_listener(listen)
