@@ -33,7 +33,8 @@ class Network(Protocol):
     `config` has `num_layers`, `num_heads`, `num_kv_heads`, `head_dim` and `vocab_size`;
     applied to `(tokens, positions, cache, attend)` it returns hidden states and the new
     cache; its method `unembed` turns hidden states into logits, `frequencies` gives
-    those of the rotation, and `outputs` each layer's output projection `[N, H, D]`. It
+    those of each layer's rotation, and `outputs` each layer's output projection
+    `[N, H, D]`. It
     hashes by value.
     """
 
@@ -51,12 +52,14 @@ class EmptyLayer:
     Attributes:
       state: empty.
       keep: int32 `[B]`, tokens that this layer may keep of each row's prompt.
+      frequencies: float32 `[H / 2]`, of the layer's rotation.
       bound: of `keep`, static; at most the slots of the state.
       output: `[N, H, D]`, the layer's output projection, for policies that read it.
     """
 
     state: KVState
     keep: jax.Array
+    frequencies: jax.Array
     bound: int = dataclasses.field(metadata=dict(static=True))
     output: jax.Array | None = None
 
@@ -70,6 +73,7 @@ def empty_layers(
     bound: int,
     keep: jax.Array | None,
     dtype: jax.typing.DTypeLike,
+    frequencies: tuple[jax.Array, ...],
     outputs: tuple[jax.Array, ...] | None = None,
 ) -> tuple[EmptyLayer, ...]:
     """Return what prefill hands to each layer.
@@ -82,6 +86,7 @@ def empty_layers(
       bound: the most tokens that any row may keep of its prompt.
       keep: int32 `[B]`, what each row may keep; None is `bound`.
       dtype: of keys and values.
+      frequencies: of each layer, see `EmptyLayer`.
       outputs: of each layer, see `EmptyLayer`.
     """
     if keep is None:
@@ -98,11 +103,14 @@ def empty_layers(
                 dtype=dtype,
             ),
             keep=kept,
+            frequencies=turn,
             bound=min(most, size),
             output=output,
         )
-        for size, kept, most, output in zip(
-            slots, keeps, bounds, outputs or (None,) * len(slots), strict=True
+        for size, kept, most, turn, output in zip(
+            *(slots, keeps, bounds, frequencies),
+            outputs or (None,) * len(slots),
+            strict=True,
         )
     )
 
@@ -128,8 +136,8 @@ def begin_layers(
         frequencies = network.apply({"params": params}, method="frequencies")
         heads = network.config.num_heads
         places = [
-            contract.Place(layer, len(cache), heads, frequencies)
-            for layer in range(len(cache))
+            contract.Place(layer, len(cache), heads, turn)
+            for layer, turn in enumerate(frequencies)
         ]
     return tuple(
         contract.begin(policy, state, lengths, place)
@@ -173,7 +181,6 @@ def attend_prompt(
     policy: PrefillPolicy,
     *,
     lengths: jax.Array,
-    frequencies: jax.Array,
     held: jax.Array | None = None,
     implementation: prefill.Implementation | None = None,
     scores_implementation: window_scores.Implementation | None = None,
@@ -183,7 +190,6 @@ def attend_prompt(
     Args:
       policy: what of the prompt the state keeps.
       lengths: int32 `[B]`.
-      frequencies: float32 `[H / 2]` of the rotation.
       held: int32 `[B]`, how many of each prompt's first tokens may be kept; None is
         all.
       implementation: of `causal_attention`.
@@ -205,7 +211,7 @@ def attend_prompt(
             values=v,
             lengths=lengths,
             keep=layer.keep,
-            frequencies=frequencies,
+            frequencies=layer.frequencies,
             scale=scale,
             implementation=scores_implementation,
             held=held,

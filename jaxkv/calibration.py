@@ -40,14 +40,13 @@ def sums(network, params, tokens, lengths):
     index = jnp.broadcast_to(index, tokens.shape)
     real = (index < lengths[:, None])[..., None, None]
 
-    def attend(q, k, v, state):
+    def attend(q, k, v, turn):
         out = prefill.causal_attention(q, k, v, scale=scale_of(q))
-        plain = rotate(q.astype(jnp.float32), -index, frequencies)
+        plain = rotate(q.astype(jnp.float32), -index, turn)
         both = plain, lengths_of_pairs(plain)
         return out, tuple(jnp.where(real, x, 0.0).sum((0, 1)) for x in both)
 
-    layers = (None,) * network.config.num_layers
-    _, found = network.apply({"params": params}, tokens, index, layers, attend)
+    _, found = network.apply({"params": params}, tokens, index, frequencies, attend)
     return tuple(jnp.stack(parts) for parts in zip(*found, strict=True))
 
 

@@ -114,7 +114,6 @@ def read(
         policy,
         lengths=lengths,
         held=held,
-        frequencies=network.apply({"params": params}, method="frequencies"),
         implementation=options.prefill_implementation,
         scores_implementation=options.scores_implementation,
     )
@@ -129,6 +128,7 @@ def read(
         bound=max(slots) if bound is None else bound,
         keep=keep,
         dtype=params["embedding"].dtype,
+        frequencies=network.apply({"params": params}, method="frequencies"),
         outputs=network.apply({"params": params}, method="outputs")
         if getattr(policy, "reads_output", False)
         else None,

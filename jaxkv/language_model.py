@@ -25,7 +25,8 @@ from jaxkv.models import (
     hf_weights,
     orbax_copy,
 )
-from jaxkv.models.decoder import Config, Decoder
+from jaxkv.models.config import Config
+from jaxkv.models.decoder import Decoder
 from jaxkv.runtime.devices import check_devices
 from jaxkv.sampling import Categorical, Greedy
 

@@ -29,7 +29,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxkv.kernels.per_shard import partition_spec
-from jaxkv.models.decoder import Config, parameter_axes
+from jaxkv.models.config import Config
+from jaxkv.models.decoder import parameter_axes
 from jaxkv.state import KVState
 
 

@@ -9,9 +9,7 @@ Axis letters: `B` batch, `T` tokens, `D` hidden, `N` query heads, `K` key/value 
 `H` head size, `F` feed-forward, `V` vocabulary.
 """
 
-import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +18,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxkv.kernels import pointwise, project, rotary
+from jaxkv.models import rope
+from jaxkv.models.config import Config
 
 Attend = Callable[
     [jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]
@@ -33,101 +33,18 @@ _COLUMNS = (None, "model")
 _ROWS = ("model", None)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Llama3Scaling:
-    """Rotary scaling of Llama 3.1 and later (`rope_type: llama3`).
+def layer_frequencies(config: Config) -> tuple[jax.Array, ...]:
+    """Return each layer's rotary frequencies, float32 `[H / 2]`, in radians a position.
 
-    Attributes:
-      factor: slow-down of the low frequencies.
-      low_freq_factor: wavelengths longer than `original_max_positions /
-        low_freq_factor` are scaled by `factor`.
-      high_freq_factor: wavelengths shorter than `original_max_positions /
-        high_freq_factor` are left alone; those between are interpolated.
-      original_max_positions: context of the first training stage, in tokens.
+    A frequency of 0 turns nothing.
     """
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_positions: int
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class FrequencyFactors:
-    """Rotary scaling as GGUF files store it, worked out.
-
-    Attributes:
-      factors: what each rotary frequency is divided by, `[H / 2]`.
-    """
-
-    factors: tuple[float, ...]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
-    """Sizes and switches of one network; nothing about caches, devices or sampling.
-
-    Attributes:
-      vocab_size: rows of the embedding.
-      hidden_size: width of the residual stream.
-      intermediate_size: width of the gated feed-forward.
-      num_layers: decoder layers.
-      num_heads: query heads.
-      num_kv_heads: key/value heads; divides `num_heads`.
-      head_dim: size of one head.
-      rms_norm_eps: epsilon of every RMS norm.
-      rope_theta: base of the rotary frequencies.
-      rope_scaling: rotary scaling, or None.
-      max_positions: longest sequence the checkpoint was made for, in tokens.
-      qkv_bias: whether the query, key and value projections have a bias (Qwen2).
-      output_bias: whether the attention's output projection has a bias.
-      qk_norm: whether queries and keys are normalised per head (Qwen3).
-      tied: whether the output layer is the transposed embedding.
-    """
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    rms_norm_eps: float = 1e-6
-    rope_theta: float = 10_000.0
-    rope_scaling: Llama3Scaling | FrequencyFactors | None = None
-    max_positions: int = 4096
-    qkv_bias: bool = False
-    output_bias: bool = False
-    qk_norm: bool = False
-    tied: bool = False
-
-    @property
-    def family(self) -> str:
-        """Name of the family that has these switches; Mistral's are those of Llama."""
-        if self.qk_norm:
-            return "Qwen3"
-        return "Qwen2" if self.qkv_bias and not self.output_bias else "Llama"
-
-    @property
-    def qkv_size(self) -> int:
-        """Columns of the fused query-key-value projection."""
-        return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
-
-
-def rotary_frequencies(config: Config) -> jax.Array:
-    """Return the rotary frequencies, float32 `[H / 2]`, in radians per position."""
-    exponents = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
-    frequencies = 1.0 / (config.rope_theta**exponents)
-    scaling = config.rope_scaling
-    if scaling is None:
-        return frequencies
-    if isinstance(scaling, FrequencyFactors):
-        return frequencies / jnp.asarray(scaling.factors, jnp.float32)
-    wavelengths = 2 * math.pi / frequencies
-    ratio = scaling.original_max_positions / wavelengths
-    span = scaling.high_freq_factor - scaling.low_freq_factor
-    smooth = jnp.clip((ratio - scaling.low_freq_factor) / span, 0.0, 1.0)
-    return (1 - smooth) * frequencies / scaling.factor + smooth * frequencies
+    found = {
+        how: jnp.zeros(config.head_dim // 2, jnp.float32)
+        if how is None
+        else rope.frequencies(how, config.head_dim)
+        for how in dict.fromkeys(kind.rope for kind in config.layer_kinds)
+    }
+    return tuple(found[kind.rope] for kind in config.layer_kinds)
 
 
 def _matrix(*axes: str | None):
@@ -264,22 +181,24 @@ class Decoder(nn.Module):
           The normalised hidden states `[B, T, D]` and the new cache.
         """
         c = self.config
-        cos, sin = rotary.table(positions, rotary_frequencies(c))
+        turns = dict(zip(c.layer_kinds, layer_frequencies(c), strict=True))
+        tables = {kind: rotary.table(positions, turn) for kind, turn in turns.items()}
         x, delta = self.embedding[tokens], None
         new_cache = []
 
-        def run(variables, x, delta, state):
+        def run(variables, x, delta, cos, sin, state):
             layer = Layer(c, self.implementation, parent=None)
             return layer.apply(variables, x, delta, cos, sin, state, attend)
 
         if isinstance(x, jax.core.Tracer):
             # One trace serves all layers: it is most of what compiling costs in Python.
             run = jax.jit(run)
-        for layer, state in zip(self.layers, cache, strict=True):
+        for layer, kind, state in zip(self.layers, c.layer_kinds, cache, strict=True):
+            cos, sin = tables[kind]
             if self.is_initializing():
                 x, delta, state = layer(x, delta, cos, sin, state, attend)
             else:
-                x, delta, state = run(layer.variables, x, delta, state)
+                x, delta, state = run(layer.variables, x, delta, cos, sin, state)
             new_cache.append(state)
         _, normed = pointwise.add_rms_norm(
             *(x, delta, self.final_norm),
@@ -288,9 +207,9 @@ class Decoder(nn.Module):
         )
         return normed, tuple(new_cache)
 
-    def frequencies(self) -> jax.Array:
-        """Return the rotary frequencies, float32 `[H / 2]`, in radians per position."""
-        return rotary_frequencies(self.config)
+    def frequencies(self) -> tuple[jax.Array, ...]:
+        """Return each layer's rotary frequencies, as `layer_frequencies` does."""
+        return layer_frequencies(self.config)
 
     def outputs(self) -> tuple[jax.Array, ...]:
         """Return each layer's projection of the heads' outputs, `[N, H, D]`."""

@@ -11,8 +11,9 @@ import numpy as np
 
 from jaxkv.models import checkpoint_values as values
 from jaxkv.models.checkpoint import CheckpointError
-from jaxkv.models.decoder import Config, FrequencyFactors
+from jaxkv.models.config import Config
 from jaxkv.models.gguf_header import Header
+from jaxkv.models.rope import FrequencyFactors, Rope
 
 EMBEDDING = "token_embd.weight"
 HEAD = "output.weight"
@@ -161,8 +162,10 @@ def _convert(header: Header) -> Config:
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         rms_norm_eps=keys.number("attention.layer_norm_rms_epsilon"),
-        rope_theta=keys.number("rope.freq_base", 10_000.0),
-        rope_scaling=_factors(header, head_dim),
+        rope=Rope(
+            theta=keys.number("rope.freq_base", 10_000.0),
+            scaling=_factors(header, head_dim),
+        ),
         max_positions=max_positions,
         qkv_bias=FAMILIES[architecture].qkv_bias
         or "blk.0.attn_q.bias" in header.tensors,

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxkv.models.checkpoint import CheckpointError
-from jaxkv.models.decoder import Config
+from jaxkv.models.config import Config
 from jaxkv.models.gguf_config import EMBEDDING, FACTORS, FAMILIES
 from jaxkv.models.gguf_header import Header, Tensor
 from jaxkv.models.hf_weights import check_dtype

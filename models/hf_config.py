@@ -10,7 +10,9 @@ from typing import Any, Literal
 
 from jaxkv.models.checkpoint import CheckpointError, read_json
 from jaxkv.models.checkpoint_values import MOST_LAYERS, integer, number, unsupported
-from jaxkv.models.decoder import Config, Llama3Scaling
+from jaxkv.models.config import Config
+from jaxkv.models.hf_layers import refuse_windows
+from jaxkv.models.hf_rope import read_rope
 from jaxkv.models.quiet import quiet_transformers
 
 
@@ -66,23 +68,6 @@ _INERT = frozenset(
     "transformers.js_config transformers_version unsloth_fixed unsloth_version "
     "use_cache".split()
 )
-_LAYER_TYPES = {"full_attention", "sliding_attention"}
-_LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor")
-_ORIGINAL = "original_max_position_embeddings"
-# What each scaling reads; the default's keys may stand beside those of any other.
-_ROPE_KEYS: dict[str, set[str]] = {
-    "default": {
-        *("rope_type", "type", "rope_theta", "partial_rotary_factor", "factor"),
-        _ORIGINAL,
-    },
-    "linear": set(),
-    "dynamic": set(),
-    "yarn": {
-        *("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
-        "attention_factor",
-    },
-    "llama3": {"low_freq_factor", "high_freq_factor"},
-}
 
 
 def read_config(folder: str | Path) -> Config:
@@ -113,13 +98,14 @@ def _convert(raw: dict[str, Any]) -> Config:
     model_type, family = _family(raw)
     hidden_size = integer(raw, "hidden_size")
     num_heads = integer(raw, "num_attention_heads")
+    layers = _layers(raw)
     default = _defaults(model_type, hidden_size, num_heads)
     for key, value in raw.items():
         _refuse_unknown(key, value, default)
     max_positions = integer(
         raw, "max_position_embeddings", default["max_position_embeddings"]
     )
-    _refuse_sliding_window(raw, model_type, default, max_positions)
+    refuse_windows(raw, model_type, default, max_positions, layers)
     if raw.get("num_key_value_heads", 0) is None:  # null: as many as query heads
         num_kv_heads = num_heads
     else:
@@ -136,7 +122,6 @@ def _convert(raw: dict[str, Any]) -> Config:
     )
     if head_dim % 2:
         raise CheckpointError(f"{head_dim=} must be even for rotary positions.")
-    rope_theta, rope_scaling = _rope(raw, max_positions)
     if family.bias == "by attention_bias":
         qkv_bias = output_bias = _boolean(raw, "attention_bias")
     else:
@@ -145,13 +130,12 @@ def _convert(raw: dict[str, Any]) -> Config:
         vocab_size=integer(raw, "vocab_size"),
         hidden_size=hidden_size,
         intermediate_size=integer(raw, "intermediate_size"),
-        num_layers=_layers(raw),
+        num_layers=layers,
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         rms_norm_eps=number(raw, "rms_norm_eps", default["rms_norm_eps"]),
-        rope_theta=rope_theta,
-        rope_scaling=rope_scaling,
+        rope=read_rope(raw, max_positions),
         max_positions=max_positions,
         qkv_bias=qkv_bias,
         output_bias=output_bias,
@@ -210,87 +194,6 @@ def _family(raw: dict[str, Any]) -> tuple[str, _Family]:
     if architectures and family.architecture not in architectures:
         unsupported("architectures", architectures, [family.architecture])
     return model_type, family
-
-
-def _refuse_sliding_window(
-    raw: dict[str, Any], model_type: str, default: dict[str, Any], max_positions: int
-) -> None:
-    """Raise if any layer attends to a window that is shorter than a sequence may be."""
-    kinds = raw.get("layer_types") or []
-    if not isinstance(kinds, list) or not set(map(str, kinds)) <= _LAYER_TYPES:
-        unsupported("layer_types", kinds, "'full_attention' for every layer")
-    window = raw.get("sliding_window", default.get("sliding_window"))
-    switched_on = raw.get("use_sliding_window") or False
-    if type(switched_on) is not bool:
-        unsupported("use_sliding_window", switched_on, False)
-    if window is not None and (
-        integer({"sliding_window": window}, "sliding_window") >= max_positions
-    ):
-        return
-    if model_type == "mistral":  # has no switch, and one kind of layer
-        if window is not None:
-            unsupported(
-                "sliding_window",
-                window,
-                None,
-                f"max_position_embeddings={max_positions}",
-            )
-    elif "sliding_attention" in kinds:
-        unsupported("layer_types", kinds, "'full_attention' for every layer")
-    elif switched_on and not kinds and window is not None:
-        first = raw.get("max_window_layers", default.get("max_window_layers", 0))
-        if type(first) not in (int, float) or first < _layers(raw):
-            unsupported("use_sliding_window", True, False)
-
-
-def _rope(
-    raw: dict[str, Any], max_positions: int
-) -> tuple[float, Llama3Scaling | None]:
-    """Return the rotary base and scaling, from either spelling."""
-    key = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
-    rope = raw.get(key) or {}
-    if not isinstance(rope, dict) or any(isinstance(v, dict) for v in rope.values()):
-        unsupported(key, rope, "one flat object for all layers")
-    theta = number(raw | rope, "rope_theta", 10_000.0)
-    if rope.get("partial_rotary_factor") not in (None, 1):
-        unsupported("partial_rotary_factor", rope["partial_rotary_factor"], 1)
-    kind = rope.get("rope_type", rope.get("type")) or "default"
-    if not isinstance(kind, str) or kind not in _ROPE_KEYS:
-        unsupported(f"{key}.rope_type", kind, "default", "llama3")
-    given = {name: value for name, value in rope.items() if value is not None}
-    for name in given.keys() - _ROPE_KEYS[kind] - _ROPE_KEYS["default"]:
-        unsupported(f"{key}.{name}", rope[name])
-    # As in transformers, the key outside the object is the stronger one.
-    original = integer(
-        raw if raw.get(_ORIGINAL) is not None else rope, _ORIGINAL, max_positions
-    )
-    if kind != "llama3":
-        _refuse_acting(key, kind, given, original == max_positions)
-        return theta, None
-    scaling = Llama3Scaling(
-        **{name: number(rope, name) for name in _LLAMA3},
-        original_max_positions=original,
-    )
-    if scaling.high_freq_factor <= scaling.low_freq_factor:
-        raise CheckpointError(
-            f"high_freq_factor={scaling.high_freq_factor} must be greater than "
-            f"low_freq_factor={scaling.low_freq_factor}."
-        )
-    return theta, scaling
-
-
-def _refuse_acting(key: str, kind: str, rope: dict[str, Any], unscaled: bool) -> None:
-    """Raise for a scaling that changes a number; by a factor of 1 it changes none."""
-    if kind == "default":
-        if rope.get("factor", 1) != 1:
-            unsupported(f"{key}.factor", rope["factor"], 1)
-    elif kind == "dynamic":  # acts beyond the positions that the checkpoint has
-        number(rope, "factor")
-    elif rope.get("factor") != 1 or rope.get("attention_factor", 1) != 1:
-        supported = ("default", "llama3", f"{kind} with a factor of 1")
-        unsupported(f"{key}.rope_type", kind, *supported)
-    elif kind == "yarn" and not unscaled:  # from which some versions take the factor
-        unsupported(f"{key}.{_ORIGINAL}", rope.get(_ORIGINAL), "no other context")
 
 
 def _layers(raw: dict[str, Any]) -> int:

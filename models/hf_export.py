@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from safetensors.numpy import save_file
 
-from jaxkv.models.decoder import Config
+from jaxkv.models.config import Config
 
 
 def write_qwen3(
@@ -45,8 +45,8 @@ def write_qwen3(
             "write_qwen3: needs qk_norm=True and no biases, got "
             f"{config.qk_norm=}, {config.qkv_bias=}, {config.output_bias=}."
         )
-    if config.rope_scaling is not None:
-        raise ValueError(f"write_qwen3: cannot write {config.rope_scaling=}.")
+    if config.rope.scaling is not None:
+        raise ValueError(f"write_qwen3: cannot write {config.rope.scaling=}.")
     folder = Path(folder)
     beside = folder.with_name(folder.name + ".partial")
     shutil.rmtree(beside, ignore_errors=True)
@@ -84,7 +84,7 @@ def qwen3_config(config: Config, dtype: str) -> dict[str, Any]:
         "num_hidden_layers": config.num_layers,
         "num_key_value_heads": config.num_kv_heads,
         "rms_norm_eps": config.rms_norm_eps,
-        "rope_parameters": {"rope_theta": config.rope_theta, "rope_type": "default"},
+        "rope_parameters": {"rope_theta": config.rope.theta, "rope_type": "default"},
         "sliding_window": None,
         "tie_word_embeddings": config.tied,
         "use_cache": True,

@@ -18,7 +18,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from jaxkv.models.checkpoint import CheckpointError, read_json
-from jaxkv.models.decoder import Config
+from jaxkv.models.config import Config
 from jaxkv.models.parameter_plan import EMBEDDING, HEAD, Plan, at, plan_of, some
 
 DTYPES = ("float32", "bfloat16", "float16")

@@ -15,19 +15,16 @@ import jax
 
 from jaxkv.models import gguf_tokenizer
 from jaxkv.models.checkpoint import TEXT_FILES, CheckpointError, read_json
-from jaxkv.models.decoder import (
-    Config,
-    FrequencyFactors,
-    Llama3Scaling,
-    parameter_shapes,
-)
+from jaxkv.models.config import Config, LayerKind
+from jaxkv.models.decoder import parameter_shapes
 from jaxkv.models.gguf_header import read_header
 from jaxkv.models.hf_weights import DTYPES, check_dtype
 from jaxkv.models.orbax_folder import check_target, checkpointer, written_whole
+from jaxkv.models.rope import FrequencyFactors, Llama3Scaling, Rope
 
 _MARKER = "jaxkv.json"
 _PARAMS = "params"
-_FORMAT = 1
+_FORMAT = 2
 
 # The index describes files that the copy does not have.
 _NOT_COPIED = ("*.safetensors.index.json", "*.bin.index.json", _MARKER)
@@ -173,7 +170,13 @@ def _read_marker(path: Path) -> tuple[Config, str]:
         )
     try:
         fields = dict(marker["config"])
-        config = Config(**fields | {"rope_scaling": _scaling(fields["rope_scaling"])})
+        fields["rope"] = _rope(fields["rope"])
+        kinds = (dict(kind) for kind in fields["kinds"])
+        fields["kinds"] = tuple(
+            LayerKind(**kind | {"rope": kind["rope"] and _rope(kind["rope"])})
+            for kind in kinds
+        )
+        config = Config(**fields)
         dtype = marker["dtype"]
         check_dtype(dtype)
     except (KeyError, TypeError, ValueError) as error:
@@ -183,9 +186,10 @@ def _read_marker(path: Path) -> tuple[Config, str]:
     return config, dtype
 
 
-def _scaling(fields: Any) -> Llama3Scaling | FrequencyFactors | None:
-    if fields is None:
-        return None
-    if "factors" in fields:
-        return FrequencyFactors(factors=tuple(fields["factors"]))
-    return Llama3Scaling(**fields)
+def _rope(fields: dict[str, Any]) -> Rope:
+    scaling = fields["scaling"]
+    if scaling is not None and "factors" in scaling:
+        scaling = FrequencyFactors(factors=tuple(scaling["factors"]))
+    elif scaling is not None:
+        scaling = Llama3Scaling(**scaling)
+    return Rope(**fields | {"scaling": scaling})

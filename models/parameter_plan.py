@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from jaxkv.models.decoder import Config
+from jaxkv.models.config import Config
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"

@@ -4,7 +4,8 @@ With `decoder.random_parameters` they stand for the real checkpoint wherever onl
 and memory matter, and need no download.
 """
 
-from jaxkv.models.decoder import Config, Llama3Scaling
+from jaxkv.models.config import Config
+from jaxkv.models.rope import Llama3Scaling, Rope
 
 
 def _qwen3(hidden: int, feed_forward: int, layers: int, heads: int, *, tied: bool):
@@ -17,7 +18,7 @@ def _qwen3(hidden: int, feed_forward: int, layers: int, heads: int, *, tied: boo
         num_heads=heads,
         num_kv_heads=8,
         head_dim=128,
-        rope_theta=1_000_000.0,
+        rope=Rope(theta=1_000_000.0),
         max_positions=40_960,
         qk_norm=True,
         tied=tied,
@@ -38,12 +39,14 @@ SHAPES = {
         num_kv_heads=8,
         head_dim=128,
         rms_norm_eps=1e-5,
-        rope_theta=500_000.0,
-        rope_scaling=Llama3Scaling(
-            factor=8.0,
-            low_freq_factor=1.0,
-            high_freq_factor=4.0,
-            original_max_positions=8192,
+        rope=Rope(
+            theta=500_000.0,
+            scaling=Llama3Scaling(
+                factor=8.0,
+                low_freq_factor=1.0,
+                high_freq_factor=4.0,
+                original_max_positions=8192,
+            ),
         ),
         max_positions=131_072,
     ),
@@ -56,7 +59,7 @@ SHAPES = {
         num_kv_heads=8,
         head_dim=128,
         rms_norm_eps=1e-5,
-        rope_theta=1_000_000.0,
+        rope=Rope(theta=1_000_000.0),
         max_positions=32_768,
     ),
 }

@@ -41,7 +41,7 @@ def metadata(config, arch="llama"):
         "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
         "attention.key_length": config.head_dim,
         "attention.value_length": config.head_dim,
-        "rope.freq_base": config.rope_theta,
+        "rope.freq_base": config.rope.theta,
     }
     if arch == "llama":
         keys |= {

@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from jaxkv.models.checkpoint import CheckpointError
-from jaxkv.models.decoder import Config
+from jaxkv.models.config import Config
 
 CONFIG = Config(
     vocab_size=20,

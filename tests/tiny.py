@@ -8,7 +8,8 @@ from jaxkv.laws.network import NETWORK as NETWORK
 from jaxkv.laws.network import parameters as parameters
 from jaxkv.laws.network import params as params
 from jaxkv.laws.network import prompts as prompts
-from jaxkv.models.decoder import Config, Decoder
+from jaxkv.models.config import Config
+from jaxkv.models.decoder import Decoder
 
 BY_HAND = Config(  # so small that its numbers are counted by hand
     vocab_size=10,

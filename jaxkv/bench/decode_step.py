@@ -22,7 +22,7 @@ from jaxkv.attention import Network
 from jaxkv.bench import clock
 from jaxkv.bench.compiling import Seconds, compile_stage
 from jaxkv.bench.kernel_trace import Kernel, trace_kernels
-from jaxkv.models.decoder import Config
+from jaxkv.models.config import Config
 from jaxkv.options import Options
 from jaxkv.policies.base import DecodePolicy
 from jaxkv.runtime.seeds import row_keys

@@ -20,7 +20,7 @@ from jaxkv import generation
 from jaxkv import state as kv
 from jaxkv.attention import Network
 from jaxkv.bench import clock, compiling, decode_step
-from jaxkv.models.decoder import Config
+from jaxkv.models.config import Config
 from jaxkv.options import Options
 from jaxkv.runtime.seeds import row_keys
 from jaxkv.text.planning import bucket

@@ -14,7 +14,7 @@ from jaxkv.attention import Network
 from jaxkv.bench import clock, throughput
 from jaxkv.bench import throughput_report as report
 from jaxkv.bench.throughput import Work
-from jaxkv.models.decoder import Config
+from jaxkv.models.config import Config
 from jaxkv.options import Options
 
 

@@ -14,7 +14,8 @@ from jaxkv import registry
 from jaxkv.cli import flags, parsing
 from jaxkv.kernels.decode import Implementation
 from jaxkv.language_model import NEEDLE, LanguageModel, load
-from jaxkv.models.decoder import Config, Decoder, random_parameters
+from jaxkv.models.config import Config
+from jaxkv.models.decoder import Decoder, random_parameters
 from jaxkv.models.public_shapes import SHAPES
 from jaxkv.options import Options
 from jaxkv.provenance import provenance, write_json

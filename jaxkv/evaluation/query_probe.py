@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from jaxkv.kernels import prefill
 from jaxkv.kernels.rotary import rotate
-from jaxkv.models.decoder import Decoder, rotary_frequencies
+from jaxkv.models.decoder import Decoder, layer_frequencies
 from jaxkv.policies.base import scale_of
 from jaxkv.runtime.programs import bounded_jit
 
@@ -53,11 +53,9 @@ def record(
       places: int32 `[C]`, indices in `tokens` of those whose queries are recorded.
       length: int32 scalar, tokens of the prompt, which come first.
     """
-    frequencies = rotary_frequencies(network.config)
     is_prompt = (jnp.arange(tokens.shape[0], dtype=jnp.int32) < length)[:, None, None]
 
-    def attend(q, k, v, state):
-        del state
+    def attend(q, k, v, frequencies):
         out = prefill.causal_attention(q, k, v, scale=scale_of(q))
         plain = rotate(q, -positions[None], frequencies)[0].astype(jnp.float32)
         mean = jnp.where(is_prompt, plain, 0).sum(0) / length.astype(jnp.float32)
@@ -67,7 +65,7 @@ def record(
         {"params": params},
         tokens[None],
         positions[None],
-        (None,) * network.config.num_layers,
+        layer_frequencies(network.config),
         attend,
     )
     return Recording(*(jnp.stack(arrays) for arrays in zip(*seen, strict=True)))
@@ -75,11 +73,9 @@ def record(
 
 def turn(queries: jax.Array, positions: jax.Array, network: Decoder) -> jax.Array:
     """Rotate queries `[L, C, N, H]` by positions `[C]`; negative ones turn back."""
-    frequencies = rotary_frequencies(network.config)
-    layers = queries.shape[0]
-    return rotate(
-        queries, jnp.broadcast_to(positions, (layers, len(positions))), frequencies
-    )
+    layers = zip(queries, layer_frequencies(network.config), strict=True)
+    turned = [rotate(q[None], positions[None], turn)[0] for q, turn in layers]
+    return jnp.stack(turned)
 
 
 class Cosines(NamedTuple):

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxkv.models.decoder import Config, Decoder, random_parameters
+from jaxkv.models.config import Config
+from jaxkv.models.decoder import Decoder, random_parameters
 from jaxkv.runtime.seeds import key_of
 
 CONFIG = Config(

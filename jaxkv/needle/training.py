@@ -26,7 +26,9 @@ import rich.progress
 
 from jaxkv.kernels import prefill
 from jaxkv.models import hf_export, hf_tokenizer
-from jaxkv.models.decoder import Config, Decoder, random_parameters
+from jaxkv.models.config import Config
+from jaxkv.models.decoder import Decoder, random_parameters
+from jaxkv.models.rope import Rope
 from jaxkv.runtime.seeds import key_of
 
 CONFIG = Config(
@@ -37,7 +39,7 @@ CONFIG = Config(
     num_heads=6,
     num_kv_heads=2,
     head_dim=64,
-    rope_theta=500_000.0,
+    rope=Rope(theta=500_000.0),
     max_positions=16_384,
     qk_norm=True,
     tied=True,

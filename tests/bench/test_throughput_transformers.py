@@ -17,7 +17,7 @@ FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 RUN = """
 import runpy, sys
 from jaxkv.models import public_shapes
-from jaxkv.models.decoder import Config
+from jaxkv.models.config import Config
 public_shapes.SHAPES["qwen3-1.7b"] = Config(
     vocab_size=10, hidden_size=8, intermediate_size=6, num_layers=2, num_heads=4,
     num_kv_heads=2, head_dim=4, max_positions=64, qk_norm=True, tied=True,

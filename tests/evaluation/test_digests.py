@@ -12,6 +12,7 @@ import jaxkv
 from jaxkv import identity
 from jaxkv.evaluation import digests
 from jaxkv.models import orbax_copy
+from jaxkv.models.rope import Rope
 
 PARAMS = {"a": jnp.arange(6.0).reshape(2, 3), "b": (jnp.zeros(3, jnp.bfloat16),)}
 
@@ -50,7 +51,7 @@ def test_the_same_weights_have_the_same_digest_wherever_they_come_from(
 def test_what_makes_a_model_answer_otherwise_is_told_apart(tiny_lm):
     here = digests.of_model(tiny_lm)
     assert here["jaxkv"] == jaxkv.__version__ and here["stop_ids"] == [1]
-    config = dataclasses.replace(tiny_lm.config, rope_theta=5.0)
+    config = dataclasses.replace(tiny_lm.config, rope=Rope(theta=5.0))
     network = dataclasses.replace(tiny_lm.network, config=config)
     other = digests.of_model(dataclasses.replace(tiny_lm, network=network))
     assert {name for name in here if here[name] != other[name]} == {"network"}

@@ -247,7 +247,7 @@ def test_what_missing_keys_mean(tmp_path):
 
     config = read_config(read_header(write_changed(tmp_path / "x.gguf", change)))
     assert (config.num_kv_heads, config.head_dim, config.tied) == (4, 2, True)
-    assert config.rope_theta == 10_000
+    assert config.rope.theta == 10_000
     with raises("embedding_length=8 must be a multiple of", "head_count=3"):
         path = write_changed(tmp_path / "y.gguf", uneven)
         read_config(read_header(path))

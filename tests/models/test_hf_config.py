@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxkv.models.checkpoint import CheckpointError
-from jaxkv.models.decoder import Config, Llama3Scaling
+from jaxkv.models.config import Config
 from jaxkv.models.hf_config import read_config
+from jaxkv.models.rope import Llama3Scaling, Rope
 
 LLAMA = dict(
     architectures=["LlamaForCausalLM"],
@@ -69,14 +70,17 @@ def test_config_of_llama(tmp_path):
         (dict(tie_word_embeddings=True), dict(tied=True)),
         (dict(rms_norm_eps=1e-5), dict(rms_norm_eps=1e-5)),
         (dict(max_position_embeddings=...), dict(max_positions=2048)),
-        (dict(rope_theta=5e5), dict(rope_theta=5e5)),
-        (dict(rope_theta=500000, rope_scaling=None), dict(rope_theta=5e5)),
+        (dict(rope_theta=5e5), dict(rope=Rope(theta=5e5))),
+        (dict(rope_theta=500000, rope_scaling=None), dict(rope=Rope(theta=5e5))),
         (
             dict(rope_parameters=dict(rope_theta=7, rope_type="default")),
-            dict(rope_theta=7),
+            dict(rope=Rope(theta=7)),
         ),
         # transformers prefers the theta inside of the object
-        (dict(rope_theta=5, rope_parameters=dict(rope_theta=7)), dict(rope_theta=7)),
+        (
+            dict(rope_theta=5, rope_parameters=dict(rope_theta=7)),
+            dict(rope=Rope(theta=7)),
+        ),
         (dict(model_type=...), {}),
         (dict(architectures=...), {}),
         (dict(quantization_config=None, mlp_bias=False, hidden_act="silu"), {}),
@@ -97,7 +101,7 @@ def test_config_of_llama(tmp_path):
                     **dict(original_max_position_embeddings=64, attention_factor=1.0),
                 }
             ),
-            dict(rope_theta=7),
+            dict(rope=Rope(theta=7)),
         ),
         (
             dict(rope_scaling={"type": "default"}, original_max_position_embeddings=32),
@@ -175,8 +179,8 @@ def test_windows_that_never_act(tmp_path, changes):
 )
 def test_llama3_scaling_in_every_spelling(tmp_path, spelling):
     config = read_config(write_config(tmp_path, **spelling))
-    assert config.rope_theta == 5e5
-    assert config.rope_scaling == Llama3Scaling(
+    assert config.rope.theta == 5e5
+    assert config.rope.scaling == Llama3Scaling(
         factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=32
     )
 
@@ -185,10 +189,10 @@ def test_llama3_scaling_finds_the_original_context(tmp_path):
     scaling = {"rope_type": "llama3", **SCALING}
     outer = dict(rope_scaling=scaling, original_max_position_embeddings=48)
     config = read_config(write_config(tmp_path, **outer))
-    assert config.rope_scaling.original_max_positions == 48
+    assert config.rope.scaling.original_max_positions == 48
     del scaling["original_max_position_embeddings"]
     config = read_config(write_config(tmp_path, rope_scaling=scaling))
-    assert config.rope_scaling.original_max_positions == 64
+    assert config.rope.scaling.original_max_positions == 64
 
 
 @pytest.mark.parametrize(

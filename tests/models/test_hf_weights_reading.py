@@ -71,7 +71,8 @@ def test_tensors_are_read_once_and_one_at_a_time(tmp_path, monkeypatch):
 PEAK = """
 import sys
 from jaxkv.models import hf_weights
-from jaxkv.models.decoder import Config
+from jaxkv.models.config import Config
+from jaxkv.models.rope import Rope
 
 def used():  # memory that is not a mapped file, in bytes
     with open("/proc/self/status") as status:

@@ -13,15 +13,22 @@ import pytest
 from hf_checkpoints import raises
 
 from jaxkv.models import orbax_copy, orbax_folder
-from jaxkv.models.decoder import Llama3Scaling, random_parameters
+from jaxkv.models.decoder import random_parameters
 from jaxkv.models.orbax_copy import is_orbax_copy, load_orbax, save_orbax
+from jaxkv.models.rope import Llama3Scaling, Rope
 
 CONFIG = dataclasses.replace(
     hf_checkpoints.CONFIG,
-    rope_scaling=Llama3Scaling(
-        factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=32
+    rope=Rope(
+        scaling=Llama3Scaling(
+            factor=8.0,
+            low_freq_factor=1.0,
+            high_freq_factor=4.0,
+            original_max_positions=32,
+        )
     ),
 )
+ROPE = {"theta": 1.0, "scaling": None}
 TEXT = (
     "config.json",
     "generation_config.json",
@@ -193,10 +200,10 @@ def test_orbax_refuses_other_folders_and_dtypes(original):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (dict(format=2), ["format must be 1, found 2"]),
+        (dict(format=1), ["format must be 2, found 1"]),
         (dict(config=None), ["is damaged"]),
-        (dict(config={}), ["is damaged", "rope_scaling"]),
-        (dict(config={"rope_scaling": None, "x": 1}), ["is damaged", "'x'"]),
+        (dict(config={}), ["is damaged", "rope"]),
+        (dict(config={"rope": ROPE, "kinds": [], "x": 1}), ["is damaged", "'x'"]),
         (dict(dtype="int8"), ["is damaged", "int8"]),
     ],
 )

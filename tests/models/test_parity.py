@@ -114,10 +114,10 @@ def to_gguf(folder):
     arch = {"mistral": "llama"}.get(model.config.model_type, model.config.model_type)
     tensors = load_file(folder / "model.safetensors")
     tensors = gguf_files.gguf_tensors(tensors, config, arch)
-    if config.rope_scaling is not None:
+    if config.rope.scaling is not None:
         steps = np.arange(0, config.head_dim, 2) / config.head_dim
         scaled = model.model.rotary_emb.inv_freq.numpy()
-        factors = config.rope_theta**-steps / scaled
+        factors = config.rope.theta**-steps / scaled
         tensors["rope_freqs.weight"] = factors.astype(np.float32)
     keys = gguf_files.metadata(config, arch)
     return gguf_files.write(folder / "model.gguf", keys, tensors, arch=arch)

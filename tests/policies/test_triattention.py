@@ -12,7 +12,7 @@ import jaxkv
 from jaxkv import Options, TriAttention, calibration
 from jaxkv.kernels.rotary import rotate
 from jaxkv.laws.programs import compiled
-from jaxkv.models.decoder import rotary_frequencies
+from jaxkv.models.decoder import layer_frequencies
 from jaxkv.policies.triattention import (
     OFFSETS,
     Seen,
@@ -90,7 +90,7 @@ def queries_of(tokens):
 
     def attend(q, k, v, state):
         index = jnp.arange(q.shape[1], dtype=jnp.int32)[None]
-        found.append(rotate(q, -index, rotary_frequencies(CONFIG))[0])
+        found.append(rotate(q, -index, layer_frequencies(CONFIG)[0])[0])
         return jax.nn.dot_product_attention(q, k, v, is_causal=True), state
 
     index = jnp.arange(len(tokens), dtype=jnp.int32)[None]

@@ -8,7 +8,7 @@ import pytest
 
 from jaxkv import Full, LongFlow, Options, StreamingLLM
 from jaxkv.kernels import dispatch
-from jaxkv.models.decoder import Config
+from jaxkv.models.config import Config
 from jaxkv.speculation.drafters import PromptLookup, Tree
 from jaxkv.speculation.guarantee import guarantee
 from jaxkv.speculation.rules import TopK

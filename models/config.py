@@ -1,0 +1,72 @@
+"""Sizes and switches of one network, and what tells its layers apart."""
+
+import dataclasses
+
+from jaxkv.models.rope import PLAIN, Rope
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerKind:
+    """What one layer's attention does.
+
+    Attributes:
+      rope: how its queries and keys are rotated; None rotates nothing.
+    """
+
+    rope: Rope | None = PLAIN
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Sizes and switches of one network; nothing about caches, devices or sampling.
+
+    Attributes:
+      vocab_size: rows of the embedding.
+      hidden_size: width of the residual stream.
+      intermediate_size: width of the gated feed-forward.
+      num_layers: decoder layers.
+      num_heads: query heads.
+      num_kv_heads: key/value heads; divides `num_heads`.
+      head_dim: size of one head.
+      rms_norm_eps: epsilon of every RMS norm.
+      rope: rotation of the layers that `kinds` does not tell apart.
+      kinds: of each layer; empty where all are alike, with `rope`.
+      max_positions: longest sequence the checkpoint was made for, in tokens.
+      qkv_bias: whether the query, key and value projections have a bias (Qwen2).
+      output_bias: whether the attention's output projection has a bias.
+      qk_norm: whether queries and keys are normalised per head (Qwen3).
+      tied: whether the output layer is the transposed embedding.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float = 1e-6
+    rope: Rope = PLAIN
+    kinds: tuple[LayerKind, ...] = ()
+    max_positions: int = 4096
+    qkv_bias: bool = False
+    output_bias: bool = False
+    qk_norm: bool = False
+    tied: bool = False
+
+    @property
+    def family(self) -> str:
+        """Name of the family that has these switches; Mistral's are those of Llama."""
+        if self.qk_norm:
+            return "Qwen3"
+        return "Qwen2" if self.qkv_bias and not self.output_bias else "Llama"
+
+    @property
+    def qkv_size(self) -> int:
+        """Columns of the fused query-key-value projection."""
+        return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+
+    @property
+    def layer_kinds(self) -> tuple[LayerKind, ...]:
+        """The kind of each layer."""
+        return self.kinds or (LayerKind(rope=self.rope),) * self.num_layers
