@@ -34,7 +34,10 @@ class Config:
       max_positions: longest sequence the checkpoint was made for, in tokens.
       qkv_bias: whether the query, key and value projections have a bias (Qwen2).
       output_bias: whether the attention's output projection has a bias.
-      qk_norm: whether queries and keys are normalised per head (Qwen3).
+      qk_norm: whether queries and keys are normalised (Qwen3).
+      qk_norm_per_head: whether each head is, or all heads of a token at once (OLMo 2).
+      pre_norm: whether attention and feed-forward read the normalised stream.
+      post_norm: whether what they add to the stream is normalised (OLMo 2).
       tied: whether the output layer is the transposed embedding.
     """
 
@@ -52,11 +55,16 @@ class Config:
     qkv_bias: bool = False
     output_bias: bool = False
     qk_norm: bool = False
+    qk_norm_per_head: bool = True
+    pre_norm: bool = True
+    post_norm: bool = False
     tied: bool = False
 
     @property
     def family(self) -> str:
         """Name of the family that has these switches; Mistral's are those of Llama."""
+        if not self.pre_norm:
+            return "OLMo 2"
         if self.qk_norm:
             return "Qwen3"
         return "Qwen2" if self.qkv_bias and not self.output_bias else "Llama"
@@ -64,7 +72,13 @@ class Config:
     @property
     def qkv_size(self) -> int:
         """Columns of the fused query-key-value projection."""
-        return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+        return sum(self.qkv_sizes)
+
+    @property
+    def qkv_sizes(self) -> tuple[int, int, int]:
+        """Columns of the query, key and value projections."""
+        keys = self.num_kv_heads * self.head_dim
+        return self.num_heads * self.head_dim, keys, keys
 
     @property
     def layer_kinds(self) -> tuple[LayerKind, ...]:

@@ -1,9 +1,10 @@
-"""The decoder-only transformer of Llama, Mistral, Qwen2, Qwen3 and their distillations.
+"""The decoder-only transformer of Llama, Mistral, Qwen2, Qwen3 and OLMo 2.
 
-The families differ in three switches (bias on the projections, norm on queries and
-keys, tied embeddings) and in the rotary scaling, so one network serves them all. It
-knows nothing of caches: each layer hands its queries, keys, values and its own state to
-one `attend` callable and gets the output and the new state back.
+The families differ in switches (bias on the projections, norm on queries and keys,
+where norms stand, tied embeddings) and in the rotary scaling, so one network serves
+them all, and their distillations. It knows nothing of caches: each layer hands its
+queries, keys, values and its own state to one `attend` callable and gets the output and
+the new state back.
 
 Axis letters: `B` batch, `T` tokens, `D` hidden, `N` query heads, `K` key/value heads,
 `H` head size, `F` feed-forward, `V` vocabulary.
@@ -60,7 +61,7 @@ def _zeros(*axes: str | None):
 
 
 class Layer(nn.Module):
-    """One pre-norm layer; weights that are read together are stored together."""
+    """One layer; weights that are read together are stored together."""
 
     config: Config
     implementation: pointwise.Implementation | None = None
@@ -104,13 +105,32 @@ class Layer(nn.Module):
                 parts = (pointwise.join(parts, x.dtype) + bias[None, None])[None]
             return parts
 
-        norm = self.param("attention_norm", _ones(None), (c.hidden_size,))
-        x, normed = pointwise.add_rms_norm(x, delta, norm, **how)
+        def norm(name, x, delta=None):
+            weight = self.param(name, _ones(None), (x.shape[-1],))
+            return pointwise.add_rms_norm(x, delta, weight, **how)
+
+        def enter(name, x, delta):
+            if c.pre_norm:
+                return norm(name, x, delta)
+            x = x if delta is None else x + pointwise.join(delta, x.dtype)
+            return x, x
+
+        def leave(name, delta):
+            if not c.post_norm:
+                return delta
+            return norm(name, pointwise.join(delta, x.dtype))[1][None]
+
+        x, normed = enter("attention_norm", x, delta)
         qkv = times(normed, "qkv", c.qkv_size, _COLUMNS, c.qkv_bias)
         q_norm = k_norm = None
-        if c.qk_norm:
+        if c.qk_norm and c.qk_norm_per_head:
             q_norm = self.param("q_norm", _ones(None), (c.head_dim,))
             k_norm = self.param("k_norm", _ones(None), (c.head_dim,))
+        elif c.qk_norm:
+            qkv = pointwise.join(qkv, x.dtype)
+            q, k, v = jnp.split(qkv, [sum(c.qkv_sizes[:i]) for i in (1, 2)], axis=-1)
+            parts = norm("q_norm", q)[1], norm("k_norm", k)[1], v
+            qkv = jnp.concatenate(parts, axis=-1)[None]
         q, k, v = pointwise.split_and_rotate(
             *(qkv, q_norm, k_norm, cos, sin),
             num_heads=c.num_heads,
@@ -123,15 +143,14 @@ class Layer(nn.Module):
         out = out.reshape(batch, length, c.num_heads * c.head_dim)
         delta = times(out, "output", c.hidden_size, _ROWS, c.output_bias)
 
-        norm = self.param("mlp_norm", _ones(None), (c.hidden_size,))
-        x, normed = pointwise.add_rms_norm(x, delta, norm, **how)
+        x, normed = enter("mlp_norm", x, leave("attention_post_norm", delta))
         shape = c.hidden_size, 2 * c.intermediate_size
         gate_up = self.param("gate_up", _matrix(*_COLUMNS), shape)
         inner = project.project_gated(
             normed, gate_up, implementation=self.implementation
         )
         delta = times(inner, "down", c.hidden_size, _ROWS)
-        return x, delta, state
+        return x, leave("mlp_post_norm", delta), state
 
 
 class Decoder(nn.Module):
@@ -271,6 +290,7 @@ def parameter_axes() -> dict[str, tuple[str | None, ...]]:
         qkv_bias=True,
         output_bias=True,
         qk_norm=True,
+        post_norm=True,
     )
     leaves, _ = jax.tree_util.tree_flatten_with_path(
         _declared(config), is_leaf=lambda x: isinstance(x, nn.Partitioned)

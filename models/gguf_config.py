@@ -5,6 +5,7 @@ would change the numbers and is not supported is an error, never ignored.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -28,18 +29,23 @@ class Family:
       interleaved: whether the rows of queries and keys are stored so that the two
         halves of a rotary pair are neighbours.
       qkv_bias: whether queries, keys and values must have a bias.
-      qk_norm: whether queries and keys are normalised per head.
+      switches: of `Config`.
     """
 
     interleaved: bool = False
     qkv_bias: bool = False
-    qk_norm: bool = False
+    switches: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 FAMILIES = {
     "llama": Family(interleaved=True),  # Mistral, too
     "qwen2": Family(qkv_bias=True),
-    "qwen3": Family(qk_norm=True),
+    "qwen3": Family(switches=dict(qk_norm=True)),
+    "olmo2": Family(
+        switches=dict(
+            qk_norm=True, qk_norm_per_head=False, pre_norm=False, post_norm=True
+        )
+    ),
 }
 
 # Keys of the architecture that change what the network computes, and the values that
@@ -77,7 +83,7 @@ _INERT = frozenset(
 
 
 def read_config(header: Header) -> Config:
-    """Return the configuration of a `llama`, `qwen2` or `qwen3` network.
+    """Return the network's configuration, for an architecture of `FAMILIES`.
 
     Args:
       header: of the file.
@@ -170,8 +176,8 @@ def _convert(header: Header) -> Config:
         qkv_bias=FAMILIES[architecture].qkv_bias
         or "blk.0.attn_q.bias" in header.tensors,
         output_bias="blk.0.attn_output.bias" in header.tensors,
-        qk_norm=FAMILIES[architecture].qk_norm,
         tied=HEAD not in header.tensors,
+        **FAMILIES[architecture].switches,
     )
 
 

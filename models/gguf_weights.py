@@ -44,6 +44,12 @@ _INNER = {
     "self_attn.q_proj": "attn_q",
     "self_attn.v_proj": "attn_v",
 }
+# Where norms stand behind attention and feed-forward.
+_BEHIND = {
+    "post_attention_layernorm": "post_attention_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+}
 
 
 def read_weights(
@@ -69,7 +75,7 @@ def read_weights(
     """
     check_dtype(dtype)
     plan = {
-        path: {_gguf_name(name): shape for name, shape in parts.items()}
+        path: {_gguf_name(name, config): shape for name, shape in parts.items()}
         for path, parts in plan_of(config).items()
     }
     _check(header, plan)
@@ -94,13 +100,14 @@ def read_weights(
     return params
 
 
-def _gguf_name(name: str) -> str:
+def _gguf_name(name: str, config: Config) -> str:
     """Translate the name of a tensor of a Hugging Face checkpoint."""
     module, _, kind = name.rpartition(".")
     if module in _OUTER:
         return f"{_OUTER[module]}.{kind}"
     layer, _, inner = module.removeprefix("model.layers.").partition(".")
-    return f"blk.{layer}.{_INNER[inner]}.{kind}"
+    inner = (_BEHIND if config.post_norm else {}).get(inner) or _INNER[inner]
+    return f"blk.{layer}.{inner}.{kind}"
 
 
 def _own_dtype(header: Header) -> str:

@@ -5,6 +5,7 @@ numbers and is not supported is an error, never ignored.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +23,7 @@ class _Family:
 
     architecture: str
     bias: Literal["never", "qkv", "by attention_bias"]
-    qk_norm: bool = False
+    switches: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of Config
 
 
 _FAMILIES = {
@@ -30,7 +31,16 @@ _FAMILIES = {
     "mistral": _Family(architecture="MistralForCausalLM", bias="never"),
     "qwen2": _Family(architecture="Qwen2ForCausalLM", bias="qkv"),
     "qwen3": _Family(
-        architecture="Qwen3ForCausalLM", bias="by attention_bias", qk_norm=True
+        architecture="Qwen3ForCausalLM",
+        bias="by attention_bias",
+        switches=dict(qk_norm=True),
+    ),
+    "olmo2": _Family(
+        architecture="Olmo2ForCausalLM",
+        bias="by attention_bias",
+        switches=dict(
+            qk_norm=True, qk_norm_per_head=False, pre_norm=False, post_norm=True
+        ),
     ),
 }
 
@@ -71,7 +81,7 @@ _INERT = frozenset(
 
 
 def read_config(folder: str | Path) -> Config:
-    """Read `config.json` of a Llama, Mistral, Qwen2 or Qwen3 checkpoint.
+    """Read `config.json` of a checkpoint of a family that the network computes.
 
     Both spellings of the rotary settings are understood: `rope_theta` with
     `rope_scaling` (transformers 4) and `rope_parameters` (transformers 5).
@@ -139,8 +149,8 @@ def _convert(raw: dict[str, Any]) -> Config:
         max_positions=max_positions,
         qkv_bias=qkv_bias,
         output_bias=output_bias,
-        qk_norm=family.qk_norm,
         tied=_boolean(raw, "tie_word_embeddings"),
+        **family.switches,
     )
 
 

@@ -1,5 +1,6 @@
 """Write parameters as a Hugging Face folder that transformers and `load` read."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -12,6 +13,12 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from jaxkv.models.config import Config
+from jaxkv.models.rope import Rope
+
+_SIZES = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads"),
+    *("num_kv_heads", "head_dim", "rms_norm_eps", "max_positions", "tied"),
+)
 
 
 def write_qwen3(
@@ -40,13 +47,7 @@ def write_qwen3(
     Raises:
       ValueError: the network is not of Qwen3's shape.
     """
-    if not config.qk_norm or config.qkv_bias or config.output_bias:
-        raise ValueError(
-            "write_qwen3: needs qk_norm=True and no biases, got "
-            f"{config.qk_norm=}, {config.qkv_bias=}, {config.output_bias=}."
-        )
-    if config.rope.scaling is not None:
-        raise ValueError(f"write_qwen3: cannot write {config.rope.scaling=}.")
+    _check(config)
     folder = Path(folder)
     beside = folder.with_name(folder.name + ".partial")
     shutil.rmtree(beside, ignore_errors=True)
@@ -64,6 +65,20 @@ def write_qwen3(
         shutil.copy(file, beside / file.name)
     shutil.rmtree(folder, ignore_errors=True)
     beside.rename(folder)
+
+
+def _check(config: Config) -> None:
+    """Raise unless a Qwen3 of these sizes has all switches of the network."""
+    written = {name: getattr(config, name) for name in _SIZES}
+    rope = Rope(theta=config.rope.theta)
+    qwen3 = Config(qk_norm=True, rope=rope, **written)
+    others = [
+        f"{field.name}={getattr(config, field.name)!r}"
+        for field in dataclasses.fields(Config)
+        if getattr(config, field.name) != getattr(qwen3, field.name)
+    ]
+    if others:
+        raise ValueError(f"write_qwen3: no Qwen3 has {', '.join(others)}.")
 
 
 def qwen3_config(config: Config, dtype: str) -> dict[str, Any]:

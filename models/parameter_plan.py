@@ -17,7 +17,7 @@ def plan_of(config: Config) -> Plan:
     """Map the path of every parameter to the checkpoint's tensors that make it up."""
     c = config
     hidden, inner = c.hidden_size, c.intermediate_size
-    queries, keys = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    queries, keys, _ = c.qkv_sizes
     plan: Plan = {
         ("embedding",): {EMBEDDING: (c.vocab_size, hidden)},
         ("final_norm",): {"model.norm.weight": (hidden,)},
@@ -29,10 +29,8 @@ def plan_of(config: Config) -> Plan:
         attention, mlp = f"{prefix}self_attn.", f"{prefix}mlp."
         rows = {"q_proj": queries, "k_proj": keys, "v_proj": keys}
         layer: dict[str, Parts] = {
-            "attention_norm": {f"{prefix}input_layernorm.weight": (hidden,)},
             "qkv": {f"{attention}{p}.weight": (n, hidden) for p, n in rows.items()},
             "output": {f"{attention}o_proj.weight": (hidden, queries)},
-            "mlp_norm": {f"{prefix}post_attention_layernorm.weight": (hidden,)},
             "gate_up": {
                 f"{mlp}gate_proj.weight": (inner, hidden),
                 f"{mlp}up_proj.weight": (inner, hidden),
@@ -44,10 +42,25 @@ def plan_of(config: Config) -> Plan:
         if c.output_bias:
             layer["output_bias"] = {f"{attention}o_proj.bias": (hidden,)}
         if c.qk_norm:
-            layer["q_norm"] = {f"{attention}q_norm.weight": (c.head_dim,)}
-            layer["k_norm"] = {f"{attention}k_norm.weight": (c.head_dim,)}
+            for name, size in (("q_norm", queries), ("k_norm", keys)):
+                size = c.head_dim if c.qk_norm_per_head else size
+                layer[name] = {f"{attention}{name}.weight": (size,)}
+        for name, module in _norms(c).items():
+            layer[name] = {f"{prefix}{module}.weight": (hidden,)}
         plan |= {(f"layer_{i}", name): parts for name, parts in layer.items()}
     return plan
+
+
+def _norms(config: Config) -> dict[str, str]:
+    """Return the checkpoint's name of each norm on the way of the stream."""
+    # Where a norm follows the attention, it has the name of the one before the MLP.
+    mlp = "pre_feedforward" if config.post_norm else "post_attention"
+    before = {"attention_norm": "input_layernorm", "mlp_norm": f"{mlp}_layernorm"}
+    after = {
+        "attention_post_norm": "post_attention_layernorm",
+        "mlp_post_norm": "post_feedforward_layernorm",
+    }
+    return (before if config.pre_norm else {}) | (after if config.post_norm else {})
 
 
 def at(tree: Any, path: tuple[str, ...]) -> Any:

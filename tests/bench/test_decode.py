@@ -31,6 +31,7 @@ PARAMETERS = {  # of the Hub's model cards
     "qwen3-8b": 8_190_735_360,
     "llama-3.1-8b": 8_030_261_248,
     "mistral-7b-v0.3": 7_248_023_552,
+    "olmo-2-7b": 7_298_617_344,
 }
 
 

@@ -103,6 +103,7 @@ def test_every_public_class_that_makes_itself_is_short(name):
     [
         ({}, "Llama"),
         ({"qk_norm": True}, "Qwen3"),
+        ({"qk_norm": True, "pre_norm": False, "post_norm": True}, "OLMo 2"),
         ({"qkv_bias": True}, "Qwen2"),
         ({"qkv_bias": True, "output_bias": True}, "Llama"),
     ],

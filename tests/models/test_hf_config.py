@@ -31,6 +31,7 @@ QWEN2 = dict(
     sliding_window=16,
     max_window_layers=2,
 )
+OLMO2 = dict(qk_norm=True, qk_norm_per_head=False, pre_norm=False, post_norm=True)
 SCALING = dict(
     factor=8.0,
     low_freq_factor=1.0,
@@ -134,6 +135,7 @@ def test_config_keys(tmp_path, changes, expected):
         ("mistral", dict()),
         ("qwen2", dict(qkv_bias=True)),
         ("qwen3", dict(qk_norm=True, head_dim=128)),
+        ("olmo2", OLMO2 | dict(rms_norm_eps=1e-5)),
     ],
 )
 def test_config_of_other_families(tmp_path, model_type, switches):

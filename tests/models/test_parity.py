@@ -11,9 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from plain_forward import forward
 from safetensors.numpy import load_file
 
+import jaxkv
 from jaxkv.models import gguf_config, gguf_weights
 from jaxkv.models.decoder import parameter_shapes
 from jaxkv.models.gguf_header import read_header
@@ -64,6 +66,11 @@ CASES = {
             tie_word_embeddings=True,
             attention_bias=True,
         ),
+    ),
+    "olmo2": ("Olmo2", {}),
+    "olmo2-mha-tied-bias": (
+        "Olmo2",
+        dict(num_key_value_heads=4, tie_word_embeddings=True, attention_bias=True),
     ),
     "qwen3-rope": ("Qwen3", dict(head_dim=16, rope_parameters=LLAMA3)),
 }
@@ -243,6 +250,25 @@ def test_greedy_tokens(tmp_path, case):
     found = np.asarray(jax.jit(greedy, static_argnums=0)(config, params, prompt))
     assert len(np.unique(found[:, 12:])) > 8  # not stuck on a few tokens
     np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("case", ["olmo2"])
+def test_decoding_of_a_ragged_batch(tmp_path, case):
+    """Prefill and decode steps give torch's tokens, each as likely as torch has it."""
+    make(tmp_path, case)
+    config, params = read(tmp_path)
+    lm = tiny.language_model(config=config, weights=params)
+    prompts = [random_tokens(length).tolist() for length in (12, 5, 20)]
+    out = jaxkv.generate(lm, prompts, max_new_tokens=NEW_TOKENS, logprobs=True)
+    model = load_torch(tmp_path)
+    for prompt, tokens, found in zip(prompts, out.tokens, out.logprobs, strict=True):
+        whole = torch.tensor([[*prompt, *tokens[:-1]]])
+        with torch.no_grad():
+            logits = model(whole).logits[0, len(prompt) - 1 :]
+        expected, best = torch.log_softmax(logits, -1).max(-1)
+        assert len(set(tokens)) > 8  # not stuck on a few tokens
+        np.testing.assert_array_equal(tokens, best.numpy())
+        np.testing.assert_allclose(found, expected.numpy(), rtol=0, atol=1e-4)
 
 
 def greedy(config, params, prompt):
