@@ -61,12 +61,12 @@ class AdaKV(Wrapper):
 
     def layer_budgets(self, budget: int, num_layers: int) -> tuple[int, ...]:
         """Return the most that a head of each layer keeps."""
-        within = self.policy.layer_budgets(budget, num_layers)
+        within = self.within.layer_budgets(budget, num_layers)
         return tuple(int(most * self.most) for most in within)
 
     def rank(self, prompt: Prompt, *, budget: int) -> Ranking:
         """Return the scores within, and what each head keeps."""
-        scores, keep = self.policy.rank(prompt, budget=budget)
+        scores, keep = self.within.rank(prompt, budget=budget)
         keep = jnp.broadcast_to(keep, scores.shape[:2])
         shared = head_budgets(
             *(scores, prompt.candidates, keep),

@@ -50,7 +50,7 @@ class ChunkKV(Wrapper):
 
     def rank(self, prompt: Prompt, *, budget: int) -> Ranking:
         """Return the scores of the chunks, the same for all heads."""
-        scores, keep = self.policy.rank(prompt, budget=budget)
+        scores, keep = self.within.rank(prompt, budget=budget)
         chunks = chunk_scores(
             scores,
             prompt.candidates,

@@ -46,7 +46,7 @@ class CriticalKV(Wrapper):
 
     def rank(self, prompt: Prompt, *, budget: int) -> Ranking:
         """Return infinity for the first stage, and weighted scores for the second."""
-        scores, keep = self.policy.rank(prompt, budget=budget)
+        scores, keep = self.within.rank(prompt, budget=budget)
         norms = output_norms(prompt)
         if scores.shape[1] == norms.shape[1]:  # selection is by query head
             norms = norms[:, :, : scores.shape[2]]

@@ -1,6 +1,7 @@
 """What policies share that choose by another policy's scores."""
 
 import dataclasses
+from typing import Any
 
 import jax
 
@@ -21,73 +22,90 @@ class Wrapper(WholePrompt):
 
     def check(self, budget: int) -> None:
         """Ask the policy within."""
-        name = type(self).__name__
-        if not isinstance(self.policy, WholePrompt) or not self.policy.chooses:
-            raise ValueError(
-                f"{name}: policy takes one of the prompt that scores tokens, such as "
-                f"SnapKV(), got {self.policy!r}."
-            )
+        within = self.within
         try:
-            check_types(self.policy)
-            self.policy.check(budget)
+            check_types(within)
+            within.check(budget)
         except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
+            raise ValueError(f"{type(self).__name__}: {error}") from error
+
+    @property
+    def within(self) -> WholePrompt:
+        """The policy within.
+
+        Raises:
+          ValueError: it is none that scores tokens.
+        """
+        policy: Any = self.policy
+        if isinstance(policy, WholePrompt) and policy.chooses:
+            return policy
+        hint = ""
+        if isinstance(policy, type):
+            hint = f"; write {policy.__name__}()"
+        elif hasattr(policy, "attend") and not hasattr(policy, "compress"):
+            hint = (
+                f"; {type(policy).__name__} decides while decoding, pass it as decode="
+            )
+        raise ValueError(
+            f"{type(self).__name__}: policy takes one of the prompt that scores "
+            f"tokens, such as SnapKV(), got {policy!r}{hint}."
+        )
 
     @property
     def num_pseudo(self) -> int:
         """Those of the policy within."""
-        return self.policy.num_pseudo
+        return self.within.num_pseudo
 
     @property
     def offset(self) -> int:  # type: ignore[override]
         """That of the policy within."""
-        return self.policy.offset
+        return self.within.offset
 
     @property
     def same_budgets(self) -> bool:  # type: ignore[override]
         """As the policy within."""
-        return self.policy.same_budgets
+        return self.within.same_budgets
 
     @property
     def sketches(self) -> bool:  # type: ignore[override]
         """As the policy within."""
-        return self.policy.sketches
+        return self.within.sketches
 
     @property
     def head_share(self) -> float:  # type: ignore[override]
         """That of the policy within."""
-        return self.policy.head_share
+        return self.within.head_share
 
     @property
     def repeats(self) -> bool:  # type: ignore[override]
         """As the policy within."""
-        return self.policy.repeats
+        return self.within.repeats
 
     @property
     def reads_output(self) -> bool:  # type: ignore[override]
         """As the policy within."""
-        return self.policy.reads_output
+        return self.within.reads_output
 
     def pseudo_tokens(
         self, tokens: jax.Array, lengths: jax.Array, *, vocab_size: int, sketch: Sketch
     ) -> jax.Array:
         """Return those of the policy within."""
-        return self.policy.pseudo_tokens(
+        return self.within.pseudo_tokens(
             tokens, lengths, vocab_size=vocab_size, sketch=sketch
         )
 
     def heads(self, num_heads: int, num_kv_heads: int) -> int:
         """Return those of the policy within."""
-        return self.policy.heads(num_heads, num_kv_heads)
+        return self.within.heads(num_heads, num_kv_heads)
 
     def layer_budgets(self, budget: int, num_layers: int) -> tuple[int, ...]:
         """Return those of the policy within."""
-        return self.policy.layer_budgets(budget, num_layers)
+        return self.within.layer_budgets(budget, num_layers)
 
     def layer_keeps(self, keep, lengths, num_layers) -> tuple[jax.Array, ...]:
         """Return those of the policy within."""
-        return self.policy.layer_keeps(keep, lengths, num_layers)
+        return self.within.layer_keeps(keep, lengths, num_layers)
 
     def rank(self, prompt: Prompt, *, budget: int) -> Ranking:
         """Return the ranking of the policy within."""
-        return self.policy.rank(prompt, budget=budget)
+        return self.within.rank(prompt, budget=budget)

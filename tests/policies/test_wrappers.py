@@ -1,6 +1,7 @@
 """Policies around policies, by hand: ChunkKV, CriticalKV and AdaKV."""
 
 import dataclasses
+import re
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +17,7 @@ from jaxkv.policies.adakv import head_budgets
 from jaxkv.policies.base import WholePrompt
 from jaxkv.policies.chunkkv import chunk_scores
 from jaxkv.policies.criticalkv import output_norms
+from jaxkv.text.arguments import static_options
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,6 +137,25 @@ def test_heads_of_different_budgets_need_a_decode_that_appends():
 def test_the_policy_within_is_checked(policy, message):
     with pytest.raises(ValueError, match=message):
         policy.check(9)
+
+
+@pytest.mark.parametrize("wrapper", [AdaKV, ChunkKV, CriticalKV])
+@pytest.mark.parametrize(
+    ("within", "hint"),
+    [
+        (jaxkv.LongFlow(), "; LongFlow decides while decoding, pass it as decode="),
+        (SnapKV, "; write SnapKV\\(\\)"),
+        (jaxkv.Full(), ""),
+        (7, ""),
+    ],
+)
+def test_the_wrong_policy_within_is_named(wrapper, within, hint):
+    """Also where its lacks would show first as those of the policy around it."""
+    got = re.escape(repr(within)) + hint
+    said = f"{wrapper.__name__}: policy takes one of the prompt .* got {got}.$"
+    for policy in (wrapper(policy=within), AdaKV(policy=wrapper(policy=within))):
+        with pytest.raises(ValueError, match=said):
+            static_options(prefill=policy).check((64,))
 
 
 def test_named_settings():
