@@ -15,6 +15,7 @@ Without `tokenizer.json`, transformers reads the older files, and what it made o
 is checked against them.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,18 +52,25 @@ def read_tokenizer(folder: Path) -> Any:
     return None
 
 
-def encode(tokenizer: Any, text: str) -> list[int]:
-    """Return the token ids of a prompt, special tokens included.
+def encode(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """Return the token ids of prompts, special tokens included.
 
     A chat template that was rendered as text often begins with the token that the
     tokenizer, too, puts in front (BOS). It stands there once, not twice.
+
+    Args:
+      tokenizer: from `read_tokenizer`.
+      texts: one call of the tokenizer reads all, on all cores.
     """
-    ids = list(tokenizer(text)["input_ids"])
-    if len(ids) > 1 and ids[0] == ids[1]:
-        plain = tokenizer(text, add_special_tokens=False)["input_ids"]
-        if len(plain) < len(ids) and plain[0] == ids[0]:
-            return ids[1:]
-    return ids
+    if not texts:
+        return []
+    rows = [list(row) for row in tokenizer(list(texts))["input_ids"]]
+    for index, ids in enumerate(rows):
+        if len(ids) > 1 and ids[0] == ids[1]:
+            plain = tokenizer(texts[index], add_special_tokens=False)["input_ids"]
+            if len(plain) < len(ids) and plain[0] == ids[0]:
+                rows[index] = ids[1:]
+    return rows
 
 
 def _read_fast(folder: Path) -> Any:

@@ -304,7 +304,7 @@ def read_task_file(
         counts[task] = counts.get(task, 0) + 1
     if chat:
         records = [_in_chat(record, system) for record in records]
-    rows = [_ids(lm, record) for record in records]
+    rows = _rows(lm, records)
     longest = max(map(len, rows))
     return [
         Question(
@@ -352,6 +352,23 @@ def _asked(record: Record) -> str:
     return record.prompt if isinstance(record.prompt, str) else ""
 
 
+def _rows(lm: LanguageModel, records: Sequence[Record]) -> list[np.ndarray]:
+    """Return the token ids of records: texts in one call, conversations one by one."""
+    whole = [record for record in records if not record.messages]
+    try:
+        together = iter(
+            encode(lm, [record.prompt for record in whole]) if whole else ()
+        )
+    except ValueError:  # one is bad; alone it is named
+        for record in whole:
+            _ids(lm, record)
+        raise
+    return [
+        _ids(lm, record) if record.messages else np.array(next(together), np.int32)
+        for record in records
+    ]
+
+
 def _ids(lm: LanguageModel, record: Record) -> np.ndarray:
     """Return a record's token ids; a conversation goes through the chat template."""
     try:
@@ -392,4 +409,4 @@ def _need_tokenizer(lm: LanguageModel) -> None:
 
 
 def _encode(tokenizer: Any, prompts: Sequence[str]) -> list[np.ndarray]:
-    return [np.array(hf_tokenizer.encode(tokenizer, p), np.int32) for p in prompts]
+    return [np.array(ids, np.int32) for ids in hf_tokenizer.encode(tokenizer, prompts)]

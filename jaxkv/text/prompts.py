@@ -55,11 +55,11 @@ def encode(lm: LanguageModel, prompts: Prompts, *, behind: bool = False) -> list
             f"generate: the first argument is a model from jaxkv.load, got {brief(lm)}."
         )
     ids = []
-    for index, prompt in enumerate(_listed(lm, prompts)):
-        row = None
-        if isinstance(prompt, str):
-            row = _text_ids(lm, index, prompt, behind=behind)
-        row = _token_ids(index, prompt) if row is None else row
+    given = _listed(lm, prompts)
+    texts = iter(_text_ids(lm, given, behind=behind))
+    for index, prompt in enumerate(given):
+        text = isinstance(prompt, str)
+        row = next(texts) if text else _token_ids(index, prompt)
         if not len(row):
             raise ValueError(f"generate: prompt {index} has no tokens.")
         if np.min(row) < 0 or np.max(row) >= lm.config.vocab_size:
@@ -181,8 +181,21 @@ def _rows(name: str, values: Any) -> list[Any]:
     return list(values) if any(map(is_iterable, values)) else [values]
 
 
-def _text_ids(lm: LanguageModel, index: int, prompt: str, *, behind: bool) -> list[int]:
-    """Return the ids of a text, or raise ValueError."""
+def _text_ids(
+    lm: LanguageModel, prompts: Sequence[Any], *, behind: bool
+) -> Sequence[list[int]]:
+    """Return the ids of those prompts that are texts, or raise ValueError."""
+    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+    for index, prompt in enumerate(prompts):
+        if isinstance(prompt, str):
+            _check_text(lm, index, prompt)
+    if behind and texts:
+        return lm.tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return hf_tokenizer.encode(lm.tokenizer, texts)
+
+
+def _check_text(lm: LanguageModel, index: int, prompt: str) -> None:
+    """Raise ValueError for a text that has no token ids, or too many of them."""
     if lm.tokenizer is None:
         raise ValueError(
             f"generate: {lm.name} has no tokenizer; pass token ids, not text."
@@ -202,9 +215,6 @@ def _text_ids(lm: LanguageModel, index: int, prompt: str, *, behind: bool) -> li
             f"generate: prompt {index} has {len(prompt)} characters and more than "
             f"{most} tokens, but {lm.name} was made for {most}; shorten it."
         )
-    if behind:
-        return lm.tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    return hf_tokenizer.encode(lm.tokenizer, prompt)
 
 
 def _token_ids(index: int, prompt: Any) -> Any:

@@ -75,6 +75,31 @@ def test_texts_of_a_file_are_put_into_a_chat(tiny_lm, tmp_path):
     assert plain.ids.tolist() == tiny_lm.tokenizer("a")["input_ids"]
 
 
+def test_texts_of_a_file_are_tokenised_in_one_call(tiny_lm, tmp_path):
+    calls = []
+
+    class Counted(type(tiny_lm.tokenizer)):
+        def __call__(self, text, **how):
+            calls.append(text)
+            return super().__call__(text, **how)
+
+    tokenizer = Counted(tokenizer_object=tiny_lm.tokenizer.backend_tokenizer)
+    file = tmp_path / "q.jsonl"
+    asked = ["one", [5, 6], "two words", "three"]
+    rows = [{"prompt": prompt, "outputs": ["x"]} for prompt in asked]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    lm = dataclasses.replace(tiny_lm, tokenizer=tokenizer)
+    found = [question.ids.tolist() for question in read_task_file(lm, file)]
+    assert calls == [["one", "two words", "three"]]
+    assert found == [
+        prompt if isinstance(prompt, list) else tiny_lm.tokenizer(prompt)["input_ids"]
+        for prompt in asked
+    ]
+    file.write_text("\n".join(map(json.dumps, [*rows, {**rows[0], "prompt": [-1]}])))
+    with pytest.raises(ValueError, match=r"q.jsonl:5: has token ids outside"):
+        read_task_file(lm, file)
+
+
 def test_the_beginning_of_an_answer_follows_the_template(tiny_lm, tmp_path):
     file = tmp_path / "q.jsonl"
     row = {"context": "The number is 7.", "question": "\nWhich?", "answer": "7"}

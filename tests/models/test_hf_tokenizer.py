@@ -249,7 +249,7 @@ def test_one_bos_only(read, name, added):
     truth, text = TOKENIZERS[name], "the <s> the"
     given = BOS * added + text
     plain = truth.encode(given, add_special_tokens=False).ids
-    ids = encode(read[name], given)
+    (ids,) = encode(read[name], [given])
     assert ids[1:].count(1) == max(added - 1, 0) + 1
     assert ids == (plain if added or "BOS" not in name else [1, *plain])
 
