@@ -25,6 +25,7 @@ from jaxkv.attention import (
 from jaxkv.kernels import decode, dispatch, tree_attention
 from jaxkv.options import Options
 from jaxkv.policies import contract
+from jaxkv.policies.base import DecodePolicy
 from jaxkv.policies.full import Full
 from jaxkv.state import Cache
 
@@ -354,6 +355,15 @@ def feed(
     return jax.lax.fori_loop(jnp.int32(0), steps, step, begun)
 
 
+def in_blocks(policy: DecodePolicy, cache: Cache) -> bool:
+    """Return whether given tokens may pass in blocks, instead of one by one.
+
+    They may where the policy overwrites nothing on the way, and its memory, which only
+    its own `attend` can bring up to date, is empty.
+    """
+    return not policy.evicts and not jax.tree.leaves([s.memory for s in cache])
+
+
 def feed_on(
     network: Network,
     params: Any,
@@ -379,7 +389,7 @@ def feed_on(
       Float32 logits `[B, V]` of the token after each row's last one, and the cache.
     """
     given = (network, params, tokens, counts, position)
-    if options.decode == Full():
+    if in_blocks(options.decode, cache):
         how = options.decode_implementation
         hidden, cache = read_behind(*given, cache, implementation=how)
         return logits_at_end(network, params, hidden, counts), cache

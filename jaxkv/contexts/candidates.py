@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jaxkv.attention import Network
 from jaxkv.contexts.context import Context, begun, drawn
-from jaxkv.forward import feed, read_behind
+from jaxkv.forward import feed, in_blocks, read_behind
 from jaxkv.options import Options
 from jaxkv.runtime.programs import bounded_jit
 
@@ -57,7 +57,7 @@ def weigh(
     """
     chosen = drawn(context, documents, slots)
     where = (*(network, params, tokens, counts, chosen.lengths),)
-    if options.decode.evicts:
+    if not in_blocks(options.decode, chosen.cache):
         cache = begun(options.decode, network, params, chosen.cache, chosen.lengths)
         fed = feed(*where, chosen.logits, cache, options=options)
         return Likelihoods(fed.log_probs, fed.likeliest)

@@ -11,11 +11,10 @@ import numpy as np
 
 from jaxkv.contexts.candidates import chances
 from jaxkv.evaluation.methods import Method
-from jaxkv.forward import feed, logits_at_end, read, read_behind
+from jaxkv.forward import feed, in_blocks, logits_at_end, read, read_behind
 from jaxkv.language_model import LanguageModel
 from jaxkv.models.decoder import Decoder
 from jaxkv.options import Options
-from jaxkv.policies.full import Full
 from jaxkv.runtime.programs import bounded_jit
 
 
@@ -97,7 +96,7 @@ def _fed(
     )
     rest = tokens[:, prompt:]
     counts = jnp.full(batch, length - prompt, jnp.int32)
-    if options.decode == Full():
+    if in_blocks(options.decode, cache):
         behind, _ = read_behind(
             *(network, params, rest, counts, lengths, cache),
             implementation=options.decode_implementation,

@@ -294,7 +294,9 @@ class DecodePolicy(Protocol):
         """Whether the policy overwrites occupied slots.
 
         If so the state holds `budget` slots for prompt and output together; if not, it
-        holds `budget + max_new_tokens`.
+        holds `budget + max_new_tokens`, and tokens that are given (questions, texts to
+        be weighed) are appended without a call of `attend`, by plain attention; those
+        of a turn only if the policy keeps no memory.
         """
 
     @property

@@ -1,5 +1,6 @@
 """Given tokens fed through a policy: equal to decoding them, and to reading them."""
 
+import dataclasses
 import functools
 
 import jax
@@ -9,7 +10,7 @@ import pytest
 import tiny
 from tiny import NETWORK
 
-from jaxkv import LongFlow, Options, SnapKV, StreamingLLM, forward
+from jaxkv import Full, LongFlow, Options, SnapKV, StreamingLLM, forward
 
 PROMPT, NEW = 8, 6
 COUNTS = [NEW, 2, 4, 0]
@@ -88,3 +89,42 @@ def test_a_row_is_fed_as_it_is_alone(name):
     _, _, other = program(POLICIES[name])(params, *arrays[:3], fewer)
     np.testing.assert_array_equal(fed.log_probs[1:], other.log_probs[1:])
     np.testing.assert_array_equal(fed.logits[1:], other.logits[1:])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Keeps(Full):
+    """One of somebody's own that keeps everything, and may remember it."""
+
+    remembers: bool = False
+
+    def begin(self, state, lengths):
+        memory = jnp.zeros(len(lengths)) if self.remembers else ()
+        return dataclasses.replace(state, memory=memory)
+
+    def attend(self, *args, implementation=None):
+        assert self.remembers, "given tokens need not come one by one"
+        out, state = super().attend(*args, implementation=implementation)
+        return out, dataclasses.replace(state, memory=state.memory + 1)
+
+
+@pytest.mark.parametrize("remembers", [False, True])
+def test_what_keeps_everything_is_fed_in_blocks_unless_it_remembers(remembers):
+    options = Options(decode=Keeps(remembers=remembers))
+    params, tokens, lengths, given, counts = inputs()
+
+    def run(params, counts):
+        _, cache = forward.prefill(
+            *(NETWORK, params, tokens, lengths), options=options, slots=PROMPT + NEW
+        )
+        where = (*(NETWORK, params, given, counts, lengths),)
+        logits, cache = forward.feed_on(*where, cache, options=options)
+        return logits, [state.memory for state in cache]
+
+    logits, memory = jax.jit(run)(params, jnp.maximum(counts, 1))
+    _, _, fed = program(POLICIES["full"])(
+        *(params, tokens, lengths, given, jnp.maximum(counts, 1))
+    )
+    np.testing.assert_allclose(logits, fed.logits, atol=2e-4)
+    assert [int(x.max()) for x in jax.tree.leaves(memory)] == [NEW] * (
+        len(memory) if remembers else 0
+    )
