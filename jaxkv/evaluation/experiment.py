@@ -30,10 +30,10 @@ from jaxkv.evaluation.questions import (
     apart,
     as_chat,
     draw_questions,
-    read_task_file,
 )
 from jaxkv.evaluation.reports import write_report
 from jaxkv.evaluation.sweep import Batch
+from jaxkv.evaluation.task_files import read_task_file
 from jaxkv.language_model import LanguageModel
 from jaxkv.options import described
 from jaxkv.provenance import provenance

@@ -293,10 +293,8 @@ class DecodePolicy(Protocol):
     def evicts(self) -> bool:
         """Whether the policy overwrites occupied slots.
 
-        If so the state holds `budget` slots for prompt and output together; if not, it
-        holds `budget + max_new_tokens`, and tokens that are given (questions, texts to
-        be weighed) are appended without a call of `attend`, by plain attention; those
-        of a turn only if the policy keeps no memory.
+        If so the state holds `budget` slots for prompt and output together; if not,
+        `budget + max_new_tokens`, and given tokens are appended by plain attention.
         """
 
     @property

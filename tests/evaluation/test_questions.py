@@ -16,8 +16,8 @@ from jaxkv.evaluation.questions import (
     draw_questions,
     draw_sample,
     judge,
-    read_task_file,
 )
+from jaxkv.evaluation.task_files import read_task_file
 from jaxkv.text.chat import encode_chat, speaks_in_chats
 
 
