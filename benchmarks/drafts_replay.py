@@ -108,14 +108,19 @@ def steps(
 
 
 def answers(
-    lm: jaxkv.LanguageModel, file: Path, prompts: int, new: int
+    lm: jaxkv.LanguageModel,
+    file: Path,
+    prompts: int,
+    new: int,
+    development: bool = False,
 ) -> dict[str, Any]:
     """Return prompts and outputs by kind."""
     asked = {
-        kind: chosen_prompts(lm, file, kind, prompts, new)[0]
+        kind: chosen_prompts(lm, file, kind, prompts, new, development)[0]
         for kind in KINDS.split(",")
     }
-    asked["documentation"] = drawn_prompts(lm, prompts // 2, 1024)
+    if not development:
+        asked["documentation"] = drawn_prompts(lm, prompts // 2, 1024)
     return {
         kind: {
             "prompts": rows,
@@ -125,17 +130,27 @@ def answers(
     }
 
 
-def replay(rows: dict[str, Any], drafter: jaxkv.Tree) -> list[dict[str, Any]]:
-    """Return what the answers of a kind take, by width and price."""
-    # Ids of fewer words, so that the stand-in's logits are small.
+def renumbered(
+    rows: dict[str, Any],
+) -> tuple[list[tuple[np.ndarray, np.ndarray]], int]:
+    """Return prompts with outputs in ids of few words, and how many words.
+
+    So the stand-in's logits are small. Outputs of 8 tokens or less are left out.
+    """
     pairs = list(zip(rows["prompts"], rows["outputs"], strict=True))
     known, ids = np.unique(
         np.concatenate([[*p, *o] for p, o in pairs]), return_inverse=True
     )
     ends = np.cumsum([[len(p), len(o)] for p, o in pairs])
     parts = [part.astype(np.int32) for part in np.split(ids, ends[:-1])]
-    texts = [(p, o) for p, o in zip(parts[::2], parts[1::2], strict=True) if len(o) > 8]
-    failing = Failing(words=len(known), **dataclasses.asdict(drafter))
+    texts = zip(parts[::2], parts[1::2], strict=True)
+    return [(p, o) for p, o in texts if len(o) > 8], len(known)
+
+
+def replay(rows: dict[str, Any], drafter: jaxkv.Tree) -> list[dict[str, Any]]:
+    """Return what the answers of a kind take, by width and price."""
+    texts, words = renumbered(rows)
+    failing = Failing(words=words, **dataclasses.asdict(drafter))
     plain = sum(len(o) - 1 for _, o in texts)
     found = []
     for place, (width, prices) in enumerate(PRICES.items()):

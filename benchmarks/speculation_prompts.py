@@ -38,6 +38,7 @@ from jaxkv.provenance import provenance, write_json
 from jaxkv.text.chat import encode_chat
 from jaxkv.text.planning import bucket
 
+REPORTED = 24  # prompts of a kind
 KINDS = "summarization,rag,translation,math_reasoning,qa,multi_turn"
 RULES = {
     "F1": jaxkv.Conditional(form="F1"),
@@ -93,11 +94,18 @@ def conversations(
 
 
 def chosen_prompts(
-    lm: jaxkv.LanguageModel, file: Path, kind: str, count: int, new: int
+    lm: jaxkv.LanguageModel,
+    file: Path,
+    kind: str,
+    count: int,
+    new: int,
+    development: bool = False,
 ) -> tuple[list[list[int]], list[list[str]]]:
     """Return the first prompts of a kind that share its most common bucket.
 
-    Beside each what a right output holds one of, empty where that is not known.
+    Beside each what a right output holds one of, empty where that is not known. For
+    development it is the last of all others, in whatever bucket: at most `REPORTED` of
+    a kind are ever reported.
     """
     rows = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
     several = kind == "multi_turn"
@@ -112,7 +120,12 @@ def chosen_prompts(
         (tokens, wanted(row))
         for tokens, row in zip(ids, rows, strict=True)
         if bucket(len(tokens)) == common
-    ][:count]
+    ]
+    reported = pairs[:REPORTED]
+    if development:
+        every = zip(ids, map(wanted, rows), strict=True)
+        pairs = [pair for pair in every if pair not in reported][-count:]
+    pairs = pairs[:count] if development else reported[:count]
     return [tokens for tokens, _ in pairs], [texts for _, texts in pairs]
 
 
@@ -218,11 +231,14 @@ def main(
     out: Annotated[Path, typer.Option(help="File for the result.")],
     model: Annotated[str, typer.Option(help="With a chat template.")] = "smollm2",
     kinds: Annotated[str, typer.Option(help="Categories, with commas.")] = KINDS,
-    prompts: Annotated[int, typer.Option(help="Of each kind.")] = 24,
+    prompts: Annotated[int, typer.Option(help="Of each kind.")] = REPORTED,
     batch: Annotated[str, typer.Option(help="Rows, with commas.")] = "1,8",
     new: Annotated[int, typer.Option(help="Longest output.")] = 128,
     nodes: Annotated[int, typer.Option(help="Of the trees.")] = 16,
     only: Annotated[str, typer.Option(help="Variants, with semicolons.")] = "",
+    development: Annotated[
+        bool, typer.Option(help="Prompts that none report.")
+    ] = False,
     dtype: Annotated[str | None, typer.Option(help="Default: the device's.")] = None,
 ) -> None:
     """Measure, print a line per variant, and write JSON."""
@@ -240,7 +256,9 @@ def main(
     rows: list[dict[str, Any]] = []
     for size in map(int, batch.split(",")):
         for kind in kinds.split(","):
-            drawn, answers = chosen_prompts(lm, file, kind, prompts, new)
+            drawn, answers = chosen_prompts(
+                *(lm, file, kind, prompts, new), development
+            )
             whole = len(drawn) // size * size  # no smaller last batch
             drawn, answers = drawn[:whole], answers[:whole]
             base, plain = None, None
