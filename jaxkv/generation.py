@@ -2,8 +2,7 @@
 
 `generate_tokens` is `start` (prefill and the first token) followed by `advance` (a
 `lax.while_loop` of decode steps), and may be used inside a larger jitted program. The
-compiled halves, `start_jit` and `advance_jit`, are what `jaxkv.generate` calls, so that
-time to first token can be told apart from time per token, and text can be streamed.
+compiled halves, `start_jit` and `advance_jit`, let `jaxkv.generate` time and stream.
 
 Axis letters: `B` batch, `P` padded prompt, `V` vocabulary, `O` output buffer.
 """
@@ -21,7 +20,7 @@ from jaxkv.options import Options
 from jaxkv.policies.base import Speculable
 from jaxkv.runtime.programs import bounded_jit
 from jaxkv.runtime.seeds import independent
-from jaxkv.sampling import Sampler, from_numbers, pick_next
+from jaxkv.sampling import Sampler, from_numbers, penalizes, pick_next
 from jaxkv.sequences import Generation, append, no_logprobs
 from jaxkv.speculation import loop as speculation
 from jaxkv.speculation import pace
@@ -107,7 +106,7 @@ def begin(
     """
     batch, length = tokens.shape
     seen = None
-    if options.sampler.repetition_penalty != 1:
+    if penalizes(options.sampler):
         real = jnp.arange(length, dtype=jnp.int32)[None] < lengths[:, None]
         seen = jnp.zeros(logits.shape, bool)
         seen = seen.at[jnp.arange(batch, dtype=jnp.int32)[:, None], tokens].max(real)
@@ -124,8 +123,8 @@ def begin(
         speculation=None,
         logprobs=no_logprobs(batch, max_out, options.top_logprobs),
     )
-    every = jnp.ones(batch, bool)
-    generation = _choose(generation, logits, every, stop_ids, options.sampler)
+    given = logits, ~generation.done, stop_ids, options.sampler
+    generation = _choose(generation, *given)
     if options.speculate is None:
         return generation
     begun = speculation.begin(
@@ -227,8 +226,7 @@ def follow(
         cache=cache,
         seen=seen,
     )
-    every = jnp.ones(batch, bool)
-    return _choose(begun, logits, every, stop_ids, options.sampler)
+    return _choose(begun, logits, ~begun.done, stop_ids, options.sampler)
 
 
 def advance(
@@ -240,6 +238,7 @@ def advance(
     prices: jax.Array | None = None,
     *,
     options: Options,
+    steps: jax.Array | None = None,
 ) -> Running:
     """Decode until every row has stopped or has `until` tokens.
 
@@ -247,12 +246,13 @@ def advance(
       network: static.
       params: its parameters.
       generation: from `start` or from an earlier call.
-      until: int32 scalar, at most `O`.
-      stop_ids: int32 `[E]`.
+      until: int32 scalar, at most `O`, or `[B]`, of each row.
+      stop_ids: int32 `[E]`, or `[B, E]`, of each row.
       prices: float32 `[L]`, what a step with drafts of each of `pace.widths` takes, in
         plain steps. None is what the drafter's `break_even` says, and where that is
         "auto", `pace.UNMEASURED`: a traced function measures nothing.
       options: static.
+      steps: int32 scalar, after which, or soon after which, to return; None is never.
 
     Returns:
       The state of the loop.
@@ -262,6 +262,9 @@ def advance(
 
     def running(g):
         return ~g.done & g.finite & (g.lengths < until)
+
+    def taken(g):
+        return g.lengths if drafter is None else g.speculation.counts.steps
 
     def plain_step(g):
         rows = running(g)
@@ -302,7 +305,12 @@ def advance(
         if prices is None:
             prices = pace.assumed_prices(drafter, options.accept)
         step = functools.partial(drafting_steps, drafter, widths, prices)
-    return jax.lax.while_loop(lambda g: running(g).any(), step, generation)
+
+    def goes_on(g):
+        few = steps is None or (taken(g) - taken(generation)).max() < steps
+        return running(g).any() & few
+
+    return jax.lax.while_loop(goes_on, step, generation)
 
 
 def _choose(

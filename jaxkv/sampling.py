@@ -102,6 +102,12 @@ class Categorical(Sampler):
         return logits
 
 
+def penalizes(sampler: Sampler) -> bool:
+    """Return whether tokens seen before are made less likely; arrays may do so."""
+    penalty = sampler.repetition_penalty
+    return isinstance(penalty, jax.Array) or penalty != 1
+
+
 def pick_next(
     sampler: Sampler,
     logits: jax.Array,
@@ -152,13 +158,16 @@ def from_numbers(logits: jax.Array, tokens: jax.Array) -> jax.Array:
     return jnp.isfinite(jnp.take_along_axis(logits, tokens[:, None], axis=1)[:, 0])
 
 
-def penalize(logits: jax.Array, seen: jax.Array, penalty: float) -> jax.Array:
+def penalize(
+    logits: jax.Array, seen: jax.Array, penalty: float | jax.Array
+) -> jax.Array:
     """Make tokens that have occurred less likely (Keskar et al., arXiv 1909.05858).
 
     Args:
       logits: float32 `[B, V]`.
       seen: bool `[B, V]`, tokens of the prompt and of the output so far.
-      penalty: positive logits are divided by it, negative ones multiplied.
+      penalty: positive logits are divided by it, negative ones multiplied; float32
+        `[B, 1]` is one of each row.
 
     Returns:
       The new logits; what float32 does not hold is the highest or lowest it does.

@@ -82,7 +82,7 @@ def append(
       new: int32 `[B, N]`; one for a plain step, a path for a step with drafts.
       count: int32 `[B]`, at most `N`; 0 leaves a row as it is. A stop id among these
         tokens must be the last one.
-      stop_ids: int32 `[E]`.
+      stop_ids: int32 `[E]`, or `[B, E]`, of each row.
       logits: returns what the new tokens were chosen from, float32 `[B, N, V]`; called
         if their log-probabilities are noted.
 
@@ -151,5 +151,6 @@ def write(
 
 
 def is_stop(tokens: jax.Array, stop_ids: jax.Array) -> jax.Array:
-    """Return which of the tokens `[B, N]` are among the stop ids `[E]`, bool."""
-    return (tokens[:, :, None] == stop_ids[None, None]).any(-1)
+    """Return which of the tokens `[B, N]` are stop ids, `[E]` or `[B, E]`; bool."""
+    of_rows = stop_ids if stop_ids.ndim == 2 else stop_ids[None]
+    return (tokens[:, :, None] == of_rows[:, None]).any(-1)

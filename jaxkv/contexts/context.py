@@ -294,6 +294,50 @@ def ask(
     Returns:
       The state of the loop after one token.
     """
+    asked = put_behind(
+        *(network, params, context, documents, tokens, counts),
+        options=options,
+        slots=slots,
+    )
+    return generation.begin(
+        *(asked.tokens, asked.lengths, asked.logits, asked.cache, keys, stop_ids),
+        options=options,
+        max_out=max_out,
+        likeliest=asked.likeliest,
+        pool=pool,
+    )
+
+
+class Asked(NamedTuple):
+    """Documents and the questions behind them, read, as `generation.begin` takes them.
+
+    Attributes:
+      tokens: int32 `[B, P + Q]`, right-padded.
+      lengths: int32 `[B]`.
+      logits: float32 `[B, V]`, of the token after each question.
+      cache: one state per layer, begun by the decode policy.
+      likeliest: int32 `[B, P + Q, 3]` or None, as in `Context`.
+    """
+
+    tokens: jax.Array
+    lengths: jax.Array
+    logits: jax.Array
+    cache: Cache
+    likeliest: jax.Array | None
+
+
+def put_behind(
+    network: Network,
+    params: Any,
+    context: Context,
+    documents: jax.Array,
+    tokens: jax.Array,
+    counts: jax.Array,
+    *,
+    options: Options,
+    slots: tuple[int, ...],
+) -> Asked:
+    """Put questions behind documents, whole; arguments are those of `ask`."""
     chosen = drawn(context, documents, slots)
     hidden, cache = read_behind(
         *(network, params, tokens, counts, chosen.lengths, chosen.cache),
@@ -310,14 +354,8 @@ def ask(
         of_document = cast(jax.Array, chosen.likeliest)
         likeliest = jnp.pad(of_document, (*room, (0, 0)))
         likeliest = write(likeliest, found, chosen.lengths, counts)
-    return generation.begin(
-        *(text, total, logits_at_end(network, params, hidden, counts), cache),
-        *(keys, stop_ids),
-        options=options,
-        max_out=max_out,
-        likeliest=likeliest,
-        pool=pool,
-    )
+    logits = logits_at_end(network, params, hidden, counts)
+    return Asked(text, total, logits, cache, likeliest)
 
 
 def drawn(context: Context, documents: jax.Array, slots: tuple[int, ...]) -> Context:

@@ -242,8 +242,8 @@ def tree_step(
       g: the sequences.
       drafts: of them, and which rows take the step.
       brings: bool `[B]`, those of them that bring a draft.
-      until: int32 scalar, tokens that no output exceeds.
-      stop_ids: int32 `[E]`.
+      until: int32 scalar, tokens that no output exceeds, or `[B]`, of each row.
+      stop_ids: int32 `[E]`, or `[B, E]`, of each row.
       widths: nodes that are fed, the last, and narrower ones to learn of, static.
       depth: of the deepest node that a tree may have, `D`, static.
       policy: evicts, static.

@@ -48,7 +48,7 @@ def decide(
       logits: float32 `[B, T, V]`, of the token after each node.
       tree: the drafts.
       above: bool `[B, T, T]`, from `trees.ancestors`.
-      stop_ids: int32 `[E]`.
+      stop_ids: int32 `[E]`, or `[B, E]`, of each row.
       rule: static.
       sampler: static; greedy if the rule is lossy.
       position: int32 `[B]`, of the root.
@@ -79,7 +79,8 @@ def view(
       logits: float32 `[B, T, V]`, of the token after each node.
       tree: the drafts.
       picks: int32 `[B, T]`, what plain decoding chooses after each node.
-      stop_ids: int32 `[E]`; those outside the vocabulary, such as -1, are none.
+      stop_ids: int32 `[E]`, or `[B, E]`, of each row; those outside the vocabulary,
+        such as -1, are none.
 
     Returns:
       The view, from each node's parent on its token.
@@ -90,7 +91,11 @@ def view(
     centred = logits - total[..., None]
     entropy = -jnp.where(logits > -jnp.inf, jnp.exp(centred) * centred, 0.0).sum(-1)
     real = (stop_ids >= 0) & (stop_ids < logits.shape[-1])
-    stops = jnp.where(real, logits[..., stop_ids], -jnp.inf).max(-1)
+    real = real[:, None] if real.ndim == 2 else real[None, None]
+    at = stop_ids[:, None] if stop_ids.ndim == 2 else stop_ids[None, None]
+    at = jnp.broadcast_to(jnp.maximum(at, 0), (*logits.shape[:2], at.shape[-1]))
+    stops = jnp.take_along_axis(logits, at, axis=-1, mode="clip")
+    stops = jnp.where(real, stops, -jnp.inf).max(-1)
     own = logits[rows, tree.parents, tree.tokens]
 
     def parent(x):
