@@ -35,6 +35,7 @@ from jaxkv.policies.triattention import TriAttention
 from jaxkv.policies.vatp import VATP
 from jaxkv.runtime.compilation_cache import enable_compilation_cache
 from jaxkv.sampling import Categorical, Greedy
+from jaxkv.serving.engine import Engine
 from jaxkv.soundness import LogitsError
 from jaxkv.speculation.counts import DraftStats
 from jaxkv.speculation.drafters import Aligned, Drafter, PromptLookup, Tree
@@ -67,6 +68,7 @@ __all__ = [
     "DraftStats",
     "Drafter",
     "DropKV",
+    "Engine",
     "Evaluation",
     "Exact",
     "ExpectedAttention",

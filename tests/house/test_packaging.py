@@ -26,6 +26,7 @@ FOLDERS = {
     "jaxkv.plot": "jaxkv/plot",
     "jaxkv.policies": "jaxkv/policies",
     "jaxkv.runtime": "jaxkv/runtime",
+    "jaxkv.serving": "jaxkv/serving",
     "jaxkv.speculation": "jaxkv/speculation",
     "jaxkv.tasks": "jaxkv/tasks",
     "jaxkv.text": "jaxkv/text",

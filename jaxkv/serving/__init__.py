@@ -1,0 +1,1 @@
+"""Requests that come and go on rows of fixed size: `jaxkv.Engine`."""

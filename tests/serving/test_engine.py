@@ -1,0 +1,207 @@
+"""An engine's ways in and out: what it refuses, notes, streams and waits for."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from serving.served import BROKEN, model, prompt
+
+import jaxkv
+from jaxkv import Categorical, Engine, Greedy, LongFlow, SnapKV, Tree
+from jaxkv.contexts.context import Context
+from jaxkv.runtime.seeds import row_keys
+from jaxkv.serving import requests
+from jaxkv.serving.samplers import RowSamplers
+from jaxkv.speculation.rules import TopK
+
+SMALL = dict(rows=2, max_prompt=64, max_new_tokens=12, block=4)
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return Engine(model(), **SMALL, repetition_penalties=True, top_logprobs=2)
+
+
+SAMPLERS = [
+    Greedy(),
+    Categorical(),
+    Categorical(temperature=1e-30),
+    Categorical(temperature=3.0, top_k=1),
+    Categorical(temperature=0.7, top_k=7, top_p=0.8),
+    Categorical(top_p=0.3, min_p=0.02),
+    Categorical(min_p=0.2, repetition_penalty=1.7),
+    Greedy(repetition_penalty=0.5),
+]
+
+
+def test_each_row_draws_what_its_own_sampler_draws():
+    rows = 40
+    logits = jax.random.normal(jax.random.key(0), (rows, 50)) * 3
+    logits = logits.at[:, 7].set(logits[:, 9])  # a tie
+    keys = row_keys(list(range(rows)), rows)
+    chosen = [SAMPLERS[row % len(SAMPLERS)] for row in range(rows)]
+    together = RowSamplers.of(chosen, penalties=True)
+    together = jax.tree.map(jnp.asarray, together)
+    together.check()
+    want = [
+        int(sampler.pick(logits[row][None], keys[row][None])[0])
+        for row, sampler in enumerate(chosen)
+    ]
+    assert together.pick(logits, keys).tolist() == want
+    assert len(set(want)) > 10
+    one = RowSamplers.of([Categorical(top_k=99)], penalties=False)
+    assert one.repetition_penalty == 1.0
+    assert one.pick(logits[:1], keys[:1]) == Categorical().pick(logits[:1], keys[:1])
+
+
+def test_penalties_and_logprobs_are_those_of_generate(engine):
+    sampler = Categorical(temperature=0.8, top_k=9, repetition_penalty=1.4)
+    handles = [engine.submit(prompt(n), sampler=sampler, seed=n) for n in range(3)]
+    events = list(engine.run())
+    for n, handle in enumerate(handles):
+        out = jaxkv.generate(
+            model(),
+            [prompt(n)],
+            sampler=sampler,
+            seed=n,
+            max_new_tokens=12,
+            top_logprobs=2,
+        )
+        result = handle.result
+        assert result.tokens == out.tokens[0]
+        np.testing.assert_allclose(result.logprobs, out.logprobs[0], atol=1e-4)
+        alike = zip(result.top_logprobs, out.top_logprobs[0], strict=True)
+        assert all(list(mine) == list(its) for mine, its in alike)
+        told = [event for event in events if event.handle is handle]
+        for name in ("tokens", "logprobs", "top_logprobs"):
+            parts = sum((getattr(event, name) for event in told), ())
+            assert parts == getattr(result, name)
+        assert result.prompt_tokens == len(prompt(n)) and result.text is None
+        assert 0 <= result.waited <= result.first_token <= result.seconds
+
+
+def test_a_question_about_a_context_is_answered_as_by_generate():
+    lm = model()
+    context = jaxkv.compress(lm, [prompt(1), prompt(2)], budget=9, prefill=SnapKV())
+    how = dict(decode=LongFlow(), budget=16)
+    engine = Engine(lm, rows=2, max_prompt=96, max_new_tokens=12, block=4, **how)
+    handles = [
+        engine.submit([5, 6, 7 + n], context=context, document=n % 2) for n in range(3)
+    ]
+    plain = engine.submit(prompt(3)[:9])
+    list(engine.run())
+    for n, handle in enumerate(handles):
+        out = jaxkv.generate(
+            *(lm, [[5, 6, 7 + n]]),
+            context=context,
+            documents=[n % 2],
+            max_new_tokens=12,
+            **how,
+        )
+        assert handle.result.tokens == out.tokens[0]
+        assert handle.prompt_tokens == len(prompt(1 + n % 2)) + 3
+    assert plain.result.finish_reason == "length"
+    with pytest.raises(ValueError, match=r"submit: .*need 22 slots, but a row has 16"):
+        engine.submit([1] * 12, context=context)
+    with pytest.raises(ValueError, match=r"submit: the prompt has .* for 96"):
+        engine.submit([1] * 95, context=context)
+    with pytest.raises(ValueError, match="submit: budget=3 of a request goes with"):
+        engine.submit([1], context=context, budget=3)
+
+
+def test_heads_of_a_context_must_be_those_of_the_rows(engine):
+    context = jaxkv.compress(model(), [prompt(1)])
+    cache = tuple(jax.tree.map(lambda x: x[:, :1], s) for s in context.cache)
+    thin = Context(**vars(context) | {"cache": cache})
+    with pytest.raises(ValueError, match=r"heads a layer: \[1\], but the rows hold 2"):
+        engine.submit([1], context=thin)
+
+
+def test_budgets_of_requests_are_those_of_generate():
+    how = dict(prefill=SnapKV(window_size=4))
+    engine = Engine(model(), **SMALL, budget=20, **how)
+    handles = [engine.submit(prompt(n), budget=5 + 5 * n) for n in range(4)]
+    list(engine.run())
+    for n, handle in enumerate(handles):
+        out = jaxkv.generate(
+            model(), [prompt(n)], budget=5 + 5 * n, max_new_tokens=12, **how
+        )
+        assert handle.result.tokens == out.tokens[0]
+    with pytest.raises(ValueError, match=r"budget must be between 1 and 20.*got 21"):
+        engine.submit(prompt(0), budget=21)
+
+
+def test_streams_and_waits(engine):
+    first, second, third = (engine.submit(prompt(n), seed=n) for n in range(3))
+    assert (engine.waiting, engine.running, engine.idle) == (3, 0, False)
+    assert third.tokens == () and "0 tokens so far" in repr(third)
+    pieces = list(engine.stream(third))
+    assert len(pieces) > 2 and sum(pieces, ()) == third.result.tokens
+    assert engine.wait(first) is first.result and second.result is not None
+    assert "length after 12 tokens" in repr(first)
+    list(engine.run())
+    assert engine.idle and engine.step() == []
+    assert not engine.cancel(first)
+    with pytest.raises(RuntimeError, match="ends twice; this is a fault of the engine"):
+        requests.ended(requests.Event(handle=first, tokens=()), "stop", None)
+
+
+def test_no_more_is_read_between_blocks_than_rows_may_wait_for():
+    engine = Engine(
+        model(), rows=4, max_prompt=64, max_new_tokens=12, block=4, stall=128
+    )
+    engine.submit(prompt(0))
+    engine.step()
+    for number in range(1, 5):
+        engine.submit(prompt(number))
+    engine.step()
+    assert (engine.running, engine.waiting) == (3, 2)
+    assert engine.cancel(engine.submit(prompt(7)))
+    with pytest.raises(ValueError, match="warm_up: there are requests"):
+        engine.warm_up()
+    list(engine.run())
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (dict(rows=0), "Engine: rows must be >= 1, got 0"),
+        (dict(block="8"), "Engine: block must be a whole number, got '8'"),
+        (dict(max_prompt=500, max_new_tokens=13), "more than the 512 positions"),
+        (dict(decode=LongFlow()), "LongFlow evicts while decoding and needs a budget"),
+        (dict(accept=TopK()), "does nothing without drafts"),
+    ],
+)
+def test_engines_that_cannot_be(options, said):
+    with pytest.raises(ValueError, match=said):
+        Engine(model(), **options)
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (dict(prompt=[]), "submit: prompt 0 has no tokens"),
+        (dict(prompt=[1] * 65), "submit: the prompt has 65 tokens.*for 64"),
+        (dict(prompt=[BROKEN + 1]), "outside"),
+        (dict(max_new_tokens=13), "max_new_tokens=13, but the engine was made for 12"),
+        (dict(max_new_tokens=0), "max_new_tokens must be >= 1, got 0"),
+        (dict(stop_ids=range(9)), "got 9 stop_ids, but .* for 8; .*most_stop_ids=9"),
+        (dict(sampler=print), "sampler= takes Greedy.. or Categorical"),
+        (dict(sampler=Categorical(top_p=2.0)), "top_p"),
+        (dict(seed=0.5), "seed must be a whole number"),
+        (dict(budget=4), "budget=4 of a request goes with an engine that has a budget"),
+    ],
+)
+def test_requests_that_cannot_be(engine, asked, said):
+    asked = {"prompt": [1, 2]} | asked
+    with pytest.raises(ValueError, match=said):
+        engine.submit(asked.pop("prompt"), **asked)
+
+
+def test_samplers_that_the_engine_was_not_made_for():
+    plain = Engine(model(), **SMALL)
+    with pytest.raises(ValueError, match="made without repetition penalties"):
+        plain.submit([1], sampler=Greedy(repetition_penalty=1.1))
+    lossy = Engine(model(), **SMALL, speculate=Tree(), accept=TopK())
+    with pytest.raises(ValueError, match="accept=TopK is lossy"):
+        lossy.submit([1], sampler=Categorical())
