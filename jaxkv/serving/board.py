@@ -144,8 +144,8 @@ class Board:
             found = Prices(len(np.asarray(prices)))
 
             def run(state: Running, until: int, prices: np.ndarray) -> Running:
-                until = np.full(self.rows, until, np.int32)
-                placed = dataclasses.replace(terms, limits=until)
+                limits = np.full(self.rows, until, np.int32)
+                placed = dataclasses.replace(terms, limits=limits)
                 return self._advance(state, placed, _ALL, prices)[0]
 
             state = found.measure(run, state, self.shape.max_out)

@@ -316,7 +316,7 @@ class Engine:
             dropped, self._dropped = self._dropped, []
             cancelled = set(self._cancelled)
         at: dict[Any, int] = {h: row for row, h in enumerate(self._handles)}
-        ends = [(handle, None) for handle in dropped]
+        ends: list[tuple[Handle, int | None]] = [(handle, None) for handle in dropped]
         ends += [(handle, at[handle]) for handle in cancelled if handle in at]
         return [
             self._end(requests.told(handle, [], None), "cancelled", None, row)
@@ -368,7 +368,7 @@ class Engine:
 
     def _first_tokens(self, read: Sequence[tuple[int, Handle, Any]]) -> list[Event]:
         """Wait for the first tokens of what has been read; the block goes on."""
-        events = []
+        events: list[Event] = []
         for row, handle, first in read:
             if self._handles[row] is not handle:
                 continue  # lost
