@@ -19,9 +19,9 @@ from jaxkv import (
     Options,
     SnapKV,
     StreamingLLM,
-    contexts,
     generation,
 )
+from jaxkv.contexts import context as contexts
 from jaxkv.identity import Identity
 from jaxkv.laws import lawbook, programs
 from jaxkv.laws.programs import NEW, PROMPT
