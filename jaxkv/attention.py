@@ -1,7 +1,8 @@
 """The attentions that a network can be run with: over a prompt, and over the cache.
 
-Each is an `attend(q, k, v, state) -> (out, state)`, bound to a policy inside a traced
-function; the network calls it once per layer and knows nothing else.
+Each is an `attend(q, k, v, state, weighing) -> (out, state)`, bound to a policy inside
+a traced function; the network calls it once per layer and knows nothing else. In a
+layer with a window `ring` acts in the policy's place.
 """
 
 import dataclasses
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 
 from jaxkv import state as kv
 from jaxkv.kernels import decode, prefill, window_scores
+from jaxkv.kernels.weighing import Weighing
 from jaxkv.policies import contract
 from jaxkv.policies.base import (
     DecodePolicy,
@@ -21,16 +23,20 @@ from jaxkv.policies.base import (
     Speculable,
     scale_of,
 )
+from jaxkv.ring import of_layer
 from jaxkv.state import KVState
 from jaxkv.trees import DraftTree
 
-Attend = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
+Attend = Callable[
+    [jax.Array, jax.Array, jax.Array, Any, Weighing], tuple[jax.Array, Any]
+]
 
 
 class Network(Protocol):
     """What the loops ask of a network; `jaxkv.models.decoder.Decoder` is one.
 
-    `config` has `num_layers`, `num_heads`, `num_kv_heads`, `head_dim` and `vocab_size`;
+    `config` has `num_heads`, `num_kv_heads`, `head_dim`, `vocab_size` and `windows`,
+    how many tokens each layer attends to, None for all;
     applied to `(tokens, positions, cache, attend)` it returns hidden states and the new
     cache; its method `unembed` turns hidden states into logits, `frequencies` gives
     those of each layer's rotation, and `outputs` each layer's output projection
@@ -79,7 +85,8 @@ def empty_layers(
     """Return what prefill hands to each layer.
 
     Args:
-      policy: says how layers share a budget, and which heads are stored.
+      policy: says how layers share a budget, and which heads are stored. Layers with a
+        window have no part in it.
       config: of the network; see `Network`.
       lengths: int32 `[B]`.
       slots: of each layer's state.
@@ -91,24 +98,34 @@ def empty_layers(
     """
     if keep is None:
         keep = jnp.full(lengths.shape, bound, jnp.int32)
-    keeps = contract.layer_keeps(policy, keep, lengths, config.num_layers)
-    bounds = contract.layer_budgets(policy, bound, config.num_layers)
+    windows = config.windows
+    layers = windows.count(None)
+    heads = policy.heads(config.num_heads, config.num_kv_heads)
+    keeps = kv.by_window(
+        windows,
+        contract.layer_keeps(policy, keep, lengths, layers),
+        lambda window: jnp.full(lengths.shape, window, jnp.int32),
+    )
+    bounds = kv.by_window(
+        windows, contract.layer_budgets(policy, bound, layers), lambda window: window
+    )
     return tuple(
         EmptyLayer(
             state=kv.init(
                 batch=lengths.shape[0],
-                kv_heads=policy.heads(config.num_heads, config.num_kv_heads),
+                kv_heads=heads if window is None else config.num_kv_heads,
                 slots=size,
                 head_dim=config.head_dim,
                 dtype=dtype,
+                window=window,
             ),
             keep=kept,
             frequencies=turn,
             bound=min(most, size),
             output=output,
         )
-        for size, kept, most, turn, output in zip(
-            *(slots, keeps, bounds, frequencies),
+        for window, size, kept, most, turn, output in zip(
+            *(windows, slots, keeps, bounds, frequencies),
             outputs or (None,) * len(slots),
             strict=True,
         )
@@ -140,7 +157,7 @@ def begin_layers(
             for layer, turn in enumerate(frequencies)
         ]
     return tuple(
-        contract.begin(policy, state, lengths, place)
+        contract.begin(of_layer(policy, state), state, lengths, place)
         for state, place in zip(cache, places, strict=True)
     )
 
@@ -200,10 +217,13 @@ def attend_prompt(
       prompt exists at a time, because the policy runs before the next layer does.
     """
 
-    def attend(q, k, v, layer):
+    def attend(q, k, v, layer, weighing):
         scale = scale_of(q)
         out = prefill.causal_attention(
-            q, k, v, scale=scale, implementation=implementation
+            *(q, k, v),
+            scale=scale,
+            window=weighing.window,
+            implementation=implementation,
         )
         prompt = Prompt(
             queries=q,
@@ -217,7 +237,8 @@ def attend_prompt(
             held=held,
             output=layer.output,
         )
-        state = contract.compress(policy, prompt, layer.state, budget=layer.bound)
+        keeper = of_layer(policy, layer.state)
+        state = contract.compress(keeper, prompt, layer.state, budget=layer.bound)
         # Nothing before decoding waits for the state. Without the barrier the compiler
         # may put all evictions last, and hold every layer's whole prompt until then.
         return jax.lax.optimization_barrier((out, state))
@@ -243,10 +264,12 @@ def attend_cache(
       An `attend` that takes queries, keys and values of one token.
     """
 
-    def attend(q, k, v, state):
+    def attend(q, k, v, state, weighing):
+        del weighing
         k, v = (_for_heads(x[:, 0], state.keys.shape[1]) for x in (k, v))
         out, state = contract.attend(
-            *(policy, q[:, 0], k, v, state, position), implementation=implementation
+            *(of_layer(policy, state), q[:, 0], k, v, state, position),
+            implementation=implementation,
         )
         return out[:, None], state
 
@@ -274,14 +297,22 @@ def attend_tree(
 
     Returns:
       An `attend` that takes queries, keys and values of all nodes, and gives a
-      `trees.Pending` in place of the state.
+      `trees.Pending` in place of the state. It raises ValueError where a path may be
+      longer than a layer's window.
     """
 
-    def attend(q, k, v, state):
+    def attend(q, k, v, state, weighing):
+        del weighing
+        if state.window is not None and depth >= state.window:
+            raise ValueError(
+                f"a path of {depth + 1} drafted tokens does not fit into the window of "
+                f"{state.window} tokens that layers of this network attend to; use "
+                "shorter drafts."
+            )
         heads = state.keys.shape[1]
         k, v = (jax.vmap(lambda x: _for_heads(x, heads), 1, 1)(x) for x in (k, v))
         return contract.attend_tree(
-            *(policy, q, k, v, state, position, drafts, ancestors),
+            *(of_layer(policy, state), q, k, v, state, position, drafts, ancestors),
             depth=depth,
             implementation=implementation,
         )

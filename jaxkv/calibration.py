@@ -40,8 +40,9 @@ def sums(network, params, tokens, lengths):
     index = jnp.broadcast_to(index, tokens.shape)
     real = (index < lengths[:, None])[..., None, None]
 
-    def attend(q, k, v, turn):
-        out = prefill.causal_attention(q, k, v, scale=scale_of(q))
+    def attend(q, k, v, turn, weighing):
+        how = dict(scale=scale_of(q), window=weighing.window)
+        out = prefill.causal_attention(q, k, v, **how)
         plain = rotate(q.astype(jnp.float32), -index, turn)
         both = plain, lengths_of_pairs(plain)
         return out, tuple(jnp.where(real, x, 0.0).sum((0, 1)) for x in both)

@@ -7,11 +7,13 @@ given tokens, `V` vocabulary, `D` hidden size.
 """
 
 import dataclasses
+import itertools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from jaxkv import state as kv
 from jaxkv import trees
 from jaxkv.attention import (
     Network,
@@ -48,7 +50,7 @@ def prefill(
       tokens: int32 `[B, P]`, right-padded.
       lengths: int32 `[B]`, at least 1.
       options: static.
-      slots: of every layer's state, or of each layer's.
+      slots: of the state of every layer without a window, or of each layer's.
       keep: int32 `[B]`, tokens that each row may keep of its prompt, at most
         `options.prompt_budget`; other numbers compile nothing. None is that bound.
 
@@ -83,7 +85,7 @@ def read(
       tokens: int32 `[B, P]`, right-padded.
       lengths: int32 `[B]`, at least 1.
       options: static.
-      slots: of every layer's state, or of each layer's.
+      slots: see `prefill`.
       keep: see `prefill`.
       held: int32 `[B]`, how many of each prompt's first tokens may be kept; None is
         all. The others are a question: they score, and do not enter the cache.
@@ -119,8 +121,9 @@ def read(
         scores_implementation=options.scores_implementation,
     )
     bound = options.prompt_budget
-    layers = network.config.num_layers
-    slots = slots if isinstance(slots, tuple) else (slots,) * layers
+    windows = network.config.windows
+    if isinstance(slots, int):
+        slots = kv.by_window(windows, itertools.repeat(slots), lambda window: window)
     empty = empty_layers(
         policy,
         network.config,
@@ -161,7 +164,7 @@ def _sketch(network, params, tokens, lengths, keep, options, policy, steps):
     options = dataclasses.replace(
         options, budget=options.prompt_budget, prefill=policy, decode=Full()
     )
-    slots = options.layer_slots(tokens.shape[1], steps, network.config.num_layers)
+    slots = options.layer_slots(tokens.shape[1], steps, network.config.windows)
     logits, cache = prefill(
         network, params, tokens, lengths, options=options, slots=slots, keep=keep
     )
@@ -203,13 +206,14 @@ def read_behind(
       position: int32 `[B]`, of the first of them.
       cache: one state per layer, with a free slot for each token from `target` on.
       implementation: of `decode_step`; what goes with it is used.
-      block: tokens that pass together, static.
+      block: the most tokens that pass together, static.
 
     Returns:
       Hidden states, `[B, N, D]`, of which padding means nothing, and the cache.
     """
     batch, number = tokens.shape
-    block = min(block, number)
+    # No token of a block may push another of it out of a window.
+    block = min(block, number, *(state.window or block for state in cache))
     tokens = jnp.pad(tokens, ((0, 0), (0, -number % block)))
     order = jnp.broadcast_to(jnp.arange(block, dtype=jnp.int32), (batch, block))
     above = order[:, :, None] >= order[:, None]

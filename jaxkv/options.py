@@ -1,7 +1,7 @@
 """What is static about a generation: the budget, and who decides what."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Self
 
 from annotated_types import Ge
@@ -17,6 +17,7 @@ from jaxkv.policies.full import Full
 from jaxkv.sampling import Greedy, Sampler
 from jaxkv.speculation.drafters import Drafter
 from jaxkv.speculation.rules import Exact, Rule
+from jaxkv.state import by_window
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -171,12 +172,24 @@ class Options:
             return min(self.budget, prompt + new)
         return min(self.budget if kept is None else kept, prompt) + new
 
-    def layer_slots(self, prompt: int, new: int, num_layers: int) -> tuple[int, ...]:
-        """Return `num_slots` layer by layer, enough for prompts of any length."""
-        if self.budget is None:
-            return (self.num_slots(prompt, new),) * num_layers
-        bounds = contract.layer_budgets(self.prefill, self.budget, num_layers)
-        return tuple(self.num_slots(prompt, new, kept=bound) for bound in bounds)
+    def layer_slots(
+        self, prompt: int, new: int, windows: Sequence[int | None]
+    ) -> tuple[int, ...]:
+        """Return the slots of each layer, enough for prompts of any length.
+
+        Those of layers without a window are `num_slots`. The others hold their window.
+
+        Args:
+          prompt: padded tokens.
+          new: outputs.
+          windows: of each layer; None is all tokens.
+        """
+        layers = windows.count(None)
+        bounds: tuple[int | None, ...] = (None,) * layers
+        if self.budget is not None:
+            bounds = contract.layer_budgets(self.prefill, self.budget, layers)
+        sizes = (self.num_slots(prompt, new, kept=bound) for bound in bounds)
+        return by_window(windows, sizes, lambda window: min(window, prompt + new))
 
 
 def described(arguments: Mapping[str, Any]) -> dict[str, Any]:

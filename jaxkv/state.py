@@ -8,6 +8,7 @@ Axis letters: `B` batch, `K` key/value heads, `S` slots, `H` head size, `P` prom
 """
 
 import dataclasses
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -40,6 +41,10 @@ class KVState:
         the one thing that a decode policy does.
       memory: what a decode policy remembers from step to step, a pytree of its own
         (see `DecodePolicy.begin`); empty for those that remember nothing.
+      window: how many tokens the layer attends to, the newest among them; None is all.
+        With a window the slots are a ring that holds exactly these tokens: as many
+        slots, or as many as there will be tokens if they are fewer, and the oldest is
+        overwritten, whatever budget and policies say. Static.
     """
 
     keys: jax.Array
@@ -47,6 +52,7 @@ class KVState:
     positions: jax.Array
     target: jax.Array
     memory: Any = ()
+    window: int | None = dataclasses.field(default=None, metadata=dict(static=True))
 
     __repr__ = brief
 
@@ -60,7 +66,13 @@ Cache = tuple[KVState, ...]  # one state per layer
 
 
 def init(
-    *, batch: int, kv_heads: int, slots: int, head_dim: int, dtype: jax.typing.DTypeLike
+    *,
+    batch: int,
+    kv_heads: int,
+    slots: int,
+    head_dim: int,
+    dtype: jax.typing.DTypeLike,
+    window: int | None = None,
 ) -> KVState:
     """Return a state whose slots are all free; the first token goes to slot 0."""
     shape = (batch, kv_heads, slots, head_dim)
@@ -69,6 +81,7 @@ def init(
         values=jnp.zeros(shape, dtype),
         positions=jnp.full(shape[:3], FREE, jnp.int32),
         target=jnp.zeros(shape[:2], jnp.int32),
+        window=window,
     )
 
 
@@ -87,11 +100,16 @@ def to_slots(state: KVState, norms: jax.Array | None = None) -> Slots:
     return Slots(state.keys, state.values, state.positions, state.target, norms)
 
 
-def from_slots(slots: Slots, memory: Any) -> KVState:
-    """Return the state that holds what a kernel returned, and this memory."""
+def from_slots(slots: Slots, state: KVState, memory: Any) -> KVState:
+    """Return a state that holds what a kernel made of its slots, and this memory."""
     keys, values, positions, target, _ = slots
-    return KVState(
-        keys=keys, values=values, positions=positions, target=target, memory=memory
+    return dataclasses.replace(
+        state,
+        keys=keys,
+        values=values,
+        positions=positions,
+        target=target,
+        memory=memory,
     )
 
 
@@ -164,12 +182,15 @@ def grow(state: KVState, more: int) -> KVState:
     """Append free slots to a state whose decode policy keeps everything.
 
     Args:
-      state: of one layer.
+      state: of one layer; with a window it has no more slots than that.
       more: slots.
 
     Returns:
       The state, with `target` at each head's first free slot.
     """
+
+    if state.window is not None:
+        more = max(min(more, state.window - state.slots), 0)
 
     def pad(x: jax.Array, value: int) -> jax.Array:
         width = [(0, 0), (0, 0), (0, more)] + [(0, 0)] * (x.ndim - 3)
@@ -210,11 +231,12 @@ def pack(state: KVState) -> KVState:
     """Return a state with its tokens in the first slots, in order, and no memory."""
     last = jnp.iinfo(jnp.int32).max
     order = jnp.argsort(jnp.where(occupied(state), state.positions, last), axis=-1)
-    packed = KVState(
+    packed = dataclasses.replace(
+        state,
         keys=jnp.take_along_axis(state.keys, order[..., None], axis=2),
         values=jnp.take_along_axis(state.values, order[..., None], axis=2),
         positions=jnp.take_along_axis(state.positions, order, axis=2),
-        target=state.target,
+        memory=(),
     )
     return dataclasses.replace(packed, target=first_free(packed))
 
@@ -222,6 +244,30 @@ def pack(state: KVState) -> KVState:
 def first_free(state: KVState) -> jax.Array:
     """Return the lowest free slot of each head, int32 `[B, K]`; 0 where none is."""
     return jnp.argmax(~occupied(state), axis=-1).astype(jnp.int32)
+
+
+def by_window(
+    windows: Sequence[int | None],
+    of_global: Iterable[Any],
+    of_sliding: Callable[[int], Any],
+) -> tuple[Any, ...]:
+    """Return a value for each layer.
+
+    Args:
+      windows: of each layer; see `KVState`.
+      of_global: the values of the layers without a window, in their order.
+      of_sliding: the value of a layer with this window.
+    """
+    rest = iter(of_global)
+    return tuple(next(rest) if w is None else of_sliding(w) for w in windows)
+
+
+def global_layers(cache: Cache) -> Cache:
+    """Return the states of the layers that attend to all tokens, which a budget cuts.
+
+    All of them where there is none.
+    """
+    return tuple(state for state in cache if state.window is None) or cache
 
 
 def num_bytes(cache: Cache) -> int:

@@ -215,7 +215,7 @@ def commit(
     memory = state.memory
     if pending.memory:
         memory = _remember(pending.memory, memory, slots[..., :-1], path, count)
-    return kv.from_slots(written, memory)
+    return kv.from_slots(written, state, memory)
 
 
 def _remember(new, memory, slots, path, count):

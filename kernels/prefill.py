@@ -31,15 +31,17 @@ def causal_attention(
     value: Float[Array, "B T K H"],
     *,
     scale: float,
+    window: int | None = None,
     implementation: Implementation | None = None,
 ) -> Float[Array, "B T N H"]:
-    """Attend from every token to itself and all tokens before it.
+    """Attend from every token to itself and the tokens before it.
 
     Args:
       query: head `n` reads key/value head `n // (N / K)`.
       key: of all tokens.
       value: of all tokens.
       scale: factor on the logits; no default, so that nobody shares a mistake.
+      window: how many tokens each attends to, itself the last; None is all of them.
       implementation: "reference" (float32, T x T memory), "xla" (anywhere; memory
         linear in T), "cudnn" (NVIDIA, 16-bit), "splash" (TPU), or None for the best
         one that can run; `choose` says which that is.
@@ -48,10 +50,15 @@ def causal_attention(
       The output, in the dtype of `query`.
 
     Raises:
-      ValueError: shapes disagree, or the implementation is unknown.
+      ValueError: shapes disagree, the window is empty, or the implementation is
+        unknown.
       NotImplementedError: a named implementation cannot run these inputs.
     """
     where = "causal_attention"
+    if window is not None and window < 1:
+        raise ValueError(f"{where}: a window holds at least 1 token, got {window}.")
+    if window is not None and window >= query.shape[1]:
+        window = None
     check_groups(where, query.shape[2], key.shape[2])
     if implementation is None:
         _, length, _, head_dim = query.shape
@@ -59,7 +66,7 @@ def causal_attention(
             jax.default_backend(), query.dtype, length=length, head_dim=head_dim
         )
     run = dispatch.resolve(where, implementation, _RUNS)
-    run = per_shard(functools.partial(run, scale=scale), causal_attention)
+    run = per_shard(functools.partial(run, scale=scale, window=window), causal_attention)
     return run(query, key, value)
 
 
@@ -75,7 +82,7 @@ def choose(
     return "xla"
 
 
-def _reference(query, key, value, scale):
+def _reference(query, key, value, scale, window=None):
     """Materialise the whole matrix in float32: slow and obviously right."""
     _, length, heads, _ = query.shape
     groups = heads // key.shape[2]
@@ -83,14 +90,16 @@ def _reference(query, key, value, scale):
     k = jnp.repeat(key.astype(jnp.float32), groups, axis=2)
     v = jnp.repeat(value.astype(jnp.float32), groups, axis=2)
     logits = scale * jnp.einsum("btnh,bsnh->bnts", q, k, precision="highest")
-    causal = jnp.tril(jnp.ones((length, length), bool))
-    weights = jax.nn.softmax(jnp.where(causal, logits, -jnp.inf), axis=-1)
+    order = jnp.arange(length, dtype=jnp.int32)
+    behind = order[:, None] - order[None]
+    seen = (behind >= 0) & (behind < (window or length))
+    weights = jax.nn.softmax(jnp.where(seen, logits, -jnp.inf), axis=-1)
     out = jnp.einsum("bnts,bsnh->btnh", weights, v, precision="highest")
     return out.astype(query.dtype)
 
 
-def _blockwise(query, key, value, scale):
-    """Online softmax over tiles; only tiles on and below the diagonal are computed."""
+def _blockwise(query, key, value, scale, window=None):
+    """Online softmax over tiles; only those that hold something seen are computed."""
     batch, length, heads, head_dim = query.shape
     kv_heads = key.shape[2]
     groups = heads // kv_heads
@@ -103,7 +112,9 @@ def _blockwise(query, key, value, scale):
         return x.transpose(1, 0, 3, 2, 4)
 
     queries, keys, values = tiles(query), tiles(key), tiles(value)
-    below = jnp.tril(jnp.ones((block, block), bool))
+    order = jnp.arange(block, dtype=jnp.int32)
+    within = order[:, None] - order[None]
+    reach = num_blocks * block if window is None else window
 
     def row(index):
         q = queries[index].reshape(batch, kv_heads, groups, block, head_dim)
@@ -116,7 +127,8 @@ def _blockwise(query, key, value, scale):
                 keys[column],
                 preferred_element_type=jnp.float32,
             )
-            logits = jnp.where((column < index) | below, logits, -jnp.inf)
+            behind = within + (index - column) * block
+            logits = jnp.where((behind >= 0) & (behind < reach), logits, -jnp.inf)
             new_maximum = jnp.maximum(maximum, logits.max(-1))
             weights = jnp.exp(logits - new_maximum[..., None])
             rescale = jnp.exp(maximum - new_maximum)
@@ -134,11 +146,13 @@ def _blockwise(query, key, value, scale):
 
         rows = (batch, kv_heads, groups, block)
         carry = (
-            jnp.full(rows, -jnp.inf, jnp.float32),
+            # A row may see nothing of its first tile.
+            jnp.full(rows, -1e30, jnp.float32),
             jnp.zeros(rows, jnp.float32),
             jnp.zeros((*rows, head_dim), jnp.float32),
         )
-        _, total, acc = jax.lax.fori_loop(0, index + 1, step, carry)
+        first = jnp.maximum(index * block - (reach - 1), 0) // block
+        _, total, acc = jax.lax.fori_loop(first, index + 1, step, carry)
         return (acc / total[..., None]).astype(query.dtype)
 
     out = jax.lax.map(row, jnp.arange(num_blocks, dtype=jnp.int32))
@@ -147,7 +161,7 @@ def _blockwise(query, key, value, scale):
     return out[:, :length]
 
 
-def _cudnn(query, key, value, scale):
+def _cudnn(query, key, value, scale, window=None):
     """Flash attention of cuDNN, through `jax.nn`; it is also differentiable."""
     if jax.default_backend() != "gpu":
         raise NotImplementedError(
@@ -160,11 +174,15 @@ def _cudnn(query, key, value, scale):
             f'{query.dtype}; use "xla".'
         )
     return jax.nn.dot_product_attention(
-        query, key, value, scale=scale, is_causal=True, implementation="cudnn"
+        *(query, key, value),
+        scale=scale,
+        is_causal=True,
+        local_window_size=None if window is None else (window - 1, 0),
+        implementation="cudnn",
     )
 
 
-def _splash(query, key, value, scale, interpret=False):
+def _splash(query, key, value, scale, window=None, interpret=False):
     """Splash attention of JAX's TPU kernels, one call per sequence through vmap."""
     from jax.experimental.pallas.ops.tpu.splash_attention import (
         splash_attention_kernel,
@@ -179,7 +197,10 @@ def _splash(query, key, value, scale, interpret=False):
             f'of 128, got T={length} and H={head_dim}; use "xla".'
         )
     groups = heads // kv_heads
-    causal = splash_attention_mask.CausalMask((length, length))
+    square = (length, length)
+    mask = splash_attention_mask.CausalMask(square)
+    if window is not None:
+        mask = splash_attention_mask.LocalMask(square, (window - 1, 0), offset=0)
     # Its own default, tiles of 128, keeps the matrix units waiting.
     block = math.gcd(length, 512)
     sizes = splash_attention_kernel.BlockSizes(block_q=block, block_kv=block)
@@ -190,7 +211,7 @@ def _splash(query, key, value, scale, interpret=False):
     precision = set_by_user if wide else None
     with jax.enable_x64(False), jax.default_matmul_precision(precision):
         kernel = splash_attention_kernel.make_splash_mqa_single_device(
-            splash_attention_mask.MultiHeadMask([causal] * groups),
+            splash_attention_mask.MultiHeadMask([mask] * groups),
             block_sizes=sizes,
             interpret=interpret,
         )

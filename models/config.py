@@ -11,9 +11,11 @@ class LayerKind:
 
     Attributes:
       rope: how its queries and keys are rotated; None rotates nothing.
+      window: how many tokens each token attends to, itself the last; None is all.
     """
 
     rope: Rope | None = PLAIN
+    window: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,3 +86,8 @@ class Config:
     def layer_kinds(self) -> tuple[LayerKind, ...]:
         """The kind of each layer."""
         return self.kinds or (LayerKind(rope=self.rope),) * self.num_layers
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """How many tokens each layer attends to, in tokens; None is all."""
+        return tuple(kind.window for kind in self.layer_kinds)

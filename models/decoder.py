@@ -19,12 +19,14 @@ import jax
 import jax.numpy as jnp
 
 from jaxkv.kernels import pointwise, project, rotary
+from jaxkv.kernels.weighing import Weighing
 from jaxkv.models import rope
-from jaxkv.models.config import Config
+from jaxkv.models.config import Config, LayerKind
 
+# (q [B,T,N,H], k [B,T,K,H], v [B,T,K,H], state, weighing) -> (out [B,T,N,H], state)
 Attend = Callable[
-    [jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]
-]  # (q [B,T,N,H], k [B,T,K,H], v [B,T,K,H], state) -> (out [B,T,N,H], state)
+    [jax.Array, jax.Array, jax.Array, Any, Weighing], tuple[jax.Array, Any]
+]
 
 
 # How matrices are cut over the devices that share out the heads of a row. What leads to
@@ -64,6 +66,7 @@ class Layer(nn.Module):
     """One layer; weights that are read together are stored together."""
 
     config: Config
+    kind: LayerKind
     implementation: pointwise.Implementation | None = None
 
     @nn.compact
@@ -139,7 +142,7 @@ class Layer(nn.Module):
             **how,
         )
         with jax.named_scope("attend"):
-            out, state = attend(q, k, v, state)
+            out, state = attend(q, k, v, state, Weighing(window=self.kind.window))
         out = out.reshape(batch, length, c.num_heads * c.head_dim)
         delta = times(out, "output", c.hidden_size, _ROWS, c.output_bias)
 
@@ -174,8 +177,8 @@ class Decoder(nn.Module):
         shape = c.vocab_size, c.hidden_size
         self.embedding = self.param("embedding", _matrix(*_ROWS), shape)
         self.layers = [
-            Layer(c, self.implementation, name=f"layer_{i}")
-            for i in range(c.num_layers)
+            Layer(c, kind, self.implementation, name=f"layer_{i}")
+            for i, kind in enumerate(c.layer_kinds)
         ]
         self.final_norm = self.param("final_norm", _ones(None), (c.hidden_size,))
         if not c.tied:
@@ -205,19 +208,20 @@ class Decoder(nn.Module):
         x, delta = self.embedding[tokens], None
         new_cache = []
 
-        def run(variables, x, delta, cos, sin, state):
-            layer = Layer(c, self.implementation, parent=None)
+        def run(kind, variables, x, delta, cos, sin, state):
+            layer = Layer(c, kind, self.implementation, parent=None)
             return layer.apply(variables, x, delta, cos, sin, state, attend)
 
         if isinstance(x, jax.core.Tracer):
-            # One trace serves all layers: it is most of what compiling costs in Python.
-            run = jax.jit(run)
+            # One trace serves all layers of a kind: it is most of what compiling costs
+            # in Python.
+            run = jax.jit(run, static_argnums=0)
         for layer, kind, state in zip(self.layers, c.layer_kinds, cache, strict=True):
             cos, sin = tables[kind]
             if self.is_initializing():
                 x, delta, state = layer(x, delta, cos, sin, state, attend)
             else:
-                x, delta, state = run(layer.variables, x, delta, cos, sin, state)
+                x, delta, state = run(kind, layer.variables, x, delta, cos, sin, state)
             new_cache.append(state)
         _, normed = pointwise.add_rms_norm(
             *(x, delta, self.final_norm),
@@ -260,7 +264,7 @@ def _declared(config: Config) -> dict[str, Any]:
             tokens,
             tokens,
             (None,) * config.num_layers,
-            lambda q, k, v, state: (q, state),
+            lambda q, k, v, state, weighing: (q, state),
         )
 
     return jax.eval_shape(init, tokens)["params"]

@@ -6,9 +6,15 @@ import jax.numpy as jnp
 from jaxkv.models.decoder import Decoder
 
 
-def attend(q, k, v, state):
+def attend(q, k, v, state, weighing):
     """Plain causal attention over the whole sequence; no cache."""
-    return jax.nn.dot_product_attention(q, k, v, is_causal=True), state
+    window = weighing.window
+    out = jax.nn.dot_product_attention(
+        *(q, k, v),
+        is_causal=True,
+        local_window_size=None if window is None else (window - 1, 0),
+    )
+    return out, state
 
 
 def forward(config, params, tokens):

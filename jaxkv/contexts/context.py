@@ -40,7 +40,8 @@ class Context:
       cache: one state per layer, a row per document. No decode policy has seen it.
       tokens: int32 `[D, P]`, the documents, right-padded.
       lengths: int32 `[D]`, tokens of them, and so the position that follows each.
-      kept: int32 `[D]`, tokens that the layer and head with the most of them holds.
+      kept: int32 `[D]`, tokens that the layer and head with the most of them holds;
+        of layers without a window, if there are any.
       logits: float32 `[D, V]`, of the token after each document.
       likeliest: int32 `[D, P, 3]`, see `speculation.matching.Context`; None if no
         drafter has asked for it.
@@ -256,6 +257,12 @@ def counted(
         kept=jnp.stack([kv.occupancy(state).max(-1) for state in cache]),
         spoilt=jnp.stack(spoilt),
     )
+
+
+def most_kept(found: Documents) -> jax.Array:
+    """Return `Context.kept` of what has been read."""
+    kept = [kv.occupancy(state).max(-1) for state in kv.global_layers(found.cache)]
+    return jnp.stack(kept).max(0)
 
 
 def ask(

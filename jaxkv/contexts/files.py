@@ -56,6 +56,7 @@ def save_context(
         "identity": dataclasses.asdict(context.identity),
         "policy": context.policy,
         "chat": context.chat,
+        "windows": [state.window for state in context.cache],
         "arrays": jax.tree.map(lambda x: [x.dtype.name, *x.shape], arrays),
         "digest": of_arrays(arrays),
     }
@@ -107,8 +108,13 @@ def load_context(folder: str | os.PathLike[str], lm: LanguageModel) -> Context:
         with checkpointer() as orbax:
             arrays = orbax.restore(folder / _ARRAYS, wanted)
         found = of_arrays(arrays)
+        # What was saved before there were windows has none.
+        windows = marker.get("windows") or [None] * len(arrays["cache"])
         context = Context(
-            cache=tuple(KVState(**layer) for layer in arrays["cache"]),
+            cache=tuple(
+                KVState(**layer, window=window)
+                for layer, window in zip(arrays["cache"], windows, strict=True)
+            ),
             **{name: arrays.get(name) for name in _REST},
             identity=identity,
             policy=marker["policy"],

@@ -87,7 +87,7 @@ def _fed(
 ) -> jax.Array:
     batch, length = tokens.shape
     lengths = jnp.full(batch, prompt, jnp.int32)
-    slots = options.layer_slots(prompt, length - prompt, network.config.num_layers)
+    slots = options.layer_slots(prompt, length - prompt, network.config.windows)
     hidden, cache = read(
         *(network, params, tokens[:, :prompt], lengths),
         options=options,

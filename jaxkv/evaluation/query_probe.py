@@ -55,8 +55,9 @@ def record(
     """
     is_prompt = (jnp.arange(tokens.shape[0], dtype=jnp.int32) < length)[:, None, None]
 
-    def attend(q, k, v, frequencies):
-        out = prefill.causal_attention(q, k, v, scale=scale_of(q))
+    def attend(q, k, v, frequencies, weighing):
+        how = dict(scale=scale_of(q), window=weighing.window)
+        out = prefill.causal_attention(q, k, v, **how)
         plain = rotate(q, -positions[None], frequencies)[0].astype(jnp.float32)
         mean = jnp.where(is_prompt, plain, 0).sum(0) / length.astype(jnp.float32)
         return out, (q[0, places], mean, k[0].swapaxes(0, 1))

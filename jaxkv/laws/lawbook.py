@@ -18,7 +18,7 @@ import numpy as np
 
 from jaxkv import state as kv
 from jaxkv.laws import programs
-from jaxkv.laws.network import NETWORK, params, prompts
+from jaxkv.laws.network import prompts
 from jaxkv.laws.programs import (
     LENGTHS,
     NEW,
@@ -79,10 +79,12 @@ def prompt_at_full_budget_is_exact(policy, tokens):
     logits, got = prefill(policy, tokens, keep=(PROMPT,) * len(LENGTHS))
     np.testing.assert_allclose(logits, want_logits, **CLOSE)
     assert_same_tokens_are_held(want, got)
+    lengths = np.asarray(LENGTHS)[:, None]
     for state in got:
-        order = np.arange(PROMPT)
-        whole = np.where(order < np.asarray(LENGTHS)[:, None], order, kv.FREE)
         held = np.asarray(state.positions)[:, :, :PROMPT]
+        first = np.maximum(lengths - (state.window or PROMPT), 0)
+        order = first + np.arange(held.shape[2])
+        whole = np.where(order < lengths, order, kv.FREE)
         np.testing.assert_array_equal(held, np.broadcast_to(whole[:, None], held.shape))
 
 
@@ -90,8 +92,9 @@ def prompt_is_bounded(policy, tokens):
     """Each row keeps as many tokens as it may, in order, and aims behind them."""
     _, cache = prefill(policy, tokens)
     keep = np.asarray(may_keep(policy))
-    keeps = policy.layer_keeps(keep, np.asarray(LENGTHS), len(cache))
-    for state, keep in zip(cache, keeps, strict=True):
+    windows = programs.windows()
+    keeps = policy.layer_keeps(keep, np.asarray(LENGTHS), windows.count(None))
+    for state, keep in zip(kv.global_layers(cache), keeps, strict=True):
         want = np.minimum(keep, LENGTHS)[:, None]
         count = np.asarray(kv.occupancy(state))
         if policy.head_share == 1:
@@ -101,6 +104,12 @@ def prompt_is_bounded(policy, tokens):
         np.testing.assert_array_equal(state.target, count)  # the first free slot
         for row in np.asarray(state.positions).reshape(-1, state.slots):
             assert (np.diff(row[row >= 0]) > 0).all()  # in order, hence unique
+    for state, window in zip(cache, windows, strict=True):
+        if window is not None:  # the last tokens, whatever the policy says
+            held, ends = np.asarray(state.positions), np.asarray(LENGTHS)[:, None]
+            assert held.shape[2] == window
+            assert (held.max(-1) == ends - 1).all()
+            assert ((held >= 0).sum(-1) == np.minimum(ends, window)).all()
 
 
 def prompt_in_a_batch_equals_singles(policy, tokens):
@@ -121,6 +130,9 @@ def pseudo_tokens_leave_no_trace(policy, tokens):
     logits, got = prefill(policy, tokens)
     np.testing.assert_allclose(logits, want_logits, **CLOSE)
     for old, new in zip(want, got, strict=True):
+        if old.window is not None:
+            assert_same_tokens_are_held([old], [new])
+            continue
         repeat = new.keys.shape[1] // old.keys.shape[1]
         positions = np.asarray(new.positions)
         assert (positions < np.asarray(LENGTHS)[:, None, None]).all()
@@ -165,7 +177,7 @@ def decoding_equals_recomputation(tokens, lengths, *, new=8):
             padded = np.zeros((1, PROMPT + NEW), np.int32)
             padded[0, : len(known)] = known
             logits, _ = programs.current.prefill(
-                *(NETWORK, params(), jnp.asarray(padded)),
+                *(*programs.network(), jnp.asarray(padded)),
                 jnp.asarray([len(known)], jnp.int32),
                 options=Options(prefill_implementation="reference"),
                 slots=PROMPT + NEW,
@@ -178,7 +190,9 @@ def bounded(options, tokens, lengths):
     """Never more tokens than the budget, each once, the newest among them."""
     for state in generate(options, tokens, lengths).cache:
         held = np.asarray(state.positions)
-        if options.decode.evicts:
+        if state.window is not None:
+            assert held.shape[-1] <= state.window
+        elif options.decode.evicts:
             assert (held >= 0).sum(-1).max() <= options.budget
         assert held.max() < int(lengths.max()) + NEW
         for row in held.reshape(-1, held.shape[-1]):
@@ -282,22 +296,23 @@ def next_victim(state):
     )
 
 
+def permute(state, order):
+    """Return a state whose slots lie in another order."""
+    return dataclasses.replace(
+        state,
+        keys=state.keys[:, :, order],
+        values=state.values[:, :, order],
+        positions=state.positions[:, :, order],
+        target=jnp.asarray(np.argsort(order), jnp.int32)[state.target],
+        memory=by_slot(state, lambda x: x[..., order]),
+    )
+
+
 def order_free(options, seed):
     """Permuting the slots changes neither the logits nor which token goes next."""
     token, position, cache = state_of(options)
-    order = np.random.default_rng(seed).permutation(cache[0].slots)
-    place = jnp.asarray(np.argsort(order), jnp.int32)
-    permuted = tuple(
-        dataclasses.replace(
-            s,
-            keys=s.keys[:, :, order],
-            values=s.values[:, :, order],
-            positions=s.positions[:, :, order],
-            target=place[s.target],
-            memory=by_slot(s, lambda x: x[..., order]),
-        )
-        for s in cache
-    )
+    rng = np.random.default_rng(seed)
+    permuted = tuple(permute(s, rng.permutation(s.slots)) for s in cache)
     plain, after = step(options, token, position, cache)
     other, moved = step(options, token, position, permuted)
     np.testing.assert_allclose(plain, other, **CLOSE)

@@ -1,12 +1,13 @@
 """The tiny network of the laws, its random weights, and random prompts for it."""
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxkv.models.config import Config
+from jaxkv.models.config import Config, LayerKind
 from jaxkv.models.decoder import Decoder, random_parameters
 from jaxkv.runtime.seeds import key_of
 
@@ -22,6 +23,12 @@ CONFIG = Config(
     tied=True,
 )
 NETWORK = Decoder(CONFIG)
+# Layers that differ: what a budget cuts stands between those that hold a window.
+MIXED = dataclasses.replace(
+    CONFIG,
+    num_layers=3,
+    kinds=(LayerKind(), LayerKind(window=8), LayerKind()),
+)
 
 
 def parameters(config):
@@ -31,9 +38,9 @@ def parameters(config):
 
 
 @functools.cache
-def params():
-    """Return the weights of `NETWORK`."""
-    return parameters(CONFIG)
+def params(config=CONFIG):
+    """Return the weights of `NETWORK`, or of a network of this configuration."""
+    return parameters(config)
 
 
 def prompts(seed, lengths, width):

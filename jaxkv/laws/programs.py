@@ -1,7 +1,8 @@
 """The programs that run the tiny network, compiled once for all tests of a process.
 
 `current` holds them. A test that replaces a function of the library puts
-`compiled()` in its place, since what is compiled already would not see it.
+`compiled()` in its place, since what is compiled already would not see it, and one of
+another network `compiled(config)`.
 """
 
 import dataclasses
@@ -13,7 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxkv import forward, generation
-from jaxkv.laws.network import CONFIG, NETWORK, params
+from jaxkv.laws.network import CONFIG, params
+from jaxkv.models.decoder import Decoder
 from jaxkv.options import Options
 from jaxkv.policies.full import Full
 from jaxkv.runtime.seeds import key_of
@@ -24,14 +26,15 @@ SMALL = (9, 6, 7)  # what each row may keep of its prompt, where little is kept
 
 
 class Programs(NamedTuple):
-    """What the laws run, compiled."""
+    """What the laws run, compiled, and the network that it runs."""
 
     prefill: Callable
     decode_step: Callable
     generate: Callable
+    network: Decoder
 
 
-def compiled():
+def compiled(config=CONFIG):
     """Return programs that share nothing with earlier ones."""
 
     def jit(function, *static):
@@ -43,10 +46,21 @@ def compiled():
         jit(forward.prefill, "network", "options", "slots"),
         jit(forward.decode_step, "network", "options"),
         jit(generation.generate_tokens, "network", "options", "slots", "max_out"),
+        Decoder(config),
     )
 
 
 current = compiled()
+
+
+def network():
+    """Return the network that the laws run, and its weights."""
+    return current.network, params(current.network.config)
+
+
+def windows():
+    """Return how many tokens each of its layers attends to; None is all."""
+    return current.network.config.windows
 
 
 def may_keep(policy, keep=SMALL):
@@ -60,9 +74,9 @@ def prefill(policy, tokens, lengths=LENGTHS, keep=SMALL):
     options.check()
     as_array = functools.partial(jnp.asarray, dtype=jnp.int32)
     return current.prefill(
-        *(NETWORK, params(), tokens, as_array(lengths)),
+        *(*network(), tokens, as_array(lengths)),
         options=options,
-        slots=options.layer_slots(PROMPT, NEW, CONFIG.num_layers),
+        slots=options.layer_slots(PROMPT, NEW, windows()),
         keep=as_array(may_keep(policy, keep)) if policy else None,
     )
 
@@ -73,11 +87,11 @@ def generate(options, tokens, lengths, *, new=NEW, stop_ids=(-1,), seed=0, keys=
     if keys is None:
         keys = jax.random.split(key_of(seed), len(lengths))
     return current.generate(
-        *(NETWORK, params(), tokens, lengths, keys),
+        *(*network(), tokens, lengths, keys),
         jnp.asarray(stop_ids, jnp.int32),
         jnp.int32(new),
         options=options,
-        slots=options.layer_slots(PROMPT, NEW, CONFIG.num_layers),
+        slots=options.layer_slots(PROMPT, NEW, windows()),
         max_out=NEW,
     )
 
@@ -92,6 +106,4 @@ def with_budget(options, small):
 
 def step(options, token, position, cache):
     """Return logits and the new cache."""
-    return current.decode_step(
-        NETWORK, params(), token, position, cache, options=options
-    )
+    return current.decode_step(*network(), token, position, cache, options=options)

@@ -177,10 +177,13 @@ def loss(
         "cudnn" if jax.default_backend() == "gpu" else "reference"
     )
 
-    def attend(q, k, v, state):
+    def attend(q, k, v, state, weighing):
         scale = config.head_dim**-0.5
         out = prefill.causal_attention(
-            q, k, v, scale=scale, implementation=implementation
+            *(q, k, v),
+            scale=scale,
+            window=weighing.window,
+            implementation=implementation,
         )
         return out, state
 

@@ -69,7 +69,7 @@ def attend_and_write(
         scale=scale_of(query),
         implementation=implementation,
     )
-    return out, kv.from_slots(slots, state.memory)
+    return out, kv.from_slots(slots, state, state.memory)
 
 
 def attend_tree_by_depth(

@@ -143,7 +143,7 @@ class LongFlow(Speculable):
                 implementation=implementation,
             )
             memory = state.memory._replace(norms=slots.norms)
-            return out, kv.from_slots(slots, memory)
+            return out, kv.from_slots(slots, state, memory)
         out, state = attend_and_write(
             query, key, value, state, position, implementation=implementation
         )

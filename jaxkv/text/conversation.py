@@ -5,6 +5,7 @@ and returns the chat after it; the old one can be gone on with in another way.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, Self
 
@@ -210,10 +211,13 @@ class Chat:
 
     @property
     def kept(self) -> int:
-        """Tokens that the layer and head with the most of them holds."""
+        """Tokens that the layer and head with the most of them holds.
+
+        Of layers without a window, if there are any.
+        """
         if self._read is None:
             return 0
-        cache = self._read.running.cache
+        cache = kv.global_layers(self._read.running.cache)
         return max(int(kv.occupancy(layer).max()) for layer in cache)
 
     @property
@@ -270,10 +274,11 @@ class Chat:
             dataclasses.replace(options, budget=None),
             None if budget is None else (budget,),
             max_new_tokens=room,
-            num_layers=self.lm.config.num_layers,
+            windows=self.lm.config.windows,
         )
         if evicts:  # all of them, however short the first turn is
-            slots = (options.num_slots(len(tokens), budget or 0),) * len(plan.slots)
+            size = itertools.repeat(options.num_slots(len(tokens), budget or 0))
+            slots = kv.by_window(self.lm.config.windows, size, lambda window: window)
             plan = dataclasses.replace(plan, slots=slots)
         state = inference.start(self.lm, plan, [tokens], self.seed, stops, None)
         return plan, state, plan.max_out

@@ -89,7 +89,7 @@ def compress(
             fit = tuple(kept + len(more) for kept, more in both)
         arguments.check_fit(lm, rows, 1, options, fit)
     plan = planning.plan(
-        *(ids, options, budgets), max_new_tokens=0, num_layers=lm.config.num_layers
+        *(ids, options, budgets), max_new_tokens=0, windows=lm.config.windows
     )
     distinct = plan.distinct if question is None else len(ids)
     lengths, sizes = (
@@ -115,7 +115,7 @@ def compress(
             cache=found.cache,
             tokens=jax.numpy.asarray(padded(ids)),
             lengths=jax.numpy.asarray(lengths),
-            kept=found.kept.max(0),
+            kept=contexts.most_kept(found),
             logits=found.logits,
             likeliest=found.likeliest,
             identity=lm.identity,

@@ -257,7 +257,7 @@ def _planned(
     plan = planning.plan(
         *(ids, options, budgets),
         max_new_tokens=max_new_tokens,
-        num_layers=lm.config.num_layers,
+        windows=lm.config.windows,
     )
     return plan, ids
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from jaxkv import state as kv
 from jaxkv.options import Options
 from jaxkv.policies import contract
 from jaxkv.text.arguments import integer, integers, is_collection
@@ -65,7 +66,7 @@ def plan(
     budgets: Sequence[int] | None,
     *,
     max_new_tokens: int,
-    num_layers: int,
+    windows: Sequence[int | None],
 ) -> Plan:
     """Decide all shapes of a batch.
 
@@ -74,7 +75,7 @@ def plan(
       options: without a budget.
       budgets: from `row_budgets`.
       max_new_tokens: the longest output; 0 where there is none.
-      num_layers: of the network.
+      windows: of each layer of the network; None is all tokens.
     """
     lengths = np.array([len(row) for row in ids], np.int32)
     prompt = bucket(int(lengths.max()))
@@ -82,17 +83,20 @@ def plan(
     if budgets is None or options.decode.evicts:
         bound, keep = None if budgets is None else budgets[0], None
         options = dataclasses.replace(options, budget=bound)
-        slots = options.layer_slots(prompt, max_out, num_layers)
+        slots = options.layer_slots(prompt, max_out, windows)
     else:
         bound, keep = bucket(max(budgets)), np.array(budgets, np.int32)
         options = dataclasses.replace(options, budget=bound)
         # Of these prompts a layer may keep less than of any at this bound.
         share = getattr(options.prefill, "head_share", 1.0)
-        kept = contract.layer_keeps(options.prefill, keep, lengths, num_layers)
-        slots = tuple(
+        layers = windows.count(None)
+        kept = contract.layer_keeps(options.prefill, keep, lengths, layers)
+        sizes = (
             options.num_slots(prompt, max_out, kept=bucket(int(share * layer.max())))
             for layer in kept
         )
+        most = prompt + max_out
+        slots = kv.by_window(windows, sizes, lambda window: min(window, most))
     return Plan(
         options=options,
         bound=bound,

@@ -4,6 +4,7 @@ A question stands behind its document whole, at the positions that follow it.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -135,7 +136,7 @@ def _context(
         cache=cache,
         tokens=jax.numpy.asarray(padded(texts)),
         lengths=jax.numpy.asarray([len(row) for row in texts], np.int32),
-        kept=found.kept.max(0),
+        kept=contexts.most_kept(found),
         logits=found.logits,
         likeliest=found.likeliest,
         identity=lm.identity,
@@ -224,7 +225,12 @@ def slots_of(
       ValueError: the budget is too small.
     """
     if not decode.evicts:
-        return tuple(state.slots + more for state in context.cache)
+        return tuple(
+            state.slots + more
+            if state.window is None
+            else min(state.slots + more, state.window)
+            for state in context.cache
+        )
     size = arguments.integer("budget", budget)
     kept = np.asarray(context.kept)
     need = int((kept[documents] + np.array(counts)).max()) + decode.spare
@@ -234,7 +240,8 @@ def slots_of(
             "the context keeps of a document, a question, and what "
             f"{type(decode).__name__} leaves free; use at least {need}."
         )
-    return (size,) * len(context.cache)
+    windows = [state.window for state in context.cache]
+    return kv.by_window(windows, itertools.repeat(size), lambda window: window)
 
 
 def check(

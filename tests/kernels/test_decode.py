@@ -63,6 +63,25 @@ def test_prefill_xla_against_reference(heads, dtype, length):
     np.testing.assert_array_equal(np.asarray(ours), np.asarray(run(q, k, v)))
 
 
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_prefill_of_a_window_against_jax_nn(implementation):
+    """Windows within a tile, of a tile, over tiles, of all but one and of all."""
+    q, k, v = prompt(6, 2, 600)
+    for window in (1, 5, 256, 300, 599, 600, 700):
+        run = compiled(
+            *(causal_attention,),
+            scale=0.3,
+            window=window,
+            implementation=implementation,
+        )
+        theirs = jax.nn.dot_product_attention(
+            q, k, v, scale=0.3, is_causal=True, local_window_size=(window - 1, 0)
+        )
+        np.testing.assert_allclose(run(q, k, v), theirs, atol=2e-6)
+    with pytest.raises(ValueError, match="a window holds at least 1 token, got 0"):
+        causal_attention(q, k, v, scale=0.3, window=0)
+
+
 def test_prefill_memory_is_linear_in_length():
     def temporaries(length):
         q, k, v = prompt(4, 2, length)
@@ -254,4 +273,9 @@ def test_splash_against_reference(heads, length):
     q, k, v = prompt(*HEADS[heads], length, head_dim=128)
     ours = prefill._splash(q, k, v, 0.09, interpret=True)
     exact = causal_attention(q, k, v, scale=0.09, implementation="reference")
+    np.testing.assert_allclose(ours, exact, atol=2e-5)
+    ours = prefill._splash(q, k, v, 0.09, 70, interpret=True)
+    exact = causal_attention(
+        q, k, v, scale=0.09, window=70, implementation="reference"
+    )
     np.testing.assert_allclose(ours, exact, atol=2e-5)

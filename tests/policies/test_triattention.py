@@ -88,7 +88,7 @@ def queries_of(tokens):
     """Return each layer's queries before their rotation, `[T, N, H]`."""
     found = []
 
-    def attend(q, k, v, state):
+    def attend(q, k, v, state, weighing):
         index = jnp.arange(q.shape[1], dtype=jnp.int32)[None]
         found.append(rotate(q, -index, layer_frequencies(CONFIG)[0])[0])
         return jax.nn.dot_product_attention(q, k, v, is_causal=True), state
