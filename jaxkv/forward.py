@@ -7,7 +7,6 @@ given tokens, `V` vocabulary, `D` hidden size.
 """
 
 import dataclasses
-import itertools
 from typing import Any, NamedTuple
 
 import jax
@@ -121,9 +120,8 @@ def read(
         scores_implementation=options.scores_implementation,
     )
     bound = options.prompt_budget
-    windows = network.config.windows
     if isinstance(slots, int):
-        slots = kv.by_window(windows, itertools.repeat(slots), lambda window: window)
+        slots = kv.all_slots(network.config.windows, slots)
     empty = empty_layers(
         policy,
         network.config,

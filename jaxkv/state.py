@@ -262,12 +262,22 @@ def by_window(
     return tuple(next(rest) if w is None else of_sliding(w) for w in windows)
 
 
+def all_slots(windows: Sequence[int | None], slots: int) -> tuple[int, ...]:
+    """Return so many slots for the layers without a window, and whole windows."""
+    return tuple(slots if window is None else window for window in windows)
+
+
 def global_layers(cache: Cache) -> Cache:
     """Return the states of the layers that attend to all tokens, which a budget cuts.
 
     All of them where there is none.
     """
     return tuple(state for state in cache if state.window is None) or cache
+
+
+def sliding_layers(cache: Cache) -> Cache:
+    """Return the states of the layers that hold a window."""
+    return tuple(state for state in cache if state.window is not None)
 
 
 def num_bytes(cache: Cache) -> int:

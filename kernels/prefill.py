@@ -9,7 +9,7 @@ size.
 
 import functools
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -66,7 +66,9 @@ def causal_attention(
             jax.default_backend(), query.dtype, length=length, head_dim=head_dim
         )
     run = dispatch.resolve(where, implementation, _RUNS)
-    run = per_shard(functools.partial(run, scale=scale, window=window), causal_attention)
+    run = per_shard(
+        functools.partial(run, scale=scale, window=window), causal_attention
+    )
     return run(query, key, value)
 
 
@@ -198,7 +200,7 @@ def _splash(query, key, value, scale, window=None, interpret=False):
         )
     groups = heads // kv_heads
     square = (length, length)
-    mask = splash_attention_mask.CausalMask(square)
+    mask: Any = splash_attention_mask.CausalMask(square)
     if window is not None:
         mask = splash_attention_mask.LocalMask(square, (window - 1, 0), offset=0)
     # Its own default, tiles of 128, keeps the matrix units waiting.

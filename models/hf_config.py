@@ -11,10 +11,10 @@ from typing import Any, Literal
 
 from jaxkv.models.checkpoint import CheckpointError, read_json
 from jaxkv.models.checkpoint_values import MOST_LAYERS, integer, number, unsupported
-from jaxkv.models.config import Config
-from jaxkv.models.hf_layers import refuse_windows
-from jaxkv.models.hf_rope import read_rope
+from jaxkv.models.config import Config, LayerKind
+from jaxkv.models.hf_layers import read_kinds
 from jaxkv.models.quiet import quiet_transformers
+from jaxkv.models.rope import PLAIN
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -115,7 +115,7 @@ def _convert(raw: dict[str, Any]) -> Config:
     max_positions = integer(
         raw, "max_position_embeddings", default["max_position_embeddings"]
     )
-    refuse_windows(raw, model_type, default, max_positions, layers)
+    kinds = read_kinds(raw, model_type, default, max_positions, layers)
     if raw.get("num_key_value_heads", 0) is None:  # null: as many as query heads
         num_kv_heads = num_heads
     else:
@@ -145,7 +145,8 @@ def _convert(raw: dict[str, Any]) -> Config:
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         rms_norm_eps=number(raw, "rms_norm_eps", default["rms_norm_eps"]),
-        rope=read_rope(raw, max_positions),
+        rope=kinds[0].rope or PLAIN,
+        kinds=() if set(kinds) == {LayerKind(rope=kinds[0].rope)} else kinds,
         max_positions=max_positions,
         qkv_bias=qkv_bias,
         output_bias=output_bias,

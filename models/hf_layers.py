@@ -1,53 +1,88 @@
-"""What tells the layers of a Hugging Face configuration apart."""
+"""What tells the layers of a Hugging Face configuration apart: windows, rotations."""
 
 from typing import Any
 
 from jaxkv.models.checkpoint_values import integer, unsupported
+from jaxkv.models.config import LayerKind
+from jaxkv.models.hf_rope import read_rope
 
-_LAYER_TYPES = {"full_attention", "sliding_attention"}
+_FULL, _SLIDING = "full_attention", "sliding_attention"
+# Families whose layers have windows, as transformers implements them: every so many
+# layers one has none; 0 is never.
+_PERIODS = {"mistral": 0}
+# Those in which a switch turns windows on, from some layer on.
+_SWITCHED = ("qwen2", "qwen3")
 
 
-def refuse_windows(
+def read_kinds(
     raw: dict[str, Any],
     model_type: str,
     default: dict[str, Any],
     max_positions: int,
     layers: int,
-) -> None:
-    """Raise if any layer attends to a window that is shorter than a sequence may be.
+) -> tuple[LayerKind, ...]:
+    """Return what each layer's attention does.
 
     Args:
       raw: of `config.json`.
       model_type: of the family.
       default: what transformers takes for absent keys.
-      max_positions: of the network, in tokens.
+      max_positions: of the network, in tokens. A window that is not shorter is none.
       layers: of the network.
 
     Raises:
       CheckpointError: it names the key and its value.
     """
-    kinds = raw.get("layer_types") or []
-    if not isinstance(kinds, list) or not set(map(str, kinds)) <= _LAYER_TYPES:
-        unsupported("layer_types", kinds, "'full_attention' for every layer")
     window = raw.get("sliding_window", default.get("sliding_window"))
+    if window is not None:
+        window = integer({"sliding_window": window}, "sliding_window")
+        window = None if window >= max_positions else window
+    types = _types(raw, model_type, default, window, layers)
+    rope = read_rope(raw, max_positions)
+    windows = {_FULL: None, _SLIDING: window}
+    return tuple(LayerKind(rope=rope, window=windows[kind]) for kind in types)
+
+
+def _types(
+    raw: dict[str, Any],
+    model_type: str,
+    default: dict[str, Any],
+    window: int | None,
+    layers: int,
+) -> list[str]:
+    """Return each layer's type as transformers names it: by key, or as the family has.
+
+    Raises:
+      CheckpointError: a layer that would have a window in a family that has none.
+    """
+    given = raw.get("layer_types") or []
+    if not isinstance(given, list) or not set(map(str, given)) <= {_FULL, _SLIDING}:
+        unsupported("layer_types", given, _FULL, _SLIDING)
+    if given and len(given) != layers:
+        unsupported("layer_types", given, f"one for each of {layers} layers")
     switched_on = raw.get("use_sliding_window") or False
     if type(switched_on) is not bool:
         unsupported("use_sliding_window", switched_on, False)
-    if window is not None and (
-        integer({"sliding_window": window}, "sliding_window") >= max_positions
-    ):
-        return
-    if model_type == "mistral":  # has no switch, and one kind of layer
-        if window is not None:
-            unsupported(
-                "sliding_window",
-                window,
-                None,
-                f"max_position_embeddings={max_positions}",
-            )
-    elif "sliding_attention" in kinds:
-        unsupported("layer_types", kinds, "'full_attention' for every layer")
-    elif switched_on and not kinds and window is not None:
-        first = raw.get("max_window_layers", default.get("max_window_layers", 0))
-        if type(first) not in (int, float) or first < layers:
-            unsupported("use_sliding_window", True, False)
+    if window is None:
+        return [_FULL] * layers
+    if model_type in _SWITCHED:
+        if not switched_on and _SLIDING in given:
+            unsupported("layer_types", given, f"{_FULL} without use_sliding_window")
+        first: Any = raw.get("max_window_layers", default.get("max_window_layers"))
+        if not given and switched_on and (type(first) is not int or first < 0):
+            unsupported("max_window_layers", first, "a number of layers")
+        return given or [
+            _SLIDING if switched_on and layer >= first else _FULL
+            for layer in range(layers)
+        ]
+    if model_type in _PERIODS:
+        period = _PERIODS[model_type] or layers + 1
+        # Mistral has one kind of layer, whatever a list says.
+        return (_PERIODS[model_type] and given) or [
+            _SLIDING if layer % period else _FULL for layer in range(1, layers + 1)
+        ]
+    if _SLIDING in given:
+        unsupported("layer_types", given, _FULL)
+    if switched_on:
+        unsupported("use_sliding_window", switched_on, False)
+    return [_FULL] * layers

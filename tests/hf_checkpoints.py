@@ -25,9 +25,27 @@ CONFIG = Config(
     num_kv_heads=2,
     head_dim=2,
 )
+LLAMA = dict(
+    architectures=["LlamaForCausalLM"],
+    model_type="llama",
+    vocab_size=20,
+    hidden_size=8,
+    intermediate_size=12,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+)
 MODEL, INDEX = "model.safetensors", "model.safetensors.index.json"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
+
+
+def write_config(folder, **changes):
+    """Write `config.json`; a key changed to `...` is left out."""
+    raw = {k: v for k, v in (LLAMA | changes).items() if v is not ...}
+    (folder / "config.json").write_text(json.dumps(raw))
+    return folder
 
 
 def hf_tensors(config, dtype="float32"):

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxkv import state as kv
 from jaxkv.contexts.context import Context
 from jaxkv.fields import MOST_SEED
 from jaxkv.language_model import LanguageModel
@@ -64,7 +65,7 @@ def shape(
         bound = bucket(bound)
     options = dataclasses.replace(options, budget=bound)
     prompt, new = bucket(limits.max_prompt), bucket(limits.max_new_tokens)
-    slots = options.layer_slots(prompt, new, lm.config.num_layers)
+    slots = options.layer_slots(prompt, new, lm.config.windows)
     return Shape(slots=slots, prompt=prompt, max_out=new, options=options)
 
 
@@ -206,14 +207,16 @@ def _question(
     if seen + len(ids) > limits.max_prompt:
         raise _too_long(seen + len(ids), limits)
     need = kept + len(ids) + (options.decode.spare if room else new)
-    least = min(shape.slots)
+    sizes = zip(shape.slots, lm.config.windows, strict=True)
+    # A layer's window has room for any document.
+    least = min((size for size, window in sizes if window is None), default=need)
     if need > least:
         raise ValueError(
             f"generate: document {index} with {kept} tokens kept, the prompt and what "
             f"follows need {need} slots, but a row has {least}; make the engine with "
             "a higher budget, or compress to a lower one."
         )
-    heads = {state.target.shape[1] for state in context.cache}
+    heads = {state.target.shape[1] for state in kv.global_layers(context.cache)}
     wanted = shape.options.prefill.heads(lm.config.num_heads, lm.config.num_kv_heads)
     if heads != {wanted}:
         raise ValueError(

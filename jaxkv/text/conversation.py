@@ -5,7 +5,6 @@ and returns the chat after it; the old one can be gone on with in another way.
 """
 
 import dataclasses
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, Self
 
@@ -277,8 +276,8 @@ class Chat:
             windows=self.lm.config.windows,
         )
         if evicts:  # all of them, however short the first turn is
-            size = itertools.repeat(options.num_slots(len(tokens), budget or 0))
-            slots = kv.by_window(self.lm.config.windows, size, lambda window: window)
+            size = options.num_slots(len(tokens), budget or 0)
+            slots = kv.all_slots(self.lm.config.windows, size)
             plan = dataclasses.replace(plan, slots=slots)
         state = inference.start(self.lm, plan, [tokens], self.seed, stops, None)
         return plan, state, plan.max_out

@@ -51,6 +51,7 @@ class Stats:
     Attributes:
       prompt_tokens: of each row.
       cache_bytes: of the whole cache, bookkeeping included.
+      window_bytes: those of layers that hold a window, which no budget cuts.
       slots: of the layer with the largest state.
       compile_seconds: spent tracing and compiling; 0 once the shapes are known.
       prefill_seconds: until the first token, compilation not counted.
@@ -70,6 +71,7 @@ class Stats:
     tokens_per_second: float
     prefill_implementation: str
     decode_implementation: str
+    window_bytes: int = 0
     drafts: DraftStats | None = None
 
     __repr__ = brief
@@ -356,6 +358,7 @@ def completion(
         stats=Stats(
             prompt_tokens=tuple(prompts),
             cache_bytes=kv.num_bytes(state.cache),
+            window_bytes=kv.num_bytes(kv.sliding_layers(state.cache)),
             slots=max(plan.slots),
             compile_seconds=reading.compiling + decoding.compiling,
             prefill_seconds=reading.computing,

@@ -4,7 +4,6 @@ A question stands behind its document whole, at the positions that follow it.
 """
 
 import dataclasses
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -241,7 +240,7 @@ def slots_of(
             f"{type(decode).__name__} leaves free; use at least {need}."
         )
     windows = [state.window for state in context.cache]
-    return kv.by_window(windows, itertools.repeat(size), lambda window: window)
+    return kv.all_slots(windows, size)
 
 
 def check(

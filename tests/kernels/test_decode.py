@@ -275,7 +275,5 @@ def test_splash_against_reference(heads, length):
     exact = causal_attention(q, k, v, scale=0.09, implementation="reference")
     np.testing.assert_allclose(ours, exact, atol=2e-5)
     ours = prefill._splash(q, k, v, 0.09, 70, interpret=True)
-    exact = causal_attention(
-        q, k, v, scale=0.09, window=70, implementation="reference"
-    )
+    exact = causal_attention(q, k, v, scale=0.09, window=70, implementation="reference")
     np.testing.assert_allclose(ours, exact, atol=2e-5)

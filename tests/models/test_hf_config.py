@@ -1,10 +1,9 @@
 """Reading `config.json`."""
 
 import dataclasses
-import json
 
 import pytest
-from hf_checkpoints import raises
+from hf_checkpoints import LLAMA, raises, write_config
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,24 +12,6 @@ from jaxkv.models.config import Config
 from jaxkv.models.hf_config import read_config
 from jaxkv.models.rope import Llama3Scaling, Rope
 
-LLAMA = dict(
-    architectures=["LlamaForCausalLM"],
-    model_type="llama",
-    vocab_size=20,
-    hidden_size=8,
-    intermediate_size=12,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=64,
-)
-QWEN2 = dict(
-    model_type="qwen2",
-    architectures=...,
-    use_sliding_window=True,
-    sliding_window=16,
-    max_window_layers=2,
-)
 OLMO2 = dict(qk_norm=True, qk_norm_per_head=False, pre_norm=False, post_norm=True)
 SCALING = dict(
     factor=8.0,
@@ -38,13 +19,6 @@ SCALING = dict(
     high_freq_factor=4.0,
     original_max_position_embeddings=32,
 )
-
-
-def write_config(folder, **changes):
-    """Write `config.json`; a key changed to `...` is left out."""
-    raw = {k: v for k, v in (LLAMA | changes).items() if v is not ...}
-    (folder / "config.json").write_text(json.dumps(raw))
-    return folder
 
 
 def test_config_of_llama(tmp_path):
@@ -154,24 +128,6 @@ def test_config_of_other_families(tmp_path, model_type, switches):
 
 
 @pytest.mark.parametrize(
-    "changes",
-    [
-        QWEN2,  # no layer lies above the last one
-        QWEN2 | dict(max_window_layers=...),
-        QWEN2 | dict(layer_types=["full_attention"] * 2, max_window_layers=0),
-        QWEN2 | dict(sliding_window=None, max_window_layers=0),
-        QWEN2 | dict(sliding_window=64.0, max_window_layers=0),
-        QWEN2 | dict(layer_types=["sliding_attention"] * 2, sliding_window=64),
-        QWEN2 | dict(use_sliding_window=False, max_window_layers=0),
-    ],
-)
-def test_windows_that_never_act(tmp_path, changes):
-    plain = write_config(tmp_path, model_type="qwen2", architectures=...)
-    plain = read_config(plain)
-    assert read_config(write_config(tmp_path, **changes)) == plain
-
-
-@pytest.mark.parametrize(
     "spelling",
     [
         dict(rope_theta=5e5, rope_scaling={"rope_type": "llama3", **SCALING}),
@@ -239,34 +195,7 @@ def test_llama3_scaling_finds_the_original_context(tmp_path):
             dict(use_sliding_window=True, sliding_window=16),
             ["use_sliding_window=True", "False"],
         ),
-        (QWEN2 | dict(max_window_layers=1), ["use_sliding_window=True", "False"]),
         (dict(use_sliding_window="no"), ["use_sliding_window='no'", "False"]),
-        (
-            QWEN2 | dict(layer_types=["full_attention", "sliding_attention"]),
-            ["layer_types=", "full_attention"],
-        ),
-        (dict(layer_types=["linear_attention"]), ["layer_types=", "full_attention"]),
-        (dict(layer_types=1), ["layer_types=1", "full_attention"]),
-        (
-            dict(layer_types=["sliding_attention", "full_attention"]),
-            ["layer_types=['sliding_attention'", "full_attention"],
-        ),
-        (
-            dict(
-                model_type="mistral",
-                architectures=["MistralForCausalLM"],
-                sliding_window=16,
-            ),
-            ["sliding_window=16", "max_position_embeddings=64"],
-        ),
-        (
-            dict(
-                model_type="mistral",
-                architectures=...,
-                max_position_embeddings=...,
-            ),
-            ["sliding_window=4096", "131072"],
-        ),
         (
             dict(rope_scaling={"type": "linear", "factor": 2.0}),
             ["rope_scaling.rope_type='linear'", "'default', 'llama3'"],
