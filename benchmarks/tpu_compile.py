@@ -186,14 +186,12 @@ def generate(
     if layers is not None:
         config = dataclasses.replace(config, num_layers=layers)
     mesh = sharding.make_mesh(data=data, model=model, devices=devices(topology))
-    sharding.check(config, mesh, batch=batch)
+    mesh = sharding.for_network(mesh, config)
     shapes = parameter_shapes(config)
     params = jax.tree.map(
-        lambda x, spec: jax.ShapeDtypeStruct(
-            x.shape, jnp.bfloat16, sharding=NamedSharding(mesh, spec)
-        ),
+        lambda x, where: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16, sharding=where),
         shapes,
-        sharding.parameter_specs(shapes),
+        sharding.parameter_shardings(shapes, mesh),
     )
     options = Options(
         budget=budget,
@@ -220,7 +218,7 @@ def generate(
     )
     program = functools.partial(
         generation.generate_tokens,
-        Decoder(config),
+        Decoder(config, shards=sharding.shards_of(mesh)),
         options=options,
         slots=options.num_slots(prompt, new),
         max_out=new,

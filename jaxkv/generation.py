@@ -21,7 +21,7 @@ from jaxkv.policies.base import Speculable
 from jaxkv.runtime.programs import bounded_jit
 from jaxkv.runtime.seeds import independent
 from jaxkv.sampling import Sampler, from_numbers, penalizes, pick_next
-from jaxkv.sequences import Generation, append, no_logprobs
+from jaxkv.sequences import Generation, append, no_logprobs, readable
 from jaxkv.speculation import loop as speculation
 from jaxkv.speculation import pace
 from jaxkv.speculation.drafters import Drafter
@@ -126,7 +126,7 @@ def begin(
     given = logits, ~generation.done, stop_ids, options.sampler
     generation = _choose(generation, *given)
     if options.speculate is None:
-        return generation
+        return readable(generation)
     begun = speculation.begin(
         *(options.speculate, tokens, lengths, generation.last),
         rule=options.accept,
@@ -134,7 +134,7 @@ def begin(
         likeliest=likeliest,
         pool=pool,
     )
-    return dataclasses.replace(generation, speculation=begun)
+    return readable(dataclasses.replace(generation, speculation=begun))
 
 
 def start_copies(
@@ -226,7 +226,7 @@ def follow(
         cache=cache,
         seen=seen,
     )
-    return _choose(begun, logits, ~begun.done, stop_ids, options.sampler)
+    return readable(_choose(begun, logits, ~begun.done, stop_ids, options.sampler))
 
 
 def advance(
@@ -310,7 +310,7 @@ def advance(
         few = steps is None or (taken(g) - taken(generation)).max() < steps
         return running(g).any() & few
 
-    return jax.lax.while_loop(goes_on, step, generation)
+    return readable(jax.lax.while_loop(goes_on, step, generation))
 
 
 def _choose(

@@ -5,12 +5,14 @@ Axis letters: `B` batch, `V` vocabulary.
 """
 
 import dataclasses
+import functools
 from typing import Annotated, Protocol
 
 import jax
 import jax.numpy as jnp
 from annotated_types import Ge, Gt, Le
 
+from jaxkv.kernels import vocabulary
 from jaxkv.policies.fitting import fit
 
 Positive = Annotated[float, Gt(0)]
@@ -47,7 +49,7 @@ class Greedy(Sampler):
     def pick(self, logits: jax.Array, keys: jax.Array) -> jax.Array:
         """Return int32 tokens `[B]` for logits `[B, V]`; the keys are not used."""
         del keys
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        return vocabulary.likeliest(logits)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,8 +80,12 @@ class Categorical(Sampler):
     def pick(self, logits: jax.Array, keys: jax.Array) -> jax.Array:
         """Draw int32 tokens `[B]` for logits `[B, V]` with one key per row."""
         kept = self.filter(logits)
-        draw = jax.vmap(jax.random.categorical)
-        return draw(keys, kept).astype(jnp.int32)
+        # As `jax.random.categorical` draws, but for who takes the maximum.
+        draw = functools.partial(
+            jax.random.gumbel, shape=kept.shape[1:], dtype=kept.dtype
+        )
+        noise = jax.vmap(draw)(keys)
+        return vocabulary.likeliest(noise + kept)
 
     def filter(self, logits: jax.Array) -> jax.Array:
         """Return tempered logits `[B, V]` with dropped tokens at minus infinity."""
@@ -91,8 +97,8 @@ class Categorical(Sampler):
         fits = jnp.isfinite(highest / self.temperature)
         logits = jnp.where(fits, tempered, relative)
         if 0 < self.top_k < logits.shape[-1]:
-            kth = jax.lax.top_k(logits, self.top_k)[0][..., -1:]
-            logits = jnp.where(logits < kth, -jnp.inf, logits)
+            kth = vocabulary.kth_largest(logits, k=self.top_k)
+            logits = jnp.where(logits < kth[:, None], -jnp.inf, logits)
         if self.top_p < 1:
             logits = _keep_top_p(logits, self.top_p)
         if self.min_p > 0:
@@ -155,7 +161,7 @@ def from_numbers(logits: jax.Array, tokens: jax.Array) -> jax.Array:
       logits: float32 `[B, V]`, as the network gives them.
       tokens: int32 `[B]`, from `pick_next`.
     """
-    return jnp.isfinite(jnp.take_along_axis(logits, tokens[:, None], axis=1)[:, 0])
+    return jnp.isfinite(vocabulary.at_tokens(logits, tokens))
 
 
 def penalize(

@@ -11,6 +11,7 @@ from typing import Generic, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 
+from jaxkv.kernels.per_shard import everywhere
 from jaxkv.shown import brief
 from jaxkv.state import Cache
 
@@ -108,6 +109,12 @@ def append(
     )
 
 
+def readable(g: Generation[Drafts]) -> Generation[Drafts]:
+    """Let every host have all of a generation but its cache, and what is as large."""
+    whole = everywhere(dataclasses.replace(g, cache=(), seen=None))
+    return dataclasses.replace(whole, cache=g.cache, seen=g.seen)
+
+
 def no_logprobs(batch: int, most: int, alternatives: int | None) -> LogProbs | None:
     """Return room for `most` tokens of each of `batch` outputs, or None for None."""
     if alternatives is None:
@@ -143,11 +150,13 @@ def write(
     Returns:
       The buffer; what would lie beyond its end is dropped.
     """
-    rows = jnp.arange(new.shape[0], dtype=jnp.int32)[:, None]
     order = jnp.arange(new.shape[1], dtype=jnp.int32)[None]
     beyond = buffer.shape[1]
     index = jnp.where(order < count[:, None], start[:, None] + order, beyond)
-    return buffer.at[rows, index].set(new, mode="drop")
+    # Row by row, as devices that share out the rows can do it.
+    return jax.vmap(lambda row, at, x: row.at[at].set(x, mode="drop"))(
+        buffer, index, new
+    )
 
 
 def is_stop(tokens: jax.Array, stop_ids: jax.Array) -> jax.Array:

@@ -2,35 +2,39 @@
 
 ```python
 mesh = sharding.make_mesh(data=2, model=4)  # rows over 2, heads over 4
-with jax.set_mesh(mesh):
-    lm = dataclasses.replace(lm, params=sharding.shard_parameters(lm.params, mesh))
-    jaxkv.generate(lm, prompts)
+network, params = sharding.spread(lm.network, lm.params, mesh)
+lm = dataclasses.replace(lm, network=network, params=params)
+jaxkv.generate(lm, prompts)
 ```
 
-Tensor parallelism as usual: the matrices that make heads and feed-forward columns are
-cut along their columns, those that lead back along their rows, and XLA adds the parts
-up. The cache is cut along rows of the batch (`data`) and key/value heads (`model`);
-attention runs on each device's own part (`jaxkv.kernels.per_shard`).
+Tensor parallelism as Megatron-LM has it (arXiv 1909.08053, section 3): the matrices
+that make heads and feed-forward columns are cut along their columns, those that lead
+back along their rows, and the devices of a row add up the parts, twice a layer. Fused
+matrices are laid out so that each device has whole groups of heads, and its gates
+beside its ups (`jaxkv.models.layout`). Embedding and output layer are cut over the
+vocabulary, the cache along rows of the batch (`data`) and key/value heads (`model`).
+All kernels run on each device's own part (`jaxkv.kernels.per_shard`).
+
+Where there are more devices than key/value heads, several hold copies of the same heads
+and compute the same attention (`copies`); all else is still shared out among them.
 
 Supported: every attention implementation and every policy. Where the heads of a row
-lie on several devices and share a victim, LongFlow's kernels leave each slot's
-importance to be exchanged, and on GPUs read the keys once more. The sizes must divide:
-rows by `data`; key/value heads, feed-forward columns and vocabulary by `model`. Fused
-projections are cut without regard to what was fused, so XLA moves activations (never
-weights) between devices where a projection is split up again.
-Not supported: cutting the slots or the layers, and heads shared by several devices.
+lie on several devices and share a victim, they exchange each slot's importance.
+Not supported: cutting the slots or the layers.
 """
 
 import dataclasses
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxkv.kernels.per_shard import partition_spec
+from jaxkv.kernels.per_shard import AXES, COPIES, DATA, MODEL, partition_spec
+from jaxkv.models import layout
 from jaxkv.models.config import Config
-from jaxkv.models.decoder import parameter_axes
+from jaxkv.models.decoder import Decoder, parameter_axes
 from jaxkv.state import KVState
 
 
@@ -43,32 +47,81 @@ def make_mesh(*, data: int = 1, model: int = 1, devices: Any = None) -> Mesh:
       devices: to use; None takes the default ones.
     """
     return jax.make_mesh(
-        (data, model),
-        ("data", "model"),
-        axis_types=(AxisType.Auto,) * 2,  # XLA finds the shardings in between
+        (data, model, 1),
+        AXES,
+        axis_types=(AxisType.Auto,) * 3,  # XLA finds the shardings in between
         devices=devices,
     )
 
 
-def check(config: Config, mesh: Mesh, *, batch: int) -> None:
-    """Raise ValueError if the mesh does not divide the network and the batch.
+def for_network(mesh: Mesh, config: Config) -> Mesh:
+    """Return the mesh with as many copies of heads as a network makes necessary.
+
+    Args:
+      mesh: from `make_mesh`.
+      config: of the network.
+
+    Raises:
+      ValueError: the mesh does not divide the network; the message says what would.
+    """
+    check(config, mesh)
+    count = devices_of_a_row(mesh)
+    heads = min(count, config.num_kv_heads)
+    if mesh.shape[MODEL] == heads:
+        return mesh
+    shape = mesh.shape[DATA], heads, count // heads
+    return Mesh(mesh.devices.reshape(shape), AXES, axis_types=mesh.axis_types)
+
+
+def devices_of_a_row(mesh: Any) -> int:
+    """Return how many devices share out one row."""
+    return mesh.shape[MODEL] * mesh.shape[COPIES]
+
+
+def shards_of(mesh: Any) -> tuple[int, int]:
+    """Return over how many devices heads and columns lie; see `layout`."""
+    return mesh.shape[MODEL], devices_of_a_row(mesh)
+
+
+def check(config: Config, mesh: Any) -> None:
+    """Raise ValueError if the mesh does not divide the network; say what would.
 
     Args:
       config: of the network.
       mesh: from `make_mesh`.
-      batch: rows.
     """
-    for what, size, axis in (
-        ("rows", batch, "data"),
-        ("key/value heads", config.num_kv_heads, "model"),
-        ("feed-forward columns", config.intermediate_size, "model"),
-        ("entries of the vocabulary", config.vocab_size, "model"),
-    ):
-        if size % mesh.shape[axis]:
-            raise ValueError(
-                f"sharding: {size} {what} do not divide over {mesh.shape[axis]} "
-                f"devices of the mesh axis {axis!r}; use another mesh."
-            )
+    count, heads = devices_of_a_row(mesh), config.num_kv_heads
+    if count > 1 and config.qk_norm and not config.qk_norm_per_head:
+        raise ValueError(
+            "sharding: this network normalises queries and keys over all heads at once "
+            f"(OLMo 2), and does not spread them over model={count} devices; use "
+            "model=1, and data= for rows."
+        )
+    others = {
+        "feed-forward columns": config.intermediate_size,
+        "columns of query heads": config.num_heads * config.head_dim,
+        "entries of the vocabulary": config.vocab_size,
+    }
+    fits = [
+        number
+        for number in range(1, count + 1)
+        if not (heads % number and number % heads)
+        and not any(size % number for size in others.values())
+    ]
+    if count in fits:
+        return
+    what, size = next(
+        ((what, size) for what, size in others.items() if size % count),
+        ("key/value heads", heads),
+    )
+    raise ValueError(
+        f"sharding: {size} {what} do not divide over model={count} devices; this "
+        f"network takes model={_list(fits)}."
+    )
+
+
+def _list(numbers: list[int]) -> str:
+    return " or ".join(map(str, numbers))
 
 
 def parameter_specs(params: Any) -> Any:
@@ -89,6 +142,15 @@ def parameter_specs(params: Any) -> Any:
         return P(*axes[name])
 
     return jax.tree_util.tree_map_with_path(spec, params)
+
+
+def parameter_shardings(params: Any, mesh: Mesh) -> Any:
+    """Return where every parameter lies, as a tree like `params`."""
+    return jax.tree.map(
+        lambda spec: NamedSharding(mesh, spec),
+        parameter_specs(params),
+        is_leaf=lambda x: isinstance(x, P),
+    )
 
 
 def state_specs(state: KVState) -> KVState:
@@ -113,13 +175,38 @@ def state_specs(state: KVState) -> KVState:
     return dataclasses.replace(state, **specs)
 
 
-def shard_parameters(params: Any, mesh: Mesh) -> Any:
-    """Return the parameters, each device with its part of them."""
-    return jax.device_put(
-        params,
-        jax.tree.map(
-            lambda spec: NamedSharding(mesh, spec),
-            parameter_specs(params),
-            is_leaf=lambda x: isinstance(x, P),
-        ),
+def spread(network: Decoder, params: Any, mesh: Mesh) -> tuple[Decoder, Any]:
+    """Lay a network's parameters out over a mesh, each device with its part of them.
+
+    Args:
+      network: whose parameters lie on one device.
+      params: they; they stay as they are.
+      mesh: from `make_mesh`.
+
+    Returns:
+      The network that knows the layout, and its parameters.
+
+    Raises:
+      ValueError: the mesh does not divide the network, or the network is laid out for
+        one already.
+    """
+    if network.shards != (1, 1):
+        raise ValueError(
+            f"spread: the network is laid out for {network.shards} devices already; "
+            "load it anew with jaxkv.load(name, mesh=mesh)."
+        )
+    mesh = for_network(mesh, network.config)
+    network = network.clone(shards=shards_of(mesh))
+
+    def place(path, leaf, sharding):
+        columns = layout.order(network.config, path[-1].key, network.shards)
+        whole = np.asarray(leaf)
+        if columns is not None:
+            whole = whole[..., columns]
+        return jax.make_array_from_callback(
+            whole.shape, sharding, lambda index: whole[index]
+        )
+
+    return network, jax.tree_util.tree_map_with_path(
+        place, params, parameter_shardings(params, mesh)
     )

@@ -18,8 +18,10 @@ from jaxtyping import Array, Float, Int32
 from jaxkv.kernels import decode, dispatch
 from jaxkv.kernels.cache import Slots, Token, write
 from jaxkv.kernels.decode import Implementation
-from jaxkv.kernels.decode_triton import decode_attention_triton
-from jaxkv.kernels.longflow_triton import longflow_attention_triton
+from jaxkv.kernels.longflow_triton import (
+    longflow_attention_triton,
+    longflow_importance_triton,
+)
 from jaxkv.kernels.per_shard import MESH_AXES, devices_per_row, per_shard
 from jaxkv.kernels.scores import Score, value_norms, write_norm
 from jaxkv.kernels.shapes import check_groups, checked
@@ -156,10 +158,24 @@ def token_importance(
     return _importance(weights, values, norms, out, positions, score)
 
 
-def _reference(query, token, slots, oldest, newest, *, scale, score, shared, axis):
-    """Float32, one query head after another: the definition of the operation.
+def reference(query, token, slots, oldest, newest, *, scale, score, shared, axis):
+    """Do `longflow_attention` in float32, one query head after another: its definition.
 
     It keeps the norms, but computes its own from the values.
+
+    Args:
+      query: as there, and so are the other arrays and options.
+      token: the new one.
+      slots: with norms.
+      oldest: least position that may be evicted.
+      newest: greatest position that may be evicted.
+      scale: factor on the logits.
+      score: what a slot is worth.
+      shared: one victim for all heads of a row.
+      axis: see `victims.choose_victim`.
+
+    Returns:
+      The output, and the slots.
     """
     norms = write_norm(token, slots, score)
     slots = write(token, slots)
@@ -192,42 +208,40 @@ def _reference(query, token, slots, oldest, newest, *, scale, score, shared, axi
     return out.astype(query.dtype), slots._replace(norms=norms, target=target)
 
 
-def _xla(*arguments, **options):
+def _xla(query, token, slots, oldest, newest, *, scale, score, shared, axis):
     """Two contractions per key/value head, and a norm per slot: `a |v|` is `|a v|`."""
-    return _attend_and_score(None, *arguments, **options)
-
-
-def _attend_and_score(
-    attend, query, token, slots, oldest, newest, *, scale, score, shared, axis
-):
-    """Do `_xla`, or if `attend` is given, leave output and write to that kernel."""
     norms = write_norm(token, slots, score)
-    if attend is None:
-        slots = write(token, slots)
-    else:
-        out, slots = attend(query, token, slots, scale=scale)
-    keys, values, positions, target, _ = slots
+    slots = write(token, slots)
+    keys, values, positions, _, _ = slots
     weights = decode.decode_weights(query, keys, positions, scale=scale)
-    weighed = None
-    if attend is None:
-        weighed = decode.weigh(weights, values, positions)
-        out = weighed.reshape(query.shape).astype(query.dtype)
+    weighed = decode.weigh(weights, values, positions)
     importance = _importance(weights, values, norms, weighed, positions, score)
-    victim = choose_victim(
-        importance, positions, oldest, newest, shared=shared, axis=axis
+    slots = _choose(
+        *(importance, token, slots._replace(norms=norms), oldest, newest),
+        shared=shared,
+        axis=axis,
     )
-    target = jnp.where(token.position[:, None] < 0, target, victim)
-    return out, slots._replace(norms=norms, target=target)
+    return weighed.reshape(query.shape).astype(query.dtype), slots
 
 
-def _triton(*arguments, axis, **options):
-    if axis is not None:
-        # The fused kernel chooses, and cannot ask other devices about their heads. So
-        # it only attends, and the score costs a second pass over the keys.
-        return _attend_and_score(
-            decode_attention_triton, *arguments, axis=axis, **options
-        )
-    return longflow_attention_triton(*arguments, **options)
+def _choose(importance, token, slots, oldest, newest, *, shared, axis):
+    """Return the slots with the next target; that of a finished row stays."""
+    victim = choose_victim(
+        *(importance, slots.positions, oldest, newest), shared=shared, axis=axis
+    )
+    target = jnp.where(token.position[:, None] < 0, slots.target, victim)
+    return slots._replace(target=target)
+
+
+def _triton(*arguments, axis, shared, **options):
+    if axis is None:
+        return longflow_attention_triton(*arguments, shared=shared, **options)
+    # The second launch would choose, and cannot ask other devices about their heads.
+    out, importance, slots = longflow_importance_triton(*arguments, **options)
+    _, token, _, oldest, newest = arguments
+    return out, _choose(
+        *(importance, token, slots, oldest, newest), shared=shared, axis=axis
+    )
 
 
 def _pallas_tpu(*arguments, **options):
@@ -237,7 +251,7 @@ def _pallas_tpu(*arguments, **options):
 
 
 _RUNS = {
-    "reference": _reference,
+    "reference": reference,
     "xla": _xla,
     "triton": _triton,
     "pallas_tpu": _pallas_tpu,

@@ -10,6 +10,7 @@ Axis letters: `B` batch, `T` nodes, `N` query heads, `K` key/value heads, `G` qu
 heads per key/value head, `S` slots, `H` head size, `D` depth of the deepest node.
 """
 
+import functools
 from typing import Literal, NamedTuple
 
 import jax
@@ -18,6 +19,7 @@ from jaxtyping import Array, Float, Int32
 
 from jaxkv.kernels import dispatch, longflow, tree_attention
 from jaxkv.kernels.cache import Nodes, Slots, Token
+from jaxkv.kernels.per_shard import DATA, MESH_AXES, devices_per_row, per_shard
 from jaxkv.kernels.scores import Score, value_norms
 from jaxkv.kernels.shapes import check_groups, checked
 from jaxkv.kernels.victims import choose_victim
@@ -89,15 +91,17 @@ def longflow_tree(
             f'{where}: score="deletion" cannot be verified in one pass; use another '
             "score, or decode without drafts."
         )
-    run = dispatch.resolve(where, implementation or "xla", _RUNS)
-    return run(
-        *(query, nodes, slots, oldest, parents, depths),
+    run = functools.partial(
+        dispatch.resolve(where, implementation or "xla", _RUNS),
         n_recent=n_recent,
         depth=depth,
         scale=scale,
         score=score,
         shared=shared,
+        axis=MESH_AXES["K"] if shared and devices_per_row() > 1 else None,
     )
+    arrays = query, nodes, slots, oldest, parents, depths
+    return per_shard(run, longflow_tree)(*arrays)
 
 
 def _reference(
@@ -113,6 +117,7 @@ def _reference(
     scale,
     score,
     shared,
+    axis,
 ):
     """Keep a copy of the cache for every node, as its parent's step has left it."""
     del depth
@@ -129,12 +134,12 @@ def _reference(
         written.append(slots.target)
         here = nodes.position + depths[:, node]
         token = Token(nodes.key[:, node], nodes.value[:, node], here)
-        out, after = longflow.longflow_attention(
+        out, after = longflow.reference(
             *(query[:, node], token, slots, oldest, here - n_recent),
             scale=scale,
             score=score,
             shared=shared,
-            implementation="reference",
+            axis=axis,
         )
         outs.append(out)
         left.append(after)
@@ -172,6 +177,7 @@ def _xla(
     scale,
     score,
     shared,
+    axis,
 ):
     """Walk the depths on one set of logits; only nodes of a depth take its answer."""
     keys, values, positions, target, norms = slots
@@ -202,11 +208,14 @@ def _xla(
             *(walk, written, positions, nodes.position, oldest),
             n_recent=n_recent,
             shared=shared,
+            axis=axis,
         )
         return written, jnp.where(now, chosen, targets)
 
     nothing = jnp.zeros(at.shape, jnp.int32)
     rounds = jnp.minimum(depths.max(), depth) + 1
+    if axis is not None:  # all devices meet in every round
+        rounds = jax.lax.pmax(rounds, DATA)
     written, targets = jax.lax.fori_loop(0, rounds, step, (nothing, nothing))
     old_weights, path_weights, _ = _weights(walk, written, occupied)
     new_weights = _by_node(walk, path_weights)
@@ -276,7 +285,7 @@ def _weights(walk, slots, occupied):
     return old, new, own
 
 
-def _victims(walk, slots, positions, position, oldest, *, n_recent, shared):
+def _victims(walk, slots, positions, position, oldest, *, n_recent, shared, axis):
     """Return the slot that a token after each node overwrites, int32 `[B, K, T]`.
 
     Lays out what every node's cache would hold, slot by slot, in importance and
@@ -304,5 +313,6 @@ def _victims(walk, slots, positions, position, oldest, *, n_recent, shared):
         jnp.repeat(oldest, nodes),
         newest.reshape(-1),
         shared=shared,
+        axis=axis,
     )
     return chosen.reshape(batch, nodes, kv_heads).swapaxes(1, 2)

@@ -12,6 +12,7 @@ key/value head, `S` slots, `H` head size.
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -129,9 +130,8 @@ def longflow_attention_triton(
     row_heads = score_heads(heads, kv_heads, shared)
     rows = batch * heads // row_heads
     parts, statistic, scores, arrivals, slots = _attend(
-        *(query, token, slots, oldest, newest, rows),
-        **score_constants(*sizes, slots.keys.dtype, scale, score, shared, tiles, batch),
-        tiles=tiles,
+        *(query, token, slots, oldest, newest),
+        **dict(scale=scale, score=score, shared=shared, tiles=tiles),
     )
     constants = choose_constants(*sizes, shared, tiles)
     blocks = constants["BLOCKS"]
@@ -161,18 +161,57 @@ def longflow_attention_triton(
     return out, slots._replace(target=target)
 
 
-def _attend(query, token, slots, oldest, newest, rows, *, tiles, **constants):
+def longflow_importance_triton(
+    query: jax.Array,
+    token: Token,
+    slots: Slots,
+    oldest: jax.Array,
+    newest: jax.Array,
+    *,
+    scale: float,
+    score: ProductScore = "l1",
+    tiles: Tiles | None = None,
+) -> tuple[jax.Array, jax.Array, Slots]:
+    """Do the first launch alone, for devices that choose a victim together.
+
+    Arguments are those of `longflow_attention_triton`.
+
+    Returns:
+      The output `[B, N, H]`; the importance of the slots, float32 `[B, K, S]`, whose
+      numbers for free slots and finished rows mean nothing; the slots, whose target is
+      as it was.
+    """
+    batch, kv_heads, num_slots, head_dim = slots.keys.shape
+    sizes = query.shape[1], kv_heads, num_slots, head_dim
+    tiles = tiles or choose_tiles(batch, *sizes, slots.keys.dtype, num_processors())
+    parts, statistic, scores, _, slots = _attend(
+        *(query, token, slots, oldest, newest),
+        **dict(scale=scale, score=score, shared=True, tiles=tiles),
+    )
+    if tiles.programs:
+        return parts.reshape(query.shape), jnp.abs(scores[..., :num_slots]), slots
+    out = decode_triton.combine(parts, statistic, query)
+    # In base 2, as the kernel leaves them.
+    whole = jax.nn.logsumexp(statistic * math.log(2), axis=0) / math.log(2)
+    logits = scores.reshape(batch, kv_heads, -1, scores.shape[-1])[..., :num_slots]
+    weights = jnp.exp2(logits - whole.reshape(*logits.shape[:3], 1))
+    norms: Any = slots.norms
+    return out, weights.mean(axis=2) * norms, slots
+
+
+def _attend(query, token, slots, oldest, newest, *, scale, score, shared, tiles):
     """Launch the first kernel: `score_rows` for whole rows, else `score_split`.
 
     Args:
-      query: as for `longflow_attention_triton`, and so are the next four.
+      query: as for `longflow_attention_triton`, and so are the others.
       token: the new one.
       slots: of the cache.
       oldest: int32 `[B]`.
       newest: int32 `[B]`.
-      rows: that share a victim each, static.
+      scale: factor.
+      score: of a slot.
+      shared: one victim for a row.
       tiles: how the work is cut.
-      **constants: compile-time arguments.
 
     Returns:
       Parts of the output, their statistic, the importance of the slots (for splits, the
@@ -182,6 +221,11 @@ def _attend(query, token, slots, oldest, newest, rows, *, tiles, **constants):
 
     batch, kv_heads, num_slots, head_dim = slots.keys.shape
     heads, whole_rows = query.shape[1], tiles.programs > 0
+    rows = batch * heads // score_heads(heads, kv_heads, shared)
+    sizes = heads, kv_heads, num_slots, head_dim
+    constants = score_constants(
+        *(*sizes, slots.keys.dtype, scale, score, shared, tiles, batch)
+    )
     stride, kept = score_stride(num_slots), tiles.programs or batch * kv_heads
     part_dtype = query.dtype if whole_rows else jnp.float32
     cache = slots.keys, slots.values, slots.positions, slots.norms

@@ -3,18 +3,30 @@
 Attention needs nothing of another row and nothing of another key/value head, so no
 device has to talk to another one. XLA would not find that out: it cannot look into a
 Pallas or Triton call, and would gather a cache that is written by a scatter.
+
+A mesh has three axes. `data` shares out the rows of a batch and `model` the heads of a
+row. Where there are more devices than key/value heads, `copies` says how many hold the
+same heads; what else a row's devices share out, such as columns of the feed-forward and
+entries of the vocabulary, is cut over `model` and `copies` together. Rows that do not
+divide over `data` are all computed everywhere: right, but no faster.
 """
 
 import typing
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from jaxkv.kernels.shapes import array_hint, is_record
 
-MESH_AXES = {"B": "data", "N": "model", "K": "model"}  # axis letter: axis of the mesh
+DATA, MODEL, COPIES = AXES = ("data", "model", "copies")
+COLUMNS = (MODEL, COPIES)  # the axes of all devices of a row
+
+# Axis letter: axes of the mesh. `Q` are columns of heads, fused or not.
+MESH_AXES = {"B": DATA, "N": MODEL, "K": MODEL, "Q": MODEL, "F": COLUMNS, "V": COLUMNS}
 
 
 def per_shard(function: Callable[..., Any], operation: Any) -> Callable[..., Any]:
@@ -26,19 +38,76 @@ def per_shard(function: Callable[..., Any], operation: Any) -> Callable[..., Any
 
     Returns:
       `function` itself where no mesh is set, or inside of another `shard_map`. The mesh
-      must have the axes `data` and `model`, which divide rows and key/value heads.
+      must have the axes `AXES`, which divide what `MESH_AXES` says.
     """
     if current_mesh() is None:
         return function
     hints = typing.get_type_hints(operation)
     result = hints.pop("return")
     arrays = [hint for hint in hints.values() if is_record(hint) or array_hint(hint)]
-    return jax.shard_map(
-        function,
-        in_specs=tuple(map(_specs, arrays)),
-        out_specs=_specs(result),
-        check_vma=False,  # the outputs of a Pallas call do not say what they vary over
-    )
+    return _mapped(function, tuple(map(_specs, arrays)), _specs(result))
+
+
+def along(
+    function: Callable[..., Any], inputs: tuple[str, ...], output: str
+) -> Callable[..., Any]:
+    """Return `function`, cut along the named axes under `jax.set_mesh`.
+
+    For operations that are cut in more than one way, whose annotations cannot say it.
+
+    Args:
+      function: of arrays.
+      inputs: the axis letters of each.
+      output: of the result.
+    """
+    if current_mesh() is None:
+        return function
+    return _mapped(function, tuple(map(partition_spec, inputs)), partition_spec(output))
+
+
+def _mapped(function, inputs, output):
+    def run(*arrays):
+        specs = inputs, output
+        if not _rows_divide(inputs, arrays):
+            specs = jax.tree.map(_all_rows, specs, is_leaf=_is_spec)
+        return jax.shard_map(
+            function,
+            in_specs=specs[0],
+            out_specs=specs[1],
+            check_vma=False,  # a Pallas call's outputs do not say what they vary over
+        )(*arrays)
+
+    return run
+
+
+def _rows_divide(inputs, arrays) -> bool:
+    """Return whether the rows of all arrays divide over the devices that share them."""
+
+    def divides(spec, arrays):
+        return all(
+            size % _size(DATA) == 0
+            for array in jax.tree.leaves(arrays)
+            for axis, size in zip(spec, array.shape, strict=False)
+            if axis == DATA
+        )
+
+    found = jax.tree.map(divides, inputs, arrays, is_leaf=_is_spec)
+    return all(jax.tree.leaves(found))
+
+
+def _is_spec(x) -> bool:
+    return isinstance(x, PartitionSpec)
+
+
+def _all_rows(spec):
+    return PartitionSpec(*(None if axis == DATA else axis for axis in spec))
+
+
+def everywhere(tree: Any) -> Any:
+    """Return arrays of which every device has all, so that any host can read them."""
+    if current_mesh() is None:
+        return tree
+    return jax.lax.with_sharding_constraint(tree, PartitionSpec())
 
 
 def current_mesh() -> jax.sharding.AbstractMesh | None:
@@ -47,10 +116,39 @@ def current_mesh() -> jax.sharding.AbstractMesh | None:
     return None if mesh.empty or mesh.manual_axes else mesh
 
 
+def no_mesh() -> AbstractContextManager[Any]:
+    """Return a context in which no mesh is set."""
+    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ()))
+
+
 def devices_per_row() -> int:
     """Return over how many devices the heads of one row are spread."""
+    return _size(MODEL)
+
+
+def columns_per_row() -> int:
+    """Return over how many devices the columns of one row are spread."""
+    return _size(MODEL) * _size(COPIES)
+
+
+def _size(axis: str) -> int:
     mesh = current_mesh()
-    return 1 if mesh is None else mesh.shape.get(MESH_AXES["K"], 1)
+    return 1 if mesh is None else mesh.shape.get(axis, 1)
+
+
+def add_up(parts: jax.Array) -> jax.Array:
+    """Return the sum over the devices of a row, inside of what `along` has mapped."""
+    return jax.lax.psum(parts, COLUMNS)
+
+
+def all_columns(part: jax.Array, *, axis: int) -> jax.Array:
+    """Return what all devices of a row hold, side by side along an axis."""
+    return jax.lax.all_gather(part, COLUMNS, axis=axis, tiled=True)
+
+
+def first_of_shard(size: int) -> jax.Array:
+    """Return the index of this device's first column, where each has `size`; int32."""
+    return jax.lax.axis_index(COLUMNS).astype(jnp.int32) * size
 
 
 def partition_spec(letters: str) -> PartitionSpec:

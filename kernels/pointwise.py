@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Float32
 
 from jaxkv.kernels import dispatch, rotary
 from jaxkv.kernels.cache import Heads
-from jaxkv.kernels.per_shard import current_mesh
+from jaxkv.kernels.per_shard import devices_per_row, per_shard
 from jaxkv.kernels.pointwise_triton import (
     add_rms_norm_triton,
     split_and_rotate_triton,
@@ -57,10 +57,12 @@ def add_rms_norm(
       ValueError: shapes disagree, or the implementation is unknown.
       NotImplementedError: a named implementation cannot run here.
     """
-    if implementation is None:
-        implementation = choose(x.shape[0] * x.shape[1] <= _MOST_ROWS)
-    run = dispatch.resolve("add_rms_norm", implementation, _NORMS)
-    return run(x, delta, weight, eps=eps)
+
+    def run(x, delta, weight):
+        how = implementation or choose(x.shape[0] * x.shape[1] <= _MOST_ROWS)
+        return dispatch.resolve("add_rms_norm", how, _NORMS)(x, delta, weight, eps=eps)
+
+    return per_shard(run, add_rms_norm)(x, delta, weight)
 
 
 def join(parts: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
@@ -90,7 +92,8 @@ def split_and_rotate(
     """Split a fused projection into heads; normalise and rotate queries and keys.
 
     Args:
-      qkv: the projection is its sum over `P`; `Q = (N + 2 K) H`.
+      qkv: the projection is its sum over `P`; `Q = (N + 2 K) H`. Under a mesh each
+        device's queries, keys and values lie together, one device after the other.
       q_norm: weight of the queries' norm, or None for no norm (Qwen3 has it).
       k_norm: of the keys', likewise; both or none.
       cos: from `rotary.table`, for `R = H / 2` angles.
@@ -116,30 +119,25 @@ def split_and_rotate(
             f"{where}: qkv has {columns} columns, but {num_heads} + 2 x "
             f"{num_kv_heads} heads of {head_dim} need {wanted}."
         )
-    if implementation is None:
-        implementation = choose(cos.shape[0] * cos.shape[1] <= _MOST_ROWS)
-    run = dispatch.resolve(where, implementation, _ROTATIONS)
-    return run(
-        *(qkv, q_norm, k_norm, cos, sin),
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        eps=eps,
-        dtype=dtype,
-    )
+    heads = [number // devices_per_row() for number in (num_heads, num_kv_heads)]
+
+    def run(*arrays):
+        cos = arrays[3]
+        how = implementation or choose(cos.shape[0] * cos.shape[1] <= _MOST_ROWS)
+        return dispatch.resolve(where, how, _ROTATIONS)(
+            *arrays, num_heads=heads[0], num_kv_heads=heads[1], eps=eps, dtype=dtype
+        )
+
+    return per_shard(run, split_and_rotate)(qkv, q_norm, k_norm, cos, sin)
 
 
 def choose(worth: bool) -> Implementation:
     """Return the implementation that `None` stands for.
 
-    Under a mesh of several devices it is XLA's, which it cuts along with its arrays.
-    For a Triton call it would gather them on every device, the weights as well.
-
     Args:
       worth: whether Triton's version is the best one where it can run.
     """
-    mesh = current_mesh()
-    spread = mesh is not None and mesh.size > 1
-    able = worth and not spread and not dispatch.triton_unavailable()
+    able = worth and not dispatch.triton_unavailable()
     return "triton" if able else "xla"
 
 

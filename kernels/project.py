@@ -7,15 +7,29 @@ gates of the feed-forward are applied where they are computed.
 Triton's products of a token are the same bits whatever tokens are beside it, up to 64
 of them. XLA chooses the order of a sum by their number.
 
+Under a mesh every device multiplies with its own part of a matrix. What is cut along
+its columns gives columns; what is cut along its rows gives sums over some of the depth,
+which the devices of a row add up in the dtype of the tokens.
+
 Axis letters: `P` parts, `B` batch, `T` tokens, `D` depth, `F` columns, `V` vocabulary.
 """
 
+import functools
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from jaxkv.kernels import dispatch
-from jaxkv.kernels.pointwise import Implementation, choose
+from jaxkv.kernels.per_shard import (
+    add_up,
+    along,
+    current_mesh,
+    first_of_shard,
+    per_shard,
+)
+from jaxkv.kernels.pointwise import Implementation, choose, join
 from jaxkv.kernels.project_triton import (
     project_gated_triton,
     project_triton,
@@ -24,12 +38,15 @@ from jaxkv.kernels.project_triton import (
 )
 from jaxkv.kernels.shapes import checked
 
+Cut = Literal["heads", "rows"]
+
 
 @checked
 def project(
     x: Float[Array, "B T D"],
     weight: Float[Array, "D F"],
     *,
+    cut: Cut | None = None,
     implementation: Implementation | None = None,
 ) -> Float[Array, "P B T F"]:
     """Multiply tokens by a matrix.
@@ -37,6 +54,8 @@ def project(
     Args:
       x: tokens.
       weight: the matrix.
+      cut: how the devices of a row share the matrix out under a mesh: "heads" is along
+        its columns, "rows" along its rows; with None each has all of it.
       implementation: "xla" (anywhere), "triton" (NVIDIA, up to 64 tokens in 16 bits),
         or None for the best one.
 
@@ -48,7 +67,12 @@ def project(
       ValueError: shapes disagree, or the implementation is unknown.
       NotImplementedError: a named implementation cannot run here.
     """
-    return _run("project", implementation, x, weight, _PRODUCTS)
+    run = functools.partial(_run, "project", implementation, _PRODUCTS)
+    if cut == "heads":
+        return along(run, ("B T D", "D Q"), "P B T Q")(x, weight)
+    if cut == "rows" and current_mesh() is not None:
+        return along(_added_up(run), ("B T F", "F D"), "P B T D")(x, weight)
+    return along(run, ("B T D", "D C"), "P B T C")(x, weight)
 
 
 @checked
@@ -62,7 +86,8 @@ def project_gated(
 
     Args:
       x: tokens.
-      weight: gate beside up, `G = 2 F` columns.
+      weight: gate beside up, `G = 2 F` columns. Under a mesh each device's columns of
+        gate lie beside those of up, one device after the other.
       implementation: as in `project`.
 
     Returns:
@@ -77,7 +102,8 @@ def project_gated(
         raise ValueError(
             f"{where}: weight holds gate beside up, but has {weight.shape[1]} columns."
         )
-    return _run(where, implementation, x, weight, _GATED)
+    run = functools.partial(_run, where, implementation, _GATED)
+    return along(run, ("B T D", "D F"), "B T F")(x, weight)
 
 
 @checked
@@ -110,11 +136,41 @@ def unembed(
             f"{where}: weight must be {axes} with D={x.shape[2]}, got "
             f"[{weight.shape[0]} {weight.shape[1]}]."
         )
-    reason = unsupported(x, weight, vocabulary=True)
-    if implementation is None:
-        implementation = choose(not reason)
-    run = dispatch.resolve(where, implementation, _LOGITS, unable={"triton": reason})
-    return run(x, weight, tied=tied)
+    run = functools.partial(_run, where, implementation, _LOGITS, tied=tied)
+    return along(run, ("B T D", "V D" if tied else "D V"), "B T V")(x, weight)
+
+
+@checked
+def embed(
+    tokens: Int[Array, "B T"], embedding: Float[Array, "V D"]
+) -> Float[Array, "B T D"]:
+    """Look tokens up.
+
+    Under a mesh each device looks up those that lie in its part of the vocabulary.
+
+    Raises:
+      ValueError: shapes disagree.
+    """
+    if current_mesh() is None:
+        return embedding[tokens]
+    return per_shard(_embed_part, embed)(tokens, embedding)
+
+
+def _embed_part(tokens, embedding):
+    size = len(embedding)
+    index = tokens - first_of_shard(size)
+    here = (index >= 0) & (index < size)
+    found = embedding[jnp.clip(index, 0, size - 1)]
+    return add_up(jnp.where(here[..., None], found, 0))
+
+
+def _added_up(run):
+    """Return `run` with its parts added, here and over the devices of a row."""
+
+    def whole(x, weight):
+        return add_up(join(run(x, weight), x.dtype))[None]
+
+    return whole
 
 
 def _product(x: jax.Array, weight: jax.Array) -> jax.Array:
@@ -130,12 +186,13 @@ def _product(x: jax.Array, weight: jax.Array) -> jax.Array:
     return (pair @ weight)[:1]
 
 
-def _run(where, implementation, x, weight, table):
-    reason = unsupported(x, weight, gated=table is _GATED)
+def _run(where, implementation, table, x, weight, **options):
+    """Run on what this device has."""
+    reason = unsupported(x, weight, gated=table is _GATED, vocabulary=table is _LOGITS)
     if implementation is None:
         implementation = choose(not reason)
     run = dispatch.resolve(where, implementation, table, unable={"triton": reason})
-    return run(x, weight)
+    return run(x, weight, **options)
 
 
 def _project_xla(x, weight):

@@ -7,8 +7,8 @@ A slot is *free* where it holds no token. It is *evictable* while its token's po
 slot together: it is free if it is free in every head, and evictable if the token of
 every head that holds one there is. (Prefill leaves the same slots free in every head,
 so that they coincide; if ever they do not, no token is overwritten unweighed.) Where
-the heads of a row lie on several devices, these tell each other what they think of
-their slots, and choose alike.
+the heads of a row lie on several devices, each tells the others in four bytes a slot
+what its heads think of it, and all choose alike.
 """
 
 import jax
@@ -65,16 +65,38 @@ def choose_victim(
       go to the lowest slot.
     """
     shape = positions.shape[:2]
-    if shared:
-        importance, positions = all_heads(importance, positions, axis)
     free, evictable = classes(positions, oldest, newest, shared=shared)
     if shared:
         importance = _mean_over_heads(importance, positions)
+    if shared and axis is not None:
+        importance, free, evictable = _agree(importance, free, evictable, axis)
     candidate = evictable | ~evictable.any(-1, keepdims=True)
     order = jnp.where(candidate, importance, jnp.inf)
     order = jnp.where(free, -jnp.inf, order)
     slot = jnp.argmin(order, axis=-1).astype(jnp.int32)
     return jnp.broadcast_to(slot[:, :1] if shared else slot, shape)
+
+
+def _agree(
+    importance: jax.Array, free: jax.Array, evictable: jax.Array, axis: str
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return what the devices of a row hold together of its slots, all `[B, 1, S]`.
+
+    Each sends its mean: negative, -0.0 too, where a slot is protected, infinite where
+    it is free.
+    """
+    bits = jax.lax.bitcast_convert_type(importance, jnp.int32)
+    infinity = jax.lax.bitcast_convert_type(jnp.float32(jnp.inf), jnp.int32)
+    lowest = jnp.iinfo(jnp.int32).min  # the sign
+    bits = jnp.where(evictable, bits, bits | lowest)
+    bits = jnp.where(free, infinity, bits)
+    bits = jax.lax.all_gather(bits, axis, axis=1, tiled=True)
+    absent = bits == infinity
+    importance = jax.lax.bitcast_convert_type(bits & ~lowest, jnp.float32)
+    importance = jnp.where(absent, 0, importance).mean(axis=1, keepdims=True)
+    free = absent.all(axis=1, keepdims=True)
+    barred = (~absent & (bits < 0)).any(axis=1, keepdims=True)
+    return importance, free, ~barred & ~free
 
 
 def all_heads(

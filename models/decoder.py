@@ -19,9 +19,11 @@ import jax
 import jax.numpy as jnp
 
 from jaxkv.kernels import pointwise, project, rotary
+from jaxkv.kernels.per_shard import COLUMNS, MODEL, no_mesh
 from jaxkv.kernels.weighing import Weighing
 from jaxkv.models import rope
 from jaxkv.models.config import Config, LayerKind
+from jaxkv.models.layout import check_shards
 
 # (q [B,T,N,H], k [B,T,K,H], v [B,T,K,H], state, weighing) -> (out [B,T,N,H], state)
 Attend = Callable[
@@ -29,11 +31,12 @@ Attend = Callable[
 ]
 
 
-# How matrices are cut over the devices that share out the heads of a row. What leads to
-# heads and feed-forward columns is cut along its columns, what leads back along its
-# rows, so that the parts of a layer meet in two sums.
-_COLUMNS = (None, "model")
-_ROWS = ("model", None)
+# How matrices are cut over the devices that share out a row (`kernels.per_shard`). What
+# leads to heads and feed-forward columns is cut along its columns, what leads back
+# along its rows, so that the parts of a layer meet in two sums.
+_HEADS = (None, MODEL)
+_COLUMNS = (None, COLUMNS)
+_ROWS = (COLUMNS, None)
 
 
 def layer_frequencies(config: Config) -> tuple[jax.Array, ...]:
@@ -50,7 +53,7 @@ def layer_frequencies(config: Config) -> tuple[jax.Array, ...]:
     return tuple(found[kind.rope] for kind in config.layer_kinds)
 
 
-def _matrix(*axes: str | None):
+def _matrix(*axes: Any):
     return nn.with_partitioning(nn.initializers.normal(0.02), axes)
 
 
@@ -102,7 +105,10 @@ class Layer(nn.Module):
 
         def times(x, name, columns, axes, bias=False):
             weight = self.param(name, _matrix(*axes), (x.shape[-1], columns))
-            parts = project.project(x, weight, implementation=self.implementation)
+            cut: project.Cut = "heads" if axes == _HEADS else "rows"
+            parts = project.project(
+                x, weight, cut=cut, implementation=self.implementation
+            )
             if bias:
                 bias = self.param(f"{name}_bias", _zeros(axes[1]), (columns,))
                 parts = (pointwise.join(parts, x.dtype) + bias[None, None])[None]
@@ -124,7 +130,7 @@ class Layer(nn.Module):
             return norm(name, pointwise.join(delta, x.dtype))[1][None]
 
         x, normed = enter("attention_norm", x, delta)
-        qkv = times(normed, "qkv", c.qkv_size, _COLUMNS, c.qkv_bias)
+        qkv = times(normed, "qkv", c.qkv_size, _HEADS, c.qkv_bias)
         q_norm = k_norm = None
         if c.qk_norm and c.qk_norm_per_head:
             q_norm = self.param("q_norm", _ones(None), (c.head_dim,))
@@ -165,11 +171,14 @@ class Decoder(nn.Module):
     Attributes:
       config: sizes and switches.
       implementation: of the operations in `kernels.pointwise` and `kernels.project`;
-        None is the best one here, which is "xla" under a mesh of several devices.
+        None is the best one here.
+      shards: over how many devices of a mesh the parameters are laid out: their heads,
+        and their feed-forward columns (`layout`).
     """
 
     config: Config
     implementation: pointwise.Implementation | None = None
+    shards: tuple[int, int] = (1, 1)
 
     def setup(self):
         """Declare the embedding, the layers and the output layer."""
@@ -201,11 +210,15 @@ class Decoder(nn.Module):
 
         Returns:
           The normalised hidden states `[B, T, D]` and the new cache.
+
+        Raises:
+          ValueError: the parameters are laid out for another mesh than the one set.
         """
         c = self.config
+        check_shards(self.shards)
         turns = dict(zip(c.layer_kinds, layer_frequencies(c), strict=True))
         tables = {kind: rotary.table(positions, turn) for kind, turn in turns.items()}
-        x, delta = self.embedding[tokens], None
+        x, delta = project.embed(tokens, self.embedding), None
         new_cache = []
 
         def run(kind, variables, x, delta, cos, sin, state):
@@ -267,7 +280,8 @@ def _declared(config: Config) -> dict[str, Any]:
             lambda q, k, v, state, weighing: (q, state),
         )
 
-    return jax.eval_shape(init, tokens)["params"]
+    with no_mesh():  # these are whole shapes, whatever mesh is set
+        return jax.eval_shape(init, tokens)["params"]
 
 
 def parameter_shapes(config: Config) -> dict[str, Any]:
@@ -276,11 +290,11 @@ def parameter_shapes(config: Config) -> dict[str, Any]:
 
 
 @functools.cache
-def parameter_axes() -> dict[str, tuple[str | None, ...]]:
+def parameter_axes() -> dict[str, tuple[str | tuple[str, ...] | None, ...]]:
     """Return the mesh axes that each parameter declares, by its name.
 
-    An entry is the axis of the mesh along which that axis of the parameter is cut, or
-    None where every device has all of it.
+    An entry is the axis of the mesh, or the axes, along which that axis of the
+    parameter is cut, or None where every device has all of it.
     """
     config = Config(  # every switch is on, so that every parameter is there
         vocab_size=2,

@@ -13,10 +13,13 @@ import functools
 import inspect
 import threading
 from collections.abc import Callable, Hashable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import jax
+
+from jaxkv.runtime.meshes import under_mesh_of
 
 R = TypeVar("R")
 
@@ -119,11 +122,13 @@ class Program(Generic[R]):
     def __call__(self, *args: Any, **kwargs: Any) -> R:
         """Call the program of these arguments."""
         key = self.key(*args, **kwargs)
-        return self._shelf.get(key, self._fresh)(*args, **kwargs)
+        with self._mesh(*args, **kwargs):
+            return self._shelf.get(key, self._fresh)(*args, **kwargs)
 
     def lower(self, *args: Any, **kwargs: Any) -> jax.stages.Lowered:
         """Trace and lower as `jax.jit(...).lower` does; nothing is kept."""
-        return self._fresh().lower(*args, **kwargs)
+        with self._mesh(*args, **kwargs):
+            return self._fresh().lower(*args, **kwargs)
 
     def key(self, *args: Any, **kwargs: Any) -> Hashable:
         """Return what the program of these arguments is known by."""
@@ -137,6 +142,11 @@ class Program(Generic[R]):
             for leaf in leaves
         )
         return self, static, tree, shapes
+
+    def _mesh(self, *args: Any, **kwargs: Any) -> AbstractContextManager[Any]:
+        """Return the context of the mesh that what is implied is laid out over."""
+        named = dict(zip(self._names, args, strict=False)) | kwargs
+        return under_mesh_of([named.get(name) for name in self._implied])
 
     def _fresh(self) -> Any:
         """Return a `jax.jit` that shares no program with any other."""
@@ -157,7 +167,8 @@ def bounded_jit(
     Args:
       shelf: where they stand.
       implied: names of arguments whose shapes follow from what is static, as those of
-        parameters follow from the network. They are many, and not looked at.
+        parameters follow from the network. They are many, and not looked at. Where
+        they are laid out over a mesh, it is set while the program is traced and runs.
       **options: of `jax.jit`; `static_argnames` must be a tuple.
     """
     return lambda function: Program(function, shelf, implied, **options)

@@ -17,7 +17,7 @@ from jaxkv.kernels import decode, dispatch, longflow, longflow_tpu
 from jaxkv.kernels import window_scores as windows
 from jaxkv.kernels.cache import Slots, Token
 from jaxkv.kernels.per_shard import partition_spec
-from jaxkv.kernels.scores import value_norms
+from jaxkv.kernels.scores import value_norms, write_norm
 
 B, N, K, S, H = 4, 8, 4, 12, 32
 RNG = np.random.default_rng(0)
@@ -38,11 +38,19 @@ def stand_in_for_devices():
     longflow_tpu.longflow_attention_tpu = functools.partial(
         longflow_tpu.longflow_attention_tpu, interpret=True
     )
-    longflow.decode_attention_triton = stand_in(decode._xla)
     longflow.longflow_attention_triton = stand_in(
         functools.partial(longflow._xla, axis=None)
     )
+    longflow.longflow_importance_triton = stand_in(importance)
     windows._RUNS["triton"] = stand_in(windows._xla)
+
+
+def importance(query, token, slots, oldest, newest, *, scale, score):
+    """Do the first launch of LongFlow's kernel, which chooses no victim."""
+    norms = write_norm(token, slots, score)
+    out, slots = decode._xla(query, token, slots, scale=scale)
+    weights = decode.decode_weights(query, slots.keys, slots.positions, scale=scale)
+    return out, weights.mean(axis=2) * norms, slots._replace(norms=norms)
 
 
 def compare(mesh, function, letters, arrays, name, collectives):

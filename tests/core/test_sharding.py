@@ -1,6 +1,7 @@
 """Rows and heads over several devices: the partition, and that nothing changes."""
 
 import dataclasses
+import functools
 import os
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import tiny
 from jax.sharding import AbstractMesh
@@ -16,10 +18,11 @@ from jaxtyping import Array, Float
 
 from jaxkv import sharding
 from jaxkv import state as kv
-from jaxkv.kernels import dispatch, pointwise
+from jaxkv.kernels import dispatch, project
 from jaxkv.kernels.cache import Token
-from jaxkv.kernels.per_shard import partition_spec, per_shard
-from jaxkv.models.decoder import parameter_shapes
+from jaxkv.kernels.per_shard import AXES, partition_spec, per_shard
+from jaxkv.models import layout
+from jaxkv.models.decoder import Decoder, parameter_shapes
 
 FOLDER = Path(__file__).parent
 CONFIG = dataclasses.replace(
@@ -30,9 +33,10 @@ CONFIG = dataclasses.replace(
 def test_every_parameter_has_a_partition():
     specs = sharding.parameter_specs(parameter_shapes(CONFIG))
     layer = specs["layer_1"]
-    assert layer["qkv"] == layer["gate_up"] == P(None, "model")
-    assert layer["output"] == layer["down"] == specs["embedding"] == P("model", None)
-    assert specs["head"] == P(None, "model")
+    everyone = ("model", "copies")
+    assert layer["qkv"] == P(None, "model")
+    assert layer["gate_up"] == specs["head"] == P(None, everyone)
+    assert layer["output"] == layer["down"] == specs["embedding"] == P(everyone, None)
     assert layer["qkv_bias"] == P("model")
     for name in ("attention_norm", "mlp_norm", "q_norm", "k_norm", "output_bias"):
         assert layer[name] == P(None)
@@ -57,19 +61,48 @@ def test_a_state_is_cut_along_rows_and_heads():
 
 
 @pytest.mark.parametrize(
-    ("changes", "batch", "match"),
+    ("changes", "match"),
     [
-        ({}, 3, "3 rows do not divide over 2 devices of the mesh axis 'data'"),
-        ({"num_kv_heads": 3}, 4, "3 key/value heads"),
-        ({"intermediate_size": 49}, 4, "49 feed-forward columns"),
-        ({"vocab_size": 61}, 4, "61 entries of the vocabulary"),
+        ({"num_kv_heads": 3}, "3 key/value heads do .* model=4 .* model=1 or 3"),
+        ({"intermediate_size": 49}, "49 feed-forward columns do .* model=1[.]"),
+        ({"vocab_size": 62}, "62 entries of the vocabulary do .* model=1 or 2"),
+        (
+            {"num_heads": 5, "num_kv_heads": 1, "head_dim": 2},
+            "10 columns of query heads do .* model=1 or 2",
+        ),
+        ({"qk_norm": True, "qk_norm_per_head": False}, "OLMo 2.*use model=1, and data"),
     ],
 )
-def test_sizes_must_divide(changes, batch, match):
-    mesh = jax.sharding.AbstractMesh((2, 2), ("data", "model"))
-    sharding.check(CONFIG, mesh, batch=4)
+def test_sizes_must_divide(changes, match):
+    config = dataclasses.replace(CONFIG, vocab_size=48, num_heads=12, num_kv_heads=4)
+    mesh = AbstractMesh((1, 4, 1), AXES)
+    sharding.check(config, mesh)
     with pytest.raises(ValueError, match=match):
-        sharding.check(dataclasses.replace(CONFIG, **changes), mesh, batch=batch)
+        sharding.check(dataclasses.replace(config, **changes), mesh)
+
+
+def test_columns_of_a_device_lie_together():
+    config = dataclasses.replace(  # 4 query heads, 2 key heads, of 2 numbers
+        CONFIG, num_heads=4, num_kv_heads=2, head_dim=2, intermediate_size=4
+    )
+    q, k, v = np.split(np.arange(16), [8, 12])
+    whole = [*q[:4], *k[:2], *v[:2], *q[4:], *k[2:], *v[2:]]
+    assert layout.order(config, "qkv", (2, 4)).tolist() == whole
+    assert layout.order(config, "qkv_bias", (2, 4)).tolist() == whole
+    gates = layout.order(config, "gate_up", (2, 4)).tolist()
+    assert gates == [0, 4, 1, 5, 2, 6, 3, 7]
+    assert layout.order(config, "down", (2, 4)) is None
+    assert layout.order(config, "qkv", (1, 1)) is None
+
+
+def test_a_layout_of_another_mesh_is_refused():
+    params = tiny.parameters(CONFIG)
+    network, spread = sharding.spread(Decoder(CONFIG), params, sharding.make_mesh())
+    with pytest.raises(ValueError, match=r"laid out for \(2, 2\) devices already"):
+        sharding.spread(network.clone(shards=(2, 2)), spread, sharding.make_mesh())
+    network, tokens = network.clone(shards=(2, 4)), jnp.zeros((1, 1), jnp.int32)
+    with pytest.raises(ValueError, match=r"over 2 and columns over 4 .* has 1"):
+        network.apply({"params": params}, tokens, tokens, (), None)
 
 
 def test_an_operation_is_cut_as_its_annotations_say():
@@ -91,26 +124,38 @@ def test_an_operation_is_cut_as_its_annotations_say():
     assert equation.params["out_specs"] == (P("data", "model"), heads, rows)
 
 
-@pytest.mark.parametrize(
-    ("model", "best"), [(1, "triton"), (2, "xla")], ids=["alone", "spread"]
-)
-def test_no_weights_are_gathered_for_triton(model, best, monkeypatch):
+def test_rows_that_do_not_divide_are_everywhere():
+    Pairs = Float[Array, "B N"]
+
+    def operation(x: Pairs) -> Pairs: ...
+
+    auto = (jax.sharding.AxisType.Auto,) * 3
+    with jax.sharding.use_abstract_mesh(AbstractMesh((2, 2, 1), AXES, axis_types=auto)):
+        for rows, spec in (4, P("data", "model")), (3, P(None, "model")):
+            run = per_shard(lambda x: x, operation)
+            (equation,) = jax.make_jaxpr(run)(jnp.ones((rows, 4))).eqns
+            assert equation.params["in_specs"] == (spec,)
+            assert equation.params["out_specs"] == (spec,)
+
+
+def test_triton_takes_each_devices_part(monkeypatch):
+    """The product is chosen by the shape that a device has, not by the whole."""
     monkeypatch.setattr(dispatch, "triton_unavailable", lambda: "")
-    assert pointwise.choose(True) == "triton"
-    auto = (jax.sharding.AxisType.Auto,) * 2
-    mesh = AbstractMesh((1, model), ("data", "model"), axis_types=auto)
-    with jax.sharding.use_abstract_mesh(mesh):
-        assert pointwise.choose(True) == best
-        inside = []
-        jax.eval_shape(
-            jax.shard_map(
-                lambda x: inside.append(pointwise.choose(True)) or x,
-                in_specs=P("data", "model"),
-                out_specs=P("data", "model"),
-            ),
-            jax.ShapeDtypeStruct((2, 2), jnp.float32),
-        )
-    assert inside == ["triton"]
+    seen = []
+
+    def product(x, weight):
+        seen.append((x.shape, weight.shape))
+        return (x @ weight)[None]
+
+    monkeypatch.setitem(project._PRODUCTS, "triton", product)
+    half = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
+    auto = (jax.sharding.AxisType.Auto,) * 3
+    with jax.sharding.use_abstract_mesh(AbstractMesh((2, 2, 2), AXES, axis_types=auto)):
+        for cut in ("heads", "rows"):
+            run = functools.partial(project.project, cut=cut)
+            out = jax.eval_shape(run, half((128, 1, 256)), half((256, 512)))
+            assert out.shape == (1, 128, 1, 512)
+    assert seen == [((64, 1, 256), (256, 256)), ((64, 1, 64), (64, 512))]
 
 
 @pytest.mark.parametrize(
@@ -118,16 +163,19 @@ def test_no_weights_are_gathered_for_triton(model, best, monkeypatch):
 )
 def test_operations_stay_on_their_devices(tmp_path, which):
     """Equal results, and nothing sent but what a shared victim needs."""
-    assert over_four_devices(tmp_path, "sharded_operations.py", which) == "equal"
+    assert over_devices(4, tmp_path, "sharded_operations.py", which) == "equal"
 
 
-@pytest.mark.slow
-def test_generation_over_four_devices(tmp_path):
-    assert over_four_devices(tmp_path, "sharded_generation.py") == "equal"
+@pytest.mark.parametrize(
+    "which", ["fast", pytest.param("slow", marks=pytest.mark.slow)]
+)
+def test_generation_over_eight_devices(tmp_path, which):
+    """Tokens of one device, and two sums a layer."""
+    assert over_devices(8, tmp_path, "sharded_generation.py", which) == "equal"
 
 
-def over_four_devices(folder, program, *arguments):
-    """Run a program beside this file where JAX finds four devices; return its output.
+def over_devices(count, folder, program, *arguments):
+    """Run a program beside this file where JAX finds so many devices: its output.
 
     In an interpreter of its own, because the number of devices is fixed at the start.
     """
@@ -139,7 +187,7 @@ def over_four_devices(folder, program, *arguments):
             os.environ,
             JAX_PLATFORMS="cpu",
             PYTHONPATH=str(FOLDER.parent),
-            XLA_FLAGS=f"{flags} --xla_force_host_platform_device_count=4",
+            XLA_FLAGS=f"{flags} --xla_force_host_platform_device_count={count}",
         ),
         capture_output=True,
         text=True,

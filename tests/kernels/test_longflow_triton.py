@@ -233,6 +233,9 @@ def check_interpreted(case, seed, mutate=lambda args: args, score=None) -> list[
         *packed(mutate(args)), scale=scale, score=case[5], shared=shared, tiles=tiles
     )
     failures = []
+    if shared and dtype == "float32":
+        args = mutate(args)
+        failures += check_importance(args, case, tiles, out, want_cache, weighted)
     error = np.abs(exact(out) - want_out)[position >= 0]
     error = (error / magnitude[position >= 0]).max()
     if not (error <= TOLERANCE[dtype] and np.isfinite(exact(out)).all()):
@@ -264,6 +267,24 @@ def check_interpreted(case, seed, mutate=lambda args: args, score=None) -> list[
     return failures
 
 
+def check_importance(args, case, tiles, want_out, cache, weighted) -> list[str]:
+    """Run the first launch alone; return what is wrong with what it leaves."""
+    out, found, _ = longflow_triton.longflow_importance_triton(
+        *packed(args), scale=case[3] ** -0.5, score=case[5], tiles=tiles
+    )
+    failures = []
+    if not np.array_equal(out, want_out):
+        failures.append(f"{case}: out of the first launch differs")
+    held = (cache[2] >= 0) & (np.asarray(args[8]) >= 0)[:, None, None]
+    want = weighted.reshape(*held.shape[:2], -1, held.shape[2])
+    # Of whole rows it is the sum over the heads, which orders alike.
+    want = want.sum(2) if tiles.programs else want.mean(2)
+    error = np.abs(np.where(held, found - want, 0)).max(-1) / want.max(-1).clip(1e-9)
+    if not (error <= (1e-5 if case[4] == "float32" else 5e-3)).all():
+        failures.append(f"{case}: importance is off by {error.max():.3g}")
+    return failures
+
+
 MUTATIONS = {  # name: change of the arguments, score of the oracle, what must be said
     "keys and values swapped": (
         lambda x: (x[0], x[2], x[1], x[4], x[3], *x[5:]),
@@ -272,6 +293,7 @@ MUTATIONS = {  # name: change of the arguments, score of the oracle, what must b
     ),
     "mask shifted": (lambda x: (*x[:5], jnp.roll(x[5], 1, -1), *x[6:]), None, "victim"),
     "norm dropped": (lambda x: x, "attention", "victim"),
+    "norm dropped in what is shared": (lambda x: x, "attention", "importance"),
     "norms shifted": (lambda x: (*x[:6], jnp.roll(x[6], 1, -1), *x[7:]), None, "norms"),
     "protection shifted": (
         lambda x: (*x[:9], x[9] - 18, x[10] - 18),
@@ -288,6 +310,7 @@ if __name__ == "__main__":
     failures = [f for i, case in enumerate(cases) for f in check_interpreted(case, i)]
     if sys.argv[1] == "FAST":
         for name, (mutate, score, said) in MUTATIONS.items():
-            if not any(said in f for f in check_interpreted(FAST[3], 3, mutate, score)):
+            case = FAST[1 if said == "importance" else 3]
+            if not any(said in f for f in check_interpreted(case, 3, mutate, score)):
                 failures.append(f"{name}: went unnoticed")
     print(json.dumps(failures))

@@ -1,0 +1,26 @@
+"""The mesh of devices that arrays are laid out over."""
+
+import contextlib
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+
+
+def mesh_of(tree: Any) -> Mesh | None:
+    """Return the mesh that the first array of a tree is laid out over, or None."""
+    for leaf in jax.tree.leaves(tree):
+        # Of what is only being traced, the surrounding program knows the mesh.
+        if isinstance(leaf, jax.core.Tracer):
+            return None
+        sharding = getattr(leaf, "sharding", None)
+        if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh):
+            return sharding.mesh
+        return None
+    return None
+
+
+def under_mesh_of(tree: Any) -> contextlib.AbstractContextManager[Any]:
+    """Return a context in which that mesh is set, or one that changes nothing."""
+    mesh = mesh_of(tree)
+    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
