@@ -83,7 +83,7 @@ def arguments(network, params):
 
 
 def shapes(options):
-    slots = options.layer_slots(16, 12, CONFIG.num_layers)
+    slots = options.layer_slots(16, 12, CONFIG.windows)
     return dict(options=options, slots=slots, max_out=12)
 
 
