@@ -33,7 +33,8 @@ class Config:
       rms_norm_eps: epsilon of every RMS norm.
       rope: rotation of the layers that `kinds` does not tell apart.
       kinds: of each layer; empty where all are alike, with `rope`.
-      max_positions: longest sequence the checkpoint was made for, in tokens.
+      max_positions: longest sequence the checkpoint was made for, in tokens; a rotary
+        scaling may depend on it, see `rope.LongRopeScaling`.
       qkv_bias: whether the query, key and value projections have a bias (Qwen2).
       output_bias: whether the attention's output projection has a bias.
       qk_norm: whether queries and keys are normalised (Qwen3).

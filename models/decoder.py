@@ -18,7 +18,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxkv.kernels import pointwise, project, rotary
+from jaxkv.kernels import pointwise, project
 from jaxkv.kernels.per_shard import COLUMNS, MODEL, no_mesh
 from jaxkv.kernels.weighing import Weighing
 from jaxkv.models import rope
@@ -45,9 +45,7 @@ def layer_frequencies(config: Config) -> tuple[jax.Array, ...]:
     A frequency of 0 turns nothing.
     """
     found = {
-        how: jnp.zeros(config.head_dim // 2, jnp.float32)
-        if how is None
-        else rope.frequencies(how, config.head_dim)
+        how: rope.frequencies(how, config.head_dim, config.max_positions)
         for how in dict.fromkeys(kind.rope for kind in config.layer_kinds)
     }
     return tuple(found[kind.rope] for kind in config.layer_kinds)
@@ -216,8 +214,10 @@ class Decoder(nn.Module):
         """
         c = self.config
         check_shards(self.shards)
-        turns = dict(zip(c.layer_kinds, layer_frequencies(c), strict=True))
-        tables = {kind: rotary.table(positions, turn) for kind, turn in turns.items()}
+        tables = {
+            how: rope.table(how, positions, c.head_dim, c.max_positions)
+            for how in dict.fromkeys(kind.rope for kind in c.layer_kinds)
+        }
         x, delta = project.embed(tokens, self.embedding), None
         new_cache = []
 
@@ -230,7 +230,7 @@ class Decoder(nn.Module):
             # in Python.
             run = jax.jit(run, static_argnums=0)
         for layer, kind, state in zip(self.layers, c.layer_kinds, cache, strict=True):
-            cos, sin = tables[kind]
+            cos, sin = tables[kind.rope]
             if self.is_initializing():
                 x, delta, state = layer(x, delta, cos, sin, state, attend)
             else:

@@ -8,17 +8,16 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
 from jaxkv.models import checkpoint_values as values
+from jaxkv.models import gguf_rope
 from jaxkv.models.checkpoint import CheckpointError
 from jaxkv.models.config import Config
 from jaxkv.models.gguf_header import Header
-from jaxkv.models.rope import FrequencyFactors, Rope
+from jaxkv.models.gguf_keys import Keys
+from jaxkv.models.rope import reach
 
 EMBEDDING = "token_embd.weight"
 HEAD = "output.weight"
-FACTORS = "rope_freqs.weight"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,11 +28,13 @@ class Family:
       interleaved: whether the rows of queries and keys are stored so that the two
         halves of a rotary pair are neighbours.
       qkv_bias: whether queries, keys and values must have a bias.
+      partial_rotary: whether a part of each head may be rotated.
       switches: of `Config`.
     """
 
     interleaved: bool = False
     qkv_bias: bool = False
+    partial_rotary: bool = False
     switches: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -62,24 +63,16 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "logit_scale": (0, 1),
     "pooling_type": (0,),
     "residual_scale": (0, 1),
-    "rope.scale_linear": (0, 1),
     "rope.scaling.alpha": (0,),
-    "rope.scaling.attn_factor": (1,),
-    "rope.scaling.factor": (0, 1),
-    "rope.scaling.type": ("none", "linear"),  # the factor has a key of its own
     "use_parallel_residual": (False,),
 }
-_READ = frozenset(
+_READ = gguf_rope.KEYS | frozenset(
     "attention.head_count attention.head_count_kv attention.key_length "
     "attention.layer_norm_rms_epsilon attention.sliding_window attention.value_length "
-    "block_count context_length embedding_length feed_forward_length "
-    "rope.dimension_count rope.freq_base vocab_size".split()
+    "block_count context_length embedding_length feed_forward_length vocab_size".split()
 )
 # Records of how the file was made, which no number depends on.
-_INERT = frozenset(
-    "rope.scaling.finetuned rope.scaling.original_context_length "
-    "tensor_data_layout".split()
-)
+_INERT = frozenset(("rope.scaling.finetuned", "tensor_data_layout"))
 
 
 def read_config(header: Header) -> Config:
@@ -138,7 +131,7 @@ def _convert(header: Header) -> Config:
     }
     for key, value in raw.items():
         _refuse_unknown(prefix + key, key, value)
-    keys = _Keys(prefix, raw)
+    keys = Keys(prefix, raw)
     hidden_size, num_heads = (
         keys.integer("embedding_length"),
         keys.integer("attention.head_count"),
@@ -159,6 +152,12 @@ def _convert(header: Header) -> Config:
         raise CheckpointError(
             f"{prefix}block_count must be at most {values.MOST_LAYERS}, found {layers}."
         )
+    rope = gguf_rope.read_rope(
+        *(header, keys),
+        head_dim=head_dim,
+        max_positions=max_positions,
+        partial=FAMILIES[architecture].partial_rotary,
+    )
     return Config(
         vocab_size=keys.integer("vocab_size", _rows(header, EMBEDDING)),
         hidden_size=hidden_size,
@@ -168,11 +167,8 @@ def _convert(header: Header) -> Config:
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         rms_norm_eps=keys.number("attention.layer_norm_rms_epsilon"),
-        rope=Rope(
-            theta=keys.number("rope.freq_base", 10_000.0),
-            scaling=_factors(header, head_dim),
-        ),
-        max_positions=max_positions,
+        rope=rope,
+        max_positions=reach(rope, max_positions),
         qkv_bias=FAMILIES[architecture].qkv_bias
         or "blk.0.attn_q.bias" in header.tensors,
         output_bias="blk.0.attn_output.bias" in header.tensors,
@@ -211,16 +207,15 @@ def _refuse_unknown(name: str, key: str, value: Any) -> None:
         values.unsupported(name, value, *_NEUTRAL[key])
 
 
-def _head_dim(keys: "_Keys", hidden_size: int, num_heads: int) -> int:
+def _head_dim(keys: Keys, hidden_size: int, num_heads: int) -> int:
     if "attention.key_length" not in keys.raw and hidden_size % num_heads:
         raise CheckpointError(
             f"{keys.prefix}embedding_length={hidden_size} must be a multiple of "
             f"attention.head_count={num_heads}."
         )
     head_dim = keys.integer("attention.key_length", hidden_size // num_heads)
-    for key in ("attention.value_length", "rope.dimension_count"):
-        if keys.integer(key, head_dim) != head_dim:
-            values.unsupported(keys.prefix + key, keys.raw[key], head_dim)
+    if keys.integer("attention.value_length", head_dim) != head_dim:
+        keys.refuse("attention.value_length", head_dim)
     if head_dim % 2:
         raise CheckpointError(f"{head_dim=} must be even for rotary positions.")
     return head_dim
@@ -230,44 +225,3 @@ def _rows(header: Header, name: str) -> int:
     if name not in header.tensors:
         raise CheckpointError(f"tensor {name} is missing.")
     return header.tensors[name].rows
-
-
-def _factors(header: Header, head_dim: int) -> FrequencyFactors | None:
-    """Return the divisors of the rotary frequencies that Llama 3.1 files bring."""
-    tensor = header.tensors.get(FACTORS)
-    if tensor is None:
-        return None
-    if (tensor.shape, tensor.type) != ((head_dim // 2,), "F32"):
-        raise CheckpointError(
-            f"tensor {FACTORS} must have shape {(head_dim // 2,)} and type F32, found "
-            f"{tensor.shape} and {tensor.type}."
-        )
-    stored = np.fromfile(
-        header.path, "<f4", count=head_dim // 2, offset=tensor.offset
-    ).tolist()
-    if not all(0 < factor < float("inf") for factor in stored):
-        raise CheckpointError(
-            f"tensor {FACTORS} must hold positive numbers, found "
-            f"{values.shown(stored)}."
-        )
-    return FrequencyFactors(factors=tuple(stored))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Keys:
-    """The keys of one architecture, read with their full names in the errors."""
-
-    prefix: str
-    raw: dict[str, Any]
-
-    def integer(self, key: str, default: int | None = None) -> int:
-        return values.integer(
-            {self.prefix + key: self.raw.get(key)}, self.prefix + key, default
-        )
-
-    def number(self, key: str, default: float | None = None) -> float:
-        """Return the shortest decimal that float32 stores as the file's number."""
-        value = values.number(
-            {self.prefix + key: self.raw.get(key)}, self.prefix + key, default
-        )
-        return float(str(np.float32(value)))

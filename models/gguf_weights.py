@@ -15,8 +15,9 @@ import numpy as np
 
 from jaxkv.models.checkpoint import CheckpointError
 from jaxkv.models.config import Config
-from jaxkv.models.gguf_config import EMBEDDING, FACTORS, FAMILIES
+from jaxkv.models.gguf_config import EMBEDDING, FAMILIES
 from jaxkv.models.gguf_header import Header, Tensor
+from jaxkv.models.gguf_rope import TENSORS
 from jaxkv.models.hf_weights import check_dtype
 from jaxkv.models.parameter_plan import Parts, at, plan_of, some
 
@@ -122,7 +123,7 @@ def _check(header: Header, plan: dict[tuple[str, ...], Parts]) -> None:
 
     shapes = {name: shape for parts in plan.values() for name, shape in parts.items()}
     found = header.tensors
-    missing, extra = shapes.keys() - found.keys(), found.keys() - shapes - {FACTORS}
+    missing, extra = shapes.keys() - found.keys(), found.keys() - shapes - TENSORS
     if missing or extra:
         raise header.error(
             f"the tensors do not fit the metadata: missing {some(missing)}, "

@@ -13,8 +13,9 @@ from jaxkv.models.checkpoint import CheckpointError, read_json
 from jaxkv.models.checkpoint_values import MOST_LAYERS, integer, number, unsupported
 from jaxkv.models.config import Config, LayerKind
 from jaxkv.models.hf_layers import read_kinds
+from jaxkv.models.hf_rope import read_ropes
 from jaxkv.models.quiet import quiet_transformers
-from jaxkv.models.rope import PLAIN
+from jaxkv.models.rope import PLAIN, reach
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -115,7 +116,6 @@ def _convert(raw: dict[str, Any]) -> Config:
     max_positions = integer(
         raw, "max_position_embeddings", default["max_position_embeddings"]
     )
-    kinds = read_kinds(raw, model_type, default, max_positions, layers)
     if raw.get("num_key_value_heads", 0) is None:  # null: as many as query heads
         num_kv_heads = num_heads
     else:
@@ -136,6 +136,9 @@ def _convert(raw: dict[str, Any]) -> Config:
         qkv_bias = output_bias = _boolean(raw, "attention_bias")
     else:
         qkv_bias, output_bias = family.bias == "qkv", False
+    ropes = read_ropes(raw, default, max_positions=max_positions, head_dim=head_dim)
+    max_positions = max(reach(rope, max_positions) for rope in ropes.values())
+    kinds = read_kinds(raw, model_type, default, max_positions, layers, ropes)
     return Config(
         vocab_size=integer(raw, "vocab_size"),
         hidden_size=hidden_size,

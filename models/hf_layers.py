@@ -1,12 +1,14 @@
 """What tells the layers of a Hugging Face configuration apart: windows, rotations."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from jaxkv.models.checkpoint_values import integer, unsupported
 from jaxkv.models.config import LayerKind
-from jaxkv.models.hf_rope import read_rope
+from jaxkv.models.hf_rope import LAYER_TYPES
+from jaxkv.models.rope import Rope
 
-_FULL, _SLIDING = "full_attention", "sliding_attention"
+_FULL, _SLIDING = LAYER_TYPES
 # Families whose layers have windows, as transformers implements them: every so many
 # layers one has none; 0 is never.
 _PERIODS = {"mistral": 0}
@@ -20,6 +22,7 @@ def read_kinds(
     default: dict[str, Any],
     max_positions: int,
     layers: int,
+    ropes: Mapping[str, Rope],
 ) -> tuple[LayerKind, ...]:
     """Return what each layer's attention does.
 
@@ -29,6 +32,7 @@ def read_kinds(
       default: what transformers takes for absent keys.
       max_positions: of the network, in tokens. A window that is not shorter is none.
       layers: of the network.
+      ropes: of each type of layer.
 
     Raises:
       CheckpointError: it names the key and its value.
@@ -38,9 +42,8 @@ def read_kinds(
         window = integer({"sliding_window": window}, "sliding_window")
         window = None if window >= max_positions else window
     types = _types(raw, model_type, default, window, layers)
-    rope = read_rope(raw, max_positions)
     windows = {_FULL: None, _SLIDING: window}
-    return tuple(LayerKind(rope=rope, window=windows[kind]) for kind in types)
+    return tuple(LayerKind(rope=ropes[kind], window=windows[kind]) for kind in types)
 
 
 def _types(

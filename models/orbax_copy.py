@@ -20,8 +20,24 @@ from jaxkv.models.decoder import parameter_shapes
 from jaxkv.models.gguf_header import read_header
 from jaxkv.models.hf_weights import DTYPES, check_dtype
 from jaxkv.models.orbax_folder import check_target, checkpointer, written_whole
-from jaxkv.models.rope import FrequencyFactors, Llama3Scaling, Rope
+from jaxkv.models.rope import (
+    FrequencyFactors,
+    LinearScaling,
+    Llama3Scaling,
+    LongRopeScaling,
+    Rope,
+    YarnScaling,
+)
 
+# What a configuration is made of, by the names that stand in the marker.
+_PARTS: dict[str, Any] = {
+    part.__name__: part
+    for part in (
+        *(Config, LayerKind, Rope, LinearScaling, Llama3Scaling, YarnScaling),
+        *(LongRopeScaling, FrequencyFactors),
+    )
+}
+_NAME = "is"
 _MARKER = "jaxkv.json"
 _PARAMS = "params"
 _FORMAT = 2
@@ -75,7 +91,7 @@ def save_orbax(
         marker = {
             "format": _FORMAT,
             "dtype": dtype,
-            "config": dataclasses.asdict(config),
+            "config": _written(config),
         }
         (partial / _MARKER).write_text(json.dumps(marker, indent=2) + "\n", "utf-8")
 
@@ -169,14 +185,9 @@ def _read_marker(path: Path) -> tuple[Config, str]:
             "the copy again with this version."
         )
     try:
-        fields = dict(marker["config"])
-        fields["rope"] = _rope(fields["rope"])
-        kinds = (dict(kind) for kind in fields["kinds"])
-        fields["kinds"] = tuple(
-            LayerKind(**kind | {"rope": kind["rope"] and _rope(kind["rope"])})
-            for kind in kinds
-        )
-        config = Config(**fields)
+        config = _read(marker["config"])
+        if not isinstance(config, Config):
+            raise TypeError(f"config is no Config: {config!r}"[:300])
         dtype = marker["dtype"]
         check_dtype(dtype)
     except (KeyError, TypeError, ValueError) as error:
@@ -186,10 +197,24 @@ def _read_marker(path: Path) -> tuple[Config, str]:
     return config, dtype
 
 
-def _rope(fields: dict[str, Any]) -> Rope:
-    scaling = fields["scaling"]
-    if scaling is not None and "factors" in scaling:
-        scaling = FrequencyFactors(factors=tuple(scaling["factors"]))
-    elif scaling is not None:
-        scaling = Llama3Scaling(**scaling)
-    return Rope(**fields | {"scaling": scaling})
+def _written(value: Any) -> Any:
+    """Return a part of a configuration as JSON has it, with its name."""
+    if isinstance(value, tuple):
+        return [_written(entry) for entry in value]
+    if not dataclasses.is_dataclass(value):
+        return value
+    fields = {
+        field.name: _written(getattr(value, field.name))
+        for field in dataclasses.fields(value)
+    }
+    return {_NAME: type(value).__name__, **fields}
+
+
+def _read(value: Any) -> Any:
+    """Return the part of a configuration that `_written` wrote."""
+    if isinstance(value, list):
+        return tuple(_read(entry) for entry in value)
+    if not isinstance(value, dict):
+        return value
+    fields = {name: _read(field) for name, field in value.items() if name != _NAME}
+    return _PARTS[value[_NAME]](**fields)

@@ -14,6 +14,7 @@ from jaxkv.models.gguf_config import read_config, stop_ids
 from jaxkv.models.gguf_header import read_header
 from jaxkv.models.gguf_tokenizer import read_tokenizer
 from jaxkv.models.gguf_weights import read_weights
+from jaxkv.models.rope import LinearScaling, YarnScaling
 
 WORDS = ["<|end|>", "<|user|>", "a", "b", "c", "ab", "abc", "Ġ", "Ġa", "1", "2", "Ċ"]
 TEMPLATE = "{% for m in messages %}<|user|>{{ m.content }}{% endfor %}<|end|>"
@@ -43,12 +44,31 @@ def metadata(config, arch="llama"):
         "attention.value_length": config.head_dim,
         "rope.freq_base": config.rope.theta,
     }
+    keys |= rope_keys(config.rope)
     if arch == "llama":
         keys |= {
             "vocab_size": config.vocab_size,
             "rope.dimension_count": config.head_dim,
         }
     return {f"{arch}.{key}": value for key, value in keys.items()}
+
+
+def rope_keys(rope):
+    """Return the keys of a scaling that no tensor holds."""
+    scaling = rope.scaling
+    if isinstance(scaling, LinearScaling):
+        return {"rope.scaling.type": "linear", "rope.scaling.factor": scaling.factor}
+    if isinstance(scaling, YarnScaling):
+        usual = 1 + 0.1 * np.log(scaling.factor)  # llama.cpp multiplies with it
+        return {
+            "rope.scaling.type": "yarn",
+            "rope.scaling.factor": scaling.factor,
+            "rope.scaling.original_context_length": scaling.original_max_positions,
+            "rope.scaling.attn_factor": float(scaling.attention_factor / usual),
+            "rope.scaling.yarn_beta_fast": scaling.beta_fast,
+            "rope.scaling.yarn_beta_slow": scaling.beta_slow,
+        }
+    return {}
 
 
 def gguf_tensors(tensors, config, arch="llama"):

@@ -96,9 +96,7 @@ REFUSED = {  # by name: what is changed, and what the message says
         ["head_dim=3 must be even"],
     ),
     "base": (setting("llama.rope.freq_base", -1.0), ["rope.freq_base must be"]),
-    "yarn": (setting("llama.rope.scaling.type", "yarn"), ["scaling.type='yarn'"]),
-    "factor": (setting("llama.rope.scaling.factor", 2.0), ["scaling.factor=2.0"]),
-    "old factor": (setting("llama.rope.scale_linear", 4.0), ["rope.scale_linear=4.0"]),
+    "scaling": (setting("llama.rope.scaling.type", "x"), ["scaling.type='x' is not"]),
     "window": (
         setting("llama.attention.sliding_window", 64),
         ["llama.attention.sliding_window=64 is not supported"],

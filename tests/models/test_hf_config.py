@@ -10,15 +10,9 @@ from hypothesis import strategies as st
 from jaxkv.models.checkpoint import CheckpointError
 from jaxkv.models.config import Config
 from jaxkv.models.hf_config import read_config
-from jaxkv.models.rope import Llama3Scaling, Rope
+from jaxkv.models.rope import Rope
 
 OLMO2 = dict(qk_norm=True, qk_norm_per_head=False, pre_norm=False, post_norm=True)
-SCALING = dict(
-    factor=8.0,
-    low_freq_factor=1.0,
-    high_freq_factor=4.0,
-    original_max_position_embeddings=32,
-)
 
 
 def test_config_of_llama(tmp_path):
@@ -128,32 +122,6 @@ def test_config_of_other_families(tmp_path, model_type, switches):
 
 
 @pytest.mark.parametrize(
-    "spelling",
-    [
-        dict(rope_theta=5e5, rope_scaling={"rope_type": "llama3", **SCALING}),
-        dict(rope_theta=5e5, rope_scaling={"type": "llama3", **SCALING}),
-        dict(rope_parameters={"rope_type": "llama3", "rope_theta": 5e5, **SCALING}),
-    ],
-)
-def test_llama3_scaling_in_every_spelling(tmp_path, spelling):
-    config = read_config(write_config(tmp_path, **spelling))
-    assert config.rope.theta == 5e5
-    assert config.rope.scaling == Llama3Scaling(
-        factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=32
-    )
-
-
-def test_llama3_scaling_finds_the_original_context(tmp_path):
-    scaling = {"rope_type": "llama3", **SCALING}
-    outer = dict(rope_scaling=scaling, original_max_position_embeddings=48)
-    config = read_config(write_config(tmp_path, **outer))
-    assert config.rope.scaling.original_max_positions == 48
-    del scaling["original_max_position_embeddings"]
-    config = read_config(write_config(tmp_path, rope_scaling=scaling))
-    assert config.rope.scaling.original_max_positions == 64
-
-
-@pytest.mark.parametrize(
     ("changes", "words"),
     [
         (dict(model_type="gemma3"), ["model_type='gemma3'", "'llama'", "'qwen3'"]),
@@ -180,10 +148,6 @@ def test_llama3_scaling_finds_the_original_context(tmp_path):
             {"rope_parameters": {"rope_type": "default", "mscale": 2.0}},
             ["rope_parameters.mscale=2.0 is not supported"],
         ),
-        (
-            dict(rope_scaling={"type": "llama3", **SCALING, "beta_fast": 32}),
-            ["rope_scaling.beta_fast=32 is not supported"],
-        ),
         (dict(no_such_key=0), ["no_such_key=0 is not known", "take the key out"]),
         (dict(use_mrope=True), ["use_mrope=True", "False"]),
         (dict(rope_interleaved=True), ["rope_interleaved=True", "False"]),
@@ -196,61 +160,6 @@ def test_llama3_scaling_finds_the_original_context(tmp_path):
             ["use_sliding_window=True", "False"],
         ),
         (dict(use_sliding_window="no"), ["use_sliding_window='no'", "False"]),
-        (
-            dict(rope_scaling={"type": "linear", "factor": 2.0}),
-            ["rope_scaling.rope_type='linear'", "'default', 'llama3'"],
-        ),
-        (
-            dict(rope_scaling={"type": "linear"}),
-            ["rope_type='linear'", "'linear with a factor of 1'"],
-        ),
-        (
-            dict(rope_scaling={"type": "default", "factor": 2}),
-            ["rope_scaling.factor=2 is not supported; supported: 1"],
-        ),
-        (
-            dict(rope_scaling={"type": "dynamic", "factor": -2}),
-            ["factor must be a positive number, found -2"],
-        ),
-        (
-            dict(rope_scaling={"type": "dynamic", "factor": 2.0, "alpha": 1000}),
-            ["rope_scaling.alpha=1000"],
-        ),
-        (
-            dict(rope_scaling={"type": "yarn", "factor": 1, "attention_factor": 1.5}),
-            ["rope_scaling.rope_type='yarn'"],
-        ),
-        (
-            dict(
-                rope_scaling={
-                    "type": "yarn",
-                    "factor": 1,
-                    "original_max_position_embeddings": 32,
-                }
-            ),
-            ["rope_scaling.original_max_position_embeddings=32"],
-        ),
-        (
-            dict(rope_scaling={"type": "default", "mrope_section": [16, 24, 24]}),
-            ["rope_scaling.mrope_section=[16, 24, 24]"],
-        ),
-        (
-            dict(rope_parameters={"rope_type": "yarn", "factor": 2.0}),
-            ["rope_parameters.rope_type='yarn'"],
-        ),
-        (
-            dict(rope_parameters={"full_attention": {"rope_type": "default"}}),
-            ["rope_parameters=", "one flat object"],
-        ),
-        (dict(rope_scaling="llama3"), ["rope_scaling='llama3'"]),
-        (
-            dict(rope_scaling={"type": "llama3", **SCALING, "factor": 0}),
-            ["factor must be a positive number, found 0"],
-        ),
-        (
-            dict(rope_scaling={"type": "llama3", **SCALING, "high_freq_factor": 1.0}),
-            ["high_freq_factor=1.0 must be greater than low_freq_factor=1.0"],
-        ),
         (dict(vocab_size=...), ["vocab_size must be a positive integer, found None"]),
         (dict(hidden_size="8"), ["hidden_size must be", "'8'"]),
         (dict(num_hidden_layers=0), ["num_hidden_layers must be", "0"]),

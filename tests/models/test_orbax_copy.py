@@ -5,6 +5,7 @@ import gc
 import json
 import os
 import shutil
+import typing
 
 import hf_checkpoints
 import jax
@@ -13,9 +14,18 @@ import pytest
 from hf_checkpoints import raises
 
 from jaxkv.models import orbax_copy, orbax_folder
+from jaxkv.models.config import LayerKind
 from jaxkv.models.decoder import random_parameters
 from jaxkv.models.orbax_copy import is_orbax_copy, load_orbax, save_orbax
-from jaxkv.models.rope import Llama3Scaling, Rope
+from jaxkv.models.rope import (
+    FrequencyFactors,
+    LinearScaling,
+    Llama3Scaling,
+    LongRopeScaling,
+    Rope,
+    Scaling,
+    YarnScaling,
+)
 
 CONFIG = dataclasses.replace(
     hf_checkpoints.CONFIG,
@@ -28,7 +38,15 @@ CONFIG = dataclasses.replace(
         )
     ),
 )
-ROPE = {"theta": 1.0, "scaling": None}
+SCALINGS = (  # one of each kind
+    CONFIG.rope.scaling,
+    LinearScaling(factor=2.0),
+    YarnScaling(factor=4.0, original_max_positions=32, attention_factor=1.5),
+    LongRopeScaling(
+        short_factors=(1.0,), long_factors=(2.0,), original_max_positions=32
+    ),
+    FrequencyFactors(factors=(3.0,)),
+)
 TEXT = (
     "config.json",
     "generation_config.json",
@@ -71,6 +89,17 @@ def test_orbax_round_trip(tmp_path, original, dtype):
     wanted = jax.tree.map(lambda leaf: leaf.astype(dtype or "bfloat16"), params)
     assert_trees_equal(found, wanted)
     assert found["head"].dtype == (dtype or "bfloat16")
+
+
+def test_orbax_round_trip_of_every_rotation(tmp_path, original):
+    """Each layer has its own: every scaling, a part of each head, and none at all."""
+    assert {type(scaling) for scaling in SCALINGS} == set(typing.get_args(Scaling))
+    ropes = [Rope(scaling=scaling) for scaling in SCALINGS] + [Rope(rotary_dim=2), None]
+    kinds = tuple(LayerKind(rope=rope) for rope in ropes)
+    config = dataclasses.replace(CONFIG, num_layers=len(kinds), kinds=kinds)
+    params = random_parameters(config, jax.random.key(0))
+    save_orbax(params, config, tmp_path / "copy")
+    assert load_orbax(tmp_path / "copy")[0] == config
 
 
 def test_orbax_copy_has_the_text_files_and_no_weights(tmp_path, original):
@@ -202,8 +231,10 @@ def test_orbax_refuses_other_folders_and_dtypes(original):
     [
         (dict(format=1), ["format must be 2, found 1"]),
         (dict(config=None), ["is damaged"]),
-        (dict(config={}), ["is damaged", "rope"]),
-        (dict(config={"rope": ROPE, "kinds": [], "x": 1}), ["is damaged", "'x'"]),
+        (dict(config={}), ["is damaged", "KeyError: 'is'"]),
+        (dict(config={"is": "Rope", "x": 1}), ["is damaged", "'x'"]),
+        (dict(config={"is": "Rope"}), ["is damaged", "config is no Config: Rope"]),
+        (dict(config={"is": "NewScaling"}), ["is damaged", "NewScaling"]),
         (dict(dtype="int8"), ["is damaged", "int8"]),
     ],
 )

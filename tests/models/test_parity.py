@@ -22,6 +22,7 @@ from jaxkv.models.gguf_header import read_header
 from jaxkv.models.hf_config import read_config
 from jaxkv.models.hf_generation import stop_ids
 from jaxkv.models.hf_weights import read_weights
+from jaxkv.models.rope import Llama3Scaling
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -46,6 +47,12 @@ LLAMA3 = dict(
     factor=8.0,
     low_freq_factor=1.0,
     high_freq_factor=4.0,
+    original_max_position_embeddings=64,
+)
+YARN = dict(
+    rope_type="yarn",
+    rope_theta=500.0,
+    factor=4.0,
     original_max_position_embeddings=64,
 )
 CASES = {
@@ -76,6 +83,19 @@ CASES = {
     "olmo2-mha-tied-bias": (
         "Olmo2",
         dict(num_key_value_heads=4, tie_word_embeddings=True, attention_bias=True),
+    ),
+    "llama-linear": (
+        "Llama",
+        dict(rope_parameters=dict(rope_type="linear", rope_theta=500.0, factor=2.5)),
+    ),
+    "llama-dynamic": (
+        "Llama",
+        dict(rope_parameters=dict(rope_type="dynamic", rope_theta=500.0, factor=2.5)),
+    ),
+    "qwen3-yarn": ("Qwen3", dict(head_dim=16, rope_parameters=YARN)),
+    "llama-yarn-attention": (
+        "Llama",
+        dict(rope_parameters=YARN | dict(attention_factor=0.8, beta_fast=8)),
     ),
     "qwen3-rope": ("Qwen3", dict(head_dim=16, rope_parameters=LLAMA3)),
 }
@@ -126,7 +146,7 @@ def to_gguf(folder):
     arch = {"mistral": "llama"}.get(model.config.model_type, model.config.model_type)
     tensors = load_file(folder / "model.safetensors")
     tensors = gguf_files.gguf_tensors(tensors, config, arch)
-    if config.rope.scaling is not None:
+    if isinstance(config.rope.scaling, Llama3Scaling):
         steps = np.arange(0, config.head_dim, 2) / config.head_dim
         scaled = model.model.rotary_emb.inv_freq.numpy()
         factors = config.rope.theta**-steps / scaled
@@ -264,7 +284,9 @@ def test_greedy_tokens(tmp_path, case):
     np.testing.assert_array_equal(found, expected)
 
 
-@pytest.mark.parametrize("case", ["olmo2", "mistral-window", "qwen2-window"])
+@pytest.mark.parametrize(
+    "case", ["olmo2", "mistral-window", "qwen2-window", "qwen3-yarn"]
+)
 def test_decoding_of_a_ragged_batch(tmp_path, case):
     """Prefill and decode steps give torch's tokens, each as likely as torch has it."""
     make(tmp_path, case)
