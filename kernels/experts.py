@@ -1,0 +1,310 @@
+"""The feed-forward of a mixture of experts, of which each token uses a few.
+
+Prefill sorts the tokens by expert and multiplies those of one expert at a time. A
+decode step waits for weights to be read, so with few tokens either the experts that
+they chose are read, one after the other, or, where that would be most of them anyway,
+all experts are, each once. No expert has a capacity: nothing that one token does
+changes another's result.
+
+Under a mesh every device has whole experts, computes what they add to the tokens, and
+the devices of a row add that up.
+
+Axis letters: `B` batch, `T` tokens, `A` experts of a token, `E` experts, `D` hidden,
+`I` inner columns, `G` gate beside up, which is `2 I`.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Float32, Int
+
+from jaxkv.kernels import dispatch
+from jaxkv.kernels.per_shard import current_mesh
+from jaxkv.kernels.shapes import checked
+
+Implementation = Literal["gather", "dense", "sorted", "ragged"]
+
+MOST_TOKENS = 64  # of a decode step; beyond that tokens are sorted
+_LEAST_BLOCK, _MOST_BLOCK = 16, 256  # sorted tokens that are multiplied at once
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Gate:
+    """The gated activation `g * sigmoid(alpha * g) * (u + shift)`; silu as it stands.
+
+    Attributes:
+      alpha: how steep the sigmoid is.
+      limit: `g` is at most this, and `u` between this and its negative; None: neither.
+      shift: added to `u`.
+    """
+
+    alpha: float = 1.0
+    limit: float | None = None
+    shift: float = 0.0
+
+    def __call__(self, gate_up: jax.Array) -> jax.Array:
+        """Return `[..., I]` of `[..., G]`, in float32."""
+        gate, up = jnp.split(gate_up.astype(jnp.float32), 2, axis=-1)
+        if self.limit is not None:
+            gate = jnp.minimum(gate, self.limit)
+            up = jnp.clip(up, -self.limit, self.limit)
+        return gate * jax.nn.sigmoid(self.alpha * gate) * (up + self.shift)
+
+
+SILU = Gate()
+
+
+class Weights(NamedTuple):
+    """Of all experts. The biases are both there or both None."""
+
+    gate_up: Float[Array, "E D G"]
+    down: Float[Array, "E I D"]
+    gate_up_bias: Float[Array, "E G"] | None = None
+    down_bias: Float[Array, "E D"] | None = None
+
+
+def route(
+    logits: Float32[Array, "B T E"], *, per_token: int, normalize: bool
+) -> tuple[Int[Array, "B T A"], Float32[Array, "B T A"]]:
+    """Choose each token's experts, and what share each has in the sum.
+
+    Args:
+      logits: of the router.
+      per_token: experts of a token.
+      normalize: whether the shares of the chosen experts add up to one; else they are
+        their probabilities among all experts.
+
+    Returns:
+      The experts, the likeliest first, the lower index among equals; and the shares.
+    """
+    chosen, experts = jax.lax.top_k(logits, per_token)
+    if normalize:
+        return experts, jax.nn.softmax(chosen, axis=-1)
+    total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    return experts, jnp.exp(chosen - total)
+
+
+@checked
+def feed_forward(
+    x: Float[Array, "B T D"],
+    experts: Int[Array, "B T A"],
+    shares: Float32[Array, "B T A"],
+    weights: Weights,
+    *,
+    gate: Gate,
+    implementation: Implementation | None = None,
+) -> Float[Array, "B T D"]:
+    """Return the sum over each token's experts of what they make of it.
+
+    Args:
+      x: tokens.
+      experts: of each token, all different.
+      shares: of each expert in the sum.
+      weights: of all experts.
+      gate: the activation between the two products.
+      implementation: "gather" (reads each choice of an expert), "dense" (reads all
+        experts), "sorted" (tokens by expert, in blocks), "ragged" (the same, by
+        `jax.lax.ragged_dot`), or None for the best one.
+
+    Returns:
+      The sums in the dtype of `x`. Products are summed in float32, and rounded to the
+      dtype of `x` between the two.
+
+    Raises:
+      ValueError: shapes disagree, or the implementation is unknown.
+    """
+    where = "feed_forward"
+    if weights.gate_up.shape[2] != 2 * weights.down.shape[1]:
+        raise ValueError(
+            f"{where}: gate_up holds gate beside up of {weights.down.shape[1]} "
+            f"columns, but has {weights.gate_up.shape[2]}."
+        )
+    tokens = x.shape[0] * x.shape[1]
+    mesh = current_mesh()
+    devices = 1 if mesh is None else mesh.shape.get("model", 1)
+    implementation = implementation or choose(
+        tokens, experts.shape[2], weights.down.shape[0] // devices
+    )
+    run = dispatch.resolve(where, implementation, _RUNS)
+    run = functools.partial(_of_tokens, functools.partial(run, gate=gate))
+    if mesh is not None:
+        run = _over_devices(run, weights)
+    return run(x, experts, shares, weights)
+
+
+def choose(tokens: int, per_token: int, count: int) -> Implementation:
+    """Return what reads the fewest weights at a number of tokens.
+
+    On a CPU sorting is best where experts are large enough to matter. Elsewhere a loop
+    over experts waits for each of its steps to be launched.
+
+    Args:
+      tokens: of the call.
+      per_token: experts of each.
+      count: experts of one device.
+    """
+    backend = jax.default_backend()
+    if backend == "cpu" or tokens > MOST_TOKENS:
+        return "ragged" if backend == "tpu" else "sorted"
+    return "gather" if tokens * per_token < count else "dense"
+
+
+def _over_devices(run: Callable, weights: Weights) -> Callable:
+    """Return `run` where each device has whole experts, and whole rows of the batch."""
+    rows, cut = P("data", None, None), P("model")
+
+    def on_one(x, experts, shares, weights):
+        count = weights.down.shape[0]
+        here = experts - count * jax.lax.axis_index("model").astype(experts.dtype)
+        here = jnp.where((here >= 0) & (here < count), here, count)
+        return jax.lax.psum(run(x, here, shares, weights), "model")
+
+    own = jax.tree.map(lambda _: cut, weights)
+    return jax.shard_map(
+        on_one, in_specs=(rows, rows, rows, own), out_specs=rows, check_vma=False
+    )
+
+
+def _of_tokens(run, x, experts, shares, weights):
+    """Hand tokens on as `[M, D]`; `run` knows no expert of index `E`, and skips it."""
+    flat = (leaf.reshape(-1, leaf.shape[-1]) for leaf in (x, experts, shares))
+    return run(*flat, weights).reshape(x.shape).astype(x.dtype)
+
+
+def _reference(x, experts, shares, weights, *, gate):
+    """Run every expert on every token, one after the other, in float32."""
+    x = x.astype(jnp.float32)
+    times = functools.partial(jnp.matmul, precision="highest")
+    out = jnp.zeros_like(x)
+    for e in range(len(weights.down)):
+        one = jax.tree.map(lambda leaf, e=e: leaf[e].astype(jnp.float32), weights)
+        inner = times(x, one.gate_up)
+        if one.gate_up_bias is not None:
+            inner = inner + one.gate_up_bias[None]
+        y = times(gate(inner), one.down)
+        if one.down_bias is not None:
+            y = y + one.down_bias[None]
+        share = jnp.sum(jnp.where(experts == e, shares, 0.0), axis=1)
+        out = out + share[:, None] * y
+    return out
+
+
+def _gather(x, experts, shares, weights, *, gate):
+    """Read the experts of each token; the sums are multiplied and added in place.
+
+    A product of matrices would make a copy of the experts first.
+    """
+    count, per_token = len(weights.down), experts.shape[1]
+    index = jnp.minimum(experts, count - 1).ravel()
+    one = jax.tree.map(lambda leaf: leaf[index], weights)
+
+    def times(rows, matrices):
+        wide = rows.astype(jnp.float32)[:, :, None] * matrices.astype(jnp.float32)
+        return jnp.sum(wide, axis=1)
+
+    y = _both(times, jnp.repeat(x, per_token, axis=0), one, gate, axis=0)
+    shares = jnp.where(experts < count, shares, 0.0)
+    return jnp.sum(y.reshape(*experts.shape, -1) * shares[..., None], axis=1)
+
+
+def _dense(x, experts, shares, weights, *, gate):
+    """Run every expert on every token; those that were not chosen have no share."""
+    count = len(weights.down)
+    every = jnp.broadcast_to(x[None], (count, *x.shape))
+    y = _both(_matmul, every, weights, gate, axis=1)
+    index = jnp.arange(count, dtype=experts.dtype)
+    mine = experts[None] == index[:, None, None]  # [E, M, A]
+    share = jnp.sum(jnp.where(mine, shares[None], 0.0), axis=2)
+    return jnp.sum(jnp.where(share[..., None] > 0, y * share[..., None], 0.0), axis=0)
+
+
+def _sorted(x, experts, shares, weights, *, gate):
+    """Multiply blocks of tokens that share an expert, as many as there are."""
+    count, per_token = len(weights.down), experts.shape[1]
+    order, sizes = _sort(experts, count)
+    average = max(1, len(order) // count)
+    block = min(_MOST_BLOCK, max(_LEAST_BLOCK, 1 << (average - 1).bit_length()))
+    block = min(block, len(x))  # the experts of a token are all different
+    first = jnp.cumsum(sizes) - sizes
+    blocks = (sizes + block - 1) // block
+    ends = jnp.cumsum(blocks)
+
+    def step(i, out):
+        e = jnp.searchsorted(ends, i, side="right")
+        start = first[e] + (i - (ends[e] - blocks[e])) * block
+        places = start + jnp.arange(block, dtype=jnp.int32)
+        index = order[jnp.minimum(places, len(order) - 1)]
+        one = jax.tree.map(
+            lambda leaf: jax.lax.dynamic_index_in_dim(leaf, e, keepdims=False), weights
+        )
+        y = _both(_matmul, x[index // per_token], one, gate)
+        index = jnp.where(places < first[e] + sizes[e], index, len(order))
+        return out.at[index].set(y.astype(out.dtype), mode="drop")
+
+    out = jnp.zeros((len(order), x.shape[1]), x.dtype)
+    return _add(jax.lax.fori_loop(0, ends[-1], step, out), experts, shares)
+
+
+def _ragged(x, experts, shares, weights, *, gate):
+    """Multiply all tokens, sorted by expert, in one product of each kind."""
+    count, per_token = len(weights.down), experts.shape[1]
+    order, sizes = _sort(experts, count)
+    own = jnp.minimum(experts.ravel()[order], count - 1)
+    biases = Weights(
+        weights.gate_up,
+        weights.down,
+        *(None if leaf is None else leaf[own] for leaf in weights[2:]),
+    )
+
+    def times(rows, matrices):
+        return jax.lax.ragged_dot(
+            rows, matrices, sizes, preferred_element_type=jnp.float32
+        )
+
+    y = _both(times, x[order // per_token], biases, gate, axis=0)
+    y = jnp.where((jnp.arange(len(order)) < jnp.sum(sizes))[:, None], y, 0.0)
+    out = jnp.zeros((len(order), x.shape[1]), x.dtype)
+    return _add(out.at[order].set(y.astype(x.dtype)), experts, shares)
+
+
+def _both(times, x, weights, gate, *, axis=None):
+    """Apply gate and up, the activation, and down, by whatever multiplies.
+
+    Biases get an axis for the tokens at `axis`, 0 where they have one already.
+    """
+
+    def add(y, bias):
+        if bias is None:
+            return y
+        bias = bias.astype(jnp.float32)
+        if axis != 0:
+            bias = jnp.expand_dims(bias, 0 if axis is None else axis)
+        return y + bias
+
+    inner = gate(add(times(x, weights.gate_up), weights.gate_up_bias))
+    return add(times(inner.astype(x.dtype), weights.down), weights.down_bias)
+
+
+def _matmul(x, matrices):
+    return jnp.matmul(x, matrices, preferred_element_type=jnp.float32)
+
+
+def _sort(experts, count):
+    """Return the choices in the order of their experts, and how many each has."""
+    flat = experts.ravel()
+    sizes = jnp.zeros(count + 1, jnp.int32).at[flat].add(1)[:count]
+    return jnp.argsort(flat, stable=True).astype(jnp.int32), sizes
+
+
+def _add(rows, experts, shares):
+    """Add up the rows `[M A, D]` of each token, in the order of its experts."""
+    rows = rows.reshape(*experts.shape, -1).astype(jnp.float32)
+    return jnp.sum(rows * shares[..., None], axis=1)
+
+
+_RUNS = {"gather": _gather, "dense": _dense, "sorted": _sorted, "ragged": _ragged}
