@@ -99,6 +99,7 @@ def check(config: Config, mesh: Any) -> None:
         )
     others = {
         "feed-forward columns": config.intermediate_size,
+        "experts": config.experts.count if config.experts else 0,
         "columns of query heads": config.num_heads * config.head_dim,
         "entries of the vocabulary": config.vocab_size,
     }

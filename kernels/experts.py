@@ -20,11 +20,16 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Float32, Int
 
 from jaxkv.kernels import dispatch
-from jaxkv.kernels.per_shard import current_mesh
+from jaxkv.kernels.per_shard import (
+    add_up,
+    along,
+    columns_per_row,
+    current_mesh,
+    first_of_shard,
+)
 from jaxkv.kernels.shapes import checked
 
 Implementation = Literal["gather", "dense", "sorted", "ragged"]
@@ -125,15 +130,13 @@ def feed_forward(
             f"columns, but has {weights.gate_up.shape[2]}."
         )
     tokens = x.shape[0] * x.shape[1]
-    mesh = current_mesh()
-    devices = 1 if mesh is None else mesh.shape.get("model", 1)
     implementation = implementation or choose(
-        tokens, experts.shape[2], weights.down.shape[0] // devices
+        tokens, experts.shape[2], weights.down.shape[0] // columns_per_row()
     )
     run = dispatch.resolve(where, implementation, _RUNS)
     run = functools.partial(_of_tokens, functools.partial(run, gate=gate))
-    if mesh is not None:
-        run = _over_devices(run, weights)
+    if current_mesh() is not None:
+        run = _over_devices(run)
     return run(x, experts, shares, weights)
 
 
@@ -154,20 +157,23 @@ def choose(tokens: int, per_token: int, count: int) -> Implementation:
     return "gather" if tokens * per_token < count else "dense"
 
 
-def _over_devices(run: Callable, weights: Weights) -> Callable:
+def _over_devices(run: Callable) -> Callable:
     """Return `run` where each device has whole experts, and whole rows of the batch."""
-    rows, cut = P("data", None, None), P("model")
 
-    def on_one(x, experts, shares, weights):
-        count = weights.down.shape[0]
-        here = experts - count * jax.lax.axis_index("model").astype(experts.dtype)
+    def on_one(x, experts, shares, *leaves):
+        weights = Weights(*leaves)
+        count = len(weights.down)
+        here = experts - first_of_shard(count)
         here = jnp.where((here >= 0) & (here < count), here, count)
-        return jax.lax.psum(run(x, here, shares, weights), "model")
+        return add_up(run(x, here, shares, weights))
 
-    own = jax.tree.map(lambda _: cut, weights)
-    return jax.shard_map(
-        on_one, in_specs=(rows, rows, rows, own), out_specs=rows, check_vma=False
-    )
+    def spread(x, experts, shares, weights):
+        leaves = [leaf for leaf in weights if leaf is not None]
+        letters = ("E D G", "E I D", "E G", "E D")[: len(leaves)]
+        one = along(on_one, ("B T D", "B T A", "B T A", *letters), "B T D")
+        return one(x, experts, shares, *leaves)
+
+    return spread
 
 
 def _of_tokens(run, x, experts, shares, weights):
@@ -267,7 +273,9 @@ def _ragged(x, experts, shares, weights, *, gate):
         )
 
     y = _both(times, x[order // per_token], biases, gate, axis=0)
-    y = jnp.where((jnp.arange(len(order)) < jnp.sum(sizes))[:, None], y, 0.0)
+    y = jnp.where(
+        (jnp.arange(len(order), dtype=jnp.int32) < jnp.sum(sizes))[:, None], y, 0.0
+    )
     out = jnp.zeros((len(order), x.shape[1]), x.dtype)
     return _add(out.at[order].set(y.astype(x.dtype)), experts, shares)
 

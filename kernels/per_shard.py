@@ -25,8 +25,16 @@ from jaxkv.kernels.shapes import array_hint, is_record
 DATA, MODEL, COPIES = AXES = ("data", "model", "copies")
 COLUMNS = (MODEL, COPIES)  # the axes of all devices of a row
 
-# Axis letter: axes of the mesh. `Q` are columns of heads, fused or not.
-MESH_AXES = {"B": DATA, "N": MODEL, "K": MODEL, "Q": MODEL, "F": COLUMNS, "V": COLUMNS}
+# Axis letter: axes of the mesh. `Q` are columns of heads, fused or not, `E` experts.
+MESH_AXES = {
+    "B": DATA,
+    "N": MODEL,
+    "K": MODEL,
+    "Q": MODEL,
+    "F": COLUMNS,
+    "V": COLUMNS,
+    "E": COLUMNS,
+}
 
 
 def per_shard(function: Callable[..., Any], operation: Any) -> Callable[..., Any]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from jaxkv.kernels.experts import SILU, Gate
 from jaxkv.models.rope import PLAIN, Rope
 
 
@@ -19,13 +20,37 @@ class LayerKind:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Experts:
+    """The feed-forward of a mixture of experts.
+
+    Attributes:
+      count: experts of a layer.
+      per_token: how many of them a token uses.
+      size: inner columns of one.
+      normalize: whether the shares of a token's experts add up to one; else they are
+        their probabilities among all experts.
+      bias: whether router and experts have biases (gpt-oss).
+      gate: their activation.
+      dense_layers: indices of the layers that have a plain feed-forward instead.
+    """
+
+    count: int
+    per_token: int
+    size: int
+    normalize: bool = True
+    bias: bool = False
+    gate: Gate = SILU
+    dense_layers: tuple[int, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     """Sizes and switches of one network; nothing about caches, devices or sampling.
 
     Attributes:
       vocab_size: rows of the embedding.
       hidden_size: width of the residual stream.
-      intermediate_size: width of the gated feed-forward.
+      intermediate_size: width of the gated feed-forward, where it is not of experts.
       num_layers: decoder layers.
       num_heads: query heads.
       num_kv_heads: key/value heads; divides `num_heads`.
@@ -42,6 +67,7 @@ class Config:
       pre_norm: whether attention and feed-forward read the normalised stream.
       post_norm: whether what they add to the stream is normalised (OLMo 2).
       tied: whether the output layer is the transposed embedding.
+      experts: the feed-forward of layers that have experts; None has none.
     """
 
     vocab_size: int
@@ -62,15 +88,24 @@ class Config:
     pre_norm: bool = True
     post_norm: bool = False
     tied: bool = False
+    experts: Experts | None = None
 
     @property
     def family(self) -> str:
         """Name of the family that has these switches; Mistral's are those of Llama."""
         if not self.pre_norm:
             return "OLMo 2"
+        if self.experts is not None:
+            if not self.qk_norm:
+                return "Mixtral"
+            return "Qwen3-MoE" if self.qk_norm_per_head else "OLMoE"
         if self.qk_norm:
             return "Qwen3"
         return "Qwen2" if self.qkv_bias and not self.output_bias else "Llama"
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether the feed-forward of a layer, by its index, is of experts."""
+        return self.experts is not None and layer not in self.experts.dense_layers
 
     @property
     def qkv_size(self) -> int:

@@ -1,10 +1,10 @@
 """The decoder-only transformer of Llama, Mistral, Qwen2, Qwen3 and OLMo 2.
 
 The families differ in switches (bias on the projections, norm on queries and keys,
-where norms stand, tied embeddings) and in the rotary scaling, so one network serves
-them all, and their distillations. It knows nothing of caches: each layer hands its
-queries, keys, values and its own state to one `attend` callable and gets the output and
-the new state back.
+where norms stand, tied embeddings, experts) and in the rotary scaling, so one network
+serves them all, and their distillations. It knows nothing of caches: each layer hands
+its queries, keys, values and its own state to one `attend` callable and gets the output
+and the new state back.
 
 Axis letters: `B` batch, `T` tokens, `D` hidden, `N` query heads, `K` key/value heads,
 `H` head size, `F` feed-forward, `V` vocabulary.
@@ -21,8 +21,8 @@ import jax.numpy as jnp
 from jaxkv.kernels import pointwise, project
 from jaxkv.kernels.per_shard import COLUMNS, MODEL, no_mesh
 from jaxkv.kernels.weighing import Weighing
-from jaxkv.models import rope
-from jaxkv.models.config import Config, LayerKind
+from jaxkv.models import experts, rope
+from jaxkv.models.config import Config, Experts, LayerKind
 from jaxkv.models.layout import check_shards
 
 # (q [B,T,N,H], k [B,T,K,H], v [B,T,K,H], state, weighing) -> (out [B,T,N,H], state)
@@ -64,10 +64,18 @@ def _zeros(*axes: str | None):
 
 
 class Layer(nn.Module):
-    """One layer; weights that are read together are stored together."""
+    """One layer; weights that are read together are stored together.
+
+    Attributes:
+      config: sizes and switches.
+      kind: of this layer.
+      experts: `config.experts` if this layer has them, else None.
+      implementation: as in `Decoder`.
+    """
 
     config: Config
     kind: LayerKind
+    experts: Experts | None
     implementation: pointwise.Implementation | None = None
 
     @nn.compact
@@ -151,6 +159,9 @@ class Layer(nn.Module):
         delta = times(out, "output", c.hidden_size, _ROWS, c.output_bias)
 
         x, normed = enter("mlp_norm", x, leave("attention_post_norm", delta))
+        if self.experts is not None:
+            delta = experts.feed_forward(self.experts, normed, self._parameter)
+            return x, leave("mlp_post_norm", delta), state
         shape = c.hidden_size, 2 * c.intermediate_size
         gate_up = self.param("gate_up", _matrix(*_COLUMNS), shape)
         inner = project.project_gated(
@@ -158,6 +169,10 @@ class Layer(nn.Module):
         )
         delta = times(inner, "down", c.hidden_size, _ROWS)
         return x, leave("mlp_post_norm", delta), state
+
+    def _parameter(self, name, axes, shape):
+        made = _zeros if name.endswith("bias") else _matrix
+        return self.param(name, made(*axes), shape)
 
 
 class Decoder(nn.Module):
@@ -184,7 +199,7 @@ class Decoder(nn.Module):
         shape = c.vocab_size, c.hidden_size
         self.embedding = self.param("embedding", _matrix(*_ROWS), shape)
         self.layers = [
-            Layer(c, kind, self.implementation, name=f"layer_{i}")
+            Layer(c, kind, self._experts(i), self.implementation, name=f"layer_{i}")
             for i, kind in enumerate(c.layer_kinds)
         ]
         self.final_norm = self.param("final_norm", _ones(None), (c.hidden_size,))
@@ -221,20 +236,23 @@ class Decoder(nn.Module):
         x, delta = project.embed(tokens, self.embedding), None
         new_cache = []
 
-        def run(kind, variables, x, delta, cos, sin, state):
-            layer = Layer(c, kind, self.implementation, parent=None)
+        def run(kind, experts, variables, x, delta, cos, sin, state):
+            layer = Layer(c, kind, experts, self.implementation, parent=None)
             return layer.apply(variables, x, delta, cos, sin, state, attend)
 
         if isinstance(x, jax.core.Tracer):
             # One trace serves all layers of a kind: it is most of what compiling costs
             # in Python.
-            run = jax.jit(run, static_argnums=0)
+            run = jax.jit(run, static_argnums=(0, 1))
         for layer, kind, state in zip(self.layers, c.layer_kinds, cache, strict=True):
             cos, sin = tables[kind.rope]
             if self.is_initializing():
                 x, delta, state = layer(x, delta, cos, sin, state, attend)
             else:
-                x, delta, state = run(kind, layer.variables, x, delta, cos, sin, state)
+                x, delta, state = run(
+                    *(kind, layer.experts, layer.variables),
+                    *(x, delta, cos, sin, state),
+                )
             new_cache.append(state)
         _, normed = pointwise.add_rms_norm(
             *(x, delta, self.final_norm),
@@ -242,6 +260,9 @@ class Decoder(nn.Module):
             implementation=self.implementation,
         )
         return normed, tuple(new_cache)
+
+    def _experts(self, layer: int) -> Experts | None:
+        return self.config.experts if self.config.has_experts(layer) else None
 
     def frequencies(self) -> tuple[jax.Array, ...]:
         """Return each layer's rotary frequencies, as `layer_frequencies` does."""
@@ -300,7 +321,7 @@ def parameter_axes() -> dict[str, tuple[str | tuple[str, ...] | None, ...]]:
         vocab_size=2,
         hidden_size=2,
         intermediate_size=2,
-        num_layers=1,
+        num_layers=2,
         num_heads=1,
         num_kv_heads=1,
         head_dim=2,
@@ -309,6 +330,7 @@ def parameter_axes() -> dict[str, tuple[str | tuple[str, ...] | None, ...]]:
         output_bias=True,
         qk_norm=True,
         post_norm=True,
+        experts=Experts(count=1, per_token=1, size=1, bias=True, dense_layers=(0,)),
     )
     leaves, _ = jax.tree_util.tree_flatten_with_path(
         _declared(config), is_leaf=lambda x: isinstance(x, nn.Partitioned)

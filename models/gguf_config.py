@@ -11,7 +11,7 @@ from typing import Any
 from jaxkv.models import checkpoint_values as values
 from jaxkv.models import gguf_rope
 from jaxkv.models.checkpoint import CheckpointError
-from jaxkv.models.config import Config
+from jaxkv.models.config import Config, Experts
 from jaxkv.models.gguf_header import Header
 from jaxkv.models.gguf_keys import Keys
 from jaxkv.models.rope import reach
@@ -30,18 +30,25 @@ class Family:
       qkv_bias: whether queries, keys and values must have a bias.
       partial_rotary: whether a part of each head may be rotated.
       switches: of `Config`.
+      experts: the key that says how many columns an expert has, in architectures that
+        may have experts. Their shares add up to one.
     """
 
     interleaved: bool = False
     qkv_bias: bool = False
     partial_rotary: bool = False
     switches: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    experts: str | None = None
 
 
 FAMILIES = {
-    "llama": Family(interleaved=True),  # Mistral, too
+    # Mistral and Mixtral, too
+    "llama": Family(interleaved=True, experts="feed_forward_length"),
     "qwen2": Family(qkv_bias=True),
     "qwen3": Family(switches=dict(qk_norm=True)),
+    "qwen3moe": Family(
+        switches=dict(qk_norm=True), experts="expert_feed_forward_length"
+    ),
     "olmo2": Family(
         switches=dict(
             qk_norm=True, qk_norm_per_head=False, pre_norm=False, post_norm=True
@@ -129,9 +136,13 @@ def _convert(header: Header) -> Config:
         for key, value in header.metadata.items()
         if key.startswith(prefix)
     }
-    for key, value in raw.items():
-        _refuse_unknown(prefix + key, key, value)
     keys = Keys(prefix, raw)
+    kind = FAMILIES[architecture]
+    experts = _experts(keys, kind)
+    known = {"expert_count", "expert_used_count", kind.experts} if experts else set()
+    for key, value in raw.items():
+        if key not in known:
+            _refuse_unknown(prefix + key, key, value)
     hidden_size, num_heads = (
         keys.integer("embedding_length"),
         keys.integer("attention.head_count"),
@@ -173,8 +184,19 @@ def _convert(header: Header) -> Config:
         or "blk.0.attn_q.bias" in header.tensors,
         output_bias="blk.0.attn_output.bias" in header.tensors,
         tied=HEAD not in header.tensors,
-        **FAMILIES[architecture].switches,
+        experts=experts,
+        **kind.switches,
     )
+
+
+def _experts(keys: Keys, family: Family) -> Experts | None:
+    """Return the experts of a file that has any; all its layers have them."""
+    if family.experts is None or keys.raw.get("expert_count", 0) == 0:
+        return None
+    count, used = keys.integer("expert_count"), keys.integer("expert_used_count")
+    if used > count:
+        values.unsupported(f"{keys.prefix}expert_used_count", used, f"up to {count}")
+    return Experts(count=count, per_token=used, size=keys.integer(family.experts))
 
 
 def _architecture(metadata: dict[str, Any]) -> str:

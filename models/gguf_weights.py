@@ -19,7 +19,7 @@ from jaxkv.models.gguf_config import EMBEDDING, FAMILIES
 from jaxkv.models.gguf_header import Header, Tensor
 from jaxkv.models.gguf_rope import TENSORS
 from jaxkv.models.hf_weights import check_dtype
-from jaxkv.models.parameter_plan import Parts, at, plan_of, some
+from jaxkv.models.parameter_plan import Parts, arranged, at, plan_of, some
 
 # The types that JAX has, too; all others are quantised.
 _FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -35,6 +35,10 @@ _OUTER = {
 _INNER = {
     "input_layernorm": "attn_norm",
     "mlp.down_proj": "ffn_down",
+    "mlp.experts.down_proj": "ffn_down_exps",
+    "mlp.experts.gate_proj": "ffn_gate_exps",
+    "mlp.experts.up_proj": "ffn_up_exps",
+    "mlp.gate": "ffn_gate_inp",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "post_attention_layernorm": "ffn_norm",
@@ -75,9 +79,13 @@ def read_weights(
       ValueError: if `dtype` is none of the four.
     """
     check_dtype(dtype)
+    stacked = {  # as these files have the experts of a layer
+        f"model.layers.{layer}.mlp.experts.gate_proj.weight"
+        for layer in range(config.num_layers)
+    }
     plan = {
         path: {_gguf_name(name, config): shape for name, shape in parts.items()}
-        for path, parts in plan_of(config).items()
+        for path, parts in plan_of(config, stacked).items()
     }
     _check(header, plan)
     target_dtype = jnp.dtype(dtype or _own_dtype(header))
@@ -89,6 +97,8 @@ def read_weights(
         turned = len(tensors[0].shape) == 2 and path != ("embedding",)
         try:
             array = _join(file, tensors, orders, target_dtype, turned=turned)
+            if not turned:
+                array = arranged(path, array, config)
         except CheckpointError as error:
             raise header.error(str(error)) from None
         node = params
@@ -184,6 +194,7 @@ def _join(
     start = 0
     for tensor, length in zip(tensors, lengths, strict=True):
         own = rows[start : start + length]
+        own = own.reshape(-1, own.shape[-1]) if own.ndim == 3 else own
         order = orders.get(tensor.name)
         for first, chunk in _chunks(file, tensor):
             places: Any = slice(first, first + len(chunk))

@@ -12,6 +12,8 @@ from typing import Any, Literal
 from jaxkv.models.checkpoint import CheckpointError, read_json
 from jaxkv.models.checkpoint_values import MOST_LAYERS, integer, number, unsupported
 from jaxkv.models.config import Config, LayerKind
+from jaxkv.models.hf_experts import KEYS as EXPERT_KEYS
+from jaxkv.models.hf_experts import read_experts
 from jaxkv.models.hf_layers import read_kinds
 from jaxkv.models.hf_rope import read_ropes
 from jaxkv.models.quiet import quiet_transformers
@@ -25,6 +27,7 @@ class _Family:
     architecture: str
     bias: Literal["never", "qkv", "by attention_bias"]
     switches: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of Config
+    experts: bool = False
 
 
 _FAMILIES = {
@@ -42,6 +45,19 @@ _FAMILIES = {
         switches=dict(
             qk_norm=True, qk_norm_per_head=False, pre_norm=False, post_norm=True
         ),
+    ),
+    "mixtral": _Family(architecture="MixtralForCausalLM", bias="never", experts=True),
+    "qwen3_moe": _Family(
+        architecture="Qwen3MoeForCausalLM",
+        bias="by attention_bias",
+        switches=dict(qk_norm=True),
+        experts=True,
+    ),
+    "olmoe": _Family(
+        architecture="OlmoeForCausalLM",
+        bias="by attention_bias",
+        switches=dict(qk_norm=True, qk_norm_per_head=False),
+        experts=True,
     ),
 }
 
@@ -73,8 +89,9 @@ _INERT = frozenset(
     "eos_token_id finetuning_task hidden_dropout id2label initializer_range "
     "is_decoder is_llama_config label2id language max_length max_new_tokens "
     "max_sequence_length max_window_layers min_length model_max_length "
-    "output_attentions output_hidden_states pad_token_id prefix pretraining_tp "
-    "problem_type repetition_penalty return_dict sep_token_id task_specific_params "
+    "output_attentions output_hidden_states output_router_logits pad_token_id prefix "
+    "pretraining_tp problem_type repetition_penalty return_dict router_aux_loss_coef "
+    "router_jitter_noise sep_token_id task_specific_params "
     "temperature tokenizer_class top_k top_p torch_dtype torchscript "
     "transformers.js_config transformers_version unsloth_fixed unsloth_version "
     "use_cache".split()
@@ -112,7 +129,8 @@ def _convert(raw: dict[str, Any]) -> Config:
     layers = _layers(raw)
     default = _defaults(model_type, hidden_size, num_heads)
     for key, value in raw.items():
-        _refuse_unknown(key, value, default)
+        if not (family.experts and key in EXPERT_KEYS):
+            _refuse_unknown(key, value, default)
     max_positions = integer(
         raw, "max_position_embeddings", default["max_position_embeddings"]
     )
@@ -154,6 +172,9 @@ def _convert(raw: dict[str, Any]) -> Config:
         qkv_bias=qkv_bias,
         output_bias=output_bias,
         tied=_boolean(raw, "tie_word_embeddings"),
+        experts=read_experts(raw, model_type, default, layers)
+        if family.experts
+        else None,
         **family.switches,
     )
 

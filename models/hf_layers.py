@@ -11,7 +11,7 @@ from jaxkv.models.rope import Rope
 _FULL, _SLIDING = LAYER_TYPES
 # Families whose layers have windows, as transformers implements them: every so many
 # layers one has none; 0 is never.
-_PERIODS = {"mistral": 0}
+_PERIODS = {"mistral": 0, "mixtral": 0}
 # Those in which a switch turns windows on, from some layer on.
 _SWITCHED = ("qwen2", "qwen3")
 
@@ -80,7 +80,7 @@ def _types(
         ]
     if model_type in _PERIODS:
         period = _PERIODS[model_type] or layers + 1
-        # Mistral has one kind of layer, whatever a list says.
+        # These have one kind of layer, whatever a list says.
         return (_PERIODS[model_type] and given) or [
             _SLIDING if layer % period else _FULL for layer in range(1, layers + 1)
         ]

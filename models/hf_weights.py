@@ -19,7 +19,15 @@ from safetensors import SafetensorError, safe_open
 
 from jaxkv.models.checkpoint import CheckpointError, read_json
 from jaxkv.models.config import Config
-from jaxkv.models.parameter_plan import EMBEDDING, HEAD, Plan, at, plan_of, some
+from jaxkv.models.parameter_plan import (
+    EMBEDDING,
+    HEAD,
+    Plan,
+    arranged,
+    at,
+    plan_of,
+    some,
+)
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -62,17 +70,16 @@ def read_weights(
       ValueError: if `dtype` is none of the four.
     """
     check_dtype(dtype)
-    plan = plan_of(config)
     params: dict[str, Any] = {}
     with contextlib.ExitStack() as stack:
         tensors = _open(Path(folder), stack, follow_links)
+        plan = plan_of(config, tensors)
         _check(tensors, plan, tied=config.tied)
         if dtype is None:
             dtype = _FLOATS[tensors[EMBEDDING].dtype]
         for path, parts in plan.items():
             array = _join([tensors[name] for name in parts])
-            if array.ndim == 2 and path != ("embedding",):
-                array = array.T
+            array = arranged(path, array, config)
             target = at(shardings, path)
             node = params
             for key in path[:-1]:

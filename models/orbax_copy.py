@@ -13,9 +13,10 @@ from typing import Any
 
 import jax
 
+from jaxkv.kernels.experts import Gate
 from jaxkv.models import gguf_tokenizer
 from jaxkv.models.checkpoint import TEXT_FILES, CheckpointError, read_json
-from jaxkv.models.config import Config, LayerKind
+from jaxkv.models.config import Config, Experts, LayerKind
 from jaxkv.models.decoder import parameter_shapes
 from jaxkv.models.gguf_header import read_header
 from jaxkv.models.hf_weights import DTYPES, check_dtype
@@ -34,7 +35,7 @@ _PARTS: dict[str, Any] = {
     part.__name__: part
     for part in (
         *(Config, LayerKind, Rope, LinearScaling, Llama3Scaling, YarnScaling),
-        *(LongRopeScaling, FrequencyFactors),
+        *(LongRopeScaling, FrequencyFactors, Experts, Gate),
     )
 }
 _NAME = "is"

@@ -1,6 +1,9 @@
 """Which tensors of a checkpoint make up each parameter of the network."""
 
+from collections.abc import Container
 from typing import Any
+
+import numpy as np
 
 from jaxkv.models.config import Config
 
@@ -13,8 +16,14 @@ Parts = dict[str, tuple[int, ...]]
 Plan = dict[tuple[str, ...], Parts]
 
 
-def plan_of(config: Config) -> Plan:
-    """Map the path of every parameter to the checkpoint's tensors that make it up."""
+def plan_of(config: Config, stored: Container[str] = ()) -> Plan:
+    """Map the path of every parameter to the checkpoint's tensors that make it up.
+
+    Args:
+      config: the network.
+      stored: names of tensors that the checkpoint has. Where families name the same
+        parameter otherwise, it tells whose names they are.
+    """
     c = config
     hidden, inner = c.hidden_size, c.intermediate_size
     queries, keys, _ = c.qkv_sizes
@@ -31,12 +40,15 @@ def plan_of(config: Config) -> Plan:
         layer: dict[str, Parts] = {
             "qkv": {f"{attention}{p}.weight": (n, hidden) for p, n in rows.items()},
             "output": {f"{attention}o_proj.weight": (hidden, queries)},
-            "gate_up": {
+        }
+        if c.has_experts(i):
+            layer |= _expert_parts(c, prefix, stored)
+        else:
+            layer["gate_up"] = {
                 f"{mlp}gate_proj.weight": (inner, hidden),
                 f"{mlp}up_proj.weight": (inner, hidden),
-            },
-            "down": {f"{mlp}down_proj.weight": (hidden, inner)},
-        }
+            }
+            layer["down"] = {f"{mlp}down_proj.weight": (hidden, inner)}
         if c.qkv_bias:
             layer["qkv_bias"] = {f"{attention}{p}.bias": (n,) for p, n in rows.items()}
         if c.output_bias:
@@ -61,6 +73,55 @@ def _norms(config: Config) -> dict[str, str]:
         "mlp_post_norm": "post_feedforward_layernorm",
     }
     return (before if config.pre_norm else {}) | (after if config.post_norm else {})
+
+
+def _expert_parts(
+    config: Config, prefix: str, stored: Container[str]
+) -> dict[str, Parts]:
+    """Return the parts of a layer of experts, one expert after the other.
+
+    Some checkpoints hold each matrix of all experts as one tensor.
+    """
+    assert config.experts is not None
+    e, hidden = config.experts, config.hidden_size
+    mlp, gate, up, down = f"{prefix}mlp.", "gate_proj", "up_proj", "down_proj"
+    if f"{prefix}block_sparse_moe.gate.weight" in stored:  # Mixtral's names
+        mlp, gate, up, down = f"{prefix}block_sparse_moe.", "w1", "w3", "w2"
+    parts: dict[str, Parts] = {"router": {f"{mlp}gate.weight": (e.count, hidden)}}
+    if f"{mlp}experts.gate_up_proj" in stored:
+        shapes = (e.count, 2 * e.size, hidden), (e.count, hidden, e.size)
+        parts["experts_gate_up"] = {f"{mlp}experts.gate_up_proj": shapes[0]}
+        parts["experts_down"] = {f"{mlp}experts.down_proj": shapes[1]}
+        return parts
+    if f"{mlp}experts.gate_proj.weight" in stored:
+        shape = e.count, e.size, hidden
+        parts["experts_gate_up"] = {
+            f"{mlp}experts.gate_proj.weight": shape,
+            f"{mlp}experts.up_proj.weight": shape,
+        }
+        shape = e.count, hidden, e.size
+        parts["experts_down"] = {f"{mlp}experts.down_proj.weight": shape}
+        return parts
+    each = [f"{mlp}experts.{index}." for index in range(e.count)]
+    parts["experts_gate_up"] = {
+        f"{name}{kind}.weight": (e.size, hidden) for name in each for kind in (gate, up)
+    }
+    parts["experts_down"] = {f"{name}{down}.weight": (hidden, e.size) for name in each}
+    return parts
+
+
+def arranged(path: tuple[str, ...], array: np.ndarray, config: Config) -> np.ndarray:
+    """Return a parameter as the network has it, of its parts joined along their rows.
+
+    Matrices are turned from `[out, in]` to `[in, out]`, those of experts each.
+    """
+    if path[-1] in ("experts_gate_up", "experts_down"):
+        assert config.experts is not None
+        count, columns = config.experts.count, array.shape[-1]
+        if len(array) == 2 * count and array.ndim == 3:  # all gates, then all ups
+            array = array.reshape(2, count, -1, columns).swapaxes(0, 1)
+        return array.reshape(count, -1, columns).swapaxes(1, 2)
+    return array.T if array.ndim == 2 and path != ("embedding",) else array
 
 
 def at(tree: Any, path: tuple[str, ...]) -> Any:

@@ -4,7 +4,7 @@ With `decoder.random_parameters` they stand for the real checkpoint wherever onl
 and memory matter, and need no download.
 """
 
-from jaxkv.models.config import Config
+from jaxkv.models.config import Config, Experts
 from jaxkv.models.rope import Llama3Scaling, Rope
 
 
@@ -76,5 +76,44 @@ SHAPES = {
         qk_norm_per_head=False,
         pre_norm=False,
         post_norm=True,
+    ),
+    "qwen3-30b-a3b": Config(
+        vocab_size=151_936,
+        hidden_size=2048,
+        intermediate_size=6144,
+        num_layers=48,
+        num_heads=32,
+        num_kv_heads=4,
+        head_dim=128,
+        rope=Rope(theta=1_000_000.0),
+        max_positions=40_960,
+        qk_norm=True,
+        experts=Experts(count=128, per_token=8, size=768),
+    ),
+    "mixtral-8x7b": Config(
+        vocab_size=32_000,
+        hidden_size=4096,
+        intermediate_size=14_336,
+        num_layers=32,
+        num_heads=32,
+        num_kv_heads=8,
+        head_dim=128,
+        rms_norm_eps=1e-5,
+        rope=Rope(theta=1_000_000.0),
+        max_positions=32_768,
+        experts=Experts(count=8, per_token=2, size=14_336),
+    ),
+    "olmoe-1b-7b": Config(
+        vocab_size=50_304,
+        hidden_size=2048,
+        intermediate_size=1024,
+        num_layers=16,
+        num_heads=16,
+        num_kv_heads=16,
+        head_dim=128,
+        rms_norm_eps=1e-5,
+        qk_norm=True,
+        qk_norm_per_head=False,
+        experts=Experts(count=64, per_token=8, size=1024, normalize=False),
     ),
 }

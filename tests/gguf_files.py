@@ -44,6 +44,13 @@ def metadata(config, arch="llama"):
         "attention.value_length": config.head_dim,
         "rope.freq_base": config.rope.theta,
     }
+    if config.experts:
+        keys |= {
+            "expert_count": config.experts.count,
+            "expert_used_count": config.experts.per_token,
+        }
+    if arch == "qwen3moe":
+        keys["expert_feed_forward_length"] = config.experts.size
     keys |= rope_keys(config.rope)
     if arch == "llama":
         keys |= {
@@ -73,6 +80,7 @@ def rope_keys(rope):
 
 def gguf_tensors(tensors, config, arch="llama"):
     """Rename Hugging Face's tensors, and permute those of llama."""
+    tensors = stacked_experts(tensors, config)
     kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
     names = gguf.get_tensor_name_map(kinds[arch], config.num_layers)
     out = {}
@@ -82,6 +90,26 @@ def gguf_tensors(tensors, config, arch="llama"):
             split = tensor.reshape(heads, 2, -1, *tensor.shape[1:])
             tensor = split.swapaxes(1, 2).reshape(tensor.shape)
         out[names.get_name(name, try_suffixes=(".weight", ".bias"))] = tensor
+    return out
+
+
+def stacked_experts(tensors, config):
+    """Put the experts of each layer into one tensor of each kind, as files do."""
+    out = {n: x for n, x in tensors.items() if ".experts." not in n}
+    for i in range(config.num_layers if config.experts else 0):
+        prefix = f"model.layers.{i}."
+        for kind, mixtral in (
+            ("gate_proj", "w1"),
+            ("up_proj", "w3"),
+            ("down_proj", "w2"),
+        ):
+            each = [
+                tensors.get(f"{prefix}mlp.experts.{e}.{kind}.weight")
+                if f"{prefix}mlp.gate.weight" in tensors
+                else tensors[f"{prefix}block_sparse_moe.experts.{e}.{mixtral}.weight"]
+                for e in range(config.experts.count)
+            ]
+            out[f"{prefix}mlp.experts.{kind}.weight"] = np.stack(each)
     return out
 
 

@@ -34,7 +34,7 @@ MIXED = dataclasses.replace(
 def parameters(config):
     """Draw float32 weights so wide that no two tokens are nearly as likely."""
     drawn = random_parameters(config, key_of(0), jnp.float32)
-    return jax.tree.map(lambda x: 12 * x if x.ndim == 2 else x, drawn)
+    return jax.tree.map(lambda x: 12 * x if x.ndim >= 2 else x, drawn)
 
 
 @functools.cache

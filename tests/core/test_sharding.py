@@ -20,8 +20,9 @@ from jaxkv import sharding
 from jaxkv import state as kv
 from jaxkv.kernels import dispatch, project
 from jaxkv.kernels.cache import Token
-from jaxkv.kernels.per_shard import AXES, partition_spec, per_shard
+from jaxkv.kernels.per_shard import AXES, COLUMNS, partition_spec, per_shard
 from jaxkv.models import layout
+from jaxkv.models.config import Experts
 from jaxkv.models.decoder import Decoder, parameter_shapes
 
 FOLDER = Path(__file__).parent
@@ -42,10 +43,20 @@ def test_every_parameter_has_a_partition():
         assert layer[name] == P(None)
 
 
+def test_experts_are_cut_whole():
+    experts = Experts(count=4, per_token=2, size=8, bias=True)
+    config = dataclasses.replace(CONFIG, experts=experts)
+    layer = sharding.parameter_specs(parameter_shapes(config))["layer_1"]
+    assert "gate_up" not in layer and "down" not in layer
+    assert layer["experts_gate_up"] == layer["experts_down"] == P(COLUMNS, None, None)
+    assert layer["experts_gate_up_bias"] == P(COLUMNS, None)
+    assert layer["router"] == P(None, None) and layer["router_bias"] == P(None)
+
+
 def test_a_parameter_that_declares_no_axes_is_refused():
     params = parameter_shapes(CONFIG)
-    params["layer_1"]["router"] = params["layer_1"]["down"]
-    with pytest.raises(ValueError, match="no mesh axes for the parameter 'router'"):
+    params["layer_1"]["adapter"] = params["layer_1"]["down"]
+    with pytest.raises(ValueError, match="no mesh axes for the parameter 'adapter'"):
         sharding.parameter_specs(params)
 
 
@@ -65,6 +76,7 @@ def test_a_state_is_cut_along_rows_and_heads():
     [
         ({"num_kv_heads": 3}, "3 key/value heads do .* model=4 .* model=1 or 3"),
         ({"intermediate_size": 49}, "49 feed-forward columns do .* model=1[.]"),
+        ({"experts": Experts(count=6, per_token=1, size=2)}, "6 experts do .*=1 or 2"),
         ({"vocab_size": 62}, "62 entries of the vocabulary do .* model=1 or 2"),
         (
             {"num_heads": 5, "num_kv_heads": 1, "head_dim": 2},
@@ -172,6 +184,14 @@ def test_operations_stay_on_their_devices(tmp_path, which):
 def test_generation_over_eight_devices(tmp_path, which):
     """Tokens of one device, and two sums a layer."""
     assert over_devices(8, tmp_path, "sharded_generation.py", which) == "equal"
+
+
+@pytest.mark.parametrize(
+    "which", ["fast", pytest.param("slow", marks=pytest.mark.slow)]
+)
+def test_experts_stay_on_their_devices(tmp_path, which):
+    """Equal results, and what is sent are sums over the tokens, never weights."""
+    assert over_devices(4, tmp_path, "sharded_experts.py", which) == "equal"
 
 
 def over_devices(count, folder, program, *arguments):

@@ -11,6 +11,7 @@ import tiny
 import jaxkv
 from jaxkv import state as kv
 from jaxkv.generation import Running
+from jaxkv.models.config import Experts
 from jaxkv.shown import brief
 
 
@@ -98,6 +99,9 @@ def test_every_public_class_that_makes_itself_is_short(name):
             assert "\n" not in repr(kind())
 
 
+EXPERTS = Experts(count=4, per_token=2, size=8)
+
+
 @pytest.mark.parametrize(
     ("changes", "family"),
     [
@@ -106,6 +110,9 @@ def test_every_public_class_that_makes_itself_is_short(name):
         ({"qk_norm": True, "pre_norm": False, "post_norm": True}, "OLMo 2"),
         ({"qkv_bias": True}, "Qwen2"),
         ({"qkv_bias": True, "output_bias": True}, "Llama"),
+        ({"experts": EXPERTS}, "Mixtral"),
+        ({"qk_norm": True, "experts": EXPERTS}, "Qwen3-MoE"),
+        (dict(qk_norm=True, qk_norm_per_head=False, experts=EXPERTS), "OLMoE"),
     ],
 )
 def test_family(changes, family):

@@ -15,9 +15,9 @@ from jaxkv.models.gguf_header import read_header
 FIRST, LAST = "token_embd.weight", "blk.1.ffn_down.weight"
 
 
-def setting(key, value):
+def setting(*pairs):
     def change(keys, tensors):
-        keys[key] = value
+        keys.update(zip(pairs[::2], pairs[1::2], strict=True))
 
     return change
 
@@ -101,7 +101,22 @@ REFUSED = {  # by name: what is changed, and what the message says
         setting("llama.attention.sliding_window", 64),
         ["llama.attention.sliding_window=64 is not supported"],
     ),
-    "expert count": (setting("llama.expert_count", 8), ["llama.expert_count=8"]),
+    "expert count": (
+        setting("llama.expert_count", 8),
+        ["llama.expert_used_count must be a positive integer"],
+    ),
+    "experts used": (
+        setting("llama.expert_count", 2, "llama.expert_used_count", 3),
+        ["llama.expert_used_count=3 is not supported; supported: 'up to 2'"],
+    ),
+    "experts missing": (
+        setting("llama.expert_count", 2, "llama.expert_used_count", 1),
+        ["missing blk.0.ffn_down_exps.weight"],
+    ),
+    "expert scale": (
+        setting("llama.expert_weights_scale", 2.0),
+        ["llama.expert_weights_scale=2.0 is not known"],
+    ),
     "capped logits": (
         setting("llama.final_logit_softcapping", 30.0),
         ["llama.final_logit_softcapping=30.0"],

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from hf_checkpoints import raises
 
+from jaxkv.kernels.experts import Gate
 from jaxkv.models import orbax_copy, orbax_folder
-from jaxkv.models.config import LayerKind
+from jaxkv.models.config import Experts, LayerKind
 from jaxkv.models.decoder import random_parameters
 from jaxkv.models.orbax_copy import is_orbax_copy, load_orbax, save_orbax
 from jaxkv.models.rope import (
@@ -37,6 +38,7 @@ CONFIG = dataclasses.replace(
             original_max_positions=32,
         )
     ),
+    experts=Experts(count=2, per_token=1, size=4, gate=Gate(limit=7.0), bias=True),
 )
 SCALINGS = (  # one of each kind
     CONFIG.rope.scaling,

@@ -55,6 +55,7 @@ YARN = dict(
     factor=4.0,
     original_max_position_embeddings=64,
 )
+EXPERTS = dict(num_experts=8, num_experts_per_tok=3, moe_intermediate_size=32)
 CASES = {
     "llama-gqa": ("Llama", {}),
     "llama-mha-tied": ("Llama", dict(num_key_value_heads=4, tie_word_embeddings=True)),
@@ -98,6 +99,18 @@ CASES = {
         dict(rope_parameters=YARN | dict(attention_factor=0.8, beta_fast=8)),
     ),
     "qwen3-rope": ("Qwen3", dict(head_dim=16, rope_parameters=LLAMA3)),
+    "olmoe": ("Olmoe", dict(num_experts=8, num_experts_per_tok=3)),
+    "olmoe-normalized": (
+        "Olmoe",
+        dict(num_experts=4, num_experts_per_tok=2, norm_topk_prob=True),
+    ),
+    "mixtral-window": ("Mixtral", dict(num_local_experts=4, sliding_window=20)),
+    "mixtral": ("Mixtral", dict(num_local_experts=4, num_experts_per_tok=2)),
+    "qwen3-moe": ("Qwen3Moe", dict(**EXPERTS, norm_topk_prob=True, head_dim=16)),
+    "qwen3-moe-dense-layer": (
+        "Qwen3Moe",
+        dict(**EXPERTS, head_dim=16, mlp_only_layers=[0], tie_word_embeddings=True),
+    ),
 }
 
 
@@ -143,7 +156,10 @@ def to_gguf(folder):
     """Write the weights of a folder as a GGUF file, with torch's rotary factors."""
     model = load_torch(folder)
     config = read_config(folder)
-    arch = {"mistral": "llama"}.get(model.config.model_type, model.config.model_type)
+    kind = model.config.model_type
+    arch = {"mistral": "llama", "mixtral": "llama", "qwen3_moe": "qwen3moe"}.get(
+        kind, kind
+    )
     tensors = load_file(folder / "model.safetensors")
     tensors = gguf_files.gguf_tensors(tensors, config, arch)
     if isinstance(config.rope.scaling, Llama3Scaling):
@@ -167,8 +183,12 @@ def assert_same_logits(folder, layout="hub"):
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
 
 
-# What no GGUF file says: none of these architectures has windows there.
-HUB_ONLY = ("mistral-window", "qwen2-window")
+# What GGUF files do not say: none of these architectures has windows there, and all
+# layers have experts, whose shares add up to one. We read no olmoe.
+HUB_ONLY = (
+    *("mistral-window", "qwen2-window", "mixtral-window"),
+    *("qwen3-moe-dense-layer", "olmoe", "olmoe-normalized"),
+)
 
 
 @pytest.mark.parametrize(
@@ -229,6 +249,15 @@ def test_logits_of_transformers_4_spelling(tmp_path, case, type_key):
     assert_same_logits(tmp_path)
 
 
+@pytest.mark.parametrize("case", ["mixtral", "qwen3-moe"])
+def test_logits_of_fused_experts(tmp_path, case):
+    """transformers 5 holds the experts of a layer as one tensor of each kind."""
+    make(tmp_path, case, save_original_format=False)
+    names = load_file(tmp_path / "model.safetensors")
+    assert "model.layers.1.mlp.experts.gate_up_proj" in names
+    assert_same_logits(tmp_path)
+
+
 def test_logits_of_shards(tmp_path):
     make(tmp_path, "qwen3", max_shard_size="60KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
@@ -285,7 +314,11 @@ def test_greedy_tokens(tmp_path, case):
 
 
 @pytest.mark.parametrize(
-    "case", ["olmo2", "mistral-window", "qwen2-window", "qwen3-yarn"]
+    "case",
+    [
+        *("olmo2", "mistral-window", "qwen2-window", "qwen3-yarn"),
+        *("mixtral", "qwen3-moe", "olmoe"),
+    ],
 )
 def test_decoding_of_a_ragged_batch(tmp_path, case):
     """Prefill and decode steps give torch's tokens, each as likely as torch has it."""

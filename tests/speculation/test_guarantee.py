@@ -8,7 +8,7 @@ import pytest
 
 from jaxkv import Full, LongFlow, Options, StreamingLLM
 from jaxkv.kernels import dispatch
-from jaxkv.models.config import Config
+from jaxkv.models.config import Config, Experts
 from jaxkv.speculation.drafters import PromptLookup, Tree
 from jaxkv.speculation.guarantee import guarantee
 from jaxkv.speculation.rules import TopK
@@ -30,6 +30,9 @@ NO_SIZES = types.SimpleNamespace(num_heads=9, num_kv_heads=3, head_dim=64)
 def on_a_gpu(monkeypatch):
     monkeypatch.setattr(dispatch, "triton_unavailable", lambda: "")
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+
+
+EXPERTS = Experts(count=4, per_token=2, size=512)
 
 
 def with_(options=CHAIN, **changes):
@@ -69,6 +72,7 @@ def with_(options=CHAIN, **changes):
                 (dict(hidden_size=600), "exact in float32"),
                 (dict(intermediate_size=1500), "exact in float32"),
                 (dict(head_dim=80), "exact in float32"),
+                (dict(experts=EXPERTS), "exact in float32"),
             ]
         ),
         (CHAIN, 1, "bfloat16", NO_SIZES, "exact in float32"),

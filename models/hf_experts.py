@@ -1,0 +1,72 @@
+"""The experts of a Hugging Face configuration."""
+
+from typing import Any
+
+from jaxkv.models.checkpoint_values import integer, unsupported
+from jaxkv.models.config import Experts
+
+# Keys that are read here, for families with experts.
+KEYS = frozenset(
+    "decoder_sparse_step mlp_only_layers moe_intermediate_size norm_topk_prob "
+    "num_experts num_experts_per_tok num_local_experts".split()
+)
+
+
+def read_experts(
+    raw: dict[str, Any], model_type: str, default: dict[str, Any], layers: int
+) -> Experts:
+    """Return what a configuration says of its experts.
+
+    Args:
+      raw: of `config.json`.
+      model_type: of a family with experts.
+      default: what transformers takes for absent keys.
+      layers: of the network.
+
+    Raises:
+      CheckpointError: a value is none that the network computes; it is named.
+    """
+    count = _count(raw, default)
+    per_token = integer(raw, "num_experts_per_tok", default["num_experts_per_tok"])
+    if per_token > count:
+        unsupported("num_experts_per_tok", per_token, f"at most num_experts={count}")
+    if model_type == "mixtral":
+        return Experts(
+            count=count, per_token=per_token, size=integer(raw, "intermediate_size")
+        )
+    dense: tuple[int, ...] = ()
+    size = "intermediate_size"
+    if model_type == "qwen3_moe":
+        dense, size = _dense_layers(raw, layers), "moe_intermediate_size"
+        if raw.get("use_sliding_window"):  # of all layers, whatever else is said
+            unsupported("use_sliding_window", True, False)
+    normalize = raw.get("norm_topk_prob", default["norm_topk_prob"])
+    if type(normalize) is not bool:
+        unsupported("norm_topk_prob", normalize, True, False)
+    return Experts(
+        count=count,
+        per_token=per_token,
+        size=integer(raw, size, default[size]),
+        normalize=normalize,
+        dense_layers=dense,
+    )
+
+
+def _count(raw: dict[str, Any], default: dict[str, Any]) -> int:
+    """Return the number of experts, which has two names that must agree."""
+    names = ("num_experts", "num_local_experts")
+    found = {name: integer(raw, name) for name in names if raw.get(name) is not None}
+    if len(set(found.values())) > 1:
+        unsupported("num_experts", found["num_experts"], found["num_local_experts"])
+    return next(
+        iter(found.values()), default.get("num_experts") or default["num_local_experts"]
+    )
+
+
+def _dense_layers(raw: dict[str, Any], layers: int) -> tuple[int, ...]:
+    """Return the layers without experts: those named, and all but each `step`-th."""
+    step = integer(raw, "decoder_sparse_step", 1)
+    named = raw.get("mlp_only_layers") or []
+    if not isinstance(named, list) or not all(type(i) is int for i in named):
+        unsupported("mlp_only_layers", named, "a list of layers")
+    return tuple(i for i in range(layers) if i in named or (i + 1) % step)

@@ -1,0 +1,90 @@
+"""Reading what `config.json` says of experts."""
+
+import dataclasses
+import json
+
+import pytest
+from hf_checkpoints import raises
+
+from jaxkv.models.config import Experts
+from jaxkv.models.hf_config import read_config
+
+SIZES = dict(
+    vocab_size=20,
+    hidden_size=8,
+    intermediate_size=12,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+)
+MIXTRAL = dict(
+    model_type="mixtral",
+    architectures=["MixtralForCausalLM"],
+    num_local_experts=4,
+    num_experts_per_tok=2,
+)
+QWEN3_MOE = dict(
+    model_type="qwen3_moe",
+    architectures=["Qwen3MoeForCausalLM"],
+    num_experts=6,
+    num_experts_per_tok=3,
+    moe_intermediate_size=5,
+)
+
+
+def write_config(folder, **changes):
+    """Write `config.json`; a key changed to `...` is left out."""
+    raw = {k: v for k, v in (SIZES | changes).items() if v is not ...}
+    (folder / "config.json").write_text(json.dumps(raw))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (MIXTRAL, dict(count=4, per_token=2, size=12)),
+        (MIXTRAL | dict(num_local_experts=...), dict(count=8, per_token=2, size=12)),
+        (MIXTRAL | dict(router_jitter_noise=0.1, router_aux_loss_coef=1.0), dict()),
+        (QWEN3_MOE, dict(count=6, per_token=3, size=5, normalize=False)),
+        (QWEN3_MOE | dict(norm_topk_prob=True), dict(normalize=True)),
+        (QWEN3_MOE | dict(num_experts=..., num_local_experts=7), dict(count=7)),
+        (QWEN3_MOE | dict(num_local_experts=6, use_sliding_window=False), dict()),
+        (QWEN3_MOE | dict(mlp_only_layers=[1, 9]), dict(dense_layers=(1,))),
+        (QWEN3_MOE | dict(decoder_sparse_step=2), dict(dense_layers=(0,))),
+        (
+            QWEN3_MOE | dict(decoder_sparse_step=2, mlp_only_layers=[1]),
+            dict(dense_layers=(0, 1)),
+        ),
+    ],
+)
+def test_experts(tmp_path, changes, expected):
+    found = read_config(write_config(tmp_path, **changes)).experts
+    assert isinstance(found, Experts)
+    assert found == dataclasses.replace(found, **expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (MIXTRAL | dict(num_local_experts=0), ["num_local_experts must be a positive"]),
+        (MIXTRAL | dict(num_experts_per_tok=5), ["num_experts_per_tok=5", "=4"]),
+        (MIXTRAL | dict(num_experts=6), ["num_experts=6 is not supported", "4"]),
+        (QWEN3_MOE | dict(norm_topk_prob=1), ["norm_topk_prob=1", "True, False"]),
+        (QWEN3_MOE | dict(mlp_only_layers=3), ["mlp_only_layers=3", "a list"]),
+        (QWEN3_MOE | dict(mlp_only_layers=["0"]), ["mlp_only_layers=['0']"]),
+        (QWEN3_MOE | dict(moe_intermediate_size=0), ["moe_intermediate_size must"]),
+        (QWEN3_MOE | dict(shared_expert_size=1), ["shared_expert_size=1 is not known"]),
+        (
+            QWEN3_MOE | dict(use_sliding_window=True, sliding_window=16),
+            ["use_sliding_window=True"],
+        ),
+        (
+            dict(model_type="qwen3", num_experts_per_tok=2),
+            ["num_experts_per_tok=2 is not known"],
+        ),
+    ],
+)
+def test_experts_refused(tmp_path, changes, words):
+    with raises("config.json: ", *words):
+        read_config(write_config(tmp_path, **changes))
