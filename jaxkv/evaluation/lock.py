@@ -143,6 +143,6 @@ def _in_use(what: Path, path: Path, whose: dict[str, Any]) -> FolderInUse:
     who = f"process {whose.get('pid', '?')} on {whose.get('host', '?')}"
     return FolderInUse(
         f"{what} is being written by {who} since {whose.get('since', '?')} "
-        f"({whose.get('command', '?')}); wait for it or choose another --out. If that "
+        f"({whose.get('command', '?')}); wait for it or write elsewhere. If that "
         f"process has ended, remove {path}."
     )

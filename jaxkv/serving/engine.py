@@ -1,7 +1,5 @@
 """`jaxkv.Engine`: requests come and go; the rows that serve them stay what they are.
 
-The loop on the host decides who enters and who has left; all else is `serving.rows`.
-
     step:  wait for the block in flight       its tokens, and who has ended
            free the rows of those, and of what was cancelled
            read waiting prompts into free rows, first come first served
@@ -11,8 +9,6 @@ The loop on the host decides who enters and who has left; all else is `serving.r
 What is done between two steps is done while a block runs.
 """
 
-import collections
-import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -29,12 +25,13 @@ from jaxkv.policies.base import DecodePolicy, PrefillPolicy
 from jaxkv.sampling import Categorical, Greedy
 from jaxkv.serving import checks, requests
 from jaxkv.serving.board import Board
+from jaxkv.serving.meter import Counts, Meter
+from jaxkv.serving.queue import Queue
 from jaxkv.serving.requests import Event, Handle, Reason, Result
 from jaxkv.serving.rows import Report
 from jaxkv.speculation.drafters import Drafter
 from jaxkv.speculation.rules import Rule
 from jaxkv.text import arguments
-from jaxkv.text.planning import bucket
 
 
 class Engine:
@@ -121,6 +118,7 @@ class Engine:
             repetition_penalties=repetition_penalties,
         )
         numbers = dict(rows=rows, block=block, stall=stall)
+        self._meter = Meter()
         self._board = Board(
             lm,
             checks.shape(lm, options, self._limits, **numbers),
@@ -129,11 +127,7 @@ class Engine:
             most_stop_ids=most_stop_ids,
             penalties=repetition_penalties,
         )
-        self._lock = threading.Lock()
-        self._number = 0
-        self._waiting: collections.deque[Handle] = collections.deque()
-        self._dropped: list[Handle] = []  # cancelled before they were read
-        self._cancelled: set[Handle] = set()
+        self._queue = Queue()
         self._handles: list[Handle | None] = [None] * rows
         self._flight: Report | None = None
 
@@ -153,17 +147,22 @@ class Engine:
     @property
     def waiting(self) -> int:
         """Return how many requests wait for a row."""
-        return len(self._waiting)
+        return self._queue.waiting
 
     @property
     def running(self) -> int:
         """Return how many requests have a row."""
-        return sum(handle is not None for handle in self._handles)
+        return len(self._live())
+
+    @property
+    def counts(self) -> Counts:
+        """Return what has been done so far."""
+        return self._meter.counts
 
     @property
     def idle(self) -> bool:
         """Return whether there is nothing to be done."""
-        return not (self._waiting or self._dropped or self.running)
+        return not (len(self._queue) or self.running)
 
     def submit(
         self,
@@ -210,12 +209,7 @@ class Engine:
             context=context,
             document=document,
         )
-        with self._lock:
-            tokens = checks.prompt_tokens(request)
-            handle = Handle(self._number, request, tokens)
-            self._number += 1
-            self._waiting.append(handle)
-        return handle
+        return self._queue.put(request, checks.prompt_tokens(request))
 
     def cancel(self, handle: Handle) -> bool:
         """End a request; its row is free at the next step.
@@ -223,15 +217,7 @@ class Engine:
         Returns:
           Whether it had not ended yet.
         """
-        with self._lock:
-            if handle.result is not None or handle in self._dropped:
-                return False
-            if handle in self._waiting:
-                self._waiting.remove(handle)
-                self._dropped.append(handle)
-            else:
-                self._cancelled.add(handle)
-            return True
+        return self._queue.cancel(handle)
 
     def step(self) -> list[Event]:
         """Do what there is to be done next, and return what has become of requests.
@@ -275,13 +261,19 @@ class Engine:
         """Wait for the block in flight, and note what it has brought."""
         if self._flight is None:
             return []
+        self._meter.asked(self._flight)
         try:
             report: Report = jax.device_get(self._flight)
         except Exception as error:
             return self._lose(error)
         self._flight = None
-        live = [(row, h) for row, h in enumerate(self._handles) if h is not None]
-        return [self._noted(row, handle, row, report) for row, handle in live]
+        events = [self._noted(row, h, row, report) for row, h in self._live()]
+        self._meter.came([len(event.tokens) for event in events])
+        return events
+
+    def _live(self) -> list[tuple[int, Handle]]:
+        """Return the rows that are not free, and whose they are."""
+        return [(row, h) for row, h in enumerate(self._handles) if h is not None]
 
     def _noted(self, row: int, handle: Handle, at: int, report: Report) -> Event:
         """Note what a report says of a row at one of its places, and if it ended."""
@@ -300,22 +292,28 @@ class Engine:
         return event
 
     def _end(
-        self, event: Event, reason: Reason, error: str | None, row: int | None
+        self,
+        event: Event,
+        reason: Reason,
+        error: str | None,
+        row: int | None,
+        *,
+        may_retry: bool = False,
     ) -> Event:
         """End a request, and free its row if it has one."""
         if row is not None:
             self._handles[row] = None
             self._board.free(row)
-        with self._lock:
-            self._cancelled.discard(event.handle)
-            return requests.ended(event, reason, self.lm.tokenizer, error)
+        with self._queue.lock:
+            self._queue.forget(event.handle)
+            return requests.ended(
+                event, reason, self.lm.tokenizer, error, may_retry=may_retry
+            )
 
     def _release(self) -> list[Event]:
         """End what has been cancelled."""
-        with self._lock:
-            dropped, self._dropped = self._dropped, []
-            cancelled = set(self._cancelled)
-        at: dict[Any, int] = {h: row for row, h in enumerate(self._handles)}
+        dropped, cancelled = self._queue.unwanted()
+        at = {handle: row for row, handle in self._live()}
         ends: list[tuple[Handle, int | None]] = [(handle, None) for handle in dropped]
         ends += [(handle, at[handle]) for handle in cancelled if handle in at]
         return [
@@ -333,23 +331,24 @@ class Engine:
         failed: list[Event] = []
         tokens, busy = 0, self.running > 0
         for row in (r for r, handle in enumerate(self._handles) if handle is None):
-            with self._lock:
-                if not self._waiting:
-                    break
-                size = bucket(len(self._waiting[0]._request.ids))
-                if busy and tokens and self._stall and tokens + size > self._stall:
-                    break
-                handle = self._waiting.popleft()
+            left = None  # the first may be of any length
+            if self._stall is not None and busy and tokens:
+                left = self._stall - tokens
+            taken = self._queue.take(left)
+            if taken is None:
+                break
+            handle, size = taken
             tokens += size
             requests.read(handle)
             try:
-                new, first = self._board.read(handle._request)
+                new, first = self._board.read(handle.request)
             except Exception as error:
                 failed.append(self._failed(handle, error, None))
                 continue
+            self._meter.busy()
             self._handles[row] = handle
             try:
-                self._board.place(row, handle._request, new)
+                self._board.place(row, handle.request, new)
             except Exception as error:
                 failed += self._lose(error)
                 break
@@ -359,11 +358,13 @@ class Engine:
     def _launch(self) -> list[Event]:
         """Let the device decode a block, and do not wait for it."""
         if not self.running:
+            self._meter.rests()
             return []
         try:
             self._flight = self._board.launch()
         except Exception as error:
             return self._lose(error)
+        self._meter.launched(self.running)
         return []
 
     def _first_tokens(self, read: Sequence[tuple[int, Handle, Any]]) -> list[Event]:
@@ -381,12 +382,12 @@ class Engine:
 
     def _failed(self, handle: Handle, error: Exception, row: int | None) -> Event:
         said = f"{type(error).__name__}: {error}"
-        return self._end(requests.told(handle, [], None), "error", said, row)
+        event = requests.told(handle, [], None)
+        return self._end(event, "error", said, row, may_retry=True)
 
     def _lose(self, error: Exception) -> list[Event]:
         """End all requests that have a row, and make the rows anew."""
-        live = [(row, h) for row, h in enumerate(self._handles) if h is not None]
-        events = [self._failed(handle, error, row) for row, handle in live]
+        events = [self._failed(handle, error, row) for row, handle in self._live()]
         self._flight = None
         self._board.clear()
         return events

@@ -47,6 +47,7 @@ class Result:
       finish_reason: "stop" (a stop id), "length" (`max_new_tokens`), "cancelled", or
         "error".
       error: what went wrong, if that is "error".
+      may_retry: whether the device has failed, so that asking again may help.
       prompt_tokens: of the prompt, a context's document included.
       waited: seconds until it was read.
       first_token: seconds until the first token was there; None if none came.
@@ -59,6 +60,7 @@ class Result:
     text: str | None
     finish_reason: Reason
     error: str | None
+    may_retry: bool
     prompt_tokens: int
     waited: float
     first_token: float | None
@@ -72,12 +74,13 @@ class Handle:
 
     Attributes:
       number: of the request, in the order of submission, from 0.
+      request: what was asked.
       prompt_tokens: see `Result`.
     """
 
     def __init__(self, number: int, request: Request, prompt_tokens: int):
         self.number, self.prompt_tokens = number, prompt_tokens
-        self._request = request
+        self.request = request
         self._tokens: list[int] = []
         self._logprobs: list[float] = []
         self._top: list[dict[int, float]] = []
@@ -158,7 +161,12 @@ def told(handle: Handle, tokens: list[int], noted: Any) -> Event:
 
 
 def ended(
-    event: Event, reason: Reason, tokenizer: Any, error: str | None = None
+    event: Event,
+    reason: Reason,
+    tokenizer: Any,
+    error: str | None = None,
+    *,
+    may_retry: bool = False,
 ) -> Event:
     """Return the event with how its request has ended, once and for all.
 
@@ -167,6 +175,7 @@ def ended(
       reason: see `Result`.
       tokenizer: of the model, or None.
       error: see `Result`.
+      may_retry: see `Result`.
     """
     handle = event.handle
     if handle._result is not None:
@@ -181,6 +190,7 @@ def ended(
         else tokenizer.decode(tokens, skip_special_tokens=True),
         finish_reason=reason,
         error=error,
+        may_retry=may_retry,
         prompt_tokens=handle.prompt_tokens,
         waited=(handle._read or now) - begin,
         first_token=None if handle._first is None else handle._first - begin,

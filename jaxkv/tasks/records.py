@@ -55,6 +55,7 @@ class Record:
       messages: a conversation that ends with a user's message; () if it is none.
       later_turns: the user's messages after that, each asked behind an answer.
       outputs: strings that a right answer contains; () where the file says none.
+      name: its "id", "_id" or "question_id", whichever comes first, or None.
       index: its number, or None.
       task: its name, or None.
       length: tokens or words, as the file counts them, or None.
@@ -68,6 +69,7 @@ class Record:
     messages: tuple[Message, ...] = ()
     later_turns: tuple[str, ...] = ()
     outputs: tuple[str, ...] = ()
+    name: str | int | None = None
     index: int | None = None
     task: str | None = None
     length: int | None = None
@@ -122,13 +124,22 @@ def read_records(content: bytes, name: str) -> list[Record]:
     """
     # Not splitlines: JSON strings may hold separators that Python splits at.
     lines = enumerate(decode_text(content, name).split("\n"), 1)
-    found = [_record(line, f"{name}:{n}") for n, line in lines if line.strip()]
+    found = [read_record(line, f"{name}:{n}") for n, line in lines if line.strip()]
     if not found:
         raise ValueError(f"{name}: holds no prompt; write a JSON object per line.")
     return found
 
 
-def _record(line: str, where: str) -> Record:
+def read_record(line: str, where: str) -> Record:
+    """Read one line.
+
+    Args:
+      line: a JSON object.
+      where: the file and the line, for messages.
+
+    Raises:
+      ValueError: it is no record of a known format.
+    """
     fields = _Fields(_object(line, where), where)
     keys = next((keys for keys in _FORMATS if fields.given.keys() >= set(keys)), None)
     if keys is None:
@@ -148,6 +159,7 @@ def _record(line: str, where: str) -> Record:
         fields.refuse(f"{_listed(gold)} are two kinds of right answers; keep one.")
     return Record(
         where=where,
+        name=fields.name(),
         **fields.prompt(keys),
         outputs=fields.outputs(gold[0]) if gold else (),
         index=fields.number("index", least=0),
@@ -191,6 +203,11 @@ class _Fields:
             "question": body[len(texts[0]) :],
             "answer_prefix": _joined(body, prefix)[len(body) :],
         }
+
+    def name(self) -> str | int | None:
+        """Return what the file calls the record; other values than these are none."""
+        values = (self.given.get(key) for key in ("id", "_id", "question_id"))
+        return next((v for v in values if type(v) in (str, int)), None)
 
     def text(self, key: str) -> str:
         """Return a text, an empty one if it is not there."""

@@ -23,7 +23,6 @@ from jaxkv.text.stopwatch import stopwatch
 
 PROMPTS = 5
 KINDS = {
-    "full": {},
     "evicting": {
         "budget": 14,
         "prefill": SnapKV(window_size=4),

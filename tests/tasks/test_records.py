@@ -12,7 +12,7 @@ SYSTEM = {"role": "system", "content": "Be brief."}
 ANSWER = {"role": "assistant", "content": "Me."}
 
 FORMATS = {  # a line, and the fields of its record that differ from the defaults
-    "plain": ({"prompt": "a b", "id": "x-1"}, dict(body="a b")),
+    "plain": ({"prompt": "a b", "id": "x-1"}, dict(body="a b", name="x-1")),
     "token ids": ({"prompt": [5, 6, 7]}, dict(body=(5, 6, 7))),
     "RULER": (
         {
@@ -77,6 +77,7 @@ FORMATS = {  # a line, and the fields of its record that differ from the default
             body="A text.\n\nWhat?",
             question="\n\nWhat?",
             outputs=("1", "one"),
+            name="0f",
             length=1200,
         ),
     ),
@@ -86,15 +87,15 @@ FORMATS = {  # a line, and the fields of its record that differ from the default
     ),
     "Spec-Bench": (
         {"question_id": 1, "category": "qa", "turns": ["Who?"], "reference": ["I"]},
-        dict(messages=(USER,)),
+        dict(messages=(USER,), name=1),
     ),
     "Spec-Bench, two turns": (
         {"question_id": 1, "category": "qa", "turns": ["Who?", "Why?", "So?"]},
-        dict(messages=(USER,), later_turns=("Why?", "So?")),
+        dict(messages=(USER,), later_turns=("Why?", "So?"), name=1),
     ),
     "chat": (
         {"messages": [SYSTEM, USER, ANSWER, USER], "id": 7},
-        dict(messages=(SYSTEM, USER, ANSWER, USER)),
+        dict(messages=(SYSTEM, USER, ANSWER, USER), name=7),
     ),
     "chat in parts": (
         {
