@@ -16,6 +16,7 @@ import typer
 
 from jaxkv._version import __version__
 from jaxkv.cli import (
+    batch,
     calibrate,
     chat,
     checkpoints,
@@ -170,6 +171,7 @@ def _start(
 
 app.command()(demo.demo)
 app.command()(generate.generate)
+app.command()(batch.batch)
 app.command()(compress.compress)
 app.command()(chat.chat)
 app.command()(checkpoints.train)

@@ -20,6 +20,7 @@ ARGUMENTS = {
     *inspect.signature(compress).parameters,
     *(field.name for field in dataclasses.fields(Categorical)),
     "dtype",  # of `jaxkv.load`
+    "max_prompt",  # of `jaxkv.Engine`
 }
 # What a command calls an argument that has no flag of its name.
 _ALIASES = {
