@@ -25,6 +25,7 @@ from jaxkv.policies.knorm import KNorm
 from jaxkv.policies.kvzip import KVzip
 from jaxkv.policies.lagkv import LagKV
 from jaxkv.policies.laq import LAQ
+from jaxkv.policies.lazyeviction import LazyEviction
 from jaxkv.policies.longflow import LongFlow
 from jaxkv.policies.pyramidkv import PyramidKV
 from jaxkv.policies.rkv import RKV
@@ -82,6 +83,7 @@ __all__ = [
     "KeyDiff",
     "LagKV",
     "LanguageModel",
+    "LazyEviction",
     "LogitsError",
     "LongFlow",
     "Options",

@@ -31,6 +31,7 @@ from jaxkv.policies.knorm import KNorm
 from jaxkv.policies.kvzip import KVzip
 from jaxkv.policies.lagkv import LagKV
 from jaxkv.policies.laq import LAQ
+from jaxkv.policies.lazyeviction import LazyEviction
 from jaxkv.policies.longflow import LongFlow
 from jaxkv.policies.pyramidkv import PyramidKV
 from jaxkv.policies.rkv import RKV
@@ -66,6 +67,7 @@ PREFILL: Mapping[str, type] = {
 DECODE: Mapping[str, type] = {
     "full": Full,
     "h2o": H2ODecode,
+    "lazyeviction": LazyEviction,
     "longflow": LongFlow,
     "r-kv": RKV,
     "random": RandomDecode,
@@ -203,8 +205,7 @@ def _settings(method: type) -> dict[str, Callable[..., Any]]:
 
 def _read(text: str, hint: Any, what: str) -> Any:
     if hint is WholePrompt:
-        bare = text[1:-1] if text[:1] == "[" and text[-1:] == "]" else text
-        return parse(_with_commas(bare), PREFILL, flag=what)
+        return parse(without_brackets(text), PREFILL, flag=what)
     try:
         # A comma would end the option.
         value = json.loads(",".join(text.split()) if text[:1] == "[" else text)
@@ -228,10 +229,18 @@ def _read(text: str, hint: Any, what: str) -> Any:
     raise ValueError(f"{what} takes {wanted}, got {text!r}.")
 
 
-def _with_commas(text: str) -> str:
-    """Write commas for the spaces of a text, except within its brackets."""
+def without_brackets(text: str) -> str:
+    """Return a method as it is written alone, with commas for spaces.
+
+    Args:
+      text: of one that stands where a comma would end it: `[snapkv:window_size=8
+        pooling=avg]`, or without brackets. Spaces within further brackets stay.
+    """
+    text = text.strip()
+    if text[:1] == "[" and text[-1:] == "]":
+        text = text[1:-1].strip()
     depth, found = 0, []
-    for letter in text.strip():
+    for letter in text:
         depth += (letter == "[") - (letter == "]")
         found.append("," if letter == " " and depth == 0 else letter)
     return "".join(found)

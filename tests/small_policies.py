@@ -25,6 +25,7 @@ from jaxkv import (
     KNorm,
     KVzip,
     LagKV,
+    LazyEviction,
     LongFlow,
     Options,
     PyramidKV,
@@ -84,6 +85,7 @@ SMALL_PREFILL = {
 SMALL_DECODE = {
     "full": Full(),
     "h2o": H2ODecode(),
+    "lazyeviction": LazyEviction(alpha=0.1, window_size=2),
     "longflow": LongFlow.paper(),
     "r-kv": RKV(window_size=2, kernel_size=3, buffer=2),
     "random": RandomDecode(),

@@ -32,6 +32,7 @@ DECODE: list[jaxkv.DecodePolicy] = [
     jaxkv.H2ODecode(n_recent=0.5),
     jaxkv.LongFlow.recommended(),
     jaxkv.RKV(),
+    jaxkv.LazyEviction(),
     jaxkv.RandomDecode(),
     jaxkv.StreamingLLM(n_sink=3),
     jaxkv.TOVADecode(),

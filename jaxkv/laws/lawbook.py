@@ -343,7 +343,9 @@ def free_slots_are_never_read(options):
 
 def _poison(occupied, x):
     held = occupied.reshape(*occupied.shape[:2], *(1,) * (x.ndim - 3), -1)
-    return jnp.where(held, x, jnp.nan)
+    whole = jnp.issubdtype(x.dtype, jnp.integer)
+    wrong = jnp.asarray(jnp.iinfo(x.dtype).min if whole else jnp.nan, x.dtype)
+    return jnp.where(held, x, wrong)
 
 
 def pure(options):

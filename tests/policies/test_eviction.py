@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from simulation import BATCH, PROMPT, SLOTS, STEPS, run, tokens
 
-from jaxkv import RKV, VATP, H2ODecode, LongFlow
+from jaxkv import RKV, VATP, H2ODecode, LazyEviction, LongFlow
 from jaxkv import state as kv
 from jaxkv.policies.eviction import evict_in_bulk
 
@@ -58,6 +58,7 @@ def test_finished_rows_keep_even_what_is_remembered():
         H2ODecode(),
         VATP(n_sink=1),
         SMALL_RKV,
+        LazyEviction(alpha=0.1, window_size=3),
     ):
         state = run(policy).state
         queries, keys, values = (jnp.asarray(x[:, 0], jnp.float32) for x in tokens())
