@@ -24,6 +24,7 @@ from jaxkv.cli import (
     demo,
     evaluate,
     generate,
+    harness,
     study,
     wording,
 )
@@ -177,6 +178,7 @@ app.command()(chat.chat)
 app.command()(checkpoints.train)
 app.command()(checkpoints.convert)
 app.command()(calibrate.calibrate)
+app.command("lm-eval")(harness.lm_eval)
 
 
 @app.command(

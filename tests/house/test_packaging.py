@@ -31,7 +31,9 @@ FOLDERS = {
     "jaxkv.tasks": "jaxkv/tasks",
     "jaxkv.text": "jaxkv/text",
 }
-EXTRAS = {"cuda12", "cuda13", "gguf", "parity", "plot", "test", "tpu", "train"}
+EXTRAS = {
+    *("cuda12", "cuda13", "gguf", "lm-eval", "parity", "plot", "test", "tpu", "train"),
+}
 NEEDLE = ROOT / "models" / "needle"
 
 # Import names that differ from the name on the package index.
