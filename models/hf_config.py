@@ -15,6 +15,7 @@ from jaxkv.models.config import Config, LayerKind
 from jaxkv.models.hf_experts import KEYS as EXPERT_KEYS
 from jaxkv.models.hf_experts import read_experts
 from jaxkv.models.hf_layers import read_kinds
+from jaxkv.models.hf_quantised import read_scheme
 from jaxkv.models.hf_rope import read_ropes
 from jaxkv.models.quiet import quiet_transformers
 from jaxkv.models.rope import PLAIN, reach
@@ -65,7 +66,6 @@ _FAMILIES = {
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),
     "mlp_bias": (False,),
-    "quantization_config": ({},),
     "partial_rotary_factor": (1,),
     "rope_interleaved": (False,),
     "use_mrope": (False,),
@@ -77,7 +77,8 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 _READ = frozenset(
     "architectures attention_bias head_dim hidden_size intermediate_size layer_types "
     "max_position_embeddings model_type num_attention_heads num_hidden_layers "
-    "num_key_value_heads original_max_position_embeddings rms_norm_eps "
+    "num_key_value_heads original_max_position_embeddings quantization_config "
+    "rms_norm_eps "
     "rope_parameters rope_scaling rope_theta sliding_window tie_word_embeddings "
     "use_sliding_window vocab_size".split()
 )
@@ -131,6 +132,7 @@ def _convert(raw: dict[str, Any]) -> Config:
     for key, value in raw.items():
         if not (family.experts and key in EXPERT_KEYS):
             _refuse_unknown(key, value, default)
+    read_scheme(raw.get("quantization_config"))
     max_positions = integer(
         raw, "max_position_embeddings", default["max_position_embeddings"]
     )

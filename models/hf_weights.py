@@ -6,7 +6,10 @@ never holds the weights twice.
 """
 
 import contextlib
+import functools
 import itertools
+import json
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
@@ -17,8 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from jaxkv.models import hf_quantised
 from jaxkv.models.checkpoint import CheckpointError, read_json
 from jaxkv.models.config import Config
+from jaxkv.models.hf_quantised import Tensor
 from jaxkv.models.parameter_plan import (
     EMBEDDING,
     HEAD,
@@ -49,7 +54,8 @@ def read_weights(
     """Read the weights of a checkpoint into the parameter tree of `Decoder(config)`.
 
     Query, key and value are joined, and so are gate and up; matrices are transposed
-    from Hugging Face's `[out, in]` to `[in, out]`.
+    from Hugging Face's `[out, in]` to `[in, out]`. Quantised tensors are dequantised
+    (`hf_quantised`).
 
     Args:
       folder: a folder with `model.safetensors`, or with shards and their index.
@@ -72,7 +78,8 @@ def read_weights(
     check_dtype(dtype)
     params: dict[str, Any] = {}
     with contextlib.ExitStack() as stack:
-        tensors = _open(Path(folder), stack, follow_links)
+        stored = _open(Path(folder), stack, follow_links)
+        tensors = _whole(Path(folder), stored, dtype)
         plan = plan_of(config, tensors)
         _check(tensors, plan, tied=config.tied)
         if dtype is None:
@@ -97,6 +104,27 @@ def check_dtype(dtype: str | None) -> None:
         raise ValueError(f"dtype must be one of {DTYPES} or None, found {dtype!r}.")
 
 
+def _whole(
+    folder: Path, stored: dict[str, "_Tensor"], dtype: str | None
+) -> dict[str, Tensor]:
+    """Return the tensors of a checkpoint, also if they are packed; a line says so."""
+    path = folder / "config.json"
+    settings = read_json(path).get("quantization_config") if path.exists() else None
+    scheme = hf_quantised.read_scheme(settings)
+    if scheme is None:
+        return {**stored}
+    kinds = {name: kind for kind, name in _FLOATS.items()}
+    embedding = stored[EMBEDDING].dtype if EMBEDDING in stored else "F32"
+    kind = kinds[dtype] if dtype else embedding
+    whole = hf_quantised.dequantised(stored, scheme, kind)
+    made = sum(isinstance(x, hf_quantised.Dequantised) for x in whole.values())
+    logging.getLogger(__name__).warning(
+        f"jaxkv: {folder}: {made} tensors, quantised by {scheme.method}, are "
+        f"dequantised to {_FLOATS.get(kind, kind)} as they are read."
+    )
+    return whole
+
+
 class _Tensor:
     """One tensor in a file: its header now, its values when asked."""
 
@@ -111,6 +139,8 @@ class _Tensor:
     def read(self, start: int | None = None, stop: int | None = None) -> np.ndarray:
         """Return the values, or those of some rows, in the stored type."""
         try:
+            if self.dtype == hf_quantised.FP8:
+                return _bytes(self.path, self.name).reshape(self.shape)[start:stop]
             if start is None:
                 return self._file.get_tensor(self.name)
             return self._file.get_slice(self.name)[start:stop]
@@ -119,6 +149,29 @@ class _Tensor:
                 f"{self.path}: tensor {self.name} cannot be read ({error}); fetch the "
                 "file again."
             ) from error
+
+
+def _bytes(path: Path, name: str) -> np.ndarray:
+    """Return the bytes of a tensor of a type that NumPy lacks, and safetensors refuses.
+
+    A file begins with the length of a JSON object, which says where behind it tensors
+    lie.
+    """
+    first, end = _offsets(path, path.stat().st_mtime_ns)[name]
+    return np.fromfile(path, np.uint8, end - first, offset=first)
+
+
+@functools.lru_cache(maxsize=2)  # shards are read in turn, and some headers are large
+def _offsets(path: Path, _: int) -> dict[str, tuple[int, int]]:
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+    header.pop("__metadata__", None)
+    start = 8 + size
+    return {
+        name: (start + entry["data_offsets"][0], start + entry["data_offsets"][1])
+        for name, entry in header.items()
+    }
 
 
 def _open(
@@ -204,7 +257,7 @@ def _no_weights(folder: Path) -> str:
     return f"{wanted}; found {some(found)}."
 
 
-def _check(tensors: Mapping[str, _Tensor], plan: Plan, *, tied: bool) -> None:
+def _check(tensors: Mapping[str, Tensor], plan: Plan, *, tied: bool) -> None:
     """Compare the headers with the plan, before anything large is read."""
     shapes = {name: shape for parts in plan.values() for name, shape in parts.items()}
     ignored = {name for name in tensors if name.endswith("rotary_emb.inv_freq")}
@@ -227,13 +280,14 @@ def _check(tensors: Mapping[str, _Tensor], plan: Plan, *, tied: bool) -> None:
         if tensor.dtype not in _FLOATS:
             raise CheckpointError(
                 f"{tensor.path}: tensor {name} must be of a type in {list(_FLOATS)}, "
-                f"found {tensor.dtype}; quantised checkpoints are not supported."
+                f"found {tensor.dtype}; quantised weights need a quantization_config "
+                "in config.json that says how they are packed."
             )
     if tied and HEAD in tensors:
         _check_tie(tensors[EMBEDDING], tensors[HEAD])
 
 
-def _check_tie(embedding: _Tensor, head: _Tensor) -> None:
+def _check_tie(embedding: Tensor, head: Tensor) -> None:
     """Raise if a tied checkpoint has an output layer of its own after all.
 
     transformers 5 then unties them, so silently tying would give other numbers.
@@ -250,7 +304,7 @@ def _check_tie(embedding: _Tensor, head: _Tensor) -> None:
         )
 
 
-def _join(parts: list[_Tensor]) -> np.ndarray:
+def _join(parts: list[Tensor]) -> np.ndarray:
     """Read the parts of one parameter into one array, `[out, in]` or `[size]`."""
     stored = {_FLOATS[part.dtype] for part in parts}
     dtype = jnp.dtype(stored.pop() if len(stored) == 1 else "float32")
