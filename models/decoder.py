@@ -1,4 +1,4 @@
-"""The decoder-only transformer of Llama, Mistral, Qwen2, Qwen3 and OLMo 2.
+"""The decoder-only transformer of Llama, Mistral, Qwen, Phi-3, SmolLM3 and OLMo 2.
 
 The families differ in switches (bias on the projections, norm on queries and keys,
 where norms stand, tied embeddings, experts) and in the rotary scaling, so one network

@@ -11,10 +11,10 @@ from typing import Any
 from jaxkv.models import checkpoint_values as values
 from jaxkv.models import gguf_rope
 from jaxkv.models.checkpoint import CheckpointError
-from jaxkv.models.config import Config, Experts
+from jaxkv.models.config import Config, Experts, LayerKind
 from jaxkv.models.gguf_header import Header
 from jaxkv.models.gguf_keys import Keys
-from jaxkv.models.rope import reach
+from jaxkv.models.rope import Rope, reach
 
 EMBEDDING = "token_embd.weight"
 HEAD = "output.weight"
@@ -28,6 +28,8 @@ class Family:
       interleaved: whether the rows of queries and keys are stored so that the two
         halves of a rotary pair are neighbours.
       qkv_bias: whether queries, keys and values must have a bias.
+      fused: whether queries, keys and values are one tensor, and gate and up.
+      no_rope_interval: every so many layers one has no rotation; 0 is never.
       partial_rotary: whether a part of each head may be rotated.
       switches: of `Config`.
       experts: the key that says how many columns an expert has, in architectures that
@@ -36,6 +38,8 @@ class Family:
 
     interleaved: bool = False
     qkv_bias: bool = False
+    fused: bool = False
+    no_rope_interval: int = 0
     partial_rotary: bool = False
     switches: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     experts: str | None = None
@@ -49,6 +53,8 @@ FAMILIES = {
     "qwen3moe": Family(
         switches=dict(qk_norm=True), experts="expert_feed_forward_length"
     ),
+    "phi3": Family(fused=True, partial_rotary=True),
+    "smollm3": Family(interleaved=True, no_rope_interval=4),
     "olmo2": Family(
         switches=dict(
             qk_norm=True, qk_norm_per_head=False, pre_norm=False, post_norm=True
@@ -148,9 +154,6 @@ def _convert(header: Header) -> Config:
         keys.integer("attention.head_count"),
     )
     max_positions = keys.integer("context_length")
-    window = raw.get("attention.sliding_window", 0)
-    if window and keys.integer("attention.sliding_window") < max_positions:
-        values.unsupported(f"{prefix}attention.sliding_window", window, 0)
     num_kv_heads = keys.integer("attention.head_count_kv", num_heads)
     if num_heads % num_kv_heads:
         raise CheckpointError(
@@ -169,6 +172,7 @@ def _convert(header: Header) -> Config:
         max_positions=max_positions,
         partial=FAMILIES[architecture].partial_rotary,
     )
+    max_positions = reach(rope, max_positions)
     return Config(
         vocab_size=keys.integer("vocab_size", _rows(header, EMBEDDING)),
         hidden_size=hidden_size,
@@ -179,7 +183,8 @@ def _convert(header: Header) -> Config:
         head_dim=head_dim,
         rms_norm_eps=keys.number("attention.layer_norm_rms_epsilon"),
         rope=rope,
-        max_positions=reach(rope, max_positions),
+        kinds=_kinds(keys, architecture, rope, max_positions, layers),
+        max_positions=max_positions,
         qkv_bias=FAMILIES[architecture].qkv_bias
         or "blk.0.attn_q.bias" in header.tensors,
         output_bias="blk.0.attn_output.bias" in header.tensors,
@@ -197,6 +202,22 @@ def _experts(keys: Keys, family: Family) -> Experts | None:
     if used > count:
         values.unsupported(f"{keys.prefix}expert_used_count", used, f"up to {count}")
     return Experts(count=count, per_token=used, size=keys.integer(family.experts))
+
+
+def _kinds(
+    keys: Keys, architecture: str, rope: Rope, max_positions: int, layers: int
+) -> tuple[LayerKind, ...]:
+    """Return what each layer's attention does, nothing where all do the same."""
+    window = keys.raw.get("attention.sliding_window", 0)
+    if window and keys.integer("attention.sliding_window") < max_positions:
+        keys.refuse("attention.sliding_window", 0)
+    interval = FAMILIES[architecture].no_rope_interval
+    if not interval:
+        return ()
+    return tuple(
+        LayerKind(rope=rope if layer % interval else None)
+        for layer in range(1, layers + 1)
+    )
 
 
 def _architecture(metadata: dict[str, Any]) -> str:

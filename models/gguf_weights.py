@@ -19,7 +19,14 @@ from jaxkv.models.gguf_config import EMBEDDING, FAMILIES
 from jaxkv.models.gguf_header import Header, Tensor
 from jaxkv.models.gguf_rope import TENSORS
 from jaxkv.models.hf_weights import check_dtype
-from jaxkv.models.parameter_plan import Parts, arranged, at, plan_of, some
+from jaxkv.models.parameter_plan import (
+    Parts,
+    arranged,
+    at,
+    plan_of,
+    row_orders,
+    some,
+)
 
 # The types that JAX has, too; all others are quantised.
 _FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -42,13 +49,16 @@ _INNER = {
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_up_proj": "ffn_up",
     "self_attn.k_norm": "attn_k_norm",
     "self_attn.k_proj": "attn_k",
     "self_attn.o_proj": "attn_output",
     "self_attn.q_norm": "attn_q_norm",
     "self_attn.q_proj": "attn_q",
+    "self_attn.qkv_proj": "attn_qkv",
     "self_attn.v_proj": "attn_v",
 }
+_FUSED = ("self_attn.qkv_proj", "mlp.gate_up_proj")
 # Where norms stand behind attention and feed-forward.
 _BEHIND = {
     "post_attention_layernorm": "post_attention_norm",
@@ -79,24 +89,22 @@ def read_weights(
       ValueError: if `dtype` is none of the four.
     """
     check_dtype(dtype)
-    stacked = {  # as these files have the experts of a layer
-        f"model.layers.{layer}.mlp.experts.gate_proj.weight"
-        for layer in range(config.num_layers)
-    }
+    family = FAMILIES[header.metadata["general.architecture"]]
     plan = {
         path: {_gguf_name(name, config): shape for name, shape in parts.items()}
-        for path, parts in plan_of(config, stacked).items()
+        for path, parts in plan_of(config, _stored(config, fused=family.fused)).items()
     }
     _check(header, plan)
     target_dtype = jnp.dtype(dtype or _own_dtype(header))
     file = np.memmap(header.path, np.uint8, mode="r")
-    orders = _orders(header, config)
+    orders = row_orders(config, interleaved=family.interleaved)
     params: dict[str, Any] = {}
     for path, parts in plan.items():
         tensors = [header.tensors[name] for name in parts]
         turned = len(tensors[0].shape) == 2 and path != ("embedding",)
         try:
-            array = _join(file, tensors, orders, target_dtype, turned=turned)
+            order = orders.get(path)
+            array = _join(file, tensors, order, target_dtype, turned=turned)
             if not turned:
                 array = arranged(path, array, config)
         except CheckpointError as error:
@@ -109,6 +117,15 @@ def read_weights(
         node[path[-1]] = placed.block_until_ready()
         del array
     return params
+
+
+def _stored(config: Config, *, fused: bool) -> set[str]:
+    """Return the names of Hugging Face's that a file has instead of others."""
+    modules = ["mlp.experts.gate_proj"]  # all experts of a layer
+    if fused:
+        modules += _FUSED
+    layers = range(config.num_layers)
+    return {f"model.layers.{i}.{name}.weight" for i in layers for name in modules}
 
 
 def _gguf_name(name: str, config: Config) -> str:
@@ -160,46 +177,29 @@ def _check(header: Header, plan: dict[tuple[str, ...], Parts]) -> None:
         known.add(tensor.type)
 
 
-def _orders(header: Header, config: Config) -> dict[str, np.ndarray]:
-    """Return where each row of a query or key tensor belongs, by the tensor's name.
-
-    Files of the `llama` architecture hold rows `0, H/2, 1, H/2 + 1, ...` of each head.
-    """
-    if not FAMILIES[header.metadata["general.architecture"]].interleaved:
-        return {}
-    half = config.head_dim // 2
-    orders = {}
-    for module, heads in (("q", config.num_heads), ("k", config.num_kv_heads)):
-        rows = np.arange(heads * config.head_dim).reshape(heads, 2, half)
-        for layer in range(config.num_layers):
-            for kind in ("weight", "bias"):
-                order = rows.swapaxes(1, 2).ravel()
-                orders[f"blk.{layer}.attn_{module}.{kind}"] = order
-    return orders
-
-
 def _join(
     file: np.ndarray,
     tensors: list[Tensor],
-    orders: dict[str, np.ndarray],
+    order: np.ndarray | None,
     dtype: np.dtype,
     *,
     turned: bool,
 ) -> np.ndarray:
-    """Read the tensors of one parameter, `[in, out]` if `turned`, else `[out, in]`."""
+    """Read the tensors of one parameter, `[in, out]` if `turned`, else `[out, in]`.
+
+    `order` says where each row belongs; None is where it is.
+    """
     lengths = [tensor.shape[0] for tensor in tensors]
     shape = (sum(lengths), *tensors[0].shape[1:])
     array = np.empty(shape[::-1] if turned else shape, dtype)
     rows = array.T if turned else array
+    flat = rows.reshape(-1, shape[-1]) if rows.ndim == 3 else rows
     start = 0
     for tensor, length in zip(tensors, lengths, strict=True):
-        own = rows[start : start + length]
-        own = own.reshape(-1, own.shape[-1]) if own.ndim == 3 else own
-        order = orders.get(tensor.name)
         for first, chunk in _chunks(file, tensor):
-            places: Any = slice(first, first + len(chunk))
-            own[places if order is None else order[places]] = chunk
-        start += length
+            places: Any = slice(start + first, start + first + len(chunk))
+            flat[places if order is None else order[places]] = chunk
+        start += tensor.rows if rows.ndim == 3 else length
     return array
 
 

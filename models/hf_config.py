@@ -16,9 +16,9 @@ from jaxkv.models.hf_experts import KEYS as EXPERT_KEYS
 from jaxkv.models.hf_experts import read_experts
 from jaxkv.models.hf_layers import read_kinds
 from jaxkv.models.hf_quantised import read_scheme
-from jaxkv.models.hf_rope import read_ropes
+from jaxkv.models.hf_rope import NO_ROPE, read_ropes, without_rope
 from jaxkv.models.quiet import quiet_transformers
-from jaxkv.models.rope import PLAIN, reach
+from jaxkv.models.rope import reach
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,6 +29,8 @@ class _Family:
     bias: Literal["never", "qkv", "by attention_bias"]
     switches: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of Config
     experts: bool = False
+    rope: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of read_ropes
+    keys: frozenset[str] = frozenset()  # that no other family reads
 
 
 _FAMILIES = {
@@ -39,6 +41,16 @@ _FAMILIES = {
         architecture="Qwen3ForCausalLM",
         bias="by attention_bias",
         switches=dict(qk_norm=True),
+    ),
+    "phi3": _Family(
+        architecture="Phi3ForCausalLM",
+        bias="never",
+        rope=dict(partial=True, longrope=("su", "yarn")),
+    ),
+    "smollm3": _Family(
+        architecture="SmolLM3ForCausalLM",
+        bias="by attention_bias",
+        keys=NO_ROPE,
     ),
     "olmo2": _Family(
         architecture="Olmo2ForCausalLM",
@@ -66,7 +78,10 @@ _FAMILIES = {
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),
     "mlp_bias": (False,),
-    "partial_rotary_factor": (1,),
+    # of Phi-3's own code
+    "full_attn_mod": (1,),
+    "interpolate_factor": (1,),
+    "lm_head_bias": (False,),
     "rope_interleaved": (False,),
     "use_mrope": (False,),
     "num_experts": (0, 1),
@@ -77,7 +92,8 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 _READ = frozenset(
     "architectures attention_bias head_dim hidden_size intermediate_size layer_types "
     "max_position_embeddings model_type num_attention_heads num_hidden_layers "
-    "num_key_value_heads original_max_position_embeddings quantization_config "
+    "num_key_value_heads original_max_position_embeddings partial_rotary_factor "
+    "quantization_config "
     "rms_norm_eps "
     "rope_parameters rope_scaling rope_theta sliding_window tie_word_embeddings "
     "use_sliding_window vocab_size".split()
@@ -87,15 +103,15 @@ _INERT = frozenset(
     "_attn_implementation _attn_implementation_autoset _commit_hash "
     "_flash_attn_2_enabled _name_or_path _remove_final_layer_norm attention_dropout "
     "attn_implementation auto_map bos_token_id custom_pipelines do_sample dtype "
-    "eos_token_id finetuning_task hidden_dropout id2label initializer_range "
+    "embd_pdrop eos_token_id finetuning_task hidden_dropout id2label initializer_range "
     "is_decoder is_llama_config label2id language max_length max_new_tokens "
     "max_sequence_length max_window_layers min_length model_max_length "
     "output_attentions output_hidden_states output_router_logits pad_token_id prefix "
-    "pretraining_tp problem_type repetition_penalty return_dict router_aux_loss_coef "
-    "router_jitter_noise sep_token_id task_specific_params "
-    "temperature tokenizer_class top_k top_p torch_dtype torchscript "
-    "transformers.js_config transformers_version unsloth_fixed unsloth_version "
-    "use_cache".split()
+    "pretraining_tp problem_type repetition_penalty resid_pdrop return_dict "
+    "router_aux_loss_coef router_jitter_noise sep_token_id "
+    "task_specific_params temperature tokenizer_class top_k top_p torch_dtype "
+    "torchscript transformers.js_config transformers_version unsloth_fixed "
+    "unsloth_version use_cache".split()
 )
 
 
@@ -130,23 +146,12 @@ def _convert(raw: dict[str, Any]) -> Config:
     layers = _layers(raw)
     default = _defaults(model_type, hidden_size, num_heads)
     for key, value in raw.items():
-        if not (family.experts and key in EXPERT_KEYS):
+        if not (key in family.keys or (family.experts and key in EXPERT_KEYS)):
             _refuse_unknown(key, value, default)
     read_scheme(raw.get("quantization_config"))
     max_positions = integer(
         raw, "max_position_embeddings", default["max_position_embeddings"]
     )
-    if raw.get("num_key_value_heads", 0) is None:  # null: as many as query heads
-        num_kv_heads = num_heads
-    else:
-        num_kv_heads = integer(
-            raw, "num_key_value_heads", default["num_key_value_heads"] or num_heads
-        )
-    if num_heads % num_kv_heads:
-        raise CheckpointError(
-            f"num_attention_heads={num_heads} must be a multiple of "
-            f"num_key_value_heads={num_kv_heads}."
-        )
     head_dim = integer(
         raw, "head_dim", default.get("head_dim") or hidden_size // num_heads
     )
@@ -156,20 +161,28 @@ def _convert(raw: dict[str, Any]) -> Config:
         qkv_bias = output_bias = _boolean(raw, "attention_bias")
     else:
         qkv_bias, output_bias = family.bias == "qkv", False
-    ropes = read_ropes(raw, default, max_positions=max_positions, head_dim=head_dim)
-    max_positions = max(reach(rope, max_positions) for rope in ropes.values())
+    ropes = read_ropes(
+        *(raw, default),
+        max_positions=max_positions,
+        head_dim=head_dim,
+        **family.rope,
+    )
+    rope = ropes["full_attention"]
+    max_positions = max(reach(how, max_positions) for how in ropes.values())
     kinds = read_kinds(raw, model_type, default, max_positions, layers, ropes)
+    if family.keys >= NO_ROPE:
+        kinds = without_rope(kinds, raw, default)
     return Config(
         vocab_size=integer(raw, "vocab_size"),
         hidden_size=hidden_size,
         intermediate_size=integer(raw, "intermediate_size"),
         num_layers=layers,
         num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
+        num_kv_heads=_kv_heads(raw, default, num_heads),
         head_dim=head_dim,
         rms_norm_eps=number(raw, "rms_norm_eps", default["rms_norm_eps"]),
-        rope=kinds[0].rope or PLAIN,
-        kinds=() if set(kinds) == {LayerKind(rope=kinds[0].rope)} else kinds,
+        rope=rope,
+        kinds=() if set(kinds) == {LayerKind(rope=rope)} else kinds,
         max_positions=max_positions,
         qkv_bias=qkv_bias,
         output_bias=output_bias,
@@ -179,6 +192,19 @@ def _convert(raw: dict[str, Any]) -> Config:
         else None,
         **family.switches,
     )
+
+
+def _kv_heads(raw: dict[str, Any], default: dict[str, Any], num_heads: int) -> int:
+    usual = default["num_key_value_heads"] or num_heads
+    if raw.get("num_key_value_heads", 0) is None:  # null: as many as query heads
+        usual = num_heads
+    num_kv_heads = integer(raw, "num_key_value_heads", usual)
+    if num_heads % num_kv_heads:
+        raise CheckpointError(
+            f"num_attention_heads={num_heads} must be a multiple of "
+            f"num_key_value_heads={num_kv_heads}."
+        )
+    return num_kv_heads
 
 
 def _defaults(model_type: str, hidden_size: int, num_heads: int) -> dict[str, Any]:

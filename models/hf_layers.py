@@ -11,7 +11,7 @@ from jaxkv.models.rope import Rope
 _FULL, _SLIDING = LAYER_TYPES
 # Families whose layers have windows, as transformers implements them: every so many
 # layers one has none; 0 is never.
-_PERIODS = {"mistral": 0, "mixtral": 0}
+_PERIODS = {"mistral": 0, "mixtral": 0, "phi3": 0}
 # Those in which a switch turns windows on, from some layer on.
 _SWITCHED = ("qwen2", "qwen3")
 

@@ -1,11 +1,13 @@
 """The rotation of a network's layers out of a Hugging Face configuration."""
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
 
 from jaxkv.models.checkpoint import CheckpointError
 from jaxkv.models.checkpoint_values import integer, number, unsupported
+from jaxkv.models.config import LayerKind
 from jaxkv.models.rope import (
     LinearScaling,
     Llama3Scaling,
@@ -29,6 +31,7 @@ _KEYS: dict[str, set[str]] = {
     "longrope": {"short_factor", "long_factor", "attention_factor"},
     "llama3": {"low_freq_factor", "high_freq_factor"},
 }
+NO_ROPE = frozenset(("no_rope_layers", "no_rope_layer_interval"))
 LAYER_TYPES = "full_attention", "sliding_attention"
 
 
@@ -39,6 +42,8 @@ def read_ropes(
     max_positions: int,
     head_dim: int,
     by_type: bool = False,
+    partial: bool = False,
+    longrope: Sequence[str] = (),
 ) -> dict[str, Rope]:
     """Return the rotation of each type of layer; see `read_rope`.
 
@@ -48,14 +53,53 @@ def read_ropes(
       max_positions: of the network, in tokens.
       head_dim: of the network.
       by_type: whether the settings are an object for each type of layer.
+      partial: whether the family may rotate a part of each head.
+      longrope: other names of that scaling in the family.
     """
-    sizes: dict[str, Any] = dict(max_positions=max_positions, head_dim=head_dim)
+
+    def read(layer_type: str | None) -> Rope:
+        return read_rope(
+            *(raw, default),
+            max_positions=max_positions,
+            head_dim=head_dim,
+            partial=partial,
+            longrope=longrope,
+            layer_type=layer_type,
+        )
+
     if by_type:
-        return {
-            kind: read_rope(raw, default, **sizes, layer_type=kind)
-            for kind in LAYER_TYPES
-        }
-    return dict.fromkeys(LAYER_TYPES, read_rope(raw, default, **sizes))
+        return {layer_type: read(layer_type) for layer_type in LAYER_TYPES}
+    return dict.fromkeys(LAYER_TYPES, read(None))
+
+
+def without_rope(
+    kinds: tuple[LayerKind, ...], raw: dict[str, Any], default: dict[str, Any]
+) -> tuple[LayerKind, ...]:
+    """Return the kinds of layers, of which some have no rotation (SmolLM3).
+
+    Args:
+      kinds: of all layers, as if each had one.
+      raw: of `config.json`; 1 in `no_rope_layers` is a layer with rotation.
+      default: what transformers takes for absent keys.
+
+    Raises:
+      CheckpointError: a key is damaged.
+    """
+    usual = default["no_rope_layer_interval"]
+    interval = integer(raw, "no_rope_layer_interval", usual)
+    rotated = raw.get("no_rope_layers")
+    if rotated is None:
+        rotated = [int(layer % interval != 0) for layer in range(1, len(kinds) + 1)]
+    if (
+        not isinstance(rotated, list)
+        or len(rotated) != len(kinds)
+        or any(type(one) is not int or one not in (0, 1) for one in rotated)
+    ):
+        unsupported("no_rope_layers", rotated, f"a list of {len(kinds)} ones and zeros")
+    return tuple(
+        kind if one else dataclasses.replace(kind, rope=None)
+        for kind, one in zip(kinds, rotated, strict=True)
+    )
 
 
 def read_rope(

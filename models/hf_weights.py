@@ -31,6 +31,7 @@ from jaxkv.models.parameter_plan import (
     arranged,
     at,
     plan_of,
+    row_orders,
     some,
 )
 
@@ -80,12 +81,12 @@ def read_weights(
     with contextlib.ExitStack() as stack:
         stored = _open(Path(folder), stack, follow_links)
         tensors = _whole(Path(folder), stored, dtype)
-        plan = plan_of(config, tensors)
+        plan, orders = plan_of(config, tensors), row_orders(config)
         _check(tensors, plan, tied=config.tied)
         if dtype is None:
             dtype = _FLOATS[tensors[EMBEDDING].dtype]
         for path, parts in plan.items():
-            array = _join([tensors[name] for name in parts])
+            array = _join([tensors[name] for name in parts], orders.get(path))
             array = arranged(path, array, config)
             target = at(shardings, path)
             node = params
@@ -304,16 +305,22 @@ def _check_tie(embedding: Tensor, head: Tensor) -> None:
         )
 
 
-def _join(parts: list[Tensor]) -> np.ndarray:
-    """Read the parts of one parameter into one array, `[out, in]` or `[size]`."""
+def _join(parts: list[Tensor], order: np.ndarray | None) -> np.ndarray:
+    """Read the parts of one parameter into one array, `[out, in]` or `[size]`.
+
+    Args:
+      parts: its tensors, one behind the other.
+      order: where each row belongs; None is where it is.
+    """
     stored = {_FLOATS[part.dtype] for part in parts}
     dtype = jnp.dtype(stored.pop() if len(stored) == 1 else "float32")
-    if len(parts) == 1:
+    if len(parts) == 1 and order is None:
         return parts[0].read().astype(dtype, copy=False)
     rows = sum(part.shape[0] for part in parts)
     array = np.empty((rows, *parts[0].shape[1:]), dtype)
     start = 0
     for part in parts:
-        array[start : start + part.shape[0]] = part.read()
-        start += part.shape[0]
+        stop = start + part.shape[0]
+        array[slice(start, stop) if order is None else order[start:stop]] = part.read()
+        start = stop
     return array

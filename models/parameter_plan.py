@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxkv.models import rope
 from jaxkv.models.config import Config
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -49,6 +50,13 @@ def plan_of(config: Config, stored: Container[str] = ()) -> Plan:
                 f"{mlp}up_proj.weight": (inner, hidden),
             }
             layer["down"] = {f"{mlp}down_proj.weight": (hidden, inner)}
+        for name, fused in (
+            ("qkv", f"{attention}qkv_proj.weight"),
+            ("gate_up", f"{mlp}gate_up_proj.weight"),
+        ):
+            if fused in stored:  # Phi-3
+                rows_of_parts = (size for size, _ in layer[name].values())
+                layer[name] = {fused: (sum(rows_of_parts), hidden)}
         if c.qkv_bias:
             layer["qkv_bias"] = {f"{attention}{p}.bias": (n,) for p, n in rows.items()}
         if c.output_bias:
@@ -61,6 +69,41 @@ def plan_of(config: Config, stored: Container[str] = ()) -> Plan:
             layer[name] = {f"{prefix}{module}.weight": (hidden,)}
         plan |= {(f"layer_{i}", name): parts for name, parts in layer.items()}
     return plan
+
+
+def row_orders(
+    config: Config, *, interleaved: bool = False
+) -> dict[tuple[str, ...], np.ndarray]:
+    """Return where each row of a parameter belongs once its parts are joined, int.
+
+    Args:
+      config: the network.
+      interleaved: of the checkpoint; see `rope.head_order`.
+
+    Returns:
+      The orders by the parameter's path; of those whose rows stay in place, none.
+    """
+    c = config
+    orders: dict[tuple[str, ...], np.ndarray] = {}
+    for i, kind in enumerate(c.layer_kinds):
+        head = rope.head_order(kind.rope, c.head_dim, interleaved=interleaved)
+        if head is None:
+            continue
+
+        def of_heads(count: int, head: np.ndarray = head) -> np.ndarray:
+            first = np.arange(count)[:, None] * c.head_dim
+            return (first + head[None]).ravel()
+
+        both = of_heads(c.num_heads + c.num_kv_heads)
+        found = {"qkv": np.concatenate([both, np.arange(len(both), c.qkv_size)])}
+        if c.qkv_bias:
+            found["qkv_bias"] = found["qkv"]
+        if c.qk_norm:
+            per_head = c.qk_norm_per_head
+            found["q_norm"] = of_heads(1 if per_head else c.num_heads)
+            found["k_norm"] = of_heads(1 if per_head else c.num_kv_heads)
+        orders |= {(f"layer_{i}", name): order for name, order in found.items()}
+    return orders
 
 
 def _norms(config: Config) -> dict[str, str]:

@@ -4,8 +4,10 @@ With `decoder.random_parameters` they stand for the real checkpoint wherever onl
 and memory matter, and need no download.
 """
 
-from jaxkv.models.config import Config, Experts
-from jaxkv.models.rope import Llama3Scaling, Rope
+import math
+
+from jaxkv.models.config import Config, Experts, LayerKind
+from jaxkv.models.rope import Llama3Scaling, LongRopeScaling, Rope
 
 
 def _qwen3(hidden: int, feed_forward: int, layers: int, heads: int, *, tied: bool):
@@ -61,6 +63,43 @@ SHAPES = {
         rms_norm_eps=1e-5,
         rope=Rope(theta=1_000_000.0),
         max_positions=32_768,
+    ),
+    "smollm3-3b": Config(
+        vocab_size=128_256,
+        hidden_size=2048,
+        intermediate_size=11_008,
+        num_layers=36,
+        num_heads=16,
+        num_kv_heads=4,
+        head_dim=128,
+        rope=Rope(theta=5_000_000.0),
+        kinds=tuple(
+            LayerKind(rope=Rope(theta=5_000_000.0) if layer % 4 else None)
+            for layer in range(1, 37)
+        ),
+        max_positions=65_536,
+        tied=True,
+    ),
+    "phi-4-mini": Config(
+        vocab_size=200_064,
+        hidden_size=3072,
+        intermediate_size=8192,
+        num_layers=32,
+        num_heads=24,
+        num_kv_heads=8,
+        head_dim=128,
+        rms_norm_eps=1e-5,
+        rope=Rope(
+            rotary_dim=96,
+            scaling=LongRopeScaling(  # no time depends on the factors themselves
+                short_factors=(1.0,) * 48,
+                long_factors=(1.0,) * 48,
+                original_max_positions=4096,
+                attention_factor=math.sqrt(1 + math.log(32) / math.log(4096)),
+            ),
+        ),
+        max_positions=131_072,
+        tied=True,
     ),
     "olmo-2-7b": Config(
         vocab_size=100_352,

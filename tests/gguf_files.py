@@ -14,7 +14,7 @@ from jaxkv.models.gguf_config import read_config, stop_ids
 from jaxkv.models.gguf_header import read_header
 from jaxkv.models.gguf_tokenizer import read_tokenizer
 from jaxkv.models.gguf_weights import read_weights
-from jaxkv.models.rope import LinearScaling, YarnScaling
+from jaxkv.models.rope import LinearScaling, LongRopeScaling, YarnScaling
 
 WORDS = ["<|end|>", "<|user|>", "a", "b", "c", "ab", "abc", "Ġ", "Ġa", "1", "2", "Ċ"]
 TEMPLATE = "{% for m in messages %}<|user|>{{ m.content }}{% endfor %}<|end|>"
@@ -52,10 +52,10 @@ def metadata(config, arch="llama"):
     if arch == "qwen3moe":
         keys["expert_feed_forward_length"] = config.experts.size
     keys |= rope_keys(config.rope)
-    if arch == "llama":
+    if arch in ("llama", "phi3", "smollm3"):
         keys |= {
             "vocab_size": config.vocab_size,
-            "rope.dimension_count": config.head_dim,
+            "rope.dimension_count": config.rope.rotary_dim or config.head_dim,
         }
     return {f"{arch}.{key}": value for key, value in keys.items()}
 
@@ -75,17 +75,25 @@ def rope_keys(rope):
             "rope.scaling.yarn_beta_fast": scaling.beta_fast,
             "rope.scaling.yarn_beta_slow": scaling.beta_slow,
         }
+    if isinstance(scaling, LongRopeScaling):
+        return {
+            "rope.scaling.original_context_length": scaling.original_max_positions,
+            "rope.scaling.attn_factor": scaling.attention_factor,
+        }
     return {}
 
 
 def gguf_tensors(tensors, config, arch="llama"):
-    """Rename Hugging Face's tensors, and permute those of llama."""
+    """Rename Hugging Face's tensors, and permute those of llama; add factors."""
     tensors = stacked_experts(tensors, config)
     kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
     names = gguf.get_tensor_name_map(kinds[arch], config.num_layers)
-    out = {}
+    out, scaling = {}, config.rope.scaling
+    if isinstance(scaling, LongRopeScaling):
+        out["rope_factors_short.weight"] = np.float32(scaling.short_factors)
+        out["rope_factors_long.weight"] = np.float32(scaling.long_factors)
     for name, tensor in tensors.items():
-        if arch == "llama" and ("q_proj" in name or "k_proj" in name):
+        if arch in ("llama", "smollm3") and ("q_proj" in name or "k_proj" in name):
             heads = config.num_heads if "q_proj" in name else config.num_kv_heads
             split = tensor.reshape(heads, 2, -1, *tensor.shape[1:])
             tensor = split.swapaxes(1, 2).reshape(tensor.shape)

@@ -1,5 +1,6 @@
 """Tensors of GGUF files into the parameter tree: types, order, memory, devices."""
 
+import dataclasses
 import tracemalloc
 
 import gguf
@@ -8,13 +9,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hf_checkpoints import assert_trees_equal, hf_tensors, raises
+from hf_checkpoints import CONFIG, assert_trees_equal, hf_tensors, raises
+from safetensors.numpy import save_file
 
 from jaxkv.models import gguf_weights, hf_weights
+from jaxkv.models.config import LayerKind
 from jaxkv.models.decoder import parameter_shapes
 from jaxkv.models.gguf_config import read_config
 from jaxkv.models.gguf_header import read_header
 from jaxkv.models.gguf_weights import read_weights
+from jaxkv.models.rope import Rope
 
 WIDE = dict(
     hidden_size=256, intermediate_size=512, num_layers=1, head_dim=64, vocab_size=24
@@ -87,13 +91,39 @@ def test_chunks_change_nothing(tmp_path, monkeypatch, chunk):
     np.testing.assert_array_equal(found["layer_0"]["qkv_bias"], np.concatenate(parts))
 
 
+def test_fused_tensors_of_phi3(tmp_path):
+    """They are expected under their names, and in the order of rotation."""
+    rope = Rope(rotary_dim=4)
+    config = dataclasses.replace(CONFIG, head_dim=8, rope=rope)
+    keys = gguf_files.metadata(config, "phi3") | gguf_files.TOKENIZER
+    tensors = hf_tensors(config)
+    save_file(tensors, tmp_path / "model.safetensors")
+    for i in range(config.num_layers):
+        for module, parts in (
+            ("self_attn.qkv", "qkv"),
+            ("mlp.gate_up", ("gate", "up")),
+        ):
+            start, fused = f"model.layers.{i}.{module}".rsplit(".", 1)
+            matrices = [tensors.pop(f"{start}.{x}_proj.weight") for x in parts]
+            tensors[f"{start}.{fused}_proj.weight"] = np.concatenate(matrices)
+    tensors = gguf_files.gguf_tensors(tensors, config, "phi3")
+    path = gguf_files.write(tmp_path / "x.gguf", keys, tensors, arch="phi3")
+    assert read_config(read_header(path)) == config
+    expected = hf_weights.read_weights(tmp_path, config, dtype="float32")
+    assert_trees_equal(load(path), expected)
+    del tensors["blk.0.attn_qkv.weight"]
+    with raises("missing blk.0.attn_qkv.weight"):
+        load(gguf_files.write(tmp_path / "y.gguf", keys, tensors, arch="phi3"))
+
+
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3", "smollm3"])
 def test_a_file_equals_the_folder(tmp_path, arch, tied):
     """The parameters are those of safetensors with the same weights."""
-    from safetensors.numpy import save_file
-
     switches = dict(tied=tied, qkv_bias=arch == "qwen2", qk_norm=arch == "qwen3")
+    if arch == "smollm3":
+        kinds = (LayerKind(), LayerKind(), LayerKind(), LayerKind(rope=None))
+        switches |= dict(num_layers=4, kinds=kinds)
     config, keys, tensors = gguf_files.tiny(arch, **switches)
     save_file(hf_tensors(config), tmp_path / "model.safetensors")
     path = gguf_files.write(tmp_path / "x.gguf", keys, tensors, arch=arch)

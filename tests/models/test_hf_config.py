@@ -8,10 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxkv.models.checkpoint import CheckpointError
-from jaxkv.models.config import Config
+from jaxkv.models.config import Config, LayerKind
 from jaxkv.models.hf_config import read_config
 from jaxkv.models.rope import Rope
 
+SMOLLM3 = (LayerKind(rope=Rope(theta=2e6)), LayerKind(rope=None))
 OLMO2 = dict(qk_norm=True, qk_norm_per_head=False, pre_norm=False, post_norm=True)
 
 
@@ -104,6 +105,8 @@ def test_config_keys(tmp_path, changes, expected):
         ("qwen2", dict(qkv_bias=True)),
         ("qwen3", dict(qk_norm=True, head_dim=128)),
         ("olmo2", OLMO2 | dict(rms_norm_eps=1e-5)),
+        ("phi3", dict(rms_norm_eps=1e-5)),
+        ("smollm3", dict(kinds=SMOLLM3, rope=SMOLLM3[0].rope)),
     ],
 )
 def test_config_of_other_families(tmp_path, model_type, switches):
@@ -112,8 +115,9 @@ def test_config_of_other_families(tmp_path, model_type, switches):
         write_config(
             tmp_path,
             model_type=model_type,
-            architectures=[f"{model_type.capitalize()}ForCausalLM"],
-            sliding_window=None if model_type == "mistral" else 16,
+            architectures=...,
+            no_rope_layers=[1, 0] if model_type == "smollm3" else None,
+            sliding_window=None if model_type in ("mistral", "phi3") else 16,
             use_sliding_window=False,
             layer_types=["full_attention"] * 2,
         )

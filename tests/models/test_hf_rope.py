@@ -8,7 +8,8 @@ import pytest
 
 from jaxkv.models import rope
 from jaxkv.models.checkpoint import CheckpointError
-from jaxkv.models.hf_rope import read_rope, read_ropes
+from jaxkv.models.config import LayerKind
+from jaxkv.models.hf_rope import read_rope, read_ropes, without_rope
 from jaxkv.models.rope import Llama3Scaling, LongRopeScaling, Rope, YarnScaling
 
 HEAD_DIM, MAX_POSITIONS = 16, 64
@@ -171,6 +172,38 @@ def test_settings_by_type_of_layer():
     found = read_ropes(raw, {}, by_type=True, **sizes)
     assert found == dict(full_attention=full, sliding_attention=plain)
     assert set(read_ropes(dict(rope_theta=9.0), {}, **sizes).values()) == {plain}
+
+
+@pytest.mark.parametrize(
+    ("raw", "rotated"),
+    [
+        ({}, [1, 1, 0, 1, 1]),
+        (dict(no_rope_layer_interval=2), [1, 0, 1, 0, 1]),
+        (
+            dict(no_rope_layer_interval=2, no_rope_layers=[0, 1, 1, 0, 0]),
+            [0, 1, 1, 0, 0],
+        ),
+    ],
+)
+def test_layers_without_rotation(raw, rotated):
+    kinds = tuple(LayerKind(rope=Rope(theta=7.0), window=i) for i in range(1, 6))
+    found = without_rope(kinds, raw, dict(no_rope_layer_interval=3))
+    assert [int(kind.rope is not None) for kind in found] == rotated
+    assert [kind.window for kind in found] == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        (dict(no_rope_layers=[1]), "no_rope_layers=.1. is not .* 'a list of 2 ones"),
+        (dict(no_rope_layers=[1, 2]), "no_rope_layers=.1, 2. is not supported"),
+        (dict(no_rope_layers="no"), "no_rope_layers='no' is not supported"),
+        (dict(no_rope_layer_interval=0), "no_rope_layer_interval must be a positive"),
+    ],
+)
+def test_refused_layers_without_rotation(raw, message):
+    with pytest.raises(CheckpointError, match=message):
+        without_rope((LayerKind(),) * 2, raw, dict(no_rope_layer_interval=4))
 
 
 @pytest.mark.parametrize(

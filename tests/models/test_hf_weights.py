@@ -4,6 +4,7 @@ No torch here: the checkpoints are written from an independent list of Hugging F
 tensor names. Parity with transformers is in `test_parity`.
 """
 
+import dataclasses
 import os
 
 import jax
@@ -29,8 +30,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
+from jaxkv.models.config import LayerKind
 from jaxkv.models.decoder import parameter_shapes
 from jaxkv.models.hf_weights import read_weights
+from jaxkv.models.parameter_plan import row_orders
+from jaxkv.models.rope import Rope
 
 
 def test_layout(tmp_path):
@@ -64,6 +68,51 @@ def test_qk_norm(tmp_path):
     for name in ("q_norm", "k_norm"):
         stored = t[f"model.layers.0.self_attn.{name}.weight"]
         np.testing.assert_array_equal(layer[name], stored)
+
+
+def test_rows_of_a_head_of_which_a_part_is_rotated(tmp_path):
+    """Rows of queries and keys move alike, with their biases and norms."""
+    changes = dict(head_dim=8, qk_norm=True, qkv_bias=True, rope=Rope(rotary_dim=4))
+    config, _ = write_checkpoint(tmp_path, **changes)
+    kept = dataclasses.replace(config, kinds=(LayerKind(rope=None), LayerKind()))
+    moved = read_weights(tmp_path, config, dtype=None)["layer_0"]
+    plain = read_weights(tmp_path, kept, dtype=None)["layer_0"]
+    order = [0, 1, 4, 5, 2, 3, 6, 7]
+    for name, turned in (("qkv", 6), ("qkv_bias", 6), ("q_norm", 1), ("k_norm", 1)):
+        found, stored = (np.asarray(x[name]) for x in (moved, plain))
+        found, stored = (x.reshape(*x.shape[:-1], -1, 8) for x in (found, stored))
+        equal = np.testing.assert_array_equal
+        equal(found[..., :turned, order], stored[..., :turned, :])
+        equal(found[..., turned:, :], stored[..., turned:, :])  # the values
+    # Over all heads at once:
+    whole = dataclasses.replace(config, qk_norm_per_head=False)
+    orders = row_orders(whole)
+    both = np.concatenate([order, np.array(order) + 8])
+    np.testing.assert_array_equal(orders["layer_1", "k_norm"], both)
+    assert orders["layer_1", "q_norm"].shape == (32,)
+
+
+def test_fused_tensors(tmp_path):
+    config, t = write_checkpoint(tmp_path)
+    expected = read_weights(tmp_path, config, dtype=None)
+    for i in range(config.num_layers):
+        for fused, parts in (
+            (
+                "self_attn.qkv_proj",
+                ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+            ),
+            ("mlp.gate_up_proj", ("mlp.gate_proj", "mlp.up_proj")),
+        ):
+            names = [f"model.layers.{i}.{part}.weight" for part in parts]
+            t[f"model.layers.{i}.{fused}.weight"] = np.concatenate(
+                [t.pop(name) for name in names]
+            )
+    save_file(t, tmp_path / MODEL)
+    assert_trees_equal(read_weights(tmp_path, config, dtype=None), expected)
+    del t["model.layers.1.mlp.gate_up_proj.weight"]
+    save_file(t, tmp_path / MODEL)
+    with raises("missing model.layers.1.mlp.gate_proj.weight"):
+        read_weights(tmp_path, config, dtype=None)
 
 
 @given(num_shards=st.integers(1, 8), seed=st.integers(0, 99))

@@ -4,6 +4,7 @@ Each case is written by `save_pretrained`, and both sides load that very folder;
 side reads the same weights from a GGUF file, too.
 """
 
+import dataclasses
 import json
 
 import gguf_files
@@ -56,6 +57,13 @@ YARN = dict(
     original_max_position_embeddings=64,
 )
 EXPERTS = dict(num_experts=8, num_experts_per_tok=3, moe_intermediate_size=32)
+LONGROPE = dict(  # of 12 dimensions of each head
+    rope_type="longrope",
+    rope_theta=500.0,
+    partial_rotary_factor=0.75,
+    short_factor=[1.0, 1.0, 1.1, 1.2, 1.3, 1.5],
+    long_factor=[1.0, 1.2, 1.5, 2.0, 3.0, 5.0],
+)
 CASES = {
     "llama-gqa": ("Llama", {}),
     "llama-mha-tied": ("Llama", dict(num_key_value_heads=4, tie_word_embeddings=True)),
@@ -81,6 +89,20 @@ CASES = {
         ),
     ),
     "olmo2": ("Olmo2", {}),
+    "phi3": ("Phi3", dict(pad_token_id=0)),
+    "phi3-partial": (
+        "Phi3",
+        dict(pad_token_id=0, rope_parameters=dict(partial_rotary_factor=0.5)),
+    ),
+    "phi3-longrope": (
+        "Phi3",
+        dict(
+            pad_token_id=0, rope_parameters=LONGROPE, original_max_position_embeddings=8
+        ),
+    ),
+    "phi3-window": ("Phi3", dict(pad_token_id=0, sliding_window=13)),
+    "smollm3": ("SmolLM3", dict(num_hidden_layers=4, pad_token_id=0)),
+    "smollm3-list": ("SmolLM3", dict(no_rope_layers=[0, 1], pad_token_id=0)),
     "olmo2-mha-tied-bias": (
         "Olmo2",
         dict(num_key_value_heads=4, tie_word_embeddings=True, attention_bias=True),
@@ -171,11 +193,12 @@ def to_gguf(folder):
     return gguf_files.write(folder / "model.gguf", keys, tensors, arch=arch)
 
 
-def assert_same_logits(folder, layout="hub"):
+def assert_same_logits(folder, layout="hub", **changes):
     tokens = random_tokens((2, LENGTH))
     with torch.no_grad():
         expected = load_torch(folder)(torch.from_numpy(tokens)).logits.numpy()
     config, params = read(folder, layout)
+    config = dataclasses.replace(config, **changes)
     assert shapes_of(params) == shapes_of(parameter_shapes(config))
     found = jax.jit(forward, static_argnums=0)(config, params, tokens)
     assert found.dtype == jnp.float32
@@ -183,11 +206,12 @@ def assert_same_logits(folder, layout="hub"):
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
 
 
-# What GGUF files do not say: none of these architectures has windows there, and all
-# layers have experts, whose shares add up to one. We read no olmoe.
+# What GGUF files do not say: none of these architectures has windows there, or other
+# layers without rotation than every fourth, and all layers have experts, whose shares
+# add up to one. We read no olmoe.
 HUB_ONLY = (
-    *("mistral-window", "qwen2-window", "mixtral-window"),
-    *("qwen3-moe-dense-layer", "olmoe", "olmoe-normalized"),
+    *("mistral-window", "qwen2-window", "mixtral-window", "phi3-window"),
+    *("qwen3-moe-dense-layer", "olmoe", "olmoe-normalized", "smollm3-list"),
 )
 
 
@@ -258,6 +282,18 @@ def test_logits_of_fused_experts(tmp_path, case):
     assert_same_logits(tmp_path)
 
 
+def test_logits_of_short_sequences_by_longrope(tmp_path):
+    """A network for sequences that are no longer than those of its first training."""
+    path = make(tmp_path, "phi3-longrope") / "config.json"
+    raw = json.loads(path.read_text())
+    raw["original_max_position_embeddings"] = LENGTH
+    raw["rope_parameters"]["original_max_position_embeddings"] = LENGTH
+    path.write_text(json.dumps(raw))
+    assert_same_logits(tmp_path, max_positions=LENGTH)
+    with pytest.raises(AssertionError, match="Mismatched elements"):
+        assert_same_logits(tmp_path)
+
+
 def test_logits_of_shards(tmp_path):
     make(tmp_path, "qwen3", max_shard_size="60KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
@@ -317,7 +353,7 @@ def test_greedy_tokens(tmp_path, case):
     "case",
     [
         *("olmo2", "mistral-window", "qwen2-window", "qwen3-yarn"),
-        *("mixtral", "qwen3-moe", "olmoe"),
+        *("mixtral", "qwen3-moe", "olmoe", "phi3-longrope", "smollm3"),
     ],
 )
 def test_decoding_of_a_ragged_batch(tmp_path, case):
