@@ -1,41 +1,20 @@
-"""Quantised checkpoints in the Hugging Face layout, made whole as they are read.
+"""What `quantization_config` says of how the tensors of a checkpoint are packed.
 
-`quantization_config` says how the tensors of a checkpoint are packed. What is read:
+What is read (`hf_packed` makes them whole):
 
 * `fp8`: float8 (e4m3) with a scale for each block of a matrix, or for all of it;
 * `compressed-tensors`: the same, or a scale for each row;
 * `gptq`: integers of 4 or 8 bits with scales and zeros for groups of inputs, also in
   another order (`desc_act`);
-* `awq`: integers of 4 bits, the eight of a word interleaved.
-
-Weights are multiplied out one tensor at a time. Activations stay as they are, where the
-checkpoint's own runtime may round them, too. Axis letters: `O` outputs, `I` inputs, `G`
-groups of inputs.
+* `awq`: integers of 4 bits, the eight of a word interleaved;
+* `mxfp4`: floats of 4 bits in blocks of 32 with a power of two (gpt-oss).
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol
-
-import jax.numpy as jnp
-import numpy as np
+from typing import Any
 
 from jaxkv.models.checkpoint import CheckpointError
 from jaxkv.models.checkpoint_values import integer, unsupported
-from jaxkv.models.parameter_plan import some
-
-
-class Tensor(Protocol):
-    """One tensor of a checkpoint."""
-
-    name: str
-    path: Any
-    shape: tuple[int, ...]
-    dtype: str  # as safetensors names it
-
-    def read(self, start: int | None = None, stop: int | None = None) -> np.ndarray:
-        """Return the values, or those of some rows."""
-        ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,10 +67,12 @@ _FIXED: dict[str, dict[str, tuple[Any, ...]]] = {
         "version": ("gemm", "GEMM"),
         "zero_point": (True,),
     },
+    "mxfp4": {},
 }
 # Keys that are read, and those that say how the checkpoint was made or is best run.
 _FREE: dict[str, str] = {
     "fp8": "ignored_layers modules_to_not_convert weight_block_size",
+    "mxfp4": "modules_to_not_convert",
     "compressed-tensors": "config_groups global_compression_ratio ignore version",
     "gptq": "backend batch_size block_name_to_quantize cache_block_outputs "
     "damp_percent dataset desc_act disable_exllama exllama_config group_size lm_head "
@@ -102,10 +83,6 @@ _FREE: dict[str, str] = {
 _FREE["awq"] = f"{_FREE['gptq']} do_fuse fuse_max_seq_len modules_to_fuse " + (
     "modules_to_not_convert"
 )
-FP8 = "F8_E4M3"
-_INTERLEAVED = np.array(
-    [0, 2, 4, 6, 1, 3, 5, 7]
-)  # column of each nibble of AWQ's words
 
 
 def read_scheme(settings: Any) -> Scheme | None:
@@ -141,6 +118,8 @@ def read_scheme(settings: Any) -> Scheme | None:
         return Scheme(method=method, block=_block(f"{key}.weight_block_size", block))
     if method == "compressed-tensors":
         return _compressed(settings.get("config_groups"))
+    if method == "mxfp4":
+        return Scheme(method=method, bits=4)
     group = settings.get("group_size", 128)
     group = None if group == -1 else integer({"group_size": group}, "group_size")
     bits = integer(settings, "bits")
@@ -187,179 +166,3 @@ def _block(key: str, value: Any) -> tuple[int, int] | None:
         rows, columns = (integer({key: size}, key) for size in value)
         return rows, columns
     unsupported(key, value, None, "rows and columns")
-
-
-@dataclasses.dataclass(frozen=True)
-class Dequantised:
-    """A tensor that is made of others when it is read."""
-
-    name: str
-    path: Any
-    shape: tuple[int, ...]
-    dtype: str
-    make: Callable[[], np.ndarray]
-
-    def read(self, start: int | None = None, stop: int | None = None) -> np.ndarray:
-        """Return the values, or those of some rows."""
-        return self.make()[start:stop]
-
-
-def dequantised(
-    tensors: Mapping[str, Any], scheme: Scheme, dtype: str
-) -> dict[str, Any]:
-    """Return the tensors with those that are packed replaced by what they mean.
-
-    Args:
-      tensors: of the checkpoint, by name.
-      scheme: how they are packed.
-      dtype: in which what was packed is handed out, as safetensors names it.
-
-    Raises:
-      CheckpointError: a part of a packed tensor is missing or misshapen, or nothing is
-        packed.
-    """
-    floats = scheme.method in ("fp8", "compressed-tensors")
-    find = _floats if floats else _integers
-    left, made = dict(tensors), {}
-    for name, tensor in tensors.items():
-        module, _, kind = name.rpartition(".")
-        packed = (
-            kind == "weight" and tensor.dtype == FP8 if floats else kind == "qweight"
-        )
-        if packed:
-            shape, parts, make = find(module, tensors, scheme)
-            for part in parts:
-                left.pop(part)
-            whole = f"{module}.weight"
-            made[whole] = Dequantised(whole, tensor.path, shape, dtype, make(dtype))
-    if not made:
-        raise CheckpointError(
-            f"quantization_config says {scheme.method}, but no tensor is packed so: "
-            f"found {some(tensors)}; take the key out if the weights are whole."
-        )
-    return left | made
-
-
-def _part(tensors, name: str, shapes: tuple[tuple[int, ...], ...], *dtypes: str):
-    """Return a part of a packed tensor, after a look at its header."""
-    if name not in tensors:
-        raise CheckpointError(f"tensor {name} is missing.")
-    tensor = tensors[name]
-    if tensor.shape not in shapes or (dtypes and tensor.dtype not in dtypes):
-        wanted = " or ".join(map(str, shapes))
-        raise CheckpointError(
-            f"{tensor.path}: tensor {name} must have shape {wanted}"
-            f"{' and a type of ' + ', '.join(dtypes) if dtypes else ''}, found "
-            f"{tensor.shape} and {tensor.dtype}."
-        )
-    return tensor
-
-
-_SCALES = "F32", "BF16", "F16"
-
-
-def _floats(module: str, tensors, scheme: Scheme):
-    """Return shape, names of the parts and a maker of a matrix of float8."""
-    weight = tensors[f"{module}.weight"]
-    rows, columns = weight.shape if len(weight.shape) == 2 else (0, 0)
-    if scheme.block is None:
-        shapes: tuple[tuple[int, ...], ...] = ((), (1,), (1, 1))
-        block = rows, columns
-    elif scheme.block == (1, 0):
-        shapes, block = ((rows, 1), (rows,)), (1, columns)
-    else:
-        block = scheme.block
-        shapes = ((-(-rows // block[0]), -(-columns // block[1])),)
-    scale = _part(tensors, f"{module}.{scheme.scale}", shapes, *_SCALES)
-
-    def make(dtype):
-        def read():
-            numbers = weight.read().view(jnp.float8_e4m3fn).astype(np.float32)
-            factors = scale.read().astype(np.float32)
-            factors = factors.reshape(-(-rows // block[0]), -1)
-            for axis in (0, 1):
-                factors = factors.repeat(block[axis], axis)
-            return _cast(numbers * factors[:rows, :columns], dtype)
-
-        return read
-
-    return weight.shape, (weight.name, scale.name), make
-
-
-def _integers(module: str, tensors, scheme: Scheme):
-    """Return shape, names of the parts and a maker of a matrix of GPTQ or AWQ."""
-    packed = tensors[f"{module}.qweight"]
-    in_word = 32 // scheme.bits
-    if packed.dtype != "I32" or len(packed.shape) != 2:
-        raise CheckpointError(
-            f"{packed.path}: tensor {packed.name} must be a matrix of I32, found "
-            f"{packed.shape} and {packed.dtype}."
-        )
-    gptq = scheme.method == "gptq"
-    inputs = packed.shape[0] * (in_word if gptq else 1)
-    outputs = packed.shape[1] * (1 if gptq else in_word)
-    size = scheme.group or inputs
-    groups = -(-inputs // size)
-    zeros = _part(
-        tensors, f"{module}.qzeros", ((groups, -(-outputs // in_word)),), "I32"
-    )
-    scales = _part(tensors, f"{module}.scales", ((groups, outputs),), *_SCALES)
-    parts = [packed, zeros, scales]
-    index = None
-    if gptq and f"{module}.g_idx" in tensors:
-        index = _part(tensors, f"{module}.g_idx", ((inputs,),), "I32")
-        parts.append(index)
-
-    def make(dtype):
-        def read():
-            order = None if gptq else _INTERLEAVED
-            numbers = unpacked(packed.read(), scheme.bits, axis=0 if gptq else 1)
-            zero = unpacked(zeros.read(), scheme.bits, axis=1)[:, :outputs]
-            if order is not None:
-                numbers, zero = _in_order(numbers), _in_order(zero)
-            # A zero of 0 is stored as the largest number where one was taken off.
-            zero = (zero + scheme.zero_offset) % 2**scheme.bits
-            group = np.arange(inputs) // size if index is None else index.read()
-            if group.min() < 0 or group.max() >= groups:
-                raise CheckpointError(
-                    f"{packed.path}: tensor {module}.g_idx must name one of {groups} "
-                    f"groups, found {group.min()} to {group.max()}."
-                )
-            whole = (numbers - zero[group]).astype(np.float32)
-            whole *= scales.read().astype(np.float32)[group]
-            return _cast(whole.T, dtype)
-
-        return read
-
-    return (outputs, inputs), [part.name for part in parts], make
-
-
-def unpacked(words: np.ndarray, bits: int, *, axis: int) -> np.ndarray:
-    """Return the unsigned integers of 32-bit words, the lowest bits first, in int32.
-
-    Args:
-      words: int32 `[R, C]`.
-      bits: of an integer.
-      axis: along which the integers of a word follow one another.
-    """
-    shifts = np.arange(0, 32, bits, dtype=np.uint32)
-    words = np.expand_dims(words.view(np.uint32), axis + 1)
-    shifts = shifts.reshape((-1, 1) if axis == 0 else (-1,))
-    numbers = (words >> shifts) & np.uint32(2**bits - 1)
-    rows, columns = words.shape[0], words.shape[2 - axis]
-    shape = (-1, columns) if axis == 0 else (rows, -1)
-    return numbers.astype(np.int32).reshape(shape)
-
-
-def _in_order(numbers: np.ndarray) -> np.ndarray:
-    """Put the eight columns of each of AWQ's words where they belong."""
-    words = numbers.reshape(len(numbers), -1, 8)
-    whole = np.empty_like(words)
-    whole[..., _INTERLEAVED] = words
-    return whole.reshape(numbers.shape)
-
-
-def _cast(array: np.ndarray, dtype: str) -> np.ndarray:
-    return array.astype(
-        {"F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}[dtype], copy=False
-    )

@@ -20,10 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from jaxkv.models import hf_quantised
 from jaxkv.models.checkpoint import CheckpointError, read_json
 from jaxkv.models.config import Config
-from jaxkv.models.hf_quantised import Tensor
+from jaxkv.models.hf_packed import FP8, Dequantised, Tensor, dequantised
+from jaxkv.models.hf_quantised import read_scheme
 from jaxkv.models.parameter_plan import (
     EMBEDDING,
     HEAD,
@@ -56,7 +56,7 @@ def read_weights(
 
     Query, key and value are joined, and so are gate and up; matrices are transposed
     from Hugging Face's `[out, in]` to `[in, out]`. Quantised tensors are dequantised
-    (`hf_quantised`).
+    (`hf_packed`).
 
     Args:
       folder: a folder with `model.safetensors`, or with shards and their index.
@@ -111,14 +111,14 @@ def _whole(
     """Return the tensors of a checkpoint, also if they are packed; a line says so."""
     path = folder / "config.json"
     settings = read_json(path).get("quantization_config") if path.exists() else None
-    scheme = hf_quantised.read_scheme(settings)
+    scheme = read_scheme(settings)
     if scheme is None:
         return {**stored}
     kinds = {name: kind for kind, name in _FLOATS.items()}
     embedding = stored[EMBEDDING].dtype if EMBEDDING in stored else "F32"
     kind = kinds[dtype] if dtype else embedding
-    whole = hf_quantised.dequantised(stored, scheme, kind)
-    made = sum(isinstance(x, hf_quantised.Dequantised) for x in whole.values())
+    whole = dequantised(stored, scheme, kind)
+    made = sum(isinstance(x, Dequantised) for x in whole.values())
     logging.getLogger(__name__).warning(
         f"jaxkv: {folder}: {made} tensors, quantised by {scheme.method}, are "
         f"dequantised to {_FLOATS.get(kind, kind)} as they are read."
@@ -140,7 +140,7 @@ class _Tensor:
     def read(self, start: int | None = None, stop: int | None = None) -> np.ndarray:
         """Return the values, or those of some rows, in the stored type."""
         try:
-            if self.dtype == hf_quantised.FP8:
+            if self.dtype == FP8:
                 return _bytes(self.path, self.name).reshape(self.shape)[start:stop]
             if start is None:
                 return self._file.get_tensor(self.name)

@@ -12,7 +12,7 @@ import pytest
 from hf_checkpoints import MODEL, assert_trees_equal, hf_tensors, raises
 from safetensors.numpy import save_file
 
-from jaxkv.models import hf_quantised
+from jaxkv.models import hf_packed
 from jaxkv.models.hf_quantised import read_scheme
 from jaxkv.models.hf_weights import read_weights
 
@@ -343,9 +343,46 @@ def test_no_scheme():
     assert read_scheme(None) is None and read_scheme({}) is None
 
 
+def test_mxfp4_is_what_transformers_makes_of_it():
+    torch = pytest.importorskip("torch")
+    mxfp4 = pytest.importorskip("transformers.integrations.mxfp4")
+    blocks = RNG.integers(0, 256, (2, 6, 3, 16), np.uint8)
+    scales = RNG.integers(100, 140, (2, 6, 3), np.uint8)
+    stored = {
+        name: Stored(name, array, "U8")
+        for name, array in {"x_blocks": blocks, "x_scales": scales}.items()
+    }
+    scheme = read_scheme(dict(quant_method="mxfp4", modules_to_not_convert=["head"]))
+    for dtype, kind in [("F32", torch.float32), ("BF16", torch.bfloat16)]:
+        found = hf_packed.dequantised(stored, scheme, dtype)
+        assert found.keys() == {"x"} and found["x"].shape == (2, 96, 6)
+        expected = mxfp4.convert_moe_packed_tensors(
+            torch.from_numpy(blocks), torch.from_numpy(scales), dtype=kind
+        )
+        values = found["x"].read().astype(np.float32)
+        np.testing.assert_array_equal(values, expected.float())
+    stored["x_scales"] = Stored("x_scales", scales[:, :5], "U8")
+    with raises("x_scales must have shape (2, 6, 3)", "found (2, 5, 3)"):
+        hf_packed.dequantised(stored, scheme, "F32")
+    stored["x_blocks"] = Stored("x_blocks", blocks[..., :8], "U8")
+    with raises("x_blocks must be bytes [E, O, I / 32, 16]", "(2, 6, 3, 8)"):
+        hf_packed.dequantised(stored, scheme, "F32")
+
+
+class Stored:
+    path = "file"
+
+    def __init__(self, name, array, dtype):
+        self.name, self.array, self.dtype = name, array, dtype
+        self.shape = array.shape
+
+    def read(self, start=None, stop=None):
+        return self.array[start:stop]
+
+
 def test_integers_of_a_word():
     words = np.array([[0x76543210, -1]], np.int32)
-    rows = hf_quantised.unpacked(words, 4, axis=0)
+    rows = hf_packed.unpacked(words, 4, axis=0)
     assert rows.tolist() == [[i, 15] for i in range(8)]
-    columns = hf_quantised.unpacked(words, 8, axis=1)
+    columns = hf_packed.unpacked(words, 8, axis=1)
     assert columns.tolist() == [[0x10, 0x32, 0x54, 0x76, 255, 255, 255, 255]]
