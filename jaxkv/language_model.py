@@ -128,6 +128,7 @@ def load(
     dtype: str | None = None,
     revision: str | None = None,
     follow_links: bool = False,
+    max_positions: int | None = None,
 ) -> LanguageModel:
     """Load a checkpoint: Hugging Face's layout, a GGUF file, or an Orbax copy.
 
@@ -139,6 +140,9 @@ def load(
       revision: branch, tag or commit of a hub id.
       follow_links: read weights that are links out of the folder, not only those of
         the Hub's cache.
+      max_positions: the longest sequence that will be run, in tokens; None is what the
+        checkpoint was made for. Networks with LongRoPE (Phi-3, Phi-4-mini) rotate
+        otherwise if it is that of their first training (`models.rope`).
 
     Returns:
       The model, its parameters on the default device.
@@ -146,13 +150,15 @@ def load(
     Raises:
       CheckpointError: the checkpoint is missing, damaged, or of an unsupported kind;
         the message names the file, tensor or key.
-      ValueError: JAX has no device to put it on.
+      ValueError: JAX has no device to put it on, or `max_positions` is more than the
+        checkpoint was made for.
     """
     folder = locate(name, revision=revision)
     check_devices()
     if dtype is None and jax.default_backend() == "cpu":
         dtype = "float32"
     config, params = read_network(folder, dtype=dtype, follow_links=follow_links)
+    config = limited(config, max_positions)
     if folder.is_file():
         header = gguf_header.read_header(folder)
         tokenizer = gguf_tokenizer.read_tokenizer(header)
@@ -168,6 +174,22 @@ def load(
         tokenizer=tokenizer,
         stop_ids=stop_ids,
     )
+
+
+def limited(config: Config, max_positions: int | None) -> Config:
+    """Return a configuration for sequences of so many tokens at most; None is as it is.
+
+    Raises:
+      ValueError: that is more than the checkpoint was made for.
+    """
+    if max_positions is None:
+        return config
+    if not 1 <= max_positions <= config.max_positions:
+        raise ValueError(
+            f"max_positions must be between 1 and {config.max_positions}, which the "
+            f"checkpoint was made for, found {max_positions}."
+        )
+    return dataclasses.replace(config, max_positions=max_positions)
 
 
 def locate(name: str | os.PathLike[str], *, revision: str | None = None) -> Path:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from jaxkv.cli import flags
-from jaxkv.language_model import locate, needle_folder, read_network
+from jaxkv.language_model import limited, locate, needle_folder, read_network
 from jaxkv.models import orbax_copy
 from jaxkv.needle import training
 
@@ -62,6 +62,13 @@ def convert(
         bool, typer.Option("--overwrite", help="Replace an older copy.")
     ] = False,
     follow_links: flags.FollowLinks = False,
+    max_positions: Annotated[
+        int | None,
+        typer.Option(
+            help="Longest sequence of the copy; default: the checkpoint's. LongRoPE "
+            "rotates short ones otherwise."
+        ),
+    ] = None,
 ) -> None:
     """Save an Orbax copy of a checkpoint, which loads faster."""
     # Not by way of `load`, which on a CPU would widen 16-bit weights.
@@ -69,4 +76,5 @@ def convert(
     if orbax_copy.is_orbax_copy(folder):
         raise ValueError(f"{folder} is an Orbax copy already.")
     config, params = read_network(folder, dtype=dtype, follow_links=follow_links)
+    config = limited(config, max_positions)
     orbax_copy.save_orbax(params, config, out, source=folder, overwrite=overwrite)

@@ -58,6 +58,21 @@ def test_byte_order_marks(tiny_lm, copy):
     ]
 
 
+def test_the_longest_sequence(tiny, tmp_path, jaxkv_):
+    whole = jaxkv.load(tiny).config
+    few = jaxkv.load(tiny, max_positions=8)
+    assert few.config == dataclasses.replace(whole, max_positions=8)
+    with pytest.raises(ValueError, match="tiny was made for 8"):
+        jaxkv.generate(few, [[5] * 7], max_new_tokens=2)
+    for most in (0, whole.max_positions + 1):
+        with pytest.raises(ValueError, match=f"max_positions must be .*, found {most}"):
+            jaxkv.load(tiny, max_positions=most)
+    out = tmp_path / "out"
+    assert "found 0" in jaxkv_.error("convert", tiny, out, "--max-positions", 0)
+    assert jaxkv_("convert", tiny, out, "--max-positions", 8)[0] == 0
+    assert jaxkv.load(out).config == few.config
+
+
 def test_links_and_adapters(copy, tmp_path, caplog, jaxkv_):
     (weights,) = copy.glob("*.safetensors")
     weights.rename(tmp_path / "weights")
