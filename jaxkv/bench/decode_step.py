@@ -76,17 +76,28 @@ class DecodeTiming:
     kernels: dict[str, Kernel]
 
 
-def weight_bytes(params: Any, config: Config) -> int:
+def weight_bytes(params: Any, config: Config, *, batch: int = 1) -> int:
     """Return the bytes of weights that one decode step has to read.
 
     An embedding that is looked up costs one row per token, which is left out; a tied
-    one is the output layer as well, and is read whole.
+    one is the output layer as well, and is read whole. Of experts, those count that a
+    batch uses where each token's choice is random.
+
+    Args:
+      params: of the network, or their shapes.
+      config: of the network.
+      batch: tokens of the step.
     """
-    total = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
-    if config.tied:
-        return total
-    embedding = params["embedding"]
-    return total - embedding.size * embedding.dtype.itemsize
+    used = 1.0
+    if config.experts is not None:
+        used -= (1 - config.experts.per_token / config.experts.count) ** batch
+    total = 0.0
+    for path, x in jax.tree_util.tree_leaves_with_path(params):
+        name = path[-1].key
+        if name != "embedding" or config.tied:
+            share = used if name.startswith("experts_") else 1
+            total += share * x.size * x.dtype.itemsize
+    return round(total)
 
 
 def key_value_bytes(cache: Cache) -> int:
@@ -229,7 +240,8 @@ def time_decode(
         kernels, state = trace_kernels(lambda: program(params, state, *ends), steps)
         cache = state.cache
     median = statistics.median(calls)
-    weights, kv_bytes = weight_bytes(params, config), key_value_bytes(cache)
+    weights = weight_bytes(params, config, batch=batch)
+    kv_bytes = key_value_bytes(cache)
     floor = floor_ms(weights + kv_bytes, bandwidth)
     return DecodeTiming(
         batch=batch,

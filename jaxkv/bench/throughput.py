@@ -177,7 +177,10 @@ def bytes_needed(
     positions = sum(2 * layer.positions.size * 4 for layer in state.cache)
     width = jnp.dtype(dtype).itemsize
     heads = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-    token = 3 * config.intermediate_size + 2 * config.hidden_size + heads
+    inner = config.intermediate_size
+    if config.experts is not None:  # each token has a row for each of its experts
+        inner = config.experts.per_token * (config.experts.size + config.hidden_size)
+    token = 3 * inner + 2 * config.hidden_size + heads
     prefill = batch * bucket(work.prompt) * token * width
     logits = batch * config.vocab_size * (4 + width)
     return kv.num_bytes(state.cache) + positions + max(prefill, logits)
@@ -234,7 +237,7 @@ def time_generation(
         config, batch=batch, slots=slots, dtype=dtype, key=jax.random.key(1)
     )
     state_bytes = kv.num_bytes(shapes.cache)
-    weights = decode_step.weight_bytes(params, config)
+    weights = decode_step.weight_bytes(params, config, batch=batch)
     per_slot = decode_step.key_value_bytes(cache) / slots
     ranges, records = split(work, slots), []
     for part in ranges:

@@ -15,6 +15,7 @@ from jaxkv import state as kv
 from jaxkv.bench import decode_step, kernel_trace
 from jaxkv.cli import main as cli
 from jaxkv.models import public_shapes
+from jaxkv.models.config import Experts
 from jaxkv.models.decoder import Decoder, parameter_shapes, random_parameters
 from jaxkv.options import Options
 from jaxkv.policies.full import Full
@@ -73,6 +74,17 @@ def test_weight_bytes_by_hand(tied):
     )
     total = sum(leaf.size for leaf in jax.tree.leaves(params))
     assert total == 2 * LAYER + FINAL_NORM + EMBEDDING * (1 if tied else 2)
+
+
+@pytest.mark.parametrize(("batch", "read"), [(1, 2), (2, 3)])
+def test_weight_bytes_of_experts_by_hand(batch, read):
+    """Of four experts a token uses two; of two tokens' choices a quarter is missed."""
+    experts = Experts(count=4, per_token=2, size=3)
+    config = dataclasses.replace(TINY, experts=experts)
+    params = random_parameters(config, jax.random.key(0), jnp.bfloat16)
+    layer = LAYER - 48 - 24 + 4 * 4 + read * (4 * 6 + 3 * 4)
+    found = decode_step.weight_bytes(params, config, batch=batch)
+    assert found == 2 * (2 * layer + FINAL_NORM + EMBEDDING)
 
 
 def test_floor_by_hand():
