@@ -1,162 +1,23 @@
 """`jaxkv batch`: a file of prompts in, a file of answers out."""
 
 import contextlib
-import dataclasses
+import itertools
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from jaxkv.cli import flags, prompts
+from jaxkv.cli import batch_ray, flags
+from jaxkv.cli.batch_job import Answerer, Job
 from jaxkv.cli.generate import Sampling, Speculation
 from jaxkv.cli.groups import grouped
 from jaxkv.cli.progress import shown
 from jaxkv.cli.terminal import say
 from jaxkv.evaluation.lock import one_writer
-from jaxkv.language_model import NEEDLE, LanguageModel
-from jaxkv.options import described
-from jaxkv.serving.engine import Engine
-from jaxkv.serving.feeding import Outcome, answers
-from jaxkv.serving.lines import Journal, Line, Pace, count_lines, journal, read_lines
-from jaxkv.tasks.records import read_record
-from jaxkv.text.planning import row_budgets
-
-_AHEAD = 8  # requests in hand for each row, where answers wait for earlier ones
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Job:
-    """What is done with each line; it can be sent to another process.
-
-    Attributes:
-      model: as `jaxkv.load` takes it.
-      dtype: of `jaxkv.load`.
-      follow_links: of `jaxkv.load`.
-      arguments: of `jaxkv.generate`.
-      sampling: the flags of the sampler.
-      rows: of the engine.
-      max_prompt: of the engine; None is what fits, up to 4,096.
-      seed: line `i`, from 0, draws with `seed + i`.
-      chat: put prompts through the chat template.
-      system: what the system says first.
-      name: of the file, for messages.
-    """
-
-    model: str
-    dtype: str | None
-    follow_links: bool
-    arguments: Mapping[str, Any]
-    sampling: Sampling
-    rows: int
-    max_prompt: int | None
-    seed: int
-    chat: bool
-    system: str | None
-    name: str
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """What answers depend on, by flags, ready for JSON."""
-        fields = ("model", "dtype", "max_prompt", "seed", "chat", "system")
-        told = {name: getattr(self, name) for name in fields}
-        told |= dataclasses.asdict(self.sampling) | described(self.arguments)
-        return {f"--{name.replace('_', '-')}": value for name, value in told.items()}
-
-
-class Answerer:
-    """A model, and an engine that answers lines of a job."""
-
-    def __init__(self, job: Job):
-        self.job = job
-        self._lm = flags.load_model(job.model, job.dtype, follow_links=job.follow_links)
-        self._sampler = job.sampling.sampler_of(self._lm)
-        self._arguments = {**job.arguments, "sampler": self._sampler}
-        self.engine = _engine(self._lm, job, self._arguments)
-
-    def answers(
-        self, lines: Iterator[Line], *, ordered: bool
-    ) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Yield each line's number and what is written of it."""
-        asked = (self._asked(line) for line in lines)
-        window = self.job.rows * (_AHEAD if ordered else 2)
-        found = answers(self.engine, asked, window=window, ordered=ordered)
-        for (number, name), outcome in found:
-            known = {} if name is None else {"id": name}
-            yield number, known | self._told(number, outcome)
-
-    def _asked(self, line: Line) -> Any:
-        """Return what tells a line from others, and what is asked or is wrong."""
-        name = None
-        try:
-            if line.error is not None:
-                raise ValueError(f"{self.job.name}:{line.number}: {line.error}")
-            record = read_record(line.text, f"{self.job.name}:{line.number}")
-            name = record.name
-            if record.later_turns:
-                raise ValueError(
-                    f"{record.where}: a conversation of several turns; jaxkv batch "
-                    "answers one, see jaxkv generate."
-                )
-            (asked,) = prompts.encode(
-                *(self._lm, [record], self._arguments),
-                chat=self.job.chat,
-                system=self.job.system,
-            )
-            request = self._request(line.number, asked.ids)
-        except ValueError as error:
-            return (line.number, name), error
-        return (line.number, name), request
-
-    def _request(self, number: int, ids: Any) -> dict[str, Any]:
-        budget = None
-        if (ratio := self._arguments["compression_ratio"]) is not None:
-            (budget,) = row_budgets(None, ratio, [ids], evicts=False) or (None,)
-        return {
-            "prompt": ids,
-            "sampler": self._sampler,
-            "stop_ids": self._arguments["stop_ids"],
-            "seed": self._seed(number),
-            "budget": budget,
-        }
-
-    def _seed(self, number: int) -> int:
-        return self.job.seed + number - 1
-
-    def _told(self, number: int, outcome: Outcome) -> dict[str, Any]:
-        if isinstance(outcome, ValueError):
-            said = str(outcome).removeprefix("submit: ")
-            where = f"{self.job.name}:{number}: "
-            return {"error": where + said.removeprefix(where)}
-        told: dict[str, Any] = {
-            "text": outcome.text,
-            "token_ids": outcome.tokens,
-            "prompt_tokens": outcome.prompt_tokens,
-            "finish_reason": outcome.finish_reason,
-            "seed": self._seed(number),
-        }
-        return told if outcome.error is None else told | {"error": outcome.error}
-
-
-def _engine(lm: LanguageModel, job: Job, arguments: Mapping[str, Any]) -> Engine:
-    new = arguments["max_new_tokens"]
-    longest = job.max_prompt
-    if longest is None:
-        longest = max(1, min(4096, lm.config.max_positions - new))
-    own = ("sampler", "stop_ids", "compression_ratio")
-    given = {name: value for name, value in arguments.items() if name not in own}
-    if arguments["compression_ratio"] is not None:
-        given["budget"] = longest  # each line has its own below that
-    return Engine(
-        lm,
-        rows=job.rows,
-        max_prompt=longest,
-        stall=None,  # nobody looks on
-        most_stop_ids=max(8, len(lm.stop_ids), len(arguments["stop_ids"] or ())),
-        repetition_penalties=arguments["sampler"].repetition_penalty != 1,
-        **given,
-    )
+from jaxkv.language_model import NEEDLE
+from jaxkv.serving.lines import Journal, Pace, count_lines, journal, read_lines
 
 
 @grouped
@@ -207,6 +68,18 @@ def batch(
             "--ordered", help="Write answers in the order of lines, not as they end."
         ),
     ] = False,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="Share the lines out over a Ray cluster: an address of ray.init, such "
+            "as auto, or local for one of this machine.",
+        ),
+    ] = None,
+    ray_workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Engines there; default: one a GPU, or one."),
+    ] = None,
     dtype: flags.Dtype = None,
     follow_links: flags.FollowLinks = False,
     batch_size: flags.BatchSize = 8,
@@ -233,6 +106,8 @@ def batch(
         name=str(source),
     )
     flags.check({**job.arguments, "sampler": sampling.sampler})
+    if ray is None and ray_workers is not None:
+        raise ValueError("--ray-workers does nothing without --ray.")
     with contextlib.ExitStack() as stack:
         total = count_lines(source)
         stack.enter_context(one_writer(out.parent, name=out.name))
@@ -240,15 +115,14 @@ def batch(
         written = stack.enter_context(journal(out, source, settings))
         left = (line for line in read_lines(source) if line.number not in written.done)
         first = next(left, None)
-        if first is not None:
-            lines = _chained(first, left)
+        if first is not None and ray is not None:
+            how = dict(address=ray, workers=ray_workers, ordered=ordered)
+            found = batch_ray.answers(job, source, written.done, **how)
+            _answer(found, written, total)
+        elif first is not None:
+            lines = itertools.chain([first], left)
             _answer(Answerer(job).answers(lines, ordered=ordered), written, total)
         _report(source, out, written)
-
-
-def _chained(first: Line, left: Iterator[Line]) -> Iterator[Line]:
-    yield first
-    yield from left
 
 
 def _answer(

@@ -29,12 +29,50 @@ class Line(NamedTuple):
     error: str | None
 
 
-def read_lines(path: Path) -> Iterator[Line]:
-    """Yield the lines of a file that hold something, one in memory at a time."""
+class Chunk(NamedTuple):
+    """Lines of a file that follow each other.
+
+    Attributes:
+      offset: of the first one's first byte.
+      first: its number.
+      count: how many they are.
+    """
+
+    offset: int
+    first: int
+    count: int
+
+
+def chunks(path: Path, size: int) -> Iterator[Chunk]:
+    """Yield the chunks of a file, of `size` lines each but for the last one."""
+    offset, first, count, end = 0, 1, 0, 0
     with open(path, "rb") as file:
-        number = 0
+        while raw := file.readline(_LONGEST):
+            end += len(raw)
+            if not raw.endswith(b"\n"):
+                continue  # the file's last line, or one that is too long
+            count += 1
+            if count == size:
+                yield Chunk(offset, first, count)
+                offset, first, count = end, first + count, 0
+    if end > offset:
+        yield Chunk(offset, first, size)
+
+
+def read_lines(path: Path, chunk: Chunk | None = None) -> Iterator[Line]:
+    """Yield the lines of a file that hold something, one in memory at a time.
+
+    Args:
+      path: of the file.
+      chunk: of it; None is all of it.
+    """
+    with open(path, "rb") as file:
+        file.seek(chunk.offset if chunk else 0)
+        number = chunk.first - 1 if chunk else 0
         while raw := file.readline(_LONGEST + 1):
             number += 1
+            if chunk and number == chunk.first + chunk.count:
+                return
             error, text = None, ""
             if len(raw) > _LONGEST:
                 error = f"the line has more than {_LONGEST} bytes; shorten it."

@@ -32,7 +32,8 @@ FOLDERS = {
     "jaxkv.text": "jaxkv/text",
 }
 EXTRAS = {
-    *("cuda12", "cuda13", "gguf", "lm-eval", "parity", "plot", "test", "tpu", "train"),
+    *("cuda12", "cuda13", "gguf", "lm-eval", "parity", "plot", "ray", "test", "tpu"),
+    "train",
 }
 NEEDLE = ROOT / "models" / "needle"
 
