@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxkv.attention import Network
-from jaxkv.forward import decode_step, feed_on, logits_at_end, read
+from jaxkv.forward import decode_step, logits_at_end, read
+from jaxkv.given import feed_on
 from jaxkv.options import Options
 from jaxkv.policies.base import Speculable
 from jaxkv.runtime.programs import bounded_jit

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 
 from jaxkv.attention import Network
 from jaxkv.contexts.context import Context, begun, drawn
-from jaxkv.forward import feed, in_blocks, read_behind
+from jaxkv.forward import read_behind
+from jaxkv.given import feed, in_blocks
 from jaxkv.options import Options
 from jaxkv.runtime.programs import bounded_jit
 

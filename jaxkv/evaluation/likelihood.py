@@ -11,7 +11,8 @@ import numpy as np
 
 from jaxkv.contexts.candidates import chances
 from jaxkv.evaluation.methods import Method
-from jaxkv.forward import feed, in_blocks, logits_at_end, read, read_behind
+from jaxkv.forward import logits_at_end, read, read_behind
+from jaxkv.given import feed, in_blocks
 from jaxkv.language_model import LanguageModel
 from jaxkv.models.decoder import Decoder
 from jaxkv.options import Options

@@ -11,6 +11,7 @@ import tiny
 from tiny import NETWORK
 
 from jaxkv import Full, LongFlow, Options, SnapKV, StreamingLLM, forward
+from jaxkv import given as given_tokens
 
 PROMPT, NEW = 8, 6
 COUNTS = [NEW, 2, 4, 0]
@@ -30,7 +31,7 @@ def program(options):
         logits, cache = forward.prefill(
             *(NETWORK, params, tokens, lengths), options=options, slots=slots
         )
-        fed = forward.feed(
+        fed = given_tokens.feed(
             *(NETWORK, params, given, counts, lengths, logits, cache), options=options
         )
         return logits, cache, fed
@@ -117,7 +118,7 @@ def test_what_keeps_everything_is_fed_in_blocks_unless_it_remembers(remembers):
             *(NETWORK, params, tokens, lengths), options=options, slots=PROMPT + NEW
         )
         where = (*(NETWORK, params, given, counts, lengths),)
-        logits, cache = forward.feed_on(*where, cache, options=options)
+        logits, cache = given_tokens.feed_on(*where, cache, options=options)
         return logits, [state.memory for state in cache]
 
     logits, memory = jax.jit(run)(params, jnp.maximum(counts, 1))
