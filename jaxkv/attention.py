@@ -38,10 +38,10 @@ class Network(Protocol):
     `config` has `num_heads`, `num_kv_heads`, `head_dim`, `vocab_size` and `windows`,
     how many tokens each layer attends to, None for all;
     applied to `(tokens, positions, cache, attend)` it returns hidden states and the new
-    cache; its method `unembed` turns hidden states into logits, `frequencies` gives
-    those of each layer's rotation, and `outputs` each layer's output projection
-    `[N, H, D]`. It
-    hashes by value.
+    cache, or with `carried` and `first` what some of its layers make of a prompt (see
+    `forward.read_part`); its method `unembed` turns hidden states into logits,
+    `frequencies` gives those of each layer's rotation, and `outputs` each layer's
+    output projection `[N, H, D]`. It hashes by value.
     """
 
     config: Any

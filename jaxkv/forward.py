@@ -1,13 +1,13 @@
-"""The ways through the network: a prompt, more of it, one token after it, given tokens.
+"""The ways through the network: a prompt, more of it, one token after it.
 
 All bind `attend` to a layer's state, and know nothing of how a token is chosen.
 
 Axis letters: `B` batch, `P` padded prompt, `T` prompt and pseudo tokens, padded, `N`
-given tokens, `V` vocabulary, `D` hidden size.
+tokens behind it, `V` vocabulary, `D` hidden size.
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,6 @@ from jaxkv.attention import (
 from jaxkv.kernels import decode, dispatch, tree_attention
 from jaxkv.options import Options
 from jaxkv.policies import contract
-from jaxkv.policies.base import DecodePolicy
 from jaxkv.policies.full import Full
 from jaxkv.state import Cache
 
@@ -96,6 +95,54 @@ def read(
     Raises:
       ValueError: `keep` without `options.budget`.
     """
+    inputs = _inputs(network, params, tokens, lengths, options, slots, keep, held)
+    hidden, cache = network.apply({"params": params}, *inputs)
+    return hidden, begin_layers(options.decode, network, params, cache, lengths)
+
+
+def read_part(
+    network: Network,
+    params: Any,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    carried: Any,
+    *,
+    options: Options,
+    slots: tuple[int, ...],
+    keep: jax.Array | None,
+    first: int,
+    count: int,
+) -> tuple[Any, Cache]:
+    """Run prompts through some of the layers; other arguments are those of `read`.
+
+    A policy sees a layer's whole prompt and no other layer's, so that this is where a
+    prompt may be read in parts, whatever the policy.
+
+    Args:
+      network: static.
+      params: its parameters.
+      tokens: int32 `[B, P]`, right-padded.
+      lengths: int32 `[B]`, at least 1.
+      carried: what the call for the layers before returned; None for the first.
+      options: static; a prefill policy that `sketches` would do so for each part.
+      slots: of each layer's state.
+      keep: see `prefill`.
+      first: of the layers, static.
+      count: how many, static.
+
+    Returns:
+      What the next part takes, behind the last layer the hidden states of all
+      positions; and the states of these layers, which the decode policy has not begun.
+    """
+    inputs = _inputs(network, params, tokens, lengths, options, slots, keep, None)
+    tokens, positions, empty, attend = inputs
+    layers = empty[first : first + count]
+    given = (tokens, positions, layers, attend, carried, first)
+    return network.apply({"params": params}, *given)
+
+
+def _inputs(network, params, tokens, lengths, options, slots, keep, held):
+    """Return what a network reads prompts from: tokens, positions, layers, attend."""
     if keep is not None and options.budget is None:
         raise ValueError(
             "prefill: keep= says how much of options.budget each row uses, but that "
@@ -135,8 +182,7 @@ def read(
         if getattr(policy, "reads_output", False)
         else None,
     )
-    hidden, cache = network.apply({"params": params}, tokens, positions, empty, attend)
-    return hidden, begin_layers(options.decode, network, params, cache, lengths)
+    return tokens, positions, empty, attend
 
 
 def logits_at_end(
@@ -284,117 +330,3 @@ def decode_step(
         attend,
     )
     return network.apply({"params": params}, hidden[:, 0], method="unembed"), cache
-
-
-class Fed(NamedTuple):
-    """What the network made of given tokens.
-
-    Attributes:
-      log_probs: float32 `[B, N]`, the logarithm of each token's probability after all
-        tokens before it, in nats; 0 beyond a row's tokens.
-      likeliest: bool `[B, N]`, whether no token was likelier in its place.
-      logits: float32 `[B, V]`, of the token after each row's last one.
-      cache: one state per layer.
-    """
-
-    log_probs: jax.Array
-    likeliest: jax.Array
-    logits: jax.Array
-    cache: Cache
-
-
-def feed(
-    network: Network,
-    params: Any,
-    tokens: jax.Array,
-    counts: jax.Array,
-    position: jax.Array,
-    logits: jax.Array,
-    cache: Cache,
-    *,
-    options: Options,
-) -> Fed:
-    """Feed given tokens one by one, whatever the network would have chosen.
-
-    The decode policy evicts on the way, as it does while generating.
-
-    Args:
-      network: static.
-      params: its parameters.
-      tokens: int32 `[B, N]`.
-      counts: int32 `[B]`, how many of a row's tokens to feed; the others are padding.
-      position: int32 `[B]`, of the first of them.
-      logits: float32 `[B, V]`, what the network expects there.
-      cache: one state per layer.
-      options: static.
-    """
-
-    batch, number = tokens.shape
-
-    def step(order, fed):
-        running = order < counts
-        token = jax.lax.dynamic_index_in_dim(tokens, order, axis=1, keepdims=False)
-        chosen = jnp.take_along_axis(fed.logits, token[:, None], axis=1)[:, 0]
-        log_prob = chosen - jax.nn.logsumexp(fed.logits, axis=1)
-        log_prob = jnp.where(running, log_prob, 0.0)[:, None]
-        best = (running & (chosen >= fed.logits.max(1)))[:, None]
-        logits, cache = decode_step(
-            *(network, params, token, jnp.where(running, position + order, -1)),
-            fed.cache,
-            options=options,
-        )
-        return Fed(
-            jax.lax.dynamic_update_slice_in_dim(fed.log_probs, log_prob, order, axis=1),
-            jax.lax.dynamic_update_slice_in_dim(fed.likeliest, best, order, axis=1),
-            jnp.where(running[:, None], logits, fed.logits),
-            cache,
-        )
-
-    none = jnp.zeros((batch, number), jnp.float32)
-    begun = Fed(none, none > 0, logits, cache)
-    # As many steps as there are tokens, not as the buffer is wide.
-    steps = jnp.minimum(counts.max(), number)
-    return jax.lax.fori_loop(jnp.int32(0), steps, step, begun)
-
-
-def in_blocks(policy: DecodePolicy, cache: Cache) -> bool:
-    """Return whether given tokens may pass in blocks, instead of one by one.
-
-    They may where the policy overwrites nothing on the way, and its memory, which only
-    its own `attend` can bring up to date, is empty.
-    """
-    return not policy.evicts and not jax.tree.leaves([s.memory for s in cache])
-
-
-def feed_on(
-    network: Network,
-    params: Any,
-    tokens: jax.Array,
-    counts: jax.Array,
-    position: jax.Array,
-    cache: Cache,
-    *,
-    options: Options,
-) -> tuple[jax.Array, Cache]:
-    """Feed given tokens, in blocks where the decode policy evicts nothing on the way.
-
-    Args:
-      network: static.
-      params: its parameters.
-      tokens: int32 `[B, N]`.
-      counts: int32 `[B]`, at least 1; the other tokens are padding.
-      position: int32 `[B]`, of the first of them.
-      cache: one state per layer.
-      options: static.
-
-    Returns:
-      Float32 logits `[B, V]` of the token after each row's last one, and the cache.
-    """
-    given = (network, params, tokens, counts, position)
-    if in_blocks(options.decode, cache):
-        how = options.decode_implementation
-        hidden, cache = read_behind(*given, cache, implementation=how)
-        return logits_at_end(network, params, hidden, counts), cache
-    unknown = jnp.zeros((len(tokens), network.config.vocab_size), jnp.float32)
-    fed = feed(*given, unknown, cache, options=options)
-    return fed.logits, fed.cache

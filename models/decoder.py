@@ -212,17 +212,22 @@ class Decoder(nn.Module):
         positions: jax.Array,
         cache: tuple[Any, ...],
         attend: Attend,
-    ) -> tuple[jax.Array, tuple[Any, ...]]:
-        """Run all layers.
+        carried: Any = None,
+        first: int = 0,
+    ) -> tuple[Any, tuple[Any, ...]]:
+        """Run all layers, or as many as there are states.
 
         Args:
           tokens: integer ids `[B, T]`.
           positions: integer positions `[B, T]` of the tokens in their sequences.
           cache: one state per layer, whatever `attend` expects.
           attend: the attention, bound to a phase and a policy; see `Attend`.
+          carried: what the layers before have returned; None for the first one.
+          first: index of the first of these layers.
 
         Returns:
-          The normalised hidden states `[B, T, D]` and the new cache.
+          The normalised hidden states `[B, T, D]`, or what the next layer takes if one
+          is left; and the new states of these layers.
 
         Raises:
           ValueError: the parameters are laid out for another mesh than the one set.
@@ -233,7 +238,7 @@ class Decoder(nn.Module):
             how: rope.table(how, positions, c.head_dim, c.max_positions)
             for how in dict.fromkeys(kind.rope for kind in c.layer_kinds)
         }
-        x, delta = project.embed(tokens, self.embedding), None
+        x, delta = carried or (project.embed(tokens, self.embedding), None)
         new_cache = []
 
         def run(kind, experts, variables, x, delta, cos, sin, state):
@@ -244,7 +249,9 @@ class Decoder(nn.Module):
             # One trace serves all layers of a kind: it is most of what compiling costs
             # in Python.
             run = jax.jit(run, static_argnums=(0, 1))
-        for layer, kind, state in zip(self.layers, c.layer_kinds, cache, strict=True):
+        some = slice(first, first + len(cache))
+        kinds = c.layer_kinds[some]
+        for layer, kind, state in zip(self.layers[some], kinds, cache, strict=True):
             cos, sin = tables[kind.rope]
             if self.is_initializing():
                 x, delta, state = layer(x, delta, cos, sin, state, attend)
@@ -254,6 +261,8 @@ class Decoder(nn.Module):
                     *(x, delta, cos, sin, state),
                 )
             new_cache.append(state)
+        if some.stop < c.num_layers:
+            return (x, delta), tuple(new_cache)
         _, normed = pointwise.add_rms_norm(
             *(x, delta, self.final_norm),
             eps=c.rms_norm_eps,

@@ -116,8 +116,12 @@ def batch(
         left = (line for line in read_lines(source) if line.number not in written.done)
         first = next(left, None)
         if first is not None and ray is not None:
-            how = dict(address=ray, workers=ray_workers, ordered=ordered)
-            found = batch_ray.answers(job, source, written.done, **how)
+            found = batch_ray.answers(
+                *(job, source, written.done),
+                address=ray,
+                workers=ray_workers,
+                ordered=ordered,
+            )
             _answer(found, written, total)
         elif first is not None:
             lines = itertools.chain([first], left)

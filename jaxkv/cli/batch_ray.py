@@ -88,7 +88,7 @@ def answers(
 def _parts(source: Path, size: int, done: Numbers) -> Iterator[dict[str, str]]:
     """Yield the chunks of a file that have something left, ready for Ray."""
     for chunk in chunks(source, size):
-        lines = range(chunk.first, chunk.first + chunk.count)
+        lines = range(chunk.first, chunk.first + chunk.lines)
         left: list[int] | None = [number for number in lines if number not in done]
         if left:
             left = None if len(left) == len(lines) else left  # most have all of them

@@ -1,6 +1,8 @@
 """The rows of an engine on their device, and what the host knows of their terms."""
 
 import dataclasses
+import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -82,8 +84,22 @@ class Board:
         """Return the longest output of a row; 0 if it is free."""
         return int(self._terms.limits[row])
 
-    def read(self, request: Request) -> tuple[Running, Report]:
-        """Read a prompt by itself, and choose its first token."""
+    def parts(
+        self, request: Request, most: int | None
+    ) -> Iterator[tuple[Running, Report] | None]:
+        """Read a prompt by itself, in parts, and choose its first token.
+
+        A part is some of the layers, each of which sees all of the prompt. Questions
+        about contexts, and prompts that the policy decodes from, have one.
+
+        Args:
+          request: whose prompt.
+          most: tokens of a part, padding included, if all layers were in it; None
+            reads all in one.
+
+        Yields:
+          None for each part but the last, and then the row and a report.
+        """
         tokens = np.zeros((1, bucket(len(request.ids))), np.int32)
         tokens[0, : len(request.ids)] = request.ids
         lengths = np.array([len(request.ids)], np.int32)
@@ -92,17 +108,38 @@ class Board:
         if request.context is not None:
             # The program is the same whatever has chosen the tokens.
             context = dataclasses.replace(request.context, policy="")
-            return rows.read_questions_jit(
+            yield rows.read_questions_jit(
                 *(network, params, context, np.array([request.document], np.int32)),
                 *(tokens, lengths, keys, terms),
                 shape=self.shape,
             )
+            return
         keep: Any = None
         if request.budget is not None:
             keep = np.array([request.budget], np.int32)
-        return rows.read_prompts_jit(
-            *(network, params, tokens, lengths, keys, terms, keep), shape=self.shape
+        given = (network, params, tokens, lengths)
+        part: rows.Part | None = None
+        edges = self._edges(tokens.shape[1], most)
+        for first, after in itertools.pairwise(edges[:-1]):
+            carried, cache = part or (None, ())
+            carried, states = rows.read_layers_jit(
+                *(*given, keep, carried),
+                shape=self.shape,
+                first=first,
+                count=after - first,
+            )
+            part = rows.Part(carried, cache + states)
+            yield None
+        yield rows.read_prompts_jit(
+            *(*given, keys, terms, keep, part), shape=self.shape, first=edges[-2]
         )
+
+    def _edges(self, tokens: int, most: int | None) -> list[int]:
+        """Return the layers at which the parts of a prompt begin, and their number."""
+        layers, options = len(self.shape.slots), self.shape.options
+        whole = most is None or (options.budget and options.prefill.sketches)
+        number = 1 if whole else min(-(-tokens // (most or 1)), layers)
+        return [layers * part // number for part in range(number + 1)]
 
     def place(self, row: int, request: Request, new: Running) -> None:
         """Put a request that has been read into a row."""
@@ -122,18 +159,21 @@ class Board:
         )
         return report
 
-    def warm_up(self, longest: int) -> None:
+    def warm_up(self, longest: int, most: int | None) -> None:
         """Compile for prompts of all lengths, and measure what drafts take.
 
         All rows become free.
 
         Args:
           longest: tokens of the longest prompt.
+          most: see `parts`.
         """
         length, state = 1, self._state
         while length <= longest:
             request = self._some_request(min(bucket(length), longest))
-            new, _ = self.read(request)
+            *_, last = self.parts(request, most)
+            assert last is not None
+            new, _ = last
             for row in range(self.rows):
                 state = rows.insert_jit(state, new, np.array([row], np.int32))
             length = bucket(length) + 1

@@ -27,6 +27,7 @@ from jaxkv.serving import checks, requests
 from jaxkv.serving.board import Board
 from jaxkv.serving.meter import Counts, Meter
 from jaxkv.serving.queue import Queue
+from jaxkv.serving.reader import Reader
 from jaxkv.serving.requests import Event, Handle, Reason, Result
 from jaxkv.serving.rows import Report
 from jaxkv.speculation.drafters import Drafter
@@ -83,8 +84,8 @@ class Engine:
           accept: see `jaxkv.generate`.
           block: decode steps between two looks at who has ended.
           stall: prompt tokens, padding included, that are read between two blocks while
-            rows run: how long these may have to wait. A longer prompt is read alone, at
-            one stretch. None fills all free rows.
+            rows run: how long these may have to wait. Of a longer prompt some layers
+            are read at a time, at least one. None fills all free rows.
           most_stop_ids: that a request may have.
           repetition_penalties: whether requests may have them; costs a byte per row and
             entry of the vocabulary.
@@ -128,6 +129,7 @@ class Engine:
             penalties=repetition_penalties,
         )
         self._queue = Queue()
+        self._reader = Reader(self._queue, self._board, stall)
         self._handles: list[Handle | None] = [None] * rows
         self._flight: Report | None = None
 
@@ -142,7 +144,7 @@ class Engine:
         if not self.idle:
             raise ValueError("Engine.warm_up: there are requests; call it before them.")
         with jax.transfer_guard("allow"):
-            self._board.warm_up(self._limits.max_prompt)
+            self._board.warm_up(self._limits.max_prompt, self._stall)
 
     @property
     def waiting(self) -> int:
@@ -162,7 +164,7 @@ class Engine:
     @property
     def idle(self) -> bool:
         """Return whether there is nothing to be done."""
-        return not (len(self._queue) or self.running)
+        return not (len(self._queue) or self._reader.current or self.running)
 
     def submit(
         self,
@@ -316,6 +318,9 @@ class Engine:
         at = {handle: row for row, handle in self._live()}
         ends: list[tuple[Handle, int | None]] = [(handle, None) for handle in dropped]
         ends += [(handle, at[handle]) for handle in cancelled if handle in at]
+        if self._reader.current in cancelled:
+            ends.append((self._reader.current, None))
+            self._reader.current = None
         return [
             self._end(requests.told(handle, [], None), "cancelled", None, row)
             for handle, row in ends
@@ -331,20 +336,16 @@ class Engine:
         failed: list[Event] = []
         tokens, busy = 0, self.running > 0
         for row in (r for r, handle in enumerate(self._handles) if handle is None):
-            left = None  # the first may be of any length
-            if self._stall is not None and busy and tokens:
-                left = self._stall - tokens
-            taken = self._queue.take(left)
-            if taken is None:
+            part = self._reader.read(spent=tokens, busy=busy)
+            if part is None:
                 break
-            handle, size = taken
-            tokens += size
-            requests.read(handle)
-            try:
-                new, first = self._board.read(handle.request)
-            except Exception as error:
-                failed.append(self._failed(handle, error, None))
+            handle, tokens = part.handle, tokens + part.tokens
+            if part.error is not None:
+                failed.append(self._failed(handle, part.error, None))
                 continue
+            if part.found is None:
+                break  # the rest of it after the next block
+            new, first = part.found
             self._meter.busy()
             self._handles[row] = handle
             try:

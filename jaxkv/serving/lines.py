@@ -35,12 +35,12 @@ class Chunk(NamedTuple):
     Attributes:
       offset: of the first one's first byte.
       first: its number.
-      count: how many they are.
+      lines: how many they are.
     """
 
     offset: int
     first: int
-    count: int
+    lines: int
 
 
 def chunks(path: Path, size: int) -> Iterator[Chunk]:
@@ -71,7 +71,7 @@ def read_lines(path: Path, chunk: Chunk | None = None) -> Iterator[Line]:
         number = chunk.first - 1 if chunk else 0
         while raw := file.readline(_LONGEST + 1):
             number += 1
-            if chunk and number == chunk.first + chunk.count:
+            if chunk and number == chunk.first + chunk.lines:
                 return
             error, text = None, ""
             if len(raw) > _LONGEST:

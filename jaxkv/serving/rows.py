@@ -10,6 +10,7 @@ output buffer, `E` stop ids, `M` tokens of a block.
 """
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -18,17 +19,18 @@ import numpy as np
 
 from jaxkv import generation
 from jaxkv import state as kv
-from jaxkv.attention import Network
+from jaxkv.attention import Network, begin_layers
 from jaxkv.contexts import context as contexts
 from jaxkv.contexts.context import Context
-from jaxkv.forward import logits_at_end, read
+from jaxkv.forward import logits_at_end, read, read_part
 from jaxkv.generation import Running
 from jaxkv.options import Options
-from jaxkv.runtime.programs import bounded_jit
+from jaxkv.runtime.programs import SHELF, Shelf, bounded_jit
 from jaxkv.sampling import Greedy
 from jaxkv.sequences import LogProbs
 from jaxkv.serving.samplers import RowSamplers
 from jaxkv.speculation.likeliest import likeliest_tokens
+from jaxkv.state import Cache
 from jaxkv.text.planning import bucket
 
 
@@ -128,6 +130,56 @@ def empty(
     return dataclasses.replace(blank, cache=cache, rngs=keys)
 
 
+class Part(NamedTuple):
+    """What the first layers have made of prompts.
+
+    Attributes:
+      carried: what the next layer takes.
+      cache: a state of each of these layers.
+    """
+
+    carried: Any
+    cache: Cache
+
+
+def read_layers(
+    network: Network,
+    params: Any,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    keep: jax.Array | None,
+    carried: Any,
+    *,
+    shape: Shape,
+    first: int,
+    count: int,
+) -> tuple[Any, Cache]:
+    """Read whole prompts in some of the layers; arguments are those of `read_prompts`.
+
+    Args:
+      network: static.
+      params: its parameters.
+      tokens: int32 `[A, P]`, right-padded.
+      lengths: int32 `[A]`.
+      keep: int32 `[A]` or None.
+      carried: what the layer before returned; None for the first.
+      shape: static.
+      first: of these layers, static.
+      count: how many they are, static.
+
+    Returns:
+      What the next layer takes, and a state of each of these.
+    """
+    return read_part(
+        *(network, params, tokens, lengths, carried),
+        options=shape.options,
+        slots=shape.slots,
+        keep=keep,
+        first=first,
+        count=count,
+    )
+
+
 def read_prompts(
     network: Network,
     params: Any,
@@ -136,8 +188,10 @@ def read_prompts(
     keys: jax.Array,
     terms: Terms,
     keep: jax.Array | None,
+    part: Part | None = None,
     *,
     shape: Shape,
+    first: int = 0,
 ) -> tuple[Running, Report]:
     """Read whole prompts, keep what the policy keeps, and choose their first tokens.
 
@@ -150,18 +204,23 @@ def read_prompts(
       terms: of `A` requests.
       keep: int32 `[A]`, tokens that may be kept of each prompt; None is what the shape
         says.
+      part: what earlier layers have made of the prompts; None where all are read here.
       shape: static.
+      first: of the layers that are left, static.
 
     Returns:
       The requests as rows, and a report of the first tokens.
     """
     options = shape.options
-    hidden, cache = read(
-        *(network, params, tokens, lengths),
-        options=options,
-        slots=shape.slots,
-        keep=keep,
-    )
+    how: Any = dict(options=options, slots=shape.slots, keep=keep)
+    given = (network, params, tokens, lengths)
+    if part is None:
+        hidden, cache = read(*given, **how)
+    else:
+        count = len(shape.slots) - first
+        carried, cache = part
+        hidden, rest = read_part(*given, carried, **how, first=first, count=count)
+        cache = begin_layers(options.decode, network, params, cache + rest, lengths)
     likeliest = None
     if options.speculate is not None and options.speculate.likeliest:
         likeliest = likeliest_tokens(network, params, hidden[:, : tokens.shape[1]])
@@ -283,15 +342,20 @@ def advance(
 
 
 _PARAMS = ("params",)
-read_prompts_jit = bounded_jit(implied=_PARAMS, static_argnames=("network", "shape"))(
+# Long prompts have a program for each of their parts.
+_jit = functools.partial(bounded_jit, shelf=Shelf(most=256, most_maps=SHELF.most_maps))
+read_layers_jit = _jit(
+    implied=_PARAMS, static_argnames=("network", "shape", "first", "count")
+)(read_layers)
+read_prompts_jit = _jit(implied=_PARAMS, static_argnames=("network", "shape", "first"))(
     read_prompts
 )
-read_questions_jit = bounded_jit(implied=_PARAMS, static_argnames=("network", "shape"))(
+read_questions_jit = _jit(implied=_PARAMS, static_argnames=("network", "shape"))(
     read_questions
 )
-empty_jit = bounded_jit(implied=_PARAMS, static_argnames=("network", "shape"))(empty)
-insert_jit = bounded_jit(static_argnames=(), donate_argnames="rows")(insert)
-advance_jit = bounded_jit(
+empty_jit = _jit(implied=_PARAMS, static_argnames=("network", "shape"))(empty)
+insert_jit = _jit(static_argnames=(), donate_argnames="rows")(insert)
+advance_jit = _jit(
     implied=_PARAMS,
     static_argnames=("network", "shape", "most"),
     donate_argnames="rows",

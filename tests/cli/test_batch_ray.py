@@ -62,7 +62,7 @@ def workers() -> list[int]:
 def test_a_killed_worker_loses_nothing(jaxkv_, tiny, tmp_path, order):
     pytest.importorskip("ray")
     source, out, other = (tmp_path / f"{n}.jsonl" for n in ("in", "out", "other"))
-    prompts = [{"prompt": [n % 4000, n % 7, n % 11]} for n in range(400)]
+    prompts = [{"prompt": [n % 4000, n % 7, n % 11]} for n in range(300)]
     source.write_text("\n".join(map(json.dumps, prompts)) + "\nbad\n")
     killed = []
 
@@ -75,9 +75,9 @@ def test_a_killed_worker_loses_nothing(jaxkv_, tiny, tmp_path, order):
     killer = threading.Thread(target=kill, daemon=True)
     killer.start()
     flags = [source, out, tiny, *FLAGS, *order]
-    code, printed, err = jaxkv_("batch", *flags, "--ray=local", "--ray-workers=2")
+    code, _, err = jaxkv_("batch", *flags, "--ray=local", "--ray-workers=2")
     killer.join(60)
-    assert (code, printed) == (2, "") and "1 of 401 lines" in err
+    assert code == 2 and "1 of 301 lines" in err
     assert len(killed) == 1
     assert jaxkv_("batch", source, other, tiny, *FLAGS, "--ordered")[0] == 2
     answers, wanted = (

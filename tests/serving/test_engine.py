@@ -7,7 +7,7 @@ import pytest
 from serving.served import BROKEN, model, prompt
 
 import jaxkv
-from jaxkv import Categorical, Engine, Greedy, LongFlow, SnapKV, Tree
+from jaxkv import Categorical, DapQ, Engine, Greedy, LongFlow, SnapKV, Tree
 from jaxkv.contexts.context import Context
 from jaxkv.runtime.seeds import row_keys
 from jaxkv.serving import requests
@@ -144,6 +144,34 @@ def test_streams_and_waits(engine):
     assert not engine.cancel(first)
     with pytest.raises(RuntimeError, match="ends twice; this is a fault of the engine"):
         requests.ended(requests.Event(handle=first, tokens=()), "stop", None)
+
+
+def test_long_prompts_are_read_layer_by_layer_while_rows_run():
+    how = dict(budget=30, prefill=DapQ())
+    sizes = SMALL | {"max_prompt": 128, "block": 2}
+    engine = Engine(model(), **sizes, stall=64, **how)
+    long = [7, *prompt(3), *prompt(4), *prompt(5)][:120]
+    whole = jaxkv.generate(model(), [long], max_new_tokens=12, **how).tokens[0]
+    engine.submit(prompt(0))
+    engine.step()
+    second, third = engine.submit(long), engine.submit(prompt(1))
+    assert not any(event.handle is second for event in engine.step())
+    assert (engine.running, engine.waiting) == (1, 1)  # one layer of two has been read
+    assert engine.step()[-1].handle is second and engine.running == 2
+    list(engine.run())
+    assert second.tokens == whole and third.result.finish_reason == "length"
+    # One that is cancelled before its last part, and one that nobody waits for.
+    engine.submit(prompt(0))
+    engine.step()
+    second = engine.submit(long)
+    engine.step()
+    assert engine.cancel(second) and second.tokens == ()
+    (event,) = (event for event in engine.step() if event.handle is second)
+    assert event.result.finish_reason == "cancelled"
+    list(engine.run())
+    third = engine.submit(long)
+    assert engine.step()[-1].handle is third
+    assert engine.wait(third).tokens == whole
 
 
 def test_no_more_is_read_between_blocks_than_rows_may_wait_for():
