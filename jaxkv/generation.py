@@ -321,10 +321,8 @@ def _choose(
     stop_ids: jax.Array,
     sampler: Sampler,
 ) -> Running:
-    """Choose the next token of some rows, bool `[B]`, and append it.
-
-    Rows whose logits are not finite get none, and are marked.
-    """
+    """Choose the next token of some rows, bool `[B]`, and append it."""
+    # Rows whose logits are not finite get none, and are marked.
     token = pick_next(sampler, logits, g.rngs, g.position + 1, g.seen)
     finite = from_numbers(logits, token)
     g = dataclasses.replace(g, finite=g.finite & (finite | ~rows))
