@@ -1,9 +1,10 @@
-"""`jaxkv chat`: a conversation on the terminal, with any budget."""
+"""`jaxkv chat`: a conversation on the terminal, with a model here or a server's."""
 
+import dataclasses
 import inspect
 import sys
-from collections.abc import Iterator
-from typing import Annotated, Any
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any, Protocol
 
 import typer
 
@@ -11,6 +12,8 @@ from jaxkv import registry
 from jaxkv.cli import flags
 from jaxkv.cli.generate import Sampling
 from jaxkv.cli.groups import grouped
+from jaxkv.cli.remote import RemoteChat
+from jaxkv.cli.serve import ApiKeyFile
 from jaxkv.cli.terminal import announce, megabytes, say
 from jaxkv.cli.wording import in_flags
 from jaxkv.policies.full import Full
@@ -27,6 +30,11 @@ Policy = Annotated[str | None, typer.Option(help="As in jaxkv generate.")]
 def chat(
     *,
     model: flags.Asked = None,
+    server: Annotated[
+        str | None,
+        typer.Option(help="URL of a server of OpenAI's API, as jaxkv serve names it."),
+    ] = None,
+    api_key_file: ApiKeyFile = None,
     context: flags.ContextFolder = None,
     document: flags.Document = 0,
     system: Annotated[
@@ -49,6 +57,29 @@ def chat(
     follow_links: flags.FollowLinks = False,
 ) -> None:
     """Talk with a model; the cache stays between turns, within the budget."""
+    if server is not None:
+        local = {
+            "context": context,
+            "document": document,
+            "prefill": prefill,
+            "decode": decode,
+            "dtype": dtype,
+            "follow_links": follow_links,
+            "use_generation_config": sampling.use_generation_config,
+        }
+        settings = _settings(sampling, max_new_tokens, seed, local)
+        remote = RemoteChat(
+            server,
+            model=model,
+            key_file=api_key_file,
+            system=system,
+            budget=budget,
+            settings=settings,
+            write=_write,
+        )
+        return _converse(remote)
+    if api_key_file is not None:
+        raise ValueError("--api-key-file does nothing without --server.")
     for flag, policy in (("--prefill", prefill), ("--decode", decode)):
         if policy is not None and budget is None:
             raise ValueError(f"{flag} {policy} evicts and needs --budget.")
@@ -76,9 +107,69 @@ def chat(
             **given,
         )
 
-    talk = begin(budget)
+    _converse(_LocalChat(begin, budget, max_new_tokens))
+
+
+def _settings(
+    sampling: Sampling, max_new_tokens: int, seed: int, local: dict[str, Any]
+) -> dict[str, Any]:
+    """Return the fields of requests, or raise ValueError for flags without meaning."""
+    for name, value in local.items():
+        if value not in (None, False, 0):
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(f"{flag} is the server's, and does not go with --server.")
+    sampling.sampler  # noqa: B018 -- it checks the flags
+    drawn = {n: x for n, x in dataclasses.asdict(sampling).items() if x is not None}
+    del drawn["use_generation_config"]
+    settings = {"temperature": 0.0, "max_tokens": max_new_tokens, "seed": seed}
+    return settings | drawn
+
+
+class _Conversation(Protocol):
+    """What is talked with, here or at a server."""
+
+    name: str
+
+    def reset(self) -> None: ...
+
+    def set_budget(self, budget: int | None) -> None: ...
+
+    def stats(self) -> str: ...
+
+    def turn(self, text: str) -> None: ...
+
+
+class _LocalChat:
+    """A conversation with a model of this process."""
+
+    def __init__(
+        self,
+        begin: Callable[[int | None], Chat],
+        budget: int | None,
+        max_new_tokens: int,
+    ):
+        self._begin, self._most = begin, max_new_tokens
+        self._talk = begin(budget)
+        self.name = self._talk.lm.name
+
+    def reset(self) -> None:
+        self._talk = self._begin(self._talk.options.budget)
+
+    def set_budget(self, budget: int | None) -> None:
+        self._talk = self._talk.with_budget(budget)
+        say("the next turn reads the conversation anew")
+
+    def stats(self) -> str:
+        return _stats(self._talk)
+
+    def turn(self, text: str) -> None:
+        self._talk = _turn(self._talk, text, self._most)
+
+
+def _converse(talk: _Conversation) -> None:
+    """Take lines until they end."""
     if sys.stdin.isatty():
-        say(f"{lm.name}; {_HELP}")
+        say(f"{talk.name}; {_HELP}")
     for line in _lines():
         command, _, argument = line.strip().partition(" ")
         if not command:
@@ -87,16 +178,15 @@ def chat(
             return
         try:
             if command == "/reset":
-                talk = begin(talk.options.budget)
+                talk.reset()
             elif command == "/budget":
-                talk = talk.with_budget(_budget(argument))
-                say("the next turn reads the conversation anew")
+                talk.set_budget(_budget(argument))
             elif command == "/stats":
-                say(_stats(talk))
+                say(talk.stats())
             elif command.startswith("/"):
                 say(_HELP)
             else:
-                talk = _turn(talk, line, max_new_tokens)
+                talk.turn(line)
         except ValueError as error:  # one turn is not the whole conversation
             say(in_flags(str(error), inspect.signature(chat).parameters))
 

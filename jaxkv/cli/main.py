@@ -25,6 +25,7 @@ from jaxkv.cli import (
     evaluate,
     generate,
     harness,
+    serve,
     study,
     wording,
 )
@@ -175,6 +176,7 @@ app.command()(generate.generate)
 app.command()(batch.batch)
 app.command()(compress.compress)
 app.command()(chat.chat)
+app.command()(serve.serve)
 app.command()(checkpoints.train)
 app.command()(checkpoints.convert)
 app.command()(calibrate.calibrate)

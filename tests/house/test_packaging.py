@@ -32,7 +32,8 @@ FOLDERS = {
     "jaxkv.text": "jaxkv/text",
 }
 EXTRAS = {
-    *("cuda12", "cuda13", "gguf", "lm-eval", "parity", "plot", "ray", "test", "tpu"),
+    *("cuda12", "cuda13", "gguf", "lm-eval", "parity", "plot", "ray", "serve", "test"),
+    "tpu",
     "train",
 }
 NEEDLE = ROOT / "models" / "needle"
@@ -42,6 +43,7 @@ DISTRIBUTIONS = {
     "PIL": "matplotlib",  # comes with it
     "jax_triton": "jax-triton",
     "orbax": "orbax-checkpoint",
+    "pydantic_core": "pydantic",  # comes with it
     "tokenizers": "transformers",  # comes with it
     "triton": "jax-triton",  # comes with it
     "yaml": "pyyaml",
