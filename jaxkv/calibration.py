@@ -19,6 +19,7 @@ from jaxkv.language_model import LanguageModel
 from jaxkv.policies.base import scale_of
 from jaxkv.policies.triattention import Statistics, lengths_of_pairs
 from jaxkv.provenance import write_whole
+from jaxkv.runtime.meshes import under_mesh_of
 
 
 @functools.partial(jax.jit, static_argnames="network")
@@ -82,7 +83,10 @@ def calibrate(
         for row, window in zip(tokens, some, strict=True):
             row[: len(window)] = window
         lengths = np.array([len(window) for window in some], np.int32)
-        found = sums(lm.network, lm.params, jnp.asarray(tokens), jnp.asarray(lengths))
+        with under_mesh_of(lm.params):
+            found = sums(
+                lm.network, lm.params, jnp.asarray(tokens), jnp.asarray(lengths)
+            )
         parts = [np.asarray(x, np.float64) for x in found]
         total = (
             parts if not total else [a + b for a, b in zip(total, parts, strict=True)]

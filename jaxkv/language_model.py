@@ -5,12 +5,15 @@ import functools
 import importlib.metadata
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
+from jaxkv import sharding
 from jaxkv.fields import check_types
 from jaxkv.identity import Identity, of_network, of_tokenizer
 from jaxkv.models import (
@@ -26,7 +29,7 @@ from jaxkv.models import (
     orbax_copy,
 )
 from jaxkv.models.config import Config
-from jaxkv.models.decoder import Decoder
+from jaxkv.models.decoder import Decoder, parameter_shapes
 from jaxkv.runtime.devices import check_devices
 from jaxkv.sampling import Categorical, Greedy
 
@@ -129,6 +132,7 @@ def load(
     revision: str | None = None,
     follow_links: bool = False,
     max_positions: int | None = None,
+    mesh: Mesh | str | None = None,
 ) -> LanguageModel:
     """Load a checkpoint: Hugging Face's layout, a GGUF file, or an Orbax copy.
 
@@ -143,33 +147,40 @@ def load(
       max_positions: the longest sequence that will be run, in tokens; None is what the
         checkpoint was made for. Networks with LongRoPE (Phi-3, Phi-4-mini) rotate
         otherwise if it is that of their first training (`models.rope`).
+      mesh: devices to lay the model out over, each reading its own part of the files:
+        from `sharding.make_mesh`, or in words: "data=2,model=4", or "auto", which is
+        all devices, as many of them for a row as divide the network. Everything that
+        takes the model then runs on them.
 
     Returns:
-      The model, its parameters on the default device.
+      The model, its parameters on the default device, or over the mesh.
 
     Raises:
       CheckpointError: the checkpoint is missing, damaged, or of an unsupported kind;
         the message names the file, tensor or key.
-      ValueError: JAX has no device to put it on, or `max_positions` is more than the
-        checkpoint was made for.
+      ValueError: JAX has no device to put it on, the mesh does not divide it, or
+        `max_positions` is more than the checkpoint was made for.
     """
     folder = locate(name, revision=revision)
     check_devices()
     if dtype is None and jax.default_backend() == "cpu":
         dtype = "float32"
-    config, params = read_network(folder, dtype=dtype, follow_links=follow_links)
-    config = limited(config, max_positions)
+    network, params = read_network(
+        folder, dtype=dtype, follow_links=follow_links, mesh=mesh
+    )
+    config = limited(network.config, max_positions)
+    network = network.clone(config=config)
     if folder.is_file():
         header = gguf_header.read_header(folder)
         tokenizer = gguf_tokenizer.read_tokenizer(header)
-        stop_ids = gguf_config.stop_ids(header, config.vocab_size)
+        stop_ids = gguf_config.stop_ids(header, network.config.vocab_size)
     else:
         tokenizer = hf_tokenizer.read_tokenizer(folder)
         stop_ids = hf_generation.stop_ids(folder)
     return LanguageModel(
         name=str(name),
         folder=folder,
-        network=Decoder(config),
+        network=network,
         params=params,
         tokenizer=tokenizer,
         stop_ids=stop_ids,
@@ -225,32 +236,55 @@ def locate(name: str | os.PathLike[str], *, revision: str | None = None) -> Path
 
 
 def read_network(
-    folder: Path, *, dtype: str | None, follow_links: bool = False
-) -> tuple[Config, dict[str, Any]]:
+    folder: Path,
+    *,
+    dtype: str | None,
+    follow_links: bool = False,
+    mesh: Mesh | str | None = None,
+) -> tuple[Decoder, dict[str, Any]]:
     """Read what `locate` has found.
 
     Args:
       folder: a folder or a GGUF file.
       dtype: of the parameters; None is the checkpoint's own.
       follow_links: see `load`.
+      mesh: see `load`.
 
     Returns:
-      The network's configuration, and its parameters on the default device.
+      The network, and its parameters on the default device, or over the mesh.
 
     Raises:
       CheckpointError: the checkpoint is damaged, or of an unsupported kind.
     """
+    read: Callable[..., dict[str, Any]]
     if folder.is_file():
         header = gguf_header.read_header(folder)
         config = gguf_config.read_config(header)
-        return config, gguf_weights.read_weights(header, config, dtype=dtype)
-    if orbax_copy.is_orbax_copy(folder):
-        return orbax_copy.load_orbax(folder, dtype=dtype)
-    checkpoint.check_adapter(folder)
-    config = hf_config.read_config(folder)
-    return config, hf_weights.read_weights(
-        folder, config, dtype=dtype, follow_links=follow_links
-    )
+        read = functools.partial(gguf_weights.read_weights, header, config)
+    elif orbax_copy.is_orbax_copy(folder):
+        config = orbax_copy.read_orbax_config(folder)
+        read = functools.partial(_orbax, folder)
+    else:
+        checkpoint.check_adapter(folder)
+        config = hf_config.read_config(folder)
+        read = functools.partial(
+            hf_weights.read_weights, folder, config, follow_links=follow_links
+        )
+    network, where = _laid_out(config, mesh)
+    return network, read(dtype=dtype, shardings=where, shards=network.shards)
+
+
+def _orbax(folder: Path, **options: Any) -> dict[str, Any]:
+    return orbax_copy.load_orbax(folder, **options)[1]
+
+
+def _laid_out(config: Config, mesh: Mesh | str | None) -> tuple[Decoder, Any]:
+    """Return the network that knows its layout, and where each parameter goes."""
+    if mesh is None:
+        return Decoder(config), None
+    mesh = sharding.resolve(mesh, config)
+    network = Decoder(config, shards=sharding.shards_of(mesh))
+    return network, sharding.parameter_shardings(parameter_shapes(config), mesh)
 
 
 def save(lm: LanguageModel, folder: str | os.PathLike[str], **options: Any) -> None:
@@ -260,7 +294,15 @@ def save(lm: LanguageModel, folder: str | os.PathLike[str], **options: Any) -> N
       lm: the model.
       folder: a new folder; nothing appears under this name until all is written.
       **options: of `jaxkv.models.orbax_copy.save_orbax`.
+
+    Raises:
+      ValueError: the model is laid out over a mesh.
     """
+    if lm.network.shards != (1, 1):
+        raise ValueError(
+            f"save: {lm.name} is laid out over a mesh, its columns in another order; "
+            "load it without mesh= and save that."
+        )
     orbax_copy.save_orbax(lm.params, lm.config, folder, source=lm.folder, **options)
 
 

@@ -5,8 +5,8 @@ ids.
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import Generic, NamedTuple, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -163,3 +163,17 @@ def is_stop(tokens: jax.Array, stop_ids: jax.Array) -> jax.Array:
     """Return which of the tokens `[B, N]` are stop ids, `[E]` or `[B, E]`; bool."""
     of_rows = stop_ids if stop_ids.ndim == 2 else stop_ids[None]
     return (tokens[:, :, None] == of_rows[:, None]).any(-1)
+
+
+def alternatives(noted: LogProbs, lengths: Sequence[int]) -> Any:
+    """Return the likeliest tokens in place of each one, None where none were noted."""
+    if not noted.tokens.shape[-1]:
+        return None
+    rows = zip(noted.tokens.tolist(), noted.values.tolist(), lengths, strict=True)
+    return tuple(
+        tuple(
+            dict(zip(*one, strict=True))
+            for one in zip(tokens[:length], values[:length], strict=True)
+        )
+        for tokens, values, length in rows
+    )

@@ -1,9 +1,7 @@
 """Weights and cache over several devices: which axis of which array is cut how.
 
 ```python
-mesh = sharding.make_mesh(data=2, model=4)  # rows over 2, heads over 4
-network, params = sharding.spread(lm.network, lm.params, mesh)
-lm = dataclasses.replace(lm, network=network, params=params)
+lm = jaxkv.load("Qwen/Qwen3-8B", mesh="data=2,model=4")  # rows over 2, heads over 4
 jaxkv.generate(lm, prompts)
 ```
 
@@ -24,17 +22,19 @@ Not supported: cutting the slots or the layers.
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxkv.kernels.per_shard import AXES, COPIES, DATA, MODEL, partition_spec
-from jaxkv.models import layout
+from jaxkv.models import layout, placing
 from jaxkv.models.config import Config
-from jaxkv.models.decoder import Decoder, parameter_axes
+from jaxkv.models.decoder import Decoder, parameter_axes, parameter_shapes
 from jaxkv.state import KVState
 
 
@@ -52,6 +52,53 @@ def make_mesh(*, data: int = 1, model: int = 1, devices: Any = None) -> Mesh:
         axis_types=(AxisType.Auto,) * 3,  # XLA finds the shardings in between
         devices=devices,
     )
+
+
+def resolve(mesh: Mesh | str, config: Config) -> Mesh:
+    """Return the mesh that is named, for this network.
+
+    Args:
+      mesh: from `make_mesh`, or in words: "data=2,model=4", or "auto", which is all
+        devices, as many of them for a row as divide the network.
+      config: of the network.
+
+    Raises:
+      ValueError: the words are no mesh, there are too few devices, or it does not
+        divide the network.
+    """
+    if isinstance(mesh, str):
+        mesh = make_mesh(**_sizes(mesh, config, jax.device_count()))
+    return for_network(mesh, config)
+
+
+def _sizes(words: str, config: Config, devices: int) -> dict[str, int]:
+    """Return what `make_mesh` takes, or raise ValueError."""
+    if words == "auto":
+        spread = _spreads(config)
+        model = max(
+            n for n in _fitting(config, devices if spread else 1) if devices % n == 0
+        )
+        return dict(data=devices // model, model=model)
+    pairs = [part.strip().partition("=") for part in words.split(",")]
+    sizes = {name: int(size) for name, _, size in pairs if size.isdecimal()}
+    known = sizes.keys() <= {DATA, MODEL} and all(sizes.values())
+    if not known or len(sizes) < len(pairs):
+        raise ValueError(
+            f"mesh: expected auto, or numbers of devices such as data=2,model=4, got "
+            f"{words!r}."
+        )
+    count = math.prod(sizes.values())
+    if count > devices:
+        raise ValueError(
+            f"mesh: {words} takes {count} devices, but JAX finds {devices}; use fewer, "
+            "or auto."
+        )
+    return sizes
+
+
+def _spreads(config: Config) -> bool:
+    """Return whether more than one device can share out a row of the network."""
+    return not config.qk_norm or config.qk_norm_per_head
 
 
 def for_network(mesh: Mesh, config: Config) -> Mesh:
@@ -91,24 +138,14 @@ def check(config: Config, mesh: Any) -> None:
       mesh: from `make_mesh`.
     """
     count, heads = devices_of_a_row(mesh), config.num_kv_heads
-    if count > 1 and config.qk_norm and not config.qk_norm_per_head:
+    if count > 1 and not _spreads(config):
         raise ValueError(
             "sharding: this network normalises queries and keys over all heads at once "
             f"(OLMo 2), and does not spread them over model={count} devices; use "
             "model=1, and data= for rows."
         )
-    others = {
-        "feed-forward columns": config.intermediate_size,
-        "experts": config.experts.count if config.experts else 0,
-        "columns of query heads": config.num_heads * config.head_dim,
-        "entries of the vocabulary": config.vocab_size,
-    }
-    fits = [
-        number
-        for number in range(1, count + 1)
-        if not (heads % number and number % heads)
-        and not any(size % number for size in others.values())
-    ]
+    others = _columns(config)
+    fits = _fitting(config, count)
     if count in fits:
         return
     what, size = next(
@@ -119,6 +156,27 @@ def check(config: Config, mesh: Any) -> None:
         f"sharding: {size} {what} do not divide over model={count} devices; this "
         f"network takes model={_list(fits)}."
     )
+
+
+def _columns(config: Config) -> dict[str, int]:
+    """Return by name what all devices of a row must divide."""
+    return {
+        "feed-forward columns": config.intermediate_size,
+        "experts": config.experts.count if config.experts else 0,
+        "columns of query heads": config.num_heads * config.head_dim,
+        "entries of the vocabulary": config.vocab_size,
+    }
+
+
+def _fitting(config: Config, most: int) -> list[int]:
+    """Return how many devices may share out a row of the network, up to `most`."""
+    heads = config.num_kv_heads
+    return [
+        number
+        for number in range(1, most + 1)
+        if not (heads % number and number % heads)
+        and not any(size % number for size in _columns(config).values())
+    ]
 
 
 def _list(numbers: list[int]) -> str:
@@ -176,6 +234,15 @@ def state_specs(state: KVState) -> KVState:
     return dataclasses.replace(state, **specs)
 
 
+def state_shardings(state: KVState, mesh: Mesh) -> KVState:
+    """Return where every array of a layer's state lies, as a state like it."""
+    return jax.tree.map(
+        lambda spec: NamedSharding(mesh, spec),
+        state_specs(state),
+        is_leaf=lambda x: isinstance(x, P),
+    )
+
+
 def spread(network: Decoder, params: Any, mesh: Mesh) -> tuple[Decoder, Any]:
     """Lay a network's parameters out over a mesh, each device with its part of them.
 
@@ -201,13 +268,41 @@ def spread(network: Decoder, params: Any, mesh: Mesh) -> tuple[Decoder, Any]:
 
     def place(path, leaf, sharding):
         columns = layout.order(network.config, path[-1].key, network.shards)
-        whole = np.asarray(leaf)
-        if columns is not None:
-            whole = whole[..., columns]
-        return jax.make_array_from_callback(
-            whole.shape, sharding, lambda index: whole[index]
-        )
+        return placing.distribute(np.asarray(leaf), sharding, columns)
 
     return network, jax.tree_util.tree_map_with_path(
         place, params, parameter_shardings(params, mesh)
     )
+
+
+def random_parameters(
+    config: Config, key: jax.Array, dtype: jax.typing.DTypeLike, mesh: Mesh
+) -> tuple[Decoder, Any]:
+    """Draw parameters over a mesh, each device its own part, for benchmarks.
+
+    Args:
+      config: the network.
+      key: PRNG key; it is consumed.
+      dtype: of every leaf.
+      mesh: see `for_network`.
+
+    Returns:
+      The network that knows the layout, and its parameters.
+    """
+    mesh = for_network(mesh, config)
+    shapes = parameter_shapes(config)
+    keys = jax.random.split(key, len(jax.tree.leaves(shapes)))
+    keys = jax.tree.unflatten(jax.tree.structure(shapes), list(keys))
+
+    def draw(path, leaf, where, key):
+        def make(key):
+            if path[-1].key.endswith("norm"):
+                return jnp.ones(leaf.shape, dtype)
+            return 0.02 * jax.random.normal(key, leaf.shape, dtype)
+
+        return jax.jit(make, out_shardings=where)(key)
+
+    params = jax.tree_util.tree_map_with_path(
+        draw, shapes, parameter_shardings(shapes, mesh), keys
+    )
+    return Decoder(config, shards=shards_of(mesh)), params

@@ -6,6 +6,7 @@ is on its device before the next is touched. So the host holds one parameter, an
 a second copy of the weights.
 """
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,12 +14,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxkv.models import placing
 from jaxkv.models.checkpoint import CheckpointError
 from jaxkv.models.config import Config
 from jaxkv.models.gguf_config import EMBEDDING, FAMILIES
 from jaxkv.models.gguf_header import Header, Tensor
 from jaxkv.models.gguf_rope import TENSORS
 from jaxkv.models.hf_weights import check_dtype
+from jaxkv.models.layout import checkpoint_spans
+from jaxkv.models.layout import order as columns_in_order
 from jaxkv.models.parameter_plan import (
     Parts,
     arranged,
@@ -68,7 +72,12 @@ _BEHIND = {
 
 
 def read_weights(
-    header: Header, config: Config, *, dtype: str | None, shardings: Any = None
+    header: Header,
+    config: Config,
+    *,
+    dtype: str | None,
+    shardings: Any = None,
+    shards: tuple[int, int] = (1, 1),
 ) -> dict[str, Any]:
     """Read the weights of a GGUF file into the parameter tree of `Decoder(config)`.
 
@@ -78,7 +87,10 @@ def read_weights(
       dtype: "float32", "bfloat16" or "float16" for every parameter; None is the type
         of the embedding; if that is quantised, float32 on CPU and bfloat16 elsewhere.
       shardings: a tree like the result with a `jax.sharding.Sharding` or a device at
-        every leaf; None puts everything on the default device.
+        every leaf; None puts everything on the default device. Of a matrix that is cut
+        over a mesh, each device's rows are read alone, and of columns all rows, some at
+        a time; experts are read a layer at a time.
+      shards: how fused columns lie; see `layout`.
 
     Returns:
       The parameter tree, as `parameter_shapes(config)` describes it.
@@ -102,20 +114,29 @@ def read_weights(
     for path, parts in plan.items():
         tensors = [header.tensors[name] for name in parts]
         turned = len(tensors[0].shape) == 2 and path != ("embedding",)
+        where, order = at(shardings, path), orders.get(path)
         try:
-            order = orders.get(path)
-            array = _join(file, tensors, order, target_dtype, turned=turned)
-            if not turned:
-                array = arranged(path, array, config)
+            if placing.is_cut(where) and len(tensors[0].shape) == 2:
+                spans = functools.partial(checkpoint_spans, config, path[-1], shards)
+                read = functools.partial(_rows, file, tensors, order, target_dtype)
+                shape = sum(t.shape[0] for t in tensors), tensors[0].shape[1]
+                shape = shape[::-1] if turned else shape
+                placed = placing.place(shape, where, read, spans, turned=turned)
+            else:
+                array = _join(file, tensors, order, target_dtype, turned=turned)
+                if not turned:
+                    array = arranged(path, array, config)
+                columns = columns_in_order(config, path[-1], shards)
+                placed = placing.put(array, where, columns)
+                del array
         except CheckpointError as error:
             raise header.error(str(error)) from None
         node = params
         for key in path[:-1]:
             node = node.setdefault(key, {})
         # Wait, or host copies pile up.
-        placed = jax.device_put(array, at(shardings, path))
         node[path[-1]] = placed.block_until_ready()
-        del array
+        del placed
     return params
 
 
@@ -203,23 +224,46 @@ def _join(
     return array
 
 
+def _rows(file, tensors, order, dtype, span, columns) -> np.ndarray:
+    """Read some rows of the matrices of one parameter, and some of their columns."""
+    wanted = np.arange(*span) if order is None else np.argsort(order)[slice(*span)]
+    found = np.empty((len(wanted), columns[1] - columns[0]), dtype)
+    begin = 0
+    for tensor in tensors:
+        count = tensor.shape[0]
+        (mine,) = np.nonzero((wanted >= begin) & (wanted < begin + count))
+        table = file[tensor.offset :][: count * tensor.row_bytes].reshape(count, -1)
+        size = max(1, _CHUNK // tensor.shape[-1])
+        for some_rows in (mine[i : i + size] for i in range(0, len(mine), size)):
+            numbers = _numbers(table[wanted[some_rows] - begin], tensor)
+            found[some_rows] = numbers[:, slice(*columns)]
+        begin += count
+    return found
+
+
 def _chunks(file: np.ndarray, tensor: Tensor) -> Iterator[tuple[int, np.ndarray]]:
     """Yield the numbers along the first axis in float32, and the index of each part."""
-    from gguf.constants import GGMLQuantizationType
-    from gguf.quants import dequantize
-
     size = max(1, _CHUNK // tensor.shape[-1])
     for first in range(0, tensor.rows, size):
         count = min(size, tensor.rows - first)
         start = tensor.offset + first * tensor.row_bytes
         raw = np.asarray(file[start : start + count * tensor.row_bytes])
-        # Blocks know nothing of rows, and the package takes few rows at a time.
-        with np.errstate(all="ignore"):
-            rows = dequantize(raw[None], GGMLQuantizationType[tensor.type])
-        rows = rows.reshape(count, -1)
-        if not np.isfinite(rows).all():
-            raise CheckpointError(
-                f"tensor {tensor.name} is damaged, it holds NaN or infinite numbers; "
-                "fetch the file again."
-            )
+        rows = _numbers(raw.reshape(count, -1), tensor)
         yield first, rows if len(tensor.shape) > 1 else rows[0]
+
+
+def _numbers(raw: np.ndarray, tensor: Tensor) -> np.ndarray:
+    """Return the numbers of some rows in float32, or raise CheckpointError."""
+    from gguf.constants import GGMLQuantizationType
+    from gguf.quants import dequantize
+
+    # Blocks know nothing of rows, and the package takes few rows at a time.
+    with np.errstate(all="ignore"):
+        rows = dequantize(raw.reshape(1, -1), GGMLQuantizationType[tensor.type])
+    rows = rows.reshape(len(raw), -1)
+    if not np.isfinite(rows).all():
+        raise CheckpointError(
+            f"tensor {tensor.name} is damaged, it holds NaN or infinite numbers; "
+            "fetch the file again."
+        )
+    return rows

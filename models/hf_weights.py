@@ -2,7 +2,7 @@
 
 All headers are checked before the first tensor is read. Then the tensors are read one
 parameter at a time, each placed on its device before the next is touched, so the host
-never holds the weights twice.
+never holds the weights twice. Over a mesh, each device reads its own part.
 """
 
 import contextlib
@@ -11,7 +11,7 @@ import itertools
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -20,10 +20,13 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from jaxkv.models import placing
 from jaxkv.models.checkpoint import CheckpointError, read_json
 from jaxkv.models.config import Config
 from jaxkv.models.hf_packed import FP8, Dequantised, Tensor, dequantised
 from jaxkv.models.hf_quantised import read_scheme
+from jaxkv.models.layout import checkpoint_spans
+from jaxkv.models.layout import order as columns_in_order
 from jaxkv.models.parameter_plan import (
     EMBEDDING,
     HEAD,
@@ -50,6 +53,7 @@ def read_weights(
     *,
     dtype: str | None,
     shardings: Any = None,
+    shards: tuple[int, int] = (1, 1),
     follow_links: bool = False,
 ) -> dict[str, Any]:
     """Read the weights of a checkpoint into the parameter tree of `Decoder(config)`.
@@ -64,7 +68,10 @@ def read_weights(
       dtype: "float32", "bfloat16" or "float16" for every parameter; None keeps the
         type in which the checkpoint stores its embedding.
       shardings: a tree like the result with a `jax.sharding.Sharding` or a device at
-        every leaf; None puts everything on the default device.
+        every leaf; None puts everything on the default device. Of what is cut over a
+        mesh, each device's part is read alone; what is packed, in another order, or of
+        experts, one parameter at a time.
+      shards: how fused columns lie; see `layout`.
       follow_links: read files of the folder that are links to somewhere else, not
         only those of the Hub's cache.
 
@@ -86,16 +93,23 @@ def read_weights(
         if dtype is None:
             dtype = _FLOATS[tensors[EMBEDDING].dtype]
         for path, parts in plan.items():
-            array = _join([tensors[name] for name in parts], orders.get(path))
-            array = arranged(path, array, config)
+            needed, order = [tensors[name] for name in parts], orders.get(path)
             target = at(shardings, path)
+            if placing.is_cut(target) and order is None and _in_parts(needed):
+                spans = functools.partial(checkpoint_spans, config, path[-1], shards)
+                turned = len(needed[0].shape) == 2 and path != ("embedding",)
+                placed = _place(needed, target, spans, turned=turned)
+            else:
+                array = arranged(path, _join(needed, order), config)
+                columns = columns_in_order(config, path[-1], shards)
+                placed = placing.put(array, target, columns)
+                del array
             node = params
             for key in path[:-1]:
                 node = node.setdefault(key, {})
             # Cast where it is fast, on the device; wait, or host copies pile up.
-            placed = jax.device_put(array, target).astype(dtype)
-            node[path[-1]] = placed.block_until_ready()
-            del array
+            node[path[-1]] = placed.astype(dtype).block_until_ready()
+            del placed
     return params
 
 
@@ -137,14 +151,22 @@ class _Tensor:
         self.dtype = header.get_dtype()
         self._file = file
 
-    def read(self, start: int | None = None, stop: int | None = None) -> np.ndarray:
-        """Return the values, or those of some rows, in the stored type."""
+    def read(
+        self,
+        start: int | None = None,
+        stop: int | None = None,
+        columns: placing.Span | None = None,
+    ) -> np.ndarray:
+        """Return the values, or those of some rows and columns, in the stored type."""
         try:
             if self.dtype == FP8:
                 return _bytes(self.path, self.name).reshape(self.shape)[start:stop]
             if start is None:
                 return self._file.get_tensor(self.name)
-            return self._file.get_slice(self.name)[start:stop]
+            part = self._file.get_slice(self.name)
+            if columns is None:
+                return part[start:stop]
+            return part[start:stop, columns[0] : columns[1]]
         except (SafetensorError, OSError) as error:
             raise CheckpointError(
                 f"{self.path}: tensor {self.name} cannot be read ({error}); fetch the "
@@ -305,6 +327,36 @@ def _check_tie(embedding: Tensor, head: Tensor) -> None:
         )
 
 
+def _in_parts(parts: Sequence[Tensor]) -> bool:
+    """Return whether some rows and columns of tensors can be read alone."""
+    return all(isinstance(part, _Tensor) and len(part.shape) < 3 for part in parts)
+
+
+def _place(parts: Sequence[Any], sharding, spans, *, turned: bool) -> jax.Array:
+    """Read the parts of one parameter, each device its own share of it."""
+    dtype = _common_dtype(parts)
+    shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
+
+    def read(rows, columns):
+        pieces, begin = [], 0
+        for part in parts:
+            low = max(rows[0] - begin, 0)
+            high = min(rows[1] - begin, part.shape[0])
+            if low < high:
+                pieces.append(part.read(low, high, columns))
+            begin += part.shape[0]
+        return np.concatenate(pieces).astype(dtype, copy=False)
+
+    shape = shape[::-1] if turned else shape
+    return placing.place(shape, sharding, read, spans, turned=turned)
+
+
+def _common_dtype(parts: Sequence[Tensor]) -> np.dtype:
+    """Return the type of the numbers of a parameter: theirs, or float32."""
+    stored = {_FLOATS[part.dtype] for part in parts}
+    return jnp.dtype(stored.pop() if len(stored) == 1 else "float32")
+
+
 def _join(parts: list[Tensor], order: np.ndarray | None) -> np.ndarray:
     """Read the parts of one parameter into one array, `[out, in]` or `[size]`.
 
@@ -312,8 +364,7 @@ def _join(parts: list[Tensor], order: np.ndarray | None) -> np.ndarray:
       parts: its tensors, one behind the other.
       order: where each row belongs; None is where it is.
     """
-    stored = {_FLOATS[part.dtype] for part in parts}
-    dtype = jnp.dtype(stored.pop() if len(stored) == 1 else "float32")
+    dtype = _common_dtype(parts)
     if len(parts) == 1 and order is None:
         return parts[0].read().astype(dtype, copy=False)
     rows = sum(part.shape[0] for part in parts)

@@ -65,6 +65,29 @@ def shard_spans(config, name: str, shards: tuple[int, int]) -> tuple[Spans, ...]
     )
 
 
+def checkpoint_spans(
+    config, name: str, shards: tuple[int, int], first: int, last: int
+) -> Spans:
+    """Return which columns of the checkpoint lie from `first` on, before `last`.
+
+    Args:
+      config: of the network.
+      name: of a parameter.
+      shards: see the module.
+      first: column of the laid out parameter.
+      last: the one behind the last.
+    """
+    if not fused_sizes(config, name) or shards == (1, 1):
+        return ((first, last),)
+    found, begin = [], 0
+    for start, stop in itertools.chain(*shard_spans(config, name, shards)):
+        low, high = max(first, begin), min(last, begin + stop - start)
+        if low < high:
+            found.append((start + low - begin, start + high - begin))
+        begin += stop - start
+    return tuple(found)
+
+
 def order(config, name: str, shards: tuple[int, int]) -> np.ndarray | None:
     """Return which column of the checkpoint lies in each place, int32 `[F]`.
 

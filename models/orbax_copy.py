@@ -14,7 +14,7 @@ from typing import Any
 import jax
 
 from jaxkv.kernels.experts import Gate
-from jaxkv.models import gguf_tokenizer
+from jaxkv.models import gguf_tokenizer, layout
 from jaxkv.models.checkpoint import TEXT_FILES, CheckpointError, read_json
 from jaxkv.models.config import Config, Experts, LayerKind
 from jaxkv.models.decoder import parameter_shapes
@@ -97,8 +97,21 @@ def save_orbax(
         (partial / _MARKER).write_text(json.dumps(marker, indent=2) + "\n", "utf-8")
 
 
+def read_orbax_config(folder: str | Path) -> Config:
+    """Return the network's configuration of a copy.
+
+    Raises:
+      CheckpointError: if the folder's marker is of another format, or damaged.
+    """
+    return _read_marker(Path(folder) / _MARKER)[0]
+
+
 def load_orbax(
-    folder: str | Path, *, dtype: str | None = None, shardings: Any = None
+    folder: str | Path,
+    *,
+    dtype: str | None = None,
+    shardings: Any = None,
+    shards: tuple[int, int] = (1, 1),
 ) -> tuple[Config, dict[str, Any]]:
     """Read a copy back.
 
@@ -106,7 +119,8 @@ def load_orbax(
       folder: a folder written by `save_orbax`.
       dtype: "float32", "bfloat16" or "float16"; None keeps the saved type.
       shardings: a tree like the parameters with a `jax.sharding.Sharding` at every
-        leaf; None puts everything on the default device.
+        leaf; None puts everything on the default device. Each device reads its part.
+      shards: how fused columns lie, see `layout`; devices exchange columns for it.
 
     Returns:
       The network's configuration and its parameter tree.
@@ -136,13 +150,21 @@ def load_orbax(
     )
     try:
         with checkpointer() as orbax:
-            return config, orbax.restore(folder / _PARAMS, wanted)
+            found = orbax.restore(folder / _PARAMS, wanted)
     # Orbax and TensorStore raise several unrelated classes for damaged files.
     except Exception as error:
         raise CheckpointError(
             f"{folder / _PARAMS} is damaged or does not fit {_MARKER} "
             f"({str(error)[:300]}); save the copy again."
         ) from error
+
+    def lay_out(path, leaf, sharding):
+        columns = layout.order(config, path[-1].key, shards)
+        if columns is None:
+            return leaf
+        return jax.jit(lambda x: x[..., columns], out_shardings=sharding)(leaf)
+
+    return config, jax.tree_util.tree_map_with_path(lay_out, found, shardings)
 
 
 def _check_params(params: dict[str, Any], config: Config) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxkv import generation
+from jaxkv import generation, sharding
 from jaxkv import state as kv
 from jaxkv.attention import Network
 from jaxkv.bench import clock
@@ -25,6 +25,7 @@ from jaxkv.bench.kernel_trace import Kernel, trace_kernels
 from jaxkv.models.config import Config
 from jaxkv.options import Options
 from jaxkv.policies.base import DecodePolicy
+from jaxkv.runtime.meshes import mesh_of
 from jaxkv.runtime.seeds import row_keys
 from jaxkv.sequences import Generation
 from jaxkv.state import Cache
@@ -44,7 +45,8 @@ class DecodeTiming:
       state_bytes: of the whole cache, bookkeeping included.
       weight_bytes: that a step must read; see `weight_bytes`.
       kv_bytes: of all keys and values, which a step must read.
-      floor_ms: weights, keys and values over the copy bandwidth.
+      floor_ms: weights, keys and values over the copy bandwidth; over a mesh, one
+        device's share of them, without the time of exchanges.
       ratio_to_floor: `step_ms / floor_ms`.
       trace_seconds: see `compiling.Seconds`.
       compile_seconds: see `compiling.Seconds`.
@@ -53,8 +55,8 @@ class DecodeTiming:
       temp_bytes: the temporaries alone. A copied cache would show here.
       peak_bytes: highest use of the device's memory so far in this process, making the
         random weights included; None where the device does not tell.
-      kernels: of one step, by name, the longest first; empty if not asked for, or where
-        there is no GPU.
+      kernels: of one step, by name, the longest first, the mean of all devices; empty
+        if not asked for, or where there is no GPU.
     """
 
     batch: int
@@ -111,15 +113,21 @@ def floor_ms(num_bytes: float, bandwidth: float) -> float:
 
 
 def full_cache(
-    config: Config, *, batch: int, slots: int, dtype: jax.typing.DTypeLike, key: Any
+    config: Config,
+    *,
+    batch: int,
+    slots: int,
+    dtype: jax.typing.DTypeLike,
+    key: Any,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> Cache:
     """Return states whose slots are all occupied, slot `s` by position `s`.
 
     All rows hold the same random numbers, so that making them needs little memory
-    beside the cache itself, which may fill the device.
+    beside the cache itself, which may fill the device. Over a mesh, each device makes
+    its own part.
     """
 
-    @jax.jit
     def layer(key):
         shape = (batch, config.num_kv_heads, slots, config.head_dim)
         row = (1, *shape[1:])
@@ -132,7 +140,11 @@ def full_cache(
             target=jnp.zeros(shape[:2], jnp.int32),
         )
 
-    return tuple(layer(k) for k in jax.random.split(key, config.num_layers))
+    where = None
+    if mesh is not None:
+        where = sharding.state_shardings(jax.eval_shape(layer, key), mesh)
+    make = jax.jit(layer, out_shardings=where)
+    return tuple(make(k) for k in jax.random.split(key, config.num_layers))
 
 
 def rewind(
@@ -175,7 +187,7 @@ def rewind(
         )
         for state in cache
     )
-    return Generation(
+    begun: Generation[None] = Generation(
         tokens=jnp.full((batch, steps), -1, jnp.int32),
         lengths=jnp.zeros(batch, jnp.int32),
         done=jnp.zeros(batch, bool),
@@ -187,6 +199,16 @@ def rewind(
         seen=None,
         speculation=None,
     )
+    mesh = mesh_of(cache[0].keys)
+    if mesh is None:
+        return begun
+    # Where the loop leaves it, so that no call moves it.
+    states = tuple(
+        jax.device_put(x, sharding.state_shardings(x, mesh)) for x in begun.cache
+    )
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    rest = jax.device_put(dataclasses.replace(begun, cache=()), everywhere)
+    return dataclasses.replace(rest, cache=states)
 
 
 def time_decode(
@@ -220,13 +242,14 @@ def time_decode(
     Raises:
       RuntimeError: see `time_calls`.
     """
-    config = network.config
+    config, mesh = network.config, mesh_of(params)
     cache = full_cache(
         config,
         batch=batch,
         slots=options.num_slots(context - steps, steps),
         dtype=params["embedding"].dtype,
         key=jax.random.key(1),
+        mesh=mesh,
     )
     where: dict[str, Any] = dict(steps=steps, context=context, policy=options.decode)
     state = rewind(cache, **where)
@@ -237,12 +260,22 @@ def time_decode(
         state = jax.block_until_ready(rewind(cache, **where))
         # Made and waited for before, so that their kernels are not among the step's.
         ends = jax.block_until_ready(loop_ends(state))
-        kernels, state = trace_kernels(lambda: program(params, state, *ends), steps)
+        shared = steps * (1 if mesh is None else mesh.size)
+        kernels, state = trace_kernels(lambda: program(params, state, *ends), shared)
         cache = state.cache
     median = statistics.median(calls)
     weights = weight_bytes(params, config, batch=batch)
     kv_bytes = key_value_bytes(cache)
-    floor = floor_ms(weights + kv_bytes, bandwidth)
+    # Each device reads its own share.
+    shares = (
+        (1, 1)
+        if mesh is None
+        else (
+            sharding.devices_of_a_row(mesh),
+            mesh.shape["model"] * mesh.shape["data"],
+        )
+    )
+    floor = floor_ms(weights / shares[0] + kv_bytes / shares[1], bandwidth)
     return DecodeTiming(
         batch=batch,
         slots=cache[0].slots,

@@ -14,6 +14,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from jaxkv.bench import clock, compiling, decode_step
+from jaxkv.cli import flags
 from jaxkv.cli.bench_flags import (
     CopyGib,
     Decoding,
@@ -26,6 +27,7 @@ from jaxkv.cli.bench_flags import (
 from jaxkv.cli.groups import grouped
 from jaxkv.cli.terminal import right_aligned
 from jaxkv.models.decoder import Decoder
+from jaxkv.runtime.meshes import mesh_of
 from jaxkv.text.planning import bucket
 
 
@@ -44,6 +46,7 @@ def decode(
         bool, typer.Option("--profile", help="Add each kernel's time (GPUs).")
     ] = False,
     copy_gib: CopyGib = None,
+    mesh: flags.Mesh = None,
     output: Output,
 ) -> None:
     """Time decode steps on a full cache, against the memory they must read."""
@@ -54,7 +57,8 @@ def decode(
     # Before the weights, which may leave no room for it.
     bandwidth = clock.copy_bandwidth(copy_bytes(copy_gib))
     with console.status("weights"):
-        name, network, params = source.load(decoding.dtype)
+        name, network, params = source.load(decoding.dtype, mesh=mesh)
+    laid = mesh_of(params)
     rows = []
     for rows_of_batch in batches:
         with console.status(f"batch {rows_of_batch}"):
@@ -73,6 +77,7 @@ def decode(
             )
     result = header_of("decode", name, options, params["embedding"].dtype) | {
         "context": context,
+        "mesh": None if laid is None else dict(laid.shape),
         "copy_bytes_per_second": bandwidth,
         "rows": [dataclasses.asdict(row) for row in rows],
     }

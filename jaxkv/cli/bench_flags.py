@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import typer
 from rich.console import Console
 
-from jaxkv import registry
+from jaxkv import registry, sharding
 from jaxkv.cli import flags, parsing
 from jaxkv.kernels.decode import Implementation
 from jaxkv.language_model import NEEDLE, LanguageModel, load
@@ -43,14 +43,19 @@ class Source:
     ] = None
     follow_links: flags.FollowLinks = False
 
-    def load(self, dtype: str | None) -> tuple[str, Decoder, Any]:
-        """Return a name, a network and its parameters."""
+    def load(
+        self, dtype: str | None, *, mesh: str | None = None
+    ) -> tuple[str, Decoder, Any]:
+        """Return a name, a network and its parameters, over a mesh if one is named."""
         if self.shape is None:
-            lm = self._model(dtype)
+            lm = self._model(dtype, mesh)
             return lm.name, lm.network, lm.params
         name, config, dtype_ = self.sizes(dtype)
-        params = random_parameters(config, jax.random.key(0), dtype_)
-        return name, Decoder(config), params
+        key = jax.random.key(0)
+        if mesh is None:
+            return name, Decoder(config), random_parameters(config, key, dtype_)
+        found = sharding.resolve(mesh, config)
+        return name, *sharding.random_parameters(config, key, dtype_, found)
 
     def sizes(self, dtype: str | None) -> tuple[str, Config, jnp.dtype]:
         """Return a name, the sizes and the dtype of parameters.
@@ -67,9 +72,9 @@ class Source:
             )
         return self.shape, SHAPES[self.shape], random_dtype(dtype)
 
-    def _model(self, dtype: str | None) -> LanguageModel:
+    def _model(self, dtype: str | None, mesh: str | None = None) -> LanguageModel:
         name = self.model or NEEDLE
-        return load(name, dtype=dtype, follow_links=self.follow_links)
+        return load(name, dtype=dtype, follow_links=self.follow_links, mesh=mesh)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

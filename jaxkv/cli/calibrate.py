@@ -23,6 +23,7 @@ def calibrate(
     batch_size: flags.BatchSize = 4,
     dtype: flags.Dtype = None,
     follow_links: flags.FollowLinks = False,
+    mesh: flags.Mesh = None,
 ) -> None:
     """Count a network's queries over text, for --decode triattention:stats=FILE."""
     if out.is_dir() or not out.resolve().parent.is_dir():
@@ -32,7 +33,7 @@ def calibrate(
             f"--out {out} is there already; pass --overwrite to replace it."
         )
     texts = [read(path) for path in text]
-    lm = flags.load_model(model, dtype, follow_links=follow_links)
+    lm = flags.load_model(model, dtype, follow_links=follow_links, mesh=mesh)
     longest = min(length, lm.config.max_positions)
     found = calibration.calibrate(lm, texts, length=longest, batch_size=batch_size)
     calibration.save(found, out, model=lm.name, dtype=lm.dtype.name)

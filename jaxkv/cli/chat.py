@@ -55,6 +55,7 @@ def chat(
     seed: flags.Seed = 0,
     dtype: flags.Dtype = None,
     follow_links: flags.FollowLinks = False,
+    mesh: flags.Mesh = None,
 ) -> None:
     """Talk with a model; the cache stays between turns, within the budget."""
     if server is not None:
@@ -90,7 +91,7 @@ def chat(
     }
     sampling.sampler  # noqa: B018 -- looked at before a model is loaded
     lm, read = flags.load_model_and_context(
-        model, dtype, context, document, follow_links=follow_links
+        model, dtype, context, document, follow_links=follow_links, mesh=mesh
     )
     sampler = sampling.sampler_of(lm)
 

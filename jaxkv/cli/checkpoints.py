@@ -75,6 +75,6 @@ def convert(
     folder = locate(model)
     if orbax_copy.is_orbax_copy(folder):
         raise ValueError(f"{folder} is an Orbax copy already.")
-    config, params = read_network(folder, dtype=dtype, follow_links=follow_links)
-    config = limited(config, max_positions)
+    network, params = read_network(folder, dtype=dtype, follow_links=follow_links)
+    config = limited(network.config, max_positions)
     orbax_copy.save_orbax(params, config, out, source=folder, overwrite=overwrite)

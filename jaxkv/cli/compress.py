@@ -98,6 +98,7 @@ def compress(
     ] = "none",
     dtype: flags.Dtype = None,
     follow_links: flags.FollowLinks = False,
+    mesh: flags.Mesh = None,
     batch_size: flags.BatchSize = 8,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an older context.")
@@ -110,7 +111,7 @@ def compress(
         raise ValueError("--system goes with --chat.")
     check_folder(out, overwrite=overwrite)
     records = prompts.read(prompt or [], prompt_file or [])
-    lm = flags.load_model(model, dtype, follow_links=follow_links)
+    lm = flags.load_model(model, dtype, follow_links=follow_links, mesh=mesh)
     documents, parts = _documents(records), []
     for first in range(0, len(documents), batch_size):
         part = compress_documents(

@@ -73,11 +73,12 @@ def demo(
     ] = None,
     dtype: flags.Dtype = None,
     follow_links: flags.FollowLinks = False,
+    mesh: flags.Mesh = None,
 ) -> None:
     """Ask about long documents, with the full cache and with a small one."""
     if picture is not None:
         check_picture(picture)
-    lm = flags.load_model(model, dtype, follow_links=follow_links)
+    lm = flags.load_model(model, dtype, follow_links=follow_links, mesh=mesh)
     run(lm, length=length, budget=budget or length // 8, seed=seed, picture=picture)
 
 
@@ -150,7 +151,9 @@ def draw(lm: LanguageModel, sample: Sample, budget: int) -> Any:
       budget: tokens that are kept.
     """
     (ids,) = encode(lm, [sample.prompt])
-    _, cache = bounded_jit(static_argnames=("network", "options", "slots"))(prefill)(
+    _, cache = bounded_jit(
+        implied=("params",), static_argnames=("network", "options", "slots")
+    )(prefill)(
         *(lm.network, lm.params, jnp.asarray([ids], jnp.int32)),
         jnp.asarray([len(ids)], jnp.int32),
         options=Options(budget=budget, prefill=StreamingLLM()),

@@ -51,6 +51,13 @@ FollowLinks = Annotated[
         "--follow-links", help="Read weights that are links out of their folder."
     ),
 ]
+Mesh = Annotated[
+    str | None,
+    typer.Option(
+        help="Devices to spread the model over: auto, or rows and heads, as in "
+        "data=2,model=4; default: one device."
+    ),
+]
 Budget = Annotated[
     int | None,
     typer.Option(min=1, help="Tokens that each layer and head may keep; default: all."),
@@ -133,10 +140,14 @@ class Kernels:
 
 
 def load_model(
-    model: str, dtype: str | None, *, follow_links: bool = False
+    model: str,
+    dtype: str | None,
+    *,
+    follow_links: bool = False,
+    mesh: str | None = None,
 ) -> LanguageModel:
     """Load the model that the flags name."""
-    return load(model, dtype=dtype, follow_links=follow_links)
+    return load(model, dtype=dtype, follow_links=follow_links, mesh=mesh)
 
 
 def load_model_and_context(
@@ -146,6 +157,7 @@ def load_model_and_context(
     document: int,
     *,
     follow_links: bool,
+    mesh: str | None = None,
 ) -> tuple[LanguageModel, Context | None]:
     """Load the model, and the document of a context if a folder is named.
 
@@ -155,6 +167,7 @@ def load_model_and_context(
       folder: of the context.
       document: which one of it.
       follow_links: of the flags.
+      mesh: of the flags.
 
     Raises:
       ValueError: they do not go together.
@@ -162,11 +175,13 @@ def load_model_and_context(
     if folder is None:
         if document:
             raise ValueError("--document does nothing without --context.")
-        lm = load_model(model or NEEDLE, dtype, follow_links=follow_links)
+        lm = load_model(model or NEEDLE, dtype, follow_links=follow_links, mesh=mesh)
         return lm, None
     identity = read_identity(folder)
     lm = load_model(
-        model or identity.name, dtype or identity.dtype, follow_links=follow_links
+        *(model or identity.name, dtype or identity.dtype),
+        follow_links=follow_links,
+        mesh=mesh,
     )
     context = load_context(folder, lm)
     if document >= len(context):

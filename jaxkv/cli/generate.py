@@ -180,6 +180,7 @@ def generate(
     ] = None,
     dtype: flags.Dtype = None,
     follow_links: flags.FollowLinks = False,
+    mesh: flags.Mesh = None,
     batch_size: flags.BatchSize = 8,
     kernels: flags.Kernels,
     json_: flags.Json = False,
@@ -206,7 +207,7 @@ def generate(
             "--chat and --system come before the document; pass them to jaxkv compress."
         )
     lm, read = flags.load_model_and_context(
-        model, dtype, context, document, follow_links=follow_links
+        model, dtype, context, document, follow_links=follow_links, mesh=mesh
     )
     arguments["sampler"] = sampling.sampler_of(lm)
     # All at once, so that a bad prompt is found before a good one has cost anything.

@@ -59,6 +59,7 @@ def perplexity(
     ] = 8,
     dtype: flags.Dtype = None,
     follow_links: flags.FollowLinks = False,
+    mesh: flags.Mesh = None,
     kernels: flags.Kernels,
     out: Annotated[
         Path | None, typer.Option(help="JSON file; the same command goes on with it.")
@@ -79,7 +80,7 @@ def perplexity(
         check_writable(out.parent)
     names = text or [measuring.PYDOC]
     texts = measuring.read_texts(names)
-    lm = flags.load_model(model, dtype, follow_links=follow_links)
+    lm = flags.load_model(model, dtype, follow_links=follow_links, mesh=mesh)
     if lm.tokenizer is None:
         raise ValueError(f"{lm.name} has no tokenizer, which perplexity needs.")
     if length > lm.config.max_positions:

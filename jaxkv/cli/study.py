@@ -60,6 +60,7 @@ def positions(
         str, typer.Option(help="16 bits would blur what is compared.")
     ] = "float32",
     follow_links: flags.FollowLinks = False,
+    mesh: flags.Mesh = None,
     out: Annotated[
         Path | None, typer.Option(help="Write the JSON to this file.")
     ] = None,
@@ -73,7 +74,7 @@ def positions(
         budgets=parse_budgets(budgets),
         seed=seed,
     )
-    lm = flags.load_model(model, dtype, follow_links=follow_links)
+    lm = flags.load_model(model, dtype, follow_links=follow_links, mesh=mesh)
     drawn = DEVELOPMENT_SEED if development else REPORT_SEED
     cell = Cell(task=task, length=length)
     questions = draw_questions(lm, [cell], samples=samples, seed=drawn)

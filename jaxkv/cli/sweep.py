@@ -51,6 +51,7 @@ class Sweep:
       pictures: whether to draw; None where matplotlib is installed.
       dtype: of the weights.
       follow_links: whether they may be links out of their folder.
+      mesh: devices to spread the model over.
       prefill_implementation: attention over the prompt.
       decode_implementation: attention over the cache.
       as_json: print the metrics as JSON instead of tables.
@@ -93,6 +94,7 @@ class Sweep:
     pictures: Pictures = None
     dtype: flags.Dtype = None
     follow_links: flags.FollowLinks = False
+    mesh: flags.Mesh = None
     prefill_implementation: flags.PrefillImplementation = None
     decode_implementation: flags.DecodeImplementation = None
     as_json: flags.Json = False
@@ -147,7 +149,9 @@ def run_and_print(
     if kept is not None:
         with one_writer(kept):  # is it free, and can it be written? Before the work
             pass
-    lm = flags.load_model(model, sweep.dtype, follow_links=sweep.follow_links)
+    lm = flags.load_model(
+        model, sweep.dtype, follow_links=sweep.follow_links, mesh=sweep.mesh
+    )
     with contextlib.ExitStack() as stack:
         folder = kept or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         before = _size(folder)

@@ -31,13 +31,13 @@ from jaxkv.options import Options
 from jaxkv.policies.base import DecodePolicy, PrefillPolicy
 from jaxkv.runtime.seeds import row_keys
 from jaxkv.sampling import Sampler
-from jaxkv.sequences import LogProbs
+from jaxkv.sequences import alternatives
 from jaxkv.shown import brief
 from jaxkv.speculation.counts import DraftStats, draft_stats
 from jaxkv.speculation.drafters import Drafter
 from jaxkv.speculation.guarantee import guarantee
 from jaxkv.speculation.rules import Rule
-from jaxkv.text import arguments, planning, pricing
+from jaxkv.text import arguments, planning, pricing, rows
 from jaxkv.text.planning import Plan
 from jaxkv.text.prompts import Prompts, encode
 from jaxkv.text.questions import kept_context, questions
@@ -197,6 +197,7 @@ def generate(
       LogitsError: the network gives NaN or infinity; a ValueError, too.
       NotImplementedError: a named implementation cannot run here.
     """
+    given: dict[str, Any] = dict(locals())
     options = arguments.static_options(
         prefill=prefill,
         decode=decode,
@@ -224,6 +225,13 @@ def generate(
         begin = functools.partial(start, plan=plan, ids=ids)
     spans = arguments.spans(pool, ids, options)
     stops = arguments.stop_ids(lm, stop_ids)
+    more = rows.missing(lm, len(ids))
+    if more and context is None and not return_cache:
+        seed = arguments.seeds(seed, len(ids))
+        each = dict(prompts=ids, budget=budget, seed=seed, pool=pool)
+        given |= {name: rows.filled_up(x, more) for name, x in each.items()}
+        given["on_tokens"] = rows.listener(on_tokens, len(ids))
+        return rows.first(generate(**given), len(ids))
     # Prompts and outputs are the host's: these transfers are meant.
     with stopwatch() as lap, jax.transfer_guard("allow"):
         state = begin(lm, seed=seed, stops=stops, spans=spans)
@@ -313,8 +321,8 @@ def advance(
     while True:
         lengths = np.asarray(state.lengths)
         if on_tokens:
-            rows = zip(np.asarray(state.tokens), shown, lengths, strict=True)
-            on_tokens([out[first:last].tolist() for out, first, last in rows])
+            each = zip(np.asarray(state.tokens), shown, lengths, strict=True)
+            on_tokens([out[first:last].tolist() for out, first, last in each])
             shown = lengths
         soundness.check(state, lm.params, plan.options)
         if until == max_new_tokens or np.asarray(state.done).all():
@@ -379,19 +387,5 @@ def completion(
             tuple(row[:length].tolist())
             for row, length in zip(noted.chosen, lengths, strict=True)
         ),
-        top_logprobs=noted and _alternatives(noted, lengths),
-    )
-
-
-def _alternatives(noted: LogProbs, lengths: Sequence[int]) -> Any:
-    """Return the likeliest tokens in place of each one, None where none were noted."""
-    if not noted.tokens.shape[-1]:
-        return None
-    rows = zip(noted.tokens.tolist(), noted.values.tolist(), lengths, strict=True)
-    return tuple(
-        tuple(
-            dict(zip(*one, strict=True))
-            for one in zip(tokens[:length], values[:length], strict=True)
-        )
-        for tokens, values, length in rows
+        top_logprobs=noted and alternatives(noted, lengths),
     )

@@ -1,12 +1,15 @@
 """Rows and heads over several devices: the partition, and that nothing changes."""
 
+import concurrent.futures
 import dataclasses
 import functools
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import hf_checkpoints
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +19,7 @@ from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
+import jaxkv
 from jaxkv import sharding
 from jaxkv import state as kv
 from jaxkv.kernels import dispatch, project
@@ -192,6 +196,50 @@ def test_generation_over_eight_devices(tmp_path, which):
 def test_experts_stay_on_their_devices(tmp_path, which):
     """Equal results, and what is sent are sums over the tokens, never weights."""
     assert over_devices(4, tmp_path, "sharded_experts.py", which) == "equal"
+
+
+def test_loading_over_eight_devices(tmp_path):
+    """Each reads its own part of each kind of file, and rows need not divide."""
+    assert over_devices(8, tmp_path, "sharded_loading.py") == "equal"
+
+
+@pytest.mark.slow
+def test_two_processes_give_what_one_gives(tmp_path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    hf_checkpoints.write_checkpoint(hf_checkpoints.write_config(tmp_path))
+    processes = [(), (address, "0"), (address, "1")]
+    with concurrent.futures.ThreadPoolExecutor() as all_of_them:
+        runs = [
+            all_of_them.submit(
+                *(over_devices, 4, tmp_path, "sharded_processes.py", str(tmp_path)),
+                *process,
+            )
+            for process in processes
+        ]
+        alone, *both = [run.result().splitlines()[-1] for run in runs]
+    assert both == [alone] * 2
+
+
+def test_the_command_line_takes_a_mesh(jaxkv_):
+    ask = ("generate", "needle", "--prompt", "a b", "--mesh", "model=2")
+    code, _, err = jaxkv_(*ask)
+    assert code and "model=2 takes 2 devices, but JAX finds 1" in err
+
+
+def test_words_that_are_no_mesh():
+    with pytest.raises(ValueError, match="expected auto, or numbers of devices"):
+        sharding.resolve("model=0", CONFIG)
+    with pytest.raises(ValueError, match="takes 64 devices, but JAX finds"):
+        sharding.resolve("data=64", CONFIG)
+
+
+def test_what_is_laid_out_is_not_saved(tmp_path):
+    lm = tiny.language_model(config=CONFIG, weights={})
+    lm = dataclasses.replace(lm, network=lm.network.clone(shards=(2, 2)))
+    with pytest.raises(ValueError, match="laid out over a mesh"):
+        jaxkv.save(lm, tmp_path / "copy")
 
 
 def over_devices(count, folder, program, *arguments):
