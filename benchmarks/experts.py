@@ -107,7 +107,7 @@ def main(
     out: pathlib.Path,
     shape: Annotated[str, typer.Option(help="of SHAPES, or small")] = "qwen3-30b-a3b",
     batches: Annotated[str, typer.Option(help="tokens of a step")] = "1,8,32,64",
-    ways: Annotated[str, typer.Option()] = "gather,dense,sorted",
+    ways: Annotated[str, typer.Option()] = "gather,dense,sorted,blocks",
     layers: Annotated[int, typer.Option(help="so many that no cache holds them")] = 4,
     repeats: Annotated[int, typer.Option()] = 50,
     bandwidth: Annotated[float, typer.Option(help="bytes per second")] = 4.8e12,

@@ -32,7 +32,7 @@ from jaxkv.kernels.per_shard import (
 )
 from jaxkv.kernels.shapes import checked
 
-Implementation = Literal["gather", "dense", "sorted", "ragged"]
+Implementation = Literal["gather", "dense", "sorted", "blocks", "ragged"]
 
 MOST_TOKENS = 64  # of a decode step; beyond that tokens are sorted
 _LEAST_BLOCK, _MOST_BLOCK = 16, 256  # sorted tokens that are multiplied at once
@@ -113,8 +113,8 @@ def feed_forward(
       weights: of all experts.
       gate: the activation between the two products.
       implementation: "gather" (reads each choice of an expert), "dense" (reads all
-        experts), "sorted" (tokens by expert, in blocks), "ragged" (the same, by
-        `jax.lax.ragged_dot`), or None for the best one.
+        experts), "sorted" (tokens by expert, block by block), "blocks" (all of these at
+        once), "ragged" (by `jax.lax.ragged_dot`), or None for the best one.
 
     Returns:
       The sums in the dtype of `x`. Products are summed in float32, and rounded to the
@@ -143,8 +143,9 @@ def feed_forward(
 def choose(tokens: int, per_token: int, count: int) -> Implementation:
     """Return what reads the fewest weights at a number of tokens.
 
-    On a CPU sorting is best where experts are large enough to matter. Elsewhere a loop
-    over experts waits for each of its steps to be launched.
+    On a CPU sorting is best where experts are large enough to matter. On a GPU a loop
+    waits for each of its steps to be launched, so copies of experts cost less. XLA has
+    a kernel of `ragged_dot` for TPUs, and none elsewhere.
 
     Args:
       tokens: of the call.
@@ -152,8 +153,10 @@ def choose(tokens: int, per_token: int, count: int) -> Implementation:
       count: experts of one device.
     """
     backend = jax.default_backend()
-    if backend == "cpu" or tokens > MOST_TOKENS:
-        return "ragged" if backend == "tpu" else "sorted"
+    if backend == "cpu":
+        return "sorted"
+    if tokens > MOST_TOKENS:
+        return "ragged" if backend == "tpu" else "blocks"
     return "gather" if tokens * per_token < count else "dense"
 
 
@@ -230,30 +233,72 @@ def _dense(x, experts, shares, weights, *, gate):
 
 
 def _sorted(x, experts, shares, weights, *, gate):
-    """Multiply blocks of tokens that share an expert, as many as there are."""
-    count, per_token = len(weights.down), experts.shape[1]
-    order, sizes = _sort(experts, count)
-    average = max(1, len(order) // count)
-    block = min(_MOST_BLOCK, max(_LEAST_BLOCK, 1 << (average - 1).bit_length()))
-    block = min(block, len(x))  # the experts of a token are all different
-    first = jnp.cumsum(sizes) - sizes
-    blocks = (sizes + block - 1) // block
-    ends = jnp.cumsum(blocks)
+    """Multiply blocks of tokens that share an expert, one after the other."""
+    blocks = _cut(x, experts, len(weights.down), most=_MOST_BLOCK)
 
     def step(i, out):
-        e = jnp.searchsorted(ends, i, side="right")
-        start = first[e] + (i - (ends[e] - blocks[e])) * block
-        places = start + jnp.arange(block, dtype=jnp.int32)
-        index = order[jnp.minimum(places, len(order) - 1)]
+        e, tokens, rows = blocks.find(i)
         one = jax.tree.map(
             lambda leaf: jax.lax.dynamic_index_in_dim(leaf, e, keepdims=False), weights
         )
-        y = _both(_matmul, x[index // per_token], one, gate)
-        index = jnp.where(places < first[e] + sizes[e], index, len(order))
-        return out.at[index].set(y.astype(out.dtype), mode="drop")
+        y = _both(_matmul, x[tokens], one, gate)
+        return out.at[rows].set(y.astype(out.dtype), mode="drop")
 
-    out = jnp.zeros((len(order), x.shape[1]), x.dtype)
-    return _add(jax.lax.fori_loop(0, ends[-1], step, out), experts, shares)
+    out = jnp.zeros((experts.size, x.shape[1]), x.dtype)
+    return _add(jax.lax.fori_loop(0, blocks.number, step, out), experts, shares)
+
+
+def _blocks(x, experts, shares, weights, *, gate):
+    """Multiply the same blocks all at once, each with a copy of its expert.
+
+    Blocks are so large that there are at most twice as many as experts.
+    """
+    blocks = _cut(x, experts, len(weights.down), most=len(x))
+    most = experts.size // blocks.size + min(len(weights.down), experts.size)
+    e, tokens, rows = blocks.find(jnp.arange(most, dtype=jnp.int32))
+    own = jax.tree.map(lambda leaf: leaf[e], weights)
+    y = _both(_matmul, x[tokens], own, gate, axis=1)
+    out = jnp.zeros((experts.size, x.shape[1]), x.dtype)
+    out = out.at[rows].set(y.astype(out.dtype), mode="drop")
+    return _add(out, experts, shares)
+
+
+class _Blocks(NamedTuple):
+    """Choices of experts, sorted and cut into blocks that share an expert.
+
+    Attributes:
+      number: of blocks, int32.
+      size: choices of a block.
+      find: returns of a block, or of several, the expert, the tokens `[..., size]`, and
+        to which choices they belong; behind the last where a block is not full.
+    """
+
+    number: jax.Array
+    size: int
+    find: Callable[[jax.Array], tuple[jax.Array, jax.Array, jax.Array]]
+
+
+def _cut(x, experts, count: int, *, most: int) -> _Blocks:
+    """Return blocks of as many choices as an expert has on average, up to `most`."""
+    order, sizes = _sort(experts, count)
+    total, per_token = len(order), experts.shape[1]
+    average = max(1, total // count)
+    size = min(most, max(_LEAST_BLOCK, 1 << (average - 1).bit_length()))
+    size = min(size, len(x))  # the experts of a token are all different
+    first = jnp.cumsum(sizes) - sizes
+    blocks = (sizes + size - 1) // size
+    ends = jnp.cumsum(blocks)
+
+    def find(block):
+        e = jnp.minimum(jnp.searchsorted(ends, block, side="right"), count - 1)
+        start = first[e] + (block - (ends[e] - blocks[e])) * size
+        within = jnp.arange(size, dtype=jnp.int32)
+        places = start[..., None] + within.reshape((1,) * start.ndim + (-1,))
+        inside = places < (first[e] + sizes[e])[..., None]
+        choices = order[jnp.minimum(places, total - 1)]
+        return e, choices // per_token, jnp.where(inside, choices, total)
+
+    return _Blocks(ends[-1], size, find)
 
 
 def _ragged(x, experts, shares, weights, *, gate):
@@ -315,4 +360,10 @@ def _add(rows, experts, shares):
     return jnp.sum(rows * shares[..., None], axis=1)
 
 
-_RUNS = {"gather": _gather, "dense": _dense, "sorted": _sorted, "ragged": _ragged}
+_RUNS = {
+    "gather": _gather,
+    "dense": _dense,
+    "sorted": _sorted,
+    "blocks": _blocks,
+    "ragged": _ragged,
+}

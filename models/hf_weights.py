@@ -129,13 +129,13 @@ def _whole(
     if scheme is None:
         return {**stored}
     kinds = {name: kind for kind, name in _FLOATS.items()}
-    embedding = stored[EMBEDDING].dtype if EMBEDDING in stored else "F32"
-    kind = kinds[dtype] if dtype else embedding
-    whole = dequantised(stored, scheme, kind)
+    own = stored[EMBEDDING].dtype if EMBEDDING in stored else "F32"
+    dtype = dtype or _FLOATS.get(own, "float32")
+    whole = dequantised(stored, scheme, kinds[dtype])
     made = sum(isinstance(x, Dequantised) for x in whole.values())
     logging.getLogger(__name__).warning(
         f"jaxkv: {folder}: {made} tensors, quantised by {scheme.method}, are "
-        f"dequantised to {_FLOATS.get(kind, kind)} as they are read."
+        f"dequantised to {dtype} as they are read."
     )
     return whole
 

@@ -166,7 +166,7 @@ def test_shares_by_hand():
     [
         *(("cpu", tokens, "sorted") for tokens in (1, 64, 65)),
         *(("gpu", *case) for case in [(15, "gather"), (16, "dense"), (64, "dense")]),
-        ("gpu", 65, "sorted"),
+        ("gpu", 65, "blocks"),
         ("tpu", 1, "gather"),
         ("tpu", 65, "ragged"),
     ],
