@@ -224,6 +224,7 @@ def attend_prompt(
             scale=scale,
             window=weighing.window,
             implementation=implementation,
+            **weighing.softmax,
         )
         prompt = Prompt(
             queries=q,
@@ -236,6 +237,7 @@ def attend_prompt(
             implementation=scores_implementation,
             held=held,
             output=layer.output,
+            weighing=weighing,
         )
         keeper = of_layer(policy, layer.state)
         state = contract.compress(keeper, prompt, layer.state, budget=layer.bound)
@@ -265,10 +267,10 @@ def attend_cache(
     """
 
     def attend(q, k, v, state, weighing):
-        del weighing
         k, v = (_for_heads(x[:, 0], state.keys.shape[1]) for x in (k, v))
         out, state = contract.attend(
             *(of_layer(policy, state), q[:, 0], k, v, state, position),
+            weighing=weighing,
             implementation=implementation,
         )
         return out[:, None], state
@@ -302,7 +304,6 @@ def attend_tree(
     """
 
     def attend(q, k, v, state, weighing):
-        del weighing
         if state.window is not None and depth >= state.window:
             raise ValueError(
                 f"a path of {depth + 1} drafted tokens does not fit into the window of "
@@ -314,6 +315,7 @@ def attend_tree(
         return contract.attend_tree(
             *(of_layer(policy, state), q, k, v, state, position, drafts, ancestors),
             depth=depth,
+            weighing=weighing,
             implementation=implementation,
         )
 

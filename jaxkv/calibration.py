@@ -42,7 +42,7 @@ def sums(network, params, tokens, lengths):
     real = (index < lengths[:, None])[..., None, None]
 
     def attend(q, k, v, turn, weighing):
-        how = dict(scale=scale_of(q), window=weighing.window)
+        how = dict(scale=scale_of(q), window=weighing.window) | weighing.softmax
         out = prefill.causal_attention(q, k, v, **how)
         plain = rotate(q.astype(jnp.float32), -index, turn)
         both = plain, lengths_of_pairs(plain)

@@ -4,7 +4,8 @@ Axis letters: `B` batch, `N` query heads, `K` key/value heads, `S` slots, `H` he
 """
 
 import functools
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +25,10 @@ def decode_attention(
     query: Float[Array, "B N H"],
     token: Token,
     slots: Slots,
+    sink: Float[Array, " N"] | None = None,
     *,
     scale: float,
+    cap: float | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[Float[Array, "B N H"], Slots]:
     """Write one token into its slot, then attend from it to all occupied slots.
@@ -35,10 +38,13 @@ def decode_attention(
         finished row is finite but means nothing.
       token: the new one.
       slots: `slots.target` is the one that the token overwrites.
+      sink: of each head, a logit beside those of the slots, whose weight goes nowhere;
+        None is no such weight.
       scale: factor on the logits.
+      cap: logits are `cap * tanh(logits / cap)`, the sink's excepted; None is no bound.
       implementation: "reference" (float32), "xla" (anywhere), "triton" (NVIDIA, through
         jax-triton), "pallas_tpu" (TPU), or None for the best one that can run; `choose`
-        says which.
+        says which. The last two take neither sink nor cap.
 
     Returns:
       The output, in the dtype of the query, and the slots with the token in them;
@@ -50,11 +56,14 @@ def decode_attention(
     """
     where = "decode_attention"
     check_groups(where, query.shape[1], slots.keys.shape[1])
+    unable = dispatch.plain_only(sink, cap)
     if implementation is None:
         implementation = choose(jax.default_backend(), query, slots.keys)
-    run = dispatch.resolve(where, implementation, _RUNS)
-    run = per_shard(functools.partial(run, scale=scale), decode_attention)
-    return run(query, token, slots)
+        implementation = "xla" if implementation in unable else implementation
+    run = dispatch.resolve(where, implementation, _RUNS, unable=unable)
+    run = functools.partial(run, scale=scale, **dispatch.given(cap=cap))
+    arrays = query, token, slots
+    return per_shard(run, decode_attention)(*arrays, *dispatch.arrays(sink))
 
 
 def choose(platform: str, query=None, keys=None) -> Implementation:
@@ -81,6 +90,7 @@ def decode_logits(
     positions: jax.Array,
     *,
     scale: float,
+    cap: float | None = None,
     exact: bool = False,
 ) -> jax.Array:
     """Return the logits of one token over the slots, for policies that want them.
@@ -90,6 +100,7 @@ def decode_logits(
       keys: `[B, K, S, H]`, the token's own among them.
       positions: int32 `[B, K, S]`.
       scale: factor on the logits.
+      cap: see `decode_attention`.
       exact: multiply in float32 and highest precision, as the reference does.
 
     Returns:
@@ -108,7 +119,8 @@ def decode_logits(
         )
     else:
         logits = _contract(grouped, keys)
-    return jnp.where((positions >= 0)[:, :, None], scale * logits, -jnp.inf)
+    logits = capped(scale * logits, cap)
+    return jnp.where((positions >= 0)[:, :, None], logits, -jnp.inf)
 
 
 def decode_weights(
@@ -117,23 +129,44 @@ def decode_weights(
     positions: jax.Array,
     *,
     scale: float,
+    sink: jax.Array | None = None,
+    cap: float | None = None,
     exact: bool = False,
 ) -> jax.Array:
     """Return the attention weights of one token: the softmax of `decode_logits`.
 
-    Arguments are those of `decode_logits`.
+    Arguments are those of `decode_logits`, and `sink` of `decode_attention`.
 
     Returns:
       Float32 `[B, K, G, S]`; 0 where a slot is free, and where all of a head's are.
     """
-    return softmax(decode_logits(query, keys, positions, scale=scale, exact=exact))
+    logits = decode_logits(query, keys, positions, scale=scale, cap=cap, exact=exact)
+    if sink is not None:
+        sink = sink.reshape(1, keys.shape[1], -1, 1)
+    return softmax(logits, sink)
 
 
-def softmax(logits: jax.Array) -> jax.Array:
-    """Softmax over the last axis; all zeros, not NaN, where all logits are `-inf`."""
+def capped(logits: jax.Array, cap: float | None) -> jax.Array:
+    """Return logits bounded by `cap`, smoothly; None leaves them as they are."""
+    return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+
+def softmax(logits: jax.Array, sink: jax.Array | None = None) -> jax.Array:
+    """Softmax over the last axis; all zeros, not NaN, where all logits are `-inf`.
+
+    Args:
+      logits: float32.
+      sink: one logit more, whose weight is not returned; broadcastable to them, with
+        one entry on the last axis.
+    """
     maximum = jnp.max(logits, axis=-1, keepdims=True, initial=-1e30)
+    if sink is None:
+        weights = jnp.exp(logits - maximum)
+        return weights / jnp.maximum(weights.sum(-1, keepdims=True), 1e-30)
+    sink = sink.astype(jnp.float32)
+    maximum = jnp.maximum(maximum, sink)
     weights = jnp.exp(logits - maximum)
-    return weights / jnp.maximum(weights.sum(-1, keepdims=True), 1e-30)
+    return weights / (weights.sum(-1, keepdims=True) + jnp.exp(sink - maximum))
 
 
 def weigh(weights: jax.Array, values: jax.Array, positions: jax.Array) -> jax.Array:
@@ -160,6 +193,8 @@ def attend_exactly(
     values: jax.Array,
     positions: jax.Array,
     scale: float,
+    sink: jax.Array | None = None,
+    cap: float | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Attend in float32 and highest precision, every query head by itself.
 
@@ -174,23 +209,27 @@ def attend_exactly(
     logits = scale * jnp.einsum(
         "bnh,bnsh->bns", query.astype(jnp.float32), k, precision="highest"
     )
-    weights = softmax(jnp.where(occupied, logits, -jnp.inf))
+    logits = jnp.where(occupied, capped(logits, cap), -jnp.inf)
+    weights = softmax(logits, None if sink is None else sink[None, :, None])
     v = jnp.where(occupied[..., None], v, 0.0)
     out = jnp.einsum("bns,bnsh->bnh", weights, v, precision="highest")
     return out, weights, v
 
 
-def _reference(query, token, slots, *, scale):
+def _reference(query, token, slots, sink=None, *, scale, cap=None):
     """Everything in float32 and highest precision: the definition of the operation."""
     slots = write(token, slots)
-    out, _, _ = attend_exactly(query, slots.keys, slots.values, slots.positions, scale)
+    held = slots.keys, slots.values, slots.positions
+    out, _, _ = attend_exactly(query, *held, scale, sink, cap)
     return out.astype(query.dtype), slots
 
 
-def _xla(query, token, slots, *, scale):
+def _xla(query, token, slots, sink=None, *, scale, cap=None):
     """Two contractions per key/value head, accumulated in float32."""
     slots = write(token, slots)
-    weights = decode_weights(query, slots.keys, slots.positions, scale=scale)
+    weights = decode_weights(
+        query, slots.keys, slots.positions, scale=scale, sink=sink, cap=cap
+    )
     out = weigh(weights, slots.values, slots.positions)
     return out.reshape(query.shape).astype(query.dtype), slots
 
@@ -201,7 +240,7 @@ def _pallas_tpu(*arguments, **options):
     return decode_attention_tpu(*arguments, **options)
 
 
-_RUNS = {
+_RUNS: dict[str, Callable[..., Any]] = {
     "reference": _reference,
     "xla": _xla,
     "triton": decode_attention_triton,

@@ -39,8 +39,10 @@ def longflow_attention(
     slots: Slots,
     oldest: Int32[Array, " B"],
     newest: Int32[Array, " B"],
+    sink: Float[Array, " N"] | None = None,
     *,
     scale: float,
+    cap: float | None = None,
     score: Score = "l1",
     shared: bool = True,
     implementation: Implementation | None = None,
@@ -71,7 +73,9 @@ def longflow_attention(
       oldest: least position that may be evicted.
       newest: greatest position that may be evicted; `token.position` allows even the
         new token.
+      sink: see `decode.decode_attention`; a sink has its share of `alpha`, no more.
       scale: factor on the logits.
+      cap: see `decode.decode_attention`.
       score: see above.
       shared: one victim for all heads of a row, or one per key/value head.
       implementation: "reference" (float32), "xla" (anywhere), "triton" (NVIDIA, through
@@ -94,17 +98,21 @@ def longflow_attention(
         raise ValueError(
             f"{where}: unknown {score=}; choose one of {', '.join(get_args(Score))}."
         )
+    unable = dispatch.plain_only(sink, cap)
     if implementation is None:
         implementation = choose(jax.default_backend(), score, query, slots.keys)
+        implementation = "xla" if implementation in unable else implementation
     _refuse_deletion(implementation, score)
     run = functools.partial(
-        dispatch.resolve(where, implementation, _RUNS),
+        dispatch.resolve(where, implementation, _RUNS, unable=unable),
         scale=scale,
         score=score,
         shared=shared,
         axis=MESH_AXES["K"] if shared and devices_per_row() > 1 else None,
+        **dispatch.given(cap=cap),
     )
-    return per_shard(run, longflow_attention)(query, token, slots, oldest, newest)
+    arrays = query, token, slots, oldest, newest, *dispatch.arrays(sink)
+    return per_shard(run, longflow_attention)(*arrays)
 
 
 def check_norms(where: str, slots: Slots) -> None:
@@ -135,6 +143,8 @@ def token_importance(
     positions: jax.Array,
     *,
     scale: float,
+    sink: jax.Array | None = None,
+    cap: float | None = None,
     score: Score = "l1",
     exact: bool = False,
 ) -> jax.Array:
@@ -146,19 +156,36 @@ def token_importance(
       values: `[B, K, S, H]`.
       positions: int32 `[B, K, S]`.
       scale: factor on the logits.
-      score: see `longflow_attention`.
+      sink: see `longflow_attention`.
+      cap: likewise.
+      score: likewise.
       exact: in float32 and highest precision, as the reference does.
 
     Returns:
       Float32 `[B, K, S]`, the mean over the query heads of each key/value head.
     """
-    weights = decode.decode_weights(query, keys, positions, scale=scale, exact=exact)
+    weights = decode.decode_weights(
+        query, keys, positions, scale=scale, sink=sink, cap=cap, exact=exact
+    )
     out = decode.weigh(weights, values, positions) if score == "deletion" else None
     norms = value_norms(values, score)
     return _importance(weights, values, norms, out, positions, score)
 
 
-def reference(query, token, slots, oldest, newest, *, scale, score, shared, axis):
+def reference(
+    query,
+    token,
+    slots,
+    oldest,
+    newest,
+    sink=None,
+    *,
+    scale,
+    score,
+    shared,
+    axis,
+    cap=None,
+):
     """Do `longflow_attention` in float32, one query head after another: its definition.
 
     It keeps the norms, but computes its own from the values.
@@ -169,10 +196,12 @@ def reference(query, token, slots, oldest, newest, *, scale, score, shared, axis
       slots: with norms.
       oldest: least position that may be evicted.
       newest: greatest position that may be evicted.
+      sink: of each head, or None.
       scale: factor on the logits.
       score: what a slot is worth.
       shared: one victim for all heads of a row.
       axis: see `victims.choose_victim`.
+      cap: bound of the logits, or None.
 
     Returns:
       The output, and the slots.
@@ -180,7 +209,9 @@ def reference(query, token, slots, oldest, newest, *, scale, score, shared, axis
     norms = write_norm(token, slots, score)
     slots = write(token, slots)
     keys, values, positions, target, _ = slots
-    out, weights, v = decode.attend_exactly(query, keys, values, positions, scale)
+    out, weights, v = decode.attend_exactly(
+        query, keys, values, positions, scale, sink, cap
+    )
     match score:
         case "l1":
             scores = weights * jnp.abs(v).sum(-1)
@@ -208,12 +239,27 @@ def reference(query, token, slots, oldest, newest, *, scale, score, shared, axis
     return out.astype(query.dtype), slots._replace(norms=norms, target=target)
 
 
-def _xla(query, token, slots, oldest, newest, *, scale, score, shared, axis):
+def _xla(
+    query,
+    token,
+    slots,
+    oldest,
+    newest,
+    sink=None,
+    *,
+    scale,
+    score,
+    shared,
+    axis,
+    cap=None,
+):
     """Two contractions per key/value head, and a norm per slot: `a |v|` is `|a v|`."""
     norms = write_norm(token, slots, score)
     slots = write(token, slots)
     keys, values, positions, _, _ = slots
-    weights = decode.decode_weights(query, keys, positions, scale=scale)
+    weights = decode.decode_weights(
+        query, keys, positions, scale=scale, sink=sink, cap=cap
+    )
     weighed = decode.weigh(weights, values, positions)
     importance = _importance(weights, values, norms, weighed, positions, score)
     slots = _choose(

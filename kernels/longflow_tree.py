@@ -49,10 +49,12 @@ def longflow_tree(
     oldest: Int32[Array, " B"],
     parents: Int32[Array, "B T"],
     depths: Int32[Array, "B T"],
+    sink: Float[Array, " N"] | None = None,
     *,
     n_recent: int,
     depth: int,
     scale: float,
+    cap: float | None = None,
     score: Score = "l1",
     shared: bool = True,
     implementation: Implementation | None = None,
@@ -68,7 +70,9 @@ def longflow_tree(
       depths: of the nodes; the root's is 0.
       n_recent: how many of the newest tokens may not be evicted.
       depth: `D`, static.
+      sink: see `decode.decode_attention`.
       scale: factor on the logits.
+      cap: see `decode.decode_attention`.
       score: see `longflow_attention`; "deletion" needs each output before the first
         victim, and is not done here.
       shared: one victim for all heads of a row, or one per key/value head.
@@ -96,11 +100,12 @@ def longflow_tree(
         n_recent=n_recent,
         depth=depth,
         scale=scale,
+        cap=cap,
         score=score,
         shared=shared,
         axis=MESH_AXES["K"] if shared and devices_per_row() > 1 else None,
     )
-    arrays = query, nodes, slots, oldest, parents, depths
+    arrays = query, nodes, slots, oldest, parents, depths, *dispatch.arrays(sink)
     return per_shard(run, longflow_tree)(*arrays)
 
 
@@ -111,10 +116,12 @@ def _reference(
     oldest,
     parents,
     depths,
+    sink=None,
     *,
     n_recent,
     depth,
     scale,
+    cap,
     score,
     shared,
     axis,
@@ -135,8 +142,9 @@ def _reference(
         here = nodes.position + depths[:, node]
         token = Token(nodes.key[:, node], nodes.value[:, node], here)
         out, after = longflow.reference(
-            *(query[:, node], token, slots, oldest, here - n_recent),
+            *(query[:, node], token, slots, oldest, here - n_recent, sink),
             scale=scale,
+            cap=cap,
             score=score,
             shared=shared,
             axis=axis,
@@ -162,6 +170,7 @@ class _Walk(NamedTuple):
     new: jax.Array
     old_size: jax.Array
     new_size: jax.Array
+    sink: jax.Array | None
 
 
 def _xla(
@@ -171,10 +180,12 @@ def _xla(
     oldest,
     parents,
     depths,
+    sink=None,
     *,
     n_recent,
     depth,
     scale,
+    cap,
     score,
     shared,
     axis,
@@ -184,7 +195,7 @@ def _xla(
     occupied = positions >= 0
     path, on_path = _paths(parents, depths, depth)
     old, new = tree_attention.logits_of(
-        tree_attention.group(query, keys.shape[1]), nodes.key, keys, scale
+        tree_attention.group(query, keys.shape[1]), nodes.key, keys, scale, cap
     )
     along = jnp.broadcast_to(path[:, None, :, None], (*new.shape[:4], depth + 1))
     walk = _Walk(
@@ -194,6 +205,7 @@ def _xla(
         new=jnp.take_along_axis(new, along, axis=4),
         old_size=jnp.where(occupied, norms, 0),
         new_size=value_norms(nodes.value, score).swapaxes(1, 2),
+        sink=sink,
     )
     at = jnp.broadcast_to(parents[:, None], (*target.shape, parents.shape[1]))
 
@@ -280,7 +292,8 @@ def _weights(walk, slots, occupied):
     overwritten = (own[..., None] == slot).any(3)
     old_alive = occupied[:, :, None] & ~overwritten
     old, new = tree_attention.softmax_over_both(
-        walk.old, walk.new, old_alive[:, :, :, None], alive[:, :, :, None]
+        *(walk.old, walk.new, old_alive[:, :, :, None], alive[:, :, :, None]),
+        sink=walk.sink,
     )
     return old, new, own
 

@@ -75,8 +75,8 @@ def along(
 
 def _mapped(function, inputs, output):
     def run(*arrays):
-        specs = inputs, output
-        if not _rows_divide(inputs, arrays):
+        specs = inputs[: len(arrays)], output  # the last may be left out
+        if not _rows_divide(specs[0], arrays):
             specs = jax.tree.map(_all_rows, specs, is_leaf=_is_spec)
         return jax.shard_map(
             function,

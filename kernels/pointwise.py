@@ -45,7 +45,7 @@ def add_rms_norm(
     Args:
       x: the residual stream.
       delta: its sum over `P` is added to it, unless it is None.
-      weight: of the norm.
+      weight: of the norm; it may be wider than `x`.
       eps: added to the mean square.
       implementation: "xla" (anywhere), "triton" (NVIDIA), or None for the best one.
 
@@ -146,7 +146,10 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     x32 = x.astype(jnp.float32)
     variance = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
     weight = jnp.expand_dims(weight, range(x.ndim - 1))
-    return (x32 * jax.lax.rsqrt(variance + eps)).astype(x.dtype) * weight
+    normed = (x32 * jax.lax.rsqrt(variance + eps)).astype(x.dtype)
+    if weight.dtype == x.dtype:
+        return normed * weight
+    return (normed.astype(jnp.float32) * weight.astype(jnp.float32)).astype(x.dtype)
 
 
 def _add_rms_norm_xla(x, delta, weight, *, eps):

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxkv.kernels import dispatch
+from jaxkv.kernels.decode import capped
 from jaxkv.kernels.per_shard import per_shard
 from jaxkv.kernels.shapes import check_groups, checked
 
@@ -29,9 +30,11 @@ def causal_attention(
     query: Float[Array, "B T N H"],
     key: Float[Array, "B T K H"],
     value: Float[Array, "B T K H"],
+    sink: Float[Array, " N"] | None = None,
     *,
     scale: float,
     window: int | None = None,
+    cap: float | None = None,
     implementation: Implementation | None = None,
 ) -> Float[Array, "B T N H"]:
     """Attend from every token to itself and the tokens before it.
@@ -40,11 +43,14 @@ def causal_attention(
       query: head `n` reads key/value head `n // (N / K)`.
       key: of all tokens.
       value: of all tokens.
+      sink: see `decode.decode_attention`.
       scale: factor on the logits; no default, so that nobody shares a mistake.
       window: how many tokens each attends to, itself the last; None is all of them.
+      cap: see `decode.decode_attention`.
       implementation: "reference" (float32, T x T memory), "xla" (anywhere; memory
-        linear in T), "cudnn" (NVIDIA, 16-bit), "splash" (TPU), or None for the best
-        one that can run; `choose` says which that is.
+        linear in T), "cudnn" (NVIDIA, 16-bit; neither
+        sink nor cap), "splash" (TPU), or None for the
+        best one that can run; `choose` says which that is.
 
     Returns:
       The output, in the dtype of `query`.
@@ -60,16 +66,19 @@ def causal_attention(
     if window is not None and window >= query.shape[1]:
         window = None
     check_groups(where, query.shape[2], key.shape[2])
+    # JAX rounds what cuDNN says of a softmax's sum to 16 bits: too few for a sink.
+    plain = sink is None and cap is None
+    unable = {} if plain else {"cudnn": 'takes neither sink nor cap; use "xla".'}
     if implementation is None:
         _, length, _, head_dim = query.shape
         implementation = choose(
             jax.default_backend(), query.dtype, length=length, head_dim=head_dim
         )
-    run = dispatch.resolve(where, implementation, _RUNS)
-    run = per_shard(
-        functools.partial(run, scale=scale, window=window), causal_attention
-    )
-    return run(query, key, value)
+        implementation = "xla" if implementation in unable else implementation
+    run = dispatch.resolve(where, implementation, _RUNS, unable=unable)
+    run = functools.partial(run, scale=scale, window=window, cap=cap)
+    run = per_shard(run, causal_attention)
+    return run(query, key, value, *dispatch.arrays(sink))
 
 
 def choose(
@@ -84,7 +93,7 @@ def choose(
     return "xla"
 
 
-def _reference(query, key, value, scale, window=None):
+def _reference(query, key, value, sink=None, *, scale, window=None, cap=None):
     """Materialise the whole matrix in float32: slow and obviously right."""
     _, length, heads, _ = query.shape
     groups = heads // key.shape[2]
@@ -95,12 +104,17 @@ def _reference(query, key, value, scale, window=None):
     order = jnp.arange(length, dtype=jnp.int32)
     behind = order[:, None] - order[None]
     seen = (behind >= 0) & (behind < (window or length))
-    weights = jax.nn.softmax(jnp.where(seen, logits, -jnp.inf), axis=-1)
+    logits = jnp.where(seen, capped(logits, cap), -jnp.inf)
+    if sink is not None:  # a column more, whose weight goes nowhere
+        own = sink.astype(jnp.float32)[None, :, None, None]
+        own = jnp.broadcast_to(own, (*logits.shape[:3], 1))
+        logits = jnp.concatenate([logits, own], axis=-1)
+    weights = jax.nn.softmax(logits, axis=-1)[..., :length]
     out = jnp.einsum("bnts,bsnh->btnh", weights, v, precision="highest")
     return out.astype(query.dtype)
 
 
-def _blockwise(query, key, value, scale, window=None):
+def _blockwise(query, key, value, sink=None, *, scale, window=None, cap=None):
     """Online softmax over tiles; only those that hold something seen are computed."""
     batch, length, heads, head_dim = query.shape
     kv_heads = key.shape[2]
@@ -129,6 +143,7 @@ def _blockwise(query, key, value, scale, window=None):
                 keys[column],
                 preferred_element_type=jnp.float32,
             )
+            logits = capped(logits, cap)
             behind = within + (index - column) * block
             logits = jnp.where((behind >= 0) & (behind < reach), logits, -jnp.inf)
             new_maximum = jnp.maximum(maximum, logits.max(-1))
@@ -147,12 +162,12 @@ def _blockwise(query, key, value, scale, window=None):
             )
 
         rows = (batch, kv_heads, groups, block)
-        carry = (
-            # A row may see nothing of its first tile.
-            jnp.full(rows, -1e30, jnp.float32),
-            jnp.zeros(rows, jnp.float32),
-            jnp.zeros((*rows, head_dim), jnp.float32),
-        )
+        # A row may see nothing of its first tile.
+        maximum, total = jnp.full(rows, -1e30, jnp.float32), jnp.zeros(rows)
+        if sink is not None:
+            own = sink.astype(jnp.float32).reshape(1, kv_heads, groups, 1)
+            maximum, total = jnp.broadcast_to(own, rows), jnp.ones(rows)
+        carry = maximum, total, jnp.zeros((*rows, head_dim), jnp.float32)
         first = jnp.maximum(index * block - (reach - 1), 0) // block
         _, total, acc = jax.lax.fori_loop(first, index + 1, step, carry)
         return (acc / total[..., None]).astype(query.dtype)
@@ -163,7 +178,7 @@ def _blockwise(query, key, value, scale, window=None):
     return out[:, :length]
 
 
-def _cudnn(query, key, value, scale, window=None):
+def _cudnn(query, key, value, sink=None, *, scale, window=None, cap=None):
     """Flash attention of cuDNN, through `jax.nn`; it is also differentiable."""
     if jax.default_backend() != "gpu":
         raise NotImplementedError(
@@ -175,6 +190,7 @@ def _cudnn(query, key, value, scale, window=None):
             'causal_attention: implementation="cudnn" takes bfloat16 or float16, got '
             f'{query.dtype}; use "xla".'
         )
+    del sink, cap  # `causal_attention` has refused them
     return jax.nn.dot_product_attention(
         *(query, key, value),
         scale=scale,
@@ -184,7 +200,21 @@ def _cudnn(query, key, value, scale, window=None):
     )
 
 
-def _splash(query, key, value, scale, window=None, interpret=False):
+def _with_sink(out, total, sink):
+    """Return outputs whose weights a sink has its share of.
+
+    Args:
+      out: `[..., H]`, of a softmax without it.
+      total: `[...]`, the logarithm of the sum of its exponentials.
+      sink: broadcastable to `total`.
+    """
+    share = jax.nn.sigmoid(total.astype(jnp.float32) - sink.astype(jnp.float32))
+    return (out.astype(jnp.float32) * share[..., None]).astype(out.dtype)
+
+
+def _splash(
+    query, key, value, sink=None, *, scale, window=None, cap=None, interpret=False
+):
     """Splash attention of JAX's TPU kernels, one call per sequence through vmap."""
     from jax.experimental.pallas.ops.tpu.splash_attention import (
         splash_attention_kernel,
@@ -216,10 +246,15 @@ def _splash(query, key, value, scale, window=None, interpret=False):
             splash_attention_mask.MultiHeadMask([mask] * groups),
             block_sizes=sizes,
             interpret=interpret,
+            attn_logits_soft_cap=cap,
+            save_residuals=sink is not None,
         )
         out = jax.vmap(jax.vmap(kernel))(
             q.transpose(0, 2, 3, 1, 4), key.swapaxes(1, 2), value.swapaxes(1, 2)
         )  # [B, K, G, T, H]
+    if sink is not None:
+        out, (total,) = out
+        out = _with_sink(out, total, sink.reshape(1, kv_heads, groups, 1))
     return out.transpose(0, 3, 1, 2, 4).reshape(query.shape)
 
 

@@ -15,7 +15,8 @@ Axis letters: `P` parts, `B` batch, `T` tokens, `D` depth, `F` columns, `V` voca
 """
 
 import functools
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +39,7 @@ from jaxkv.kernels.project_triton import (
 )
 from jaxkv.kernels.shapes import checked
 
+Activation = Literal["silu", "gelu_tanh"]
 Cut = Literal["heads", "rows"]
 
 
@@ -80,6 +82,7 @@ def project_gated(
     x: Float[Array, "B T D"],
     weight: Float[Array, "D G"],
     *,
+    activation: Activation = "silu",
     implementation: Implementation | None = None,
 ) -> Float[Array, "B T F"]:
     """Return `silu(x @ gate) * (x @ up)`, the inner half of a gated feed-forward.
@@ -88,6 +91,8 @@ def project_gated(
       x: tokens.
       weight: gate beside up, `G = 2 F` columns. Under a mesh each device's columns of
         gate lie beside those of up, one device after the other.
+      activation: of the gate. "gelu_tanh" is GELU by its formula with tanh, which
+        "xla" alone computes.
       implementation: as in `project`.
 
     Returns:
@@ -103,6 +108,12 @@ def project_gated(
             f"{where}: weight holds gate beside up, but has {weight.shape[1]} columns."
         )
     run = functools.partial(_run, where, implementation, _GATED)
+    if activation != "silu":
+        reason = f'computes no activation="{activation}"; use "xla".'
+        dispatch.resolve(
+            where, implementation or "xla", _GATED, unable={"triton": reason}
+        )
+        run = functools.partial(_project_gated_xla, activation=activation)
     return along(run, ("B T D", "D F"), "B T F")(x, weight)
 
 
@@ -199,9 +210,9 @@ def _project_xla(x, weight):
     return _product(x, weight)[None]
 
 
-def _project_gated_xla(x, weight):
+def _project_gated_xla(x, weight, *, activation: Activation = "silu"):
     gate, up = jnp.split(_product(x, weight), 2, axis=-1)
-    return jax.nn.silu(gate) * up
+    return (jax.nn.silu(gate) if activation == "silu" else jax.nn.gelu(gate)) * up
 
 
 def _unembed_xla(x, weight, *, tied):
@@ -209,5 +220,8 @@ def _unembed_xla(x, weight, *, tied):
 
 
 _PRODUCTS = {"xla": _project_xla, "triton": project_triton}
-_GATED = {"xla": _project_gated_xla, "triton": project_gated_triton}
+_GATED: dict[str, Callable[..., Any]] = {
+    "xla": _project_gated_xla,
+    "triton": project_gated_triton,
+}
 _LOGITS = {"xla": _unembed_xla, "triton": unembed_triton}

@@ -31,8 +31,10 @@ def tree_attention(
     upcoming: Int32[Array, "B K U"],
     depths: Int32[Array, "B T"],
     ancestors: Bool[Array, "B T T"],
+    sink: Float[Array, " N"] | None = None,
     *,
     scale: float,
+    cap: float | None = None,
     implementation: Implementation | None = None,
 ) -> Float[Array, "B T N H"]:
     """Attend from every node, where the slot of a write depends on its depth alone.
@@ -45,10 +47,13 @@ def tree_attention(
         more, for deeper nodes than there are, change nothing.
       depths: of the nodes.
       ancestors: at `[b, t, u]`, whether `u` is `t` or above it.
+      sink: see `decode.decode_attention`.
       scale: factor on the logits.
+      cap: see `decode.decode_attention`.
       implementation: "reference" (float32, writes node by node), "xla" (anywhere),
         "triton" (NVIDIA, through jax-triton), or None for the best one that can run.
-        Triton gives up to 64 nodes in 16 bits the bits of plain decoding.
+        Triton gives up to 64 nodes in 16 bits the bits of plain decoding, and takes
+        neither sink nor cap.
 
     Returns:
       The output, in the dtype of the query.
@@ -59,12 +64,14 @@ def tree_attention(
     """
     where = "tree_attention"
     check_groups(where, query.shape[2], slots.keys.shape[1])
+    unable = {"triton": unsupported(query, slots.keys)} | dispatch.plain_only(sink, cap)
     if implementation is None:
         implementation = choose(jax.default_backend(), query, slots.keys)
-    unable = {"triton": unsupported(query, slots.keys)}
+        implementation = "xla" if unable.get(implementation) else implementation
     run = dispatch.resolve(where, implementation, _RUNS, unable=unable)
-    run = per_shard(functools.partial(run, scale=scale), tree_attention)
-    return run(query, nodes, slots, upcoming, depths, ancestors)
+    run = functools.partial(run, scale=scale, **dispatch.given(cap=cap))
+    arrays = query, nodes, slots, upcoming, depths, ancestors, *dispatch.arrays(sink)
+    return per_shard(run, tree_attention)(*arrays)
 
 
 def choose(platform: str, query=None, keys=None) -> Implementation:
@@ -98,7 +105,9 @@ def unsupported(query, keys) -> str:
     return ""
 
 
-def _reference(query, nodes, slots, upcoming, depths, ancestors, *, scale):
+def _reference(
+    query, nodes, slots, upcoming, depths, ancestors, sink=None, *, scale, cap=None
+):
     """Write each node's path into a copy of the cache; attend in float32."""
     outs = []
     finished = jnp.full(query.shape[:1], -1, jnp.int32)
@@ -117,7 +126,10 @@ def _reference(query, nodes, slots, upcoming, depths, ancestors, *, scale):
             held = write(token, held._replace(target=upcoming[:, :, depth]))
         nothing = Token(nodes.key[:, node], nodes.value[:, node], finished)
         out, _ = decode.decode_attention(
-            query[:, node], nothing, held, scale=scale, implementation="reference"
+            *(query[:, node], nothing, held, sink),
+            scale=scale,
+            cap=cap,
+            implementation="reference",
         )
         outs.append(out)
     return jnp.stack(outs, axis=1)
@@ -130,7 +142,7 @@ def group(query, kv_heads):
     return query.transpose(0, 2, 1, 3, 4)
 
 
-def logits_of(grouped, key, keys, scale):
+def logits_of(grouped, key, keys, scale, cap=None):
     """Return the logits against the slots and against the tree, float32.
 
     Args:
@@ -138,6 +150,7 @@ def logits_of(grouped, key, keys, scale):
       key: `[B, T, K, H]`.
       keys: `[B, K, S, H]`.
       scale: factor.
+      cap: their bound; see `decode.decode_attention`.
 
     Returns:
       `[B, K, T, G, S]` and `[B, K, T, G, T]`.
@@ -145,10 +158,10 @@ def logits_of(grouped, key, keys, scale):
     flags = dict(preferred_element_type=jnp.float32)
     old = scale * jnp.einsum("bktgh,bksh->bktgs", grouped, keys, **flags)
     new = scale * jnp.einsum("bktgh,bukh->bktgu", grouped, key, **flags)
-    return old, new
+    return decode.capped(old, cap), decode.capped(new, cap)
 
 
-def softmax_over_both(old, new, old_alive, new_alive):
+def softmax_over_both(old, new, old_alive, new_alive, sink=None):
     """Return one softmax over two arrays of logits, where their masks are true.
 
     Args:
@@ -156,12 +169,18 @@ def softmax_over_both(old, new, old_alive, new_alive):
       new: float32 `[B, K, T, G, T]`; each node is alive to itself.
       old_alive: bool, broadcastable to `old`.
       new_alive: bool, broadcastable to `new`.
+      sink: one logit of each head more, `[K x G]`.
     """
     old = jnp.where(old_alive, old, -jnp.inf)
     new = jnp.where(new_alive, new, -jnp.inf)
     top = jnp.maximum(old.max(-1, keepdims=True), new.max(-1, keepdims=True))
+    if sink is not None:
+        sink = sink.astype(jnp.float32).reshape(1, old.shape[1], 1, -1, 1)
+        top = jnp.maximum(top, sink)
     old, new = jnp.exp(old - top), jnp.exp(new - top)
     total = old.sum(-1, keepdims=True) + new.sum(-1, keepdims=True)
+    if sink is not None:
+        total += jnp.exp(sink - top)
     return old / total, new / total
 
 
@@ -185,7 +204,9 @@ def combine(old, new, value, values, occupied):
     return out.reshape(batch, nodes, kv_heads * groups, head_dim)
 
 
-def _xla(query, nodes, slots, upcoming, depths, ancestors, *, scale):
+def _xla(
+    query, nodes, slots, upcoming, depths, ancestors, sink=None, *, scale, cap=None
+):
     """Mask instead of writing: a slot holds what it holds until it is overwritten."""
     keys, values, positions, _, _ = slots
     order = jnp.arange(upcoming.shape[2], dtype=jnp.int32)
@@ -202,9 +223,9 @@ def _xla(query, nodes, slots, upcoming, depths, ancestors, *, scale):
     ends = jnp.take_along_axis(until_new, by_node, axis=2)
     new_alive = ancestors[:, None] & (depth < ends[:, :, None])
     grouped = group(query, keys.shape[1])
-    old, new = logits_of(grouped, nodes.key, keys, scale)
+    old, new = logits_of(grouped, nodes.key, keys, scale, cap)
     old, new = softmax_over_both(
-        old, new, old_alive[:, :, :, None], new_alive[:, :, :, None]
+        old, new, old_alive[:, :, :, None], new_alive[:, :, :, None], sink
     )
     out = combine(old, new, nodes.value, values, positions >= 0)
     return out.astype(query.dtype)

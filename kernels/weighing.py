@@ -1,6 +1,9 @@
 """What a layer's attention does beside scaling its logits."""
 
 import dataclasses
+from typing import Any
+
+import jax
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -9,9 +12,20 @@ class Weighing:
 
     Attributes:
       window: how many tokens each token attends to, itself the last; None is all.
+      sink: float `[N]`, of each head, a logit beside those of the tokens, whose weight
+        goes nowhere (gpt-oss); None is none.
+      cap: bound of the logits, `cap * tanh(logits / cap)` (Gemma 2); None is none.
     """
 
     window: int | None = None
+    sink: jax.Array | None = None
+    cap: float | None = None
+
+    @property
+    def softmax(self) -> dict[str, Any]:
+        """What is not usual about the softmax, as operations take it."""
+        found = dict(sink=self.sink, cap=self.cap)
+        return {name: x for name, x in found.items() if x is not None}
 
 
 PLAIN = Weighing()

@@ -7,13 +7,15 @@ Axis letters: `B` batch, `W` window, `N` query heads, `K` key/value heads, `G = 
 `T` keys, `H` head size.
 """
 
-from typing import Literal, get_args
+from collections.abc import Callable
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
 from jaxkv.kernels import dispatch
+from jaxkv.kernels.decode import capped
 from jaxkv.kernels.per_shard import per_shard
 from jaxkv.kernels.shapes import check_groups, checked
 from jaxkv.kernels.window_scores_triton import window_scores_triton
@@ -29,10 +31,12 @@ def window_scores(
     query: Float[Array, "B W N H"],
     key: Float[Array, "B T K H"],
     start: Int32[Array, " B"],
+    count: Int32[Array, " B"] | None = None,
+    sink: Float[Array, " N"] | None = None,
     *,
     scale: float,
     length: int,
-    count: Int32[Array, " B"] | None = None,
+    cap: float | None = None,
     reduction: Reduction = "sum",
     implementation: Implementation | None = None,
 ) -> Float32[Array, "B K length"]:
@@ -44,15 +48,18 @@ def window_scores(
         the window's own keys belong to `key`.
       key: beyond the last visible key it may hold anything.
       start: not negative, and at most `T - W`.
+      count: only the first `count[b]` queries of row `b` contribute, and
+        `start[b] + w` must lie below `T` for these only; None is all `W`.
+      sink: see `decode.decode_attention`.
       scale: factor on the logits.
       length: keys that are scored, the first ones; at most `T`. The softmax is over
         all visible keys all the same.
-      count: only the first `count[b]` queries of row `b` contribute, and
-        `start[b] + w` must lie below `T` for these only; None is all `W`.
+      cap: see `decode.decode_attention`.
       reduction: over the window: "sum", or "max" for the most that one query pays.
       implementation: "reference" (float32, `W x T` memory), "xla" (anywhere; memory of
         one tile), "triton" (NVIDIA, through jax-triton), "pallas_tpu" (TPU), or None
-        for the best one that can run; `choose` says which.
+        for the best one that can run; `choose` says which. The last two take neither
+        sink nor cap.
 
     Returns:
       Softmax probabilities, averaged over the query heads of each key head and then
@@ -74,21 +81,23 @@ def window_scores(
             f"{where}: unknown {reduction=}; choose one of "
             f"{', '.join(get_args(Reduction))}."
         )
+    unable = dispatch.plain_only(sink, cap)
     if implementation is None:
         implementation = choose(jax.default_backend(), query, key)
-    run = dispatch.resolve(where, implementation, _RUNS)
+        implementation = "xla" if implementation in unable else implementation
+    run = dispatch.resolve(where, implementation, _RUNS, unable=unable)
     if count is None:
         count = jnp.full(start.shape, query.shape[1], jnp.int32)
 
-    def score(query, key, start, count):
+    def score(query, key, start, count, *sink):
         options = dict(count=count, scale=scale, length=length, reduction=reduction)
-        return run(query, key, start, **options)
+        return run(query, key, start, *sink, **options, **dispatch.given(cap=cap))
 
     score = per_shard(score, window_scores)
     if implementation == "triton":
         # Its kernels know no vmap: copies of a prompt are done one by one.
         score = jax.custom_batching.sequential_vmap(score)
-    return score(query, key, start, count)
+    return score(query, key, start, count, *dispatch.arrays(sink))
 
 
 def choose(platform: str, query=None, key=None) -> Implementation:
@@ -115,7 +124,9 @@ def _last_visible(start, window, count):
     return jnp.where(order < count[:, None], start[:, None] + order, -1)
 
 
-def _reference(query, key, start, *, scale, length, count, reduction):
+def _reference(
+    query, key, start, sink=None, *, scale, length, count, reduction, cap=None
+):
     """Everything at once in float32 and highest precision: the definition."""
     _, window, heads, _ = query.shape
     keys, kv_heads = key.shape[1:3]
@@ -126,13 +137,18 @@ def _reference(query, key, start, *, scale, length, count, reduction):
     k = jnp.repeat(key.astype(jnp.float32), heads // kv_heads, axis=2)
     q = query.astype(jnp.float32)
     logits = scale * jnp.einsum("bwnh,btnh->bnwt", q, k, precision="highest")
-    weights = jax.nn.softmax(jnp.where(seen, logits, -jnp.inf), axis=-1)
+    logits = jnp.where(seen, capped(logits, cap), -jnp.inf)
+    if sink is not None:
+        own = sink.astype(jnp.float32)[None, :, None, None]
+        own = jnp.broadcast_to(own, (*logits.shape[:3], 1))
+        logits = jnp.concatenate([logits, own], axis=-1)
+    weights = jax.nn.softmax(logits, axis=-1)[..., :keys]
     weights = jnp.where(seen, weights, 0.0)  # a query that counts not gives NaN
     grouped = weights.reshape(-1, kv_heads, heads // kv_heads, window, keys).mean(2)
     return (grouped.sum(2) if reduction == "sum" else grouped.max(2))[..., :length]
 
 
-def _xla(query, key, start, *, scale, length, count, reduction):
+def _xla(query, key, start, sink=None, *, scale, length, count, reduction, cap=None):
     """Two passes over tiles of keys; nothing larger than `[B, N, W, tile]` exists."""
     batch, window, heads, head_dim = query.shape
     keys, kv_heads = key.shape[1:3]
@@ -149,6 +165,7 @@ def _xla(query, key, start, *, scale, length, count, reduction):
         out = scale * jnp.einsum(
             "bkrh,bskh->bkrs", grouped, tile, preferred_element_type=jnp.float32
         )
+        out = capped(out, cap)
         index = first + jnp.arange(size, dtype=jnp.int32)
         return jnp.where(index[None, None, None] <= last[..., None], out, -jnp.inf)
 
@@ -169,6 +186,10 @@ def _xla(query, key, start, *, scale, length, count, reduction):
     shape = (batch, kv_heads, rows)
     lowest = jnp.full(shape, jnp.finfo(jnp.float32).min, jnp.float32)
     nothing = jnp.zeros(shape, jnp.float32)
+    if sink is not None:  # what has been seen before the first tile
+        own = sink.astype(jnp.float32).reshape(kv_heads, groups)
+        lowest = jnp.broadcast_to(jnp.repeat(own, window, axis=1)[None], shape)
+        nothing = jnp.ones(shape, jnp.float32)
     size = min(_TILE, keys)
     tiles = jnp.minimum(last.max() // size + 1, -(-keys // size))
     maximum, total = jax.lax.fori_loop(0, tiles, add_up, (lowest, nothing))
@@ -196,7 +217,7 @@ def _pallas_tpu(*arguments, **options):
     return window_scores_tpu(*arguments, **options)
 
 
-_RUNS = {
+_RUNS: dict[str, Callable[..., Any]] = {
     "reference": _reference,
     "xla": _xla,
     "triton": window_scores_triton,

@@ -56,7 +56,7 @@ def record(
     is_prompt = (jnp.arange(tokens.shape[0], dtype=jnp.int32) < length)[:, None, None]
 
     def attend(q, k, v, frequencies, weighing):
-        how = dict(scale=scale_of(q), window=weighing.window)
+        how = dict(scale=scale_of(q), window=weighing.window) | weighing.softmax
         out = prefill.causal_attention(q, k, v, **how)
         plain = rotate(q, -positions[None], frequencies)[0].astype(jnp.float32)
         mean = jnp.where(is_prompt, plain, 0).sum(0) / length.astype(jnp.float32)

@@ -183,6 +183,7 @@ def loss(
             *(q, k, v),
             scale=scale,
             window=weighing.window,
+            **weighing.softmax,
             implementation=implementation,
         )
         return out, state

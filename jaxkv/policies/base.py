@@ -20,6 +20,7 @@ import numpy as np
 
 from jaxkv import state as kv
 from jaxkv.kernels import decode, window_scores
+from jaxkv.kernels.weighing import PLAIN, Weighing
 from jaxkv.policies.fitting import fit
 from jaxkv.state import KVState
 from jaxkv.trees import DraftTree, Pending
@@ -53,6 +54,7 @@ class Prompt(NamedTuple):
         all of them. What stands behind is a question: it scores, and is not kept.
       output: `[N, H, D]`, the layer's projection of the heads' outputs to the hidden
         size `D`; None unless the policy `reads_output`.
+      weighing: sinks and caps of the layer's attention.
     """
 
     queries: jax.Array
@@ -65,6 +67,7 @@ class Prompt(NamedTuple):
     implementation: window_scores.Implementation | None = None
     held: jax.Array | None = None
     output: jax.Array | None = None
+    weighing: Weighing = PLAIN
 
     @property
     def candidates(self) -> jax.Array:
@@ -330,6 +333,7 @@ class DecodePolicy(Protocol):
         position: jax.Array,
         *,
         implementation: decode.Implementation | None,
+        weighing: Weighing = PLAIN,
     ) -> tuple[jax.Array, KVState]:
         """Write one token per row, attend from it, and choose the next `state.target`.
 
@@ -341,6 +345,9 @@ class DecodePolicy(Protocol):
           position: int32 `[B]` of the token; -1 for rows that have finished and must
             not change.
           implementation: of the attention.
+          weighing: sinks and caps of the layer's attention, which operations take as
+            `**weighing.softmax`. It is handed over where the network has any; a policy
+            without this argument goes with the others.
 
         Returns:
           The output `[B, N, H]` and the new state. Free slots are targets before any
@@ -367,6 +374,7 @@ class Speculable(DecodePolicy, Protocol):
         *,
         depth: int,
         implementation: decode.Implementation | None,
+        weighing: Weighing = PLAIN,
     ) -> tuple[jax.Array, Pending]:
         """Attend from each node as if its path had been decoded token by token.
 
@@ -381,6 +389,7 @@ class Speculable(DecodePolicy, Protocol):
           ancestors: bool `[B, T, T]`, from `trees.ancestors`.
           depth: of the deepest node that a tree may have, static.
           implementation: of `attend`; its `dispatch.counterpart` is the one used.
+          weighing: as in `attend`.
 
         Returns:
           The output `[B, T, N, H]`, and what `trees.commit` needs.

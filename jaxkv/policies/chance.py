@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from annotated_types import Ge
 
+from jaxkv.kernels.weighing import PLAIN
 from jaxkv.policies.base import PlainAttention, Prompt, WholePrompt
 from jaxkv.policies.eviction import aim_at_least, attend_and_write, check_room
 from jaxkv.runtime.seeds import key_of
@@ -69,11 +70,21 @@ class RandomDecode(PlainAttention):
         check_room("RandomDecode", budget, n_sink=self.n_sink, n_recent=self.n_recent)
 
     def attend(
-        self, query, key, value, state, position, *, implementation=None
+        self,
+        query,
+        key,
+        value,
+        state,
+        position,
+        *,
+        implementation=None,
+        weighing=PLAIN,
     ) -> tuple[jax.Array, KVState]:
         """Overwrite the lowest lot; see `DecodePolicy.attend`."""
         out, state = attend_and_write(
-            query, key, value, state, position, implementation=implementation
+            *(query, key, value, state, position),
+            implementation=implementation,
+            weighing=weighing,
         )
         return out, aim_at_least(
             state,

@@ -10,6 +10,7 @@ size, `T` nodes of a tree, `D` its depth.
 
 import contextlib
 import dataclasses
+import inspect
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxkv import state as kv
+from jaxkv.kernels.weighing import PLAIN, Weighing
 from jaxkv.policies.base import (
     DecodePolicy,
     PrefillPolicy,
@@ -162,9 +164,11 @@ def attend(
     value: jax.Array,
     state: KVState,
     position: jax.Array,
+    weighing: Weighing = PLAIN,
     **how: Any,
 ) -> tuple[jax.Array, KVState]:
     """Call `DecodePolicy.attend`."""
+    how |= _softmax(policy.attend, weighing)
     with called(policy, "attend"):
         result = policy.attend(query, key, value, state, position, **how)
         out, after = _pair(result, "the output and the new state")
@@ -185,9 +189,11 @@ def attend_tree(
     ancestors: jax.Array,
     *,
     depth: int,
+    weighing: Weighing = PLAIN,
     **how: Any,
 ) -> tuple[jax.Array, Pending]:
     """Call `Speculable.attend_tree`."""
+    how |= _softmax(policy.attend_tree, weighing)
     with called(policy, "attend_tree"):
         result = policy.attend_tree(
             *(query, key, value, state, position, drafts, ancestors),
@@ -204,6 +210,25 @@ def attend_tree(
             shape = (*heads, query.shape[1])
             fit("targets", pending.targets, "B K T", shape, jnp.int32)
     return out, pending
+
+
+def _softmax(method: Any, weighing: Weighing) -> dict[str, Weighing]:
+    """Return what a method of a policy is told of a softmax that is not usual.
+
+    Raises:
+      ValueError: it takes nothing of the kind, and would attend wrongly.
+    """
+    if not weighing.softmax:
+        return {}
+    parameters = inspect.signature(method).parameters
+    kinds = {parameter.kind for parameter in parameters.values()}
+    if "weighing" not in parameters and inspect.Parameter.VAR_KEYWORD not in kinds:
+        raise ValueError(
+            f"{method.__qualname__} takes no weighing=, but this network has "
+            f"{' and '.join(weighing.softmax)} in its attention; take it, and hand "
+            "**weighing.softmax to the operations that attend."
+        )
+    return {"weighing": weighing}
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ from annotated_types import Ge, Lt
 from jaxkv import state as kv
 from jaxkv.kernels import decode, dispatch, tree_attention, victims
 from jaxkv.kernels.cache import Nodes, Token
+from jaxkv.kernels.weighing import PLAIN, Weighing
 from jaxkv.policies.base import scale_of
 from jaxkv.policies.fitting import fit
 from jaxkv.state import KVState
@@ -60,6 +61,7 @@ def attend_and_write(
     position: jax.Array,
     *,
     implementation: decode.Implementation | None,
+    weighing: Weighing = PLAIN,
 ) -> tuple[jax.Array, KVState]:
     """Do all of `DecodePolicy.attend` but the choice: `target` stays as it is."""
     out, slots = decode.decode_attention(
@@ -68,6 +70,7 @@ def attend_and_write(
         kv.to_slots(state),
         scale=scale_of(query),
         implementation=implementation,
+        **weighing.softmax,
     )
     return out, kv.from_slots(slots, state, state.memory)
 
@@ -83,6 +86,7 @@ def attend_tree_by_depth(
     ancestors: jax.Array,
     *,
     implementation: decode.Implementation | None,
+    weighing: Weighing = PLAIN,
 ) -> tuple[jax.Array, Pending]:
     """Do `Speculable.attend_tree` where the next tokens' slots are known beforehand.
 
@@ -96,6 +100,7 @@ def attend_tree_by_depth(
       drafts: no deeper than `D`.
       ancestors: bool `[B, T, T]`.
       implementation: of `DecodePolicy.attend`; its `dispatch.counterpart` is used.
+      weighing: of `DecodePolicy.attend`.
 
     Returns:
       The output and what is pending.
@@ -111,6 +116,7 @@ def attend_tree_by_depth(
         implementation=dispatch.counterpart(
             implementation, tree_attention.Implementation
         ),
+        **weighing.softmax,
     )
     return out, Pending(key, value, upcoming)
 
@@ -123,7 +129,7 @@ def start_sums(state: KVState) -> KVState:
 
 
 def attend_and_sum(
-    query, key, value, state, position, *, implementation
+    query, key, value, state, position, *, implementation, weighing=PLAIN
 ) -> tuple[jax.Array, KVState]:
     """Write and attend as `attend_and_write` does, and add the weights to `memory`.
 
@@ -131,7 +137,9 @@ def attend_and_sum(
     a key/value head. A new token's sum starts with what it attends to itself.
     """
     out, state = attend_and_write(
-        query, key, value, state, position, implementation=implementation
+        *(query, key, value, state, position),
+        implementation=implementation,
+        weighing=weighing,
     )
     weights = decode.decode_weights(
         query,
@@ -139,6 +147,7 @@ def attend_and_sum(
         state.positions,
         scale=scale_of(query),
         exact=implementation == "reference",
+        **weighing.softmax,
     ).mean(axis=2)
     new = (
         jnp.arange(state.slots, dtype=jnp.int32)[None, None] == state.target[..., None]

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxkv import state as kv
+from jaxkv.kernels.weighing import PLAIN
 from jaxkv.policies.base import PlainAttention, Prompt, WholePrompt
 from jaxkv.policies.eviction import attend_and_write, attend_tree_by_depth
 from jaxkv.state import KVState
@@ -32,14 +33,24 @@ class Full(WholePrompt, PlainAttention):
         return kv.fill(state, prompt.keys, prompt.values, prompt.candidates)
 
     def attend(
-        self, query, key, value, state, position, *, implementation=None
+        self,
+        query,
+        key,
+        value,
+        state,
+        position,
+        *,
+        implementation=None,
+        weighing=PLAIN,
     ) -> tuple[jax.Array, KVState]:
         """Append; see `DecodePolicy.attend`.
 
         Prefill fills slots from the first, so without eviction the next slot is free.
         """
         out, state = attend_and_write(
-            query, key, value, state, position, implementation=implementation
+            *(query, key, value, state, position),
+            implementation=implementation,
+            weighing=weighing,
         )
         target = state.target + (position[:, None] >= 0).astype(jnp.int32)
         return out, dataclasses.replace(state, target=target)
@@ -56,6 +67,7 @@ class Full(WholePrompt, PlainAttention):
         *,
         depth,
         implementation=None,
+        weighing=PLAIN,
     ) -> tuple[jax.Array, Pending]:
         """Append; see `Speculable.attend_tree`."""
         steps = jnp.arange(depth + 2, dtype=jnp.int32)
@@ -63,4 +75,5 @@ class Full(WholePrompt, PlainAttention):
         return attend_tree_by_depth(
             *(query, key, value, state, position, upcoming, drafts, ancestors),
             implementation=implementation,
+            weighing=weighing,
         )

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from annotated_types import Ge
 
+from jaxkv.kernels.weighing import PLAIN
 from jaxkv.policies.base import PlainAttention, Prompt, WholePrompt
 from jaxkv.policies.eviction import (
     Recent,
@@ -122,11 +123,21 @@ class H2ODecode(PlainAttention):
         return start_sums(state)
 
     def attend(
-        self, query, key, value, state, position, *, implementation=None
+        self,
+        query,
+        key,
+        value,
+        state,
+        position,
+        *,
+        implementation=None,
+        weighing=PLAIN,
     ) -> tuple[jax.Array, KVState]:
         """Overwrite the token least attended to so far; see `DecodePolicy.attend`."""
         out, state = attend_and_sum(
-            query, key, value, state, position, implementation=implementation
+            *(query, key, value, state, position),
+            implementation=implementation,
+            weighing=weighing,
         )
         return out, aim_at_least(
             state, state.memory, position, n_recent=self.n_recent, shared=False

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from annotated_types import Ge, Gt, Lt
 
 from jaxkv.kernels import decode
+from jaxkv.kernels.weighing import PLAIN
 from jaxkv.policies.base import PlainAttention, scale_of
 from jaxkv.policies.eviction import attend_and_write, check_room, evict_in_bulk
 from jaxkv.state import KVState
@@ -81,11 +82,21 @@ class LazyEviction(PlainAttention):
         return dataclasses.replace(state, memory=Recurrence(none + end, none))
 
     def attend(
-        self, query, key, value, state, position, *, implementation=None
+        self,
+        query,
+        key,
+        value,
+        state,
+        position,
+        *,
+        implementation=None,
+        weighing=PLAIN,
     ) -> tuple[jax.Array, KVState]:
         """Overwrite what earlier bulk evictions freed; see `DecodePolicy.attend`."""
         out, state = attend_and_write(
-            query, key, value, state, position, implementation=implementation
+            *(query, key, value, state, position),
+            implementation=implementation,
+            weighing=weighing,
         )
         weights = decode.decode_weights(
             query,
@@ -93,6 +104,7 @@ class LazyEviction(PlainAttention):
             state.positions,
             scale=scale_of(query),
             exact=implementation == "reference",
+            **weighing.softmax,
         ).max(axis=2)
         seen = noted(*(state.memory, weights, state.target, position), alpha=self.alpha)
         state = dataclasses.replace(state, memory=seen)

@@ -14,6 +14,7 @@ from jaxkv import state as kv
 from jaxkv.kernels import decode, dispatch, longflow, longflow_tree
 from jaxkv.kernels.cache import Nodes, Token
 from jaxkv.kernels.scores import Score, value_norms
+from jaxkv.kernels.weighing import PLAIN
 from jaxkv.policies.base import Speculable, scale_of
 from jaxkv.policies.eviction import attend_and_write, check_room, evict_in_bulk
 from jaxkv.state import KVState
@@ -124,7 +125,15 @@ class LongFlow(Speculable):
         return dataclasses.replace(state, memory=LongFlowMemory(norms, prompt))
 
     def attend(
-        self, query, key, value, state, position, *, implementation=None
+        self,
+        query,
+        key,
+        value,
+        state,
+        position,
+        *,
+        implementation=None,
+        weighing=PLAIN,
     ) -> tuple[jax.Array, KVState]:
         """Overwrite the least contribution; see `DecodePolicy.attend`."""
         oldest = self._oldest(state, position)
@@ -141,11 +150,14 @@ class LongFlow(Speculable):
                 score=self.score,
                 shared=self.shared,
                 implementation=implementation,
+                **weighing.softmax,
             )
             memory = state.memory._replace(norms=slots.norms)
             return out, kv.from_slots(slots, state, memory)
         out, state = attend_and_write(
-            query, key, value, state, position, implementation=implementation
+            *(query, key, value, state, position),
+            implementation=implementation,
+            weighing=weighing,
         )
         arrays = query, state.keys, state.values, state.positions
 
@@ -155,6 +167,7 @@ class LongFlow(Speculable):
                 scale=scale,
                 score=self.score,
                 exact=implementation == "reference",
+                **weighing.softmax,
             )
 
         return out, evict_in_bulk(
@@ -179,6 +192,7 @@ class LongFlow(Speculable):
         *,
         depth,
         implementation=None,
+        weighing=PLAIN,
     ) -> tuple[jax.Array, Pending]:
         """Give up along each path what plain decoding would; see `Speculable`."""
         del ancestors
@@ -197,6 +211,7 @@ class LongFlow(Speculable):
             implementation=dispatch.counterpart(
                 implementation, longflow_tree.Implementation
             ),
+            **weighing.softmax,
         )
         norms = value_norms(value, self.score).swapaxes(1, 2)
         memory = LongFlowMemory(norms, None)

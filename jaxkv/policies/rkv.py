@@ -14,6 +14,7 @@ from annotated_types import Ge, Le
 
 from jaxkv.fields import OddSize
 from jaxkv.kernels import decode
+from jaxkv.kernels.weighing import PLAIN
 from jaxkv.policies.base import PlainAttention, scale_of
 from jaxkv.policies.eviction import attend_and_write, check_room, evict_in_bulk
 from jaxkv.state import KVState
@@ -78,17 +79,28 @@ class RKV(PlainAttention):
         )
 
     def attend(
-        self, query, key, value, state, position, *, implementation=None
+        self,
+        query,
+        key,
+        value,
+        state,
+        position,
+        *,
+        implementation=None,
+        weighing=PLAIN,
     ) -> tuple[jax.Array, KVState]:
         """Overwrite what earlier bulk evictions freed; see `DecodePolicy.attend`."""
         out, state = attend_and_write(
-            query, key, value, state, position, implementation=implementation
+            *(query, key, value, state, position),
+            implementation=implementation,
+            weighing=weighing,
         )
         logits = decode.decode_logits(
             query,
             state.keys,
             state.positions,
             scale=scale_of(query),
+            cap=weighing.cap,
             exact=implementation == "reference",
         ).max(axis=2)
         # The scatter drops a row beyond the window: finished rows write nowhere.

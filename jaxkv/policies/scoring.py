@@ -14,6 +14,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from jaxkv.kernels import decode
 from jaxkv.kernels.rotary import rotate
 from jaxkv.kernels.window_scores import Reduction, window_scores
 from jaxkv.policies.base import Prompt
@@ -57,7 +58,9 @@ def attention_of_window(
         ahead = jnp.full_like(place, offset)
         queries = rotate(queries, ahead, prompt.frequencies)
 
-    def scores(queries):
+    softmax = prompt.weighing.softmax
+
+    def scores(queries, **heads):
         return window_scores(
             queries,
             prompt.keys,
@@ -67,6 +70,7 @@ def attention_of_window(
             count=count,
             reduction=reduction,
             implementation=prompt.implementation,
+            **(softmax | heads),
         )
 
     if granularity == "kv_head":
@@ -74,7 +78,14 @@ def attention_of_window(
     # One query head of each group at a time, so that no key is repeated.
     batch, _, heads, _ = queries.shape
     groups = heads // prompt.keys.shape[2]
-    each = [scores(queries[:, :, group::groups]) for group in range(groups)]
+    sink = prompt.weighing.sink
+    each = [
+        scores(
+            queries[:, :, group::groups],
+            **({} if sink is None else {"sink": sink[group::groups]}),
+        )
+        for group in range(groups)
+    ]
     return jnp.stack(each, axis=2).reshape(batch, heads, length)
 
 
@@ -134,7 +145,11 @@ def probabilities_of_last(
     )
     index = jnp.arange(length, dtype=jnp.int32)[None, None]
     seen = (index <= place[..., None])[:, None, None]
-    weights = jax.nn.softmax(jnp.where(seen, logits, -jnp.inf), axis=-1)
+    logits = jnp.where(seen, decode.capped(logits, prompt.weighing.cap), -jnp.inf)
+    sink = prompt.weighing.sink
+    if sink is not None:
+        sink = sink.reshape(1, kv_heads, -1, 1, 1)
+    weights = decode.softmax(logits, sink)
     counts = (order < own[:, None])[:, None, None, :, None]
     return jnp.where(seen & counts, weights, 0.0)
 

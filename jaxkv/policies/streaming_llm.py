@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from annotated_types import Ge
 
+from jaxkv.kernels.weighing import PLAIN
 from jaxkv.policies.base import PlainAttention, Prompt, WholePrompt
 from jaxkv.policies.eviction import attend_and_write, attend_tree_by_depth
 from jaxkv.state import KVState
@@ -56,11 +57,21 @@ class StreamingLLM(WholePrompt, PlainAttention):
         return dataclasses.replace(state, target=oldest(state, n_sink=self.n_sink))
 
     def attend(
-        self, query, key, value, state, position, *, implementation=None
+        self,
+        query,
+        key,
+        value,
+        state,
+        position,
+        *,
+        implementation=None,
+        weighing=PLAIN,
     ) -> tuple[jax.Array, KVState]:
         """Overwrite the oldest token that is not a sink; see `DecodePolicy.attend`."""
         out, state = attend_and_write(
-            query, key, value, state, position, implementation=implementation
+            *(query, key, value, state, position),
+            implementation=implementation,
+            weighing=weighing,
         )
         target = oldest(state, n_sink=self.n_sink)
         return out, dataclasses.replace(state, target=target)
@@ -77,12 +88,14 @@ class StreamingLLM(WholePrompt, PlainAttention):
         *,
         depth,
         implementation=None,
+        weighing=PLAIN,
     ) -> tuple[jax.Array, Pending]:
         """Overwrite the oldest tokens in turn; see `Speculable.attend_tree`."""
         upcoming = next_oldest(state, position, n_sink=self.n_sink, count=depth + 2)
         return attend_tree_by_depth(
             *(query, key, value, state, position, upcoming, drafts, ancestors),
             implementation=implementation,
+            weighing=weighing,
         )
 
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from annotated_types import Ge
 
 from jaxkv.kernels import decode, longflow
+from jaxkv.kernels.weighing import PLAIN
 from jaxkv.policies.base import PlainAttention, Prompt, WholePrompt
 from jaxkv.policies.longflow import LongFlow
 from jaxkv.policies.scoring import (
@@ -77,9 +78,19 @@ class TOVADecode(PlainAttention):
         return LongFlow(score="attention").begin(state, lengths)
 
     def attend(
-        self, query, key, value, state, position, *, implementation=None
+        self,
+        query,
+        key,
+        value,
+        state,
+        position,
+        *,
+        implementation=None,
+        weighing=PLAIN,
     ) -> tuple[jax.Array, KVState]:
         """Overwrite the least attended token; see `DecodePolicy.attend`."""
         return LongFlow(score="attention").attend(
-            query, key, value, state, position, implementation=implementation
+            *(query, key, value, state, position),
+            implementation=implementation,
+            weighing=weighing,
         )

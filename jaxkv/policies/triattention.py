@@ -17,6 +17,7 @@ import numpy as np
 from annotated_types import Ge
 
 from jaxkv.kernels.rotary import rotate, turn
+from jaxkv.kernels.weighing import PLAIN
 from jaxkv.policies.base import PlainAttention
 from jaxkv.policies.eviction import attend_and_write, check_room, evict_in_bulk
 from jaxkv.state import KVState
@@ -158,11 +159,21 @@ class TriAttention(PlainAttention):
         return dataclasses.replace(state, memory=memory)
 
     def attend(
-        self, query, key, value, state, position, *, implementation=None
+        self,
+        query,
+        key,
+        value,
+        state,
+        position,
+        *,
+        implementation=None,
+        weighing=PLAIN,
     ) -> tuple[jax.Array, KVState]:
         """Overwrite what earlier bulk evictions freed; see `DecodePolicy.attend`."""
         out, state = attend_and_write(
-            query, key, value, state, position, implementation=implementation
+            *(query, key, value, state, position),
+            implementation=implementation,
+            weighing=weighing,
         )
         seen = state.memory
         if not self.stats:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from annotated_types import Ge
 
+from jaxkv.kernels.weighing import PLAIN
 from jaxkv.policies.base import PlainAttention
 from jaxkv.policies.eviction import (
     Recent,
@@ -50,11 +51,21 @@ class VATP(PlainAttention):
         return start_sums(state)
 
     def attend(
-        self, query, key, value, state, position, *, implementation=None
+        self,
+        query,
+        key,
+        value,
+        state,
+        position,
+        *,
+        implementation=None,
+        weighing=PLAIN,
     ) -> tuple[jax.Array, KVState]:
         """Overwrite the least sum times norm; see `DecodePolicy.attend`."""
         out, state = attend_and_sum(
-            query, key, value, state, position, implementation=implementation
+            *(query, key, value, state, position),
+            implementation=implementation,
+            weighing=weighing,
         )
         values = jnp.where((state.positions >= 0)[..., None], state.values, 0)
         norms = jnp.abs(values.astype(jnp.float32)).sum(-1)

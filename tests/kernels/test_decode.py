@@ -271,9 +271,9 @@ def test_triton_names_a_gpu_that_is_too_old(capability, monkeypatch):
 def test_splash_against_reference(heads, length):
     """JAX's own kernel, as `causal_attention` calls it, interpreted."""
     q, k, v = prompt(*HEADS[heads], length, head_dim=128)
-    ours = prefill._splash(q, k, v, 0.09, interpret=True)
+    ours = prefill._splash(q, k, v, scale=0.09, interpret=True)
     exact = causal_attention(q, k, v, scale=0.09, implementation="reference")
     np.testing.assert_allclose(ours, exact, atol=2e-5)
-    ours = prefill._splash(q, k, v, 0.09, 70, interpret=True)
+    ours = prefill._splash(q, k, v, scale=0.09, window=70, interpret=True)
     exact = causal_attention(q, k, v, scale=0.09, window=70, implementation="reference")
     np.testing.assert_allclose(ours, exact, atol=2e-5)

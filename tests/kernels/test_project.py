@@ -89,6 +89,18 @@ def test_products_against_float64(backend, tokens, dtype, monkeypatch):
     assert off(out.astype("float32"), gated_oracle(x, weight), dtype) < 3
 
 
+def test_another_activation_against_float64(monkeypatch):
+    x, weight = inputs((2, 3, 24, 10, "float32"), 10)
+    arrays = jnp.asarray(x, "float32"), jnp.asarray(weight, "float32")
+    out = project.project_gated(*arrays, activation="gelu_tanh")
+    gate, up = np.split(x @ weight, 2, axis=-1)
+    inner = np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3))
+    assert off(out, gate * (1 + inner) / 2 * up, "float32") < 3
+    monkeypatch.setattr(dispatch, "triton_unavailable", lambda: "")
+    with pytest.raises(NotImplementedError, match='computes no activation="gelu_tanh"'):
+        project.project_gated(*arrays, activation="gelu_tanh", implementation="triton")
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_logits_against_float64(tied):
     x, weight = inputs((2, 3, 24, 0, "float32"), 10)
