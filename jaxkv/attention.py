@@ -14,15 +14,9 @@ import jax.numpy as jnp
 
 from jaxkv import state as kv
 from jaxkv.kernels import decode, prefill, window_scores
-from jaxkv.kernels.weighing import Weighing
+from jaxkv.kernels.weighing import Weighing, scale_of
 from jaxkv.policies import contract
-from jaxkv.policies.base import (
-    DecodePolicy,
-    PrefillPolicy,
-    Prompt,
-    Speculable,
-    scale_of,
-)
+from jaxkv.policies.base import DecodePolicy, PrefillPolicy, Prompt, Speculable
 from jaxkv.ring import of_layer
 from jaxkv.state import KVState
 from jaxkv.trees import DraftTree

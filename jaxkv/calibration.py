@@ -15,8 +15,8 @@ import numpy as np
 
 from jaxkv.kernels import prefill
 from jaxkv.kernels.rotary import rotate
+from jaxkv.kernels.weighing import scale_of
 from jaxkv.language_model import LanguageModel
-from jaxkv.policies.base import scale_of
 from jaxkv.policies.triattention import Statistics, lengths_of_pairs
 from jaxkv.provenance import write_whole
 from jaxkv.runtime.meshes import under_mesh_of

@@ -163,10 +163,13 @@ def _blockwise(query, key, value, sink=None, *, scale, window=None, cap=None):
 
         rows = (batch, kv_heads, groups, block)
         # A row may see nothing of its first tile.
-        maximum, total = jnp.full(rows, -1e30, jnp.float32), jnp.zeros(rows)
+        maximum, total = (
+            jnp.full(rows, -1e30, jnp.float32),
+            jnp.zeros(rows, jnp.float32),
+        )
         if sink is not None:
             own = sink.astype(jnp.float32).reshape(1, kv_heads, groups, 1)
-            maximum, total = jnp.broadcast_to(own, rows), jnp.ones(rows)
+            maximum, total = jnp.broadcast_to(own, rows), jnp.ones(rows, jnp.float32)
         carry = maximum, total, jnp.zeros((*rows, head_dim), jnp.float32)
         first = jnp.maximum(index * block - (reach - 1), 0) // block
         _, total, acc = jax.lax.fori_loop(first, index + 1, step, carry)

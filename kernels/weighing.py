@@ -29,3 +29,8 @@ class Weighing:
 
 
 PLAIN = Weighing()
+
+
+def scale_of(queries: jax.Array) -> float:
+    """Return what the logits of these queries `[..., H]` are multiplied by."""
+    return queries.shape[-1] ** -0.5

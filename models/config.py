@@ -3,6 +3,7 @@
 import dataclasses
 
 from jaxkv.kernels.experts import SILU, Gate
+from jaxkv.kernels.project import Activation
 from jaxkv.models.rope import PLAIN, Rope
 
 
@@ -66,6 +67,16 @@ class Config:
       qk_norm_per_head: whether each head is, or all heads of a token at once (OLMo 2).
       pre_norm: whether attention and feed-forward read the normalised stream.
       post_norm: whether what they add to the stream is normalised (OLMo 2).
+      norm_offset: whether norms multiply by one more than their weight (Gemma).
+      activation: of the gated feed-forward.
+      embedding_scale: what embeddings are multiplied by, in their dtype; None is 1.
+      query_scale: what the attention's logits are multiplied by; None is
+        `head_dim**-0.5`.
+      attention_cap: bound of the attention's logits, as `logit_cap` (Gemma 2).
+      sinks: whether each head has a learned logit beside those of the tokens, whose
+        weight goes nowhere (gpt-oss).
+      logit_cap: the network's logits are `logit_cap * tanh(logits / logit_cap)`
+        (Gemma 2); None leaves them.
       tied: whether the output layer is the transposed embedding.
       experts: the feed-forward of layers that have experts; None has none.
     """
@@ -87,6 +98,13 @@ class Config:
     qk_norm_per_head: bool = True
     pre_norm: bool = True
     post_norm: bool = False
+    norm_offset: bool = False
+    activation: Activation = "silu"
+    embedding_scale: float | None = None
+    query_scale: float | None = None
+    attention_cap: float | None = None
+    sinks: bool = False
+    logit_cap: float | None = None
     tied: bool = False
     experts: Experts | None = None
 

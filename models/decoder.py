@@ -1,4 +1,4 @@
-"""The decoder-only transformer of Llama, Mistral, Qwen, Phi-3, SmolLM3 and OLMo 2.
+"""The decoder-only transformer of Llama, Mistral, Qwen, Phi-3, Gemma and others.
 
 The families differ in switches (bias on the projections, norm on queries and keys,
 where norms stand, tied embeddings, experts) and in the rotary scaling, so one network
@@ -11,7 +11,6 @@ Axis letters: `B` batch, `T` tokens, `D` hidden, `N` query heads, `K` key/value 
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -19,24 +18,19 @@ import jax
 import jax.numpy as jnp
 
 from jaxkv.kernels import pointwise, project
-from jaxkv.kernels.per_shard import COLUMNS, MODEL, no_mesh
-from jaxkv.kernels.weighing import Weighing
-from jaxkv.models import experts, rope
-from jaxkv.models.config import Config, Experts, LayerKind
+from jaxkv.kernels.per_shard import no_mesh
+from jaxkv.models import rope
+from jaxkv.models.config import Config, Experts
+from jaxkv.models.layer import (
+    FROM_COLUMNS,
+    TO_COLUMNS,
+    Attend,
+    Layer,
+    matrix,
+    ones,
+    scale_of_norm,
+)
 from jaxkv.models.layout import check_shards
-
-# (q [B,T,N,H], k [B,T,K,H], v [B,T,K,H], state, weighing) -> (out [B,T,N,H], state)
-Attend = Callable[
-    [jax.Array, jax.Array, jax.Array, Any, Weighing], tuple[jax.Array, Any]
-]
-
-
-# How matrices are cut over the devices that share out a row (`kernels.per_shard`). What
-# leads to heads and feed-forward columns is cut along its columns, what leads back
-# along its rows, so that the parts of a layer meet in two sums.
-_HEADS = (None, MODEL)
-_COLUMNS = (None, COLUMNS)
-_ROWS = (COLUMNS, None)
 
 
 def layer_frequencies(config: Config) -> tuple[jax.Array, ...]:
@@ -49,130 +43,6 @@ def layer_frequencies(config: Config) -> tuple[jax.Array, ...]:
         for how in dict.fromkeys(kind.rope for kind in config.layer_kinds)
     }
     return tuple(found[kind.rope] for kind in config.layer_kinds)
-
-
-def _matrix(*axes: Any):
-    return nn.with_partitioning(nn.initializers.normal(0.02), axes)
-
-
-def _ones(*axes: str | None):
-    return nn.with_partitioning(nn.initializers.ones, axes)
-
-
-def _zeros(*axes: str | None):
-    return nn.with_partitioning(nn.initializers.zeros, axes)
-
-
-class Layer(nn.Module):
-    """One layer; weights that are read together are stored together.
-
-    Attributes:
-      config: sizes and switches.
-      kind: of this layer.
-      experts: `config.experts` if this layer has them, else None.
-      implementation: as in `Decoder`.
-    """
-
-    config: Config
-    kind: LayerKind
-    experts: Experts | None
-    implementation: pointwise.Implementation | None = None
-
-    @nn.compact
-    def __call__(
-        self,
-        x: jax.Array,
-        delta: jax.Array | None,
-        cos: jax.Array,
-        sin: jax.Array,
-        state: Any,
-        attend: Attend,
-    ) -> tuple[jax.Array, jax.Array, Any]:
-        """Run one layer.
-
-        Args:
-          x: `[B, T, D]`, the residual stream.
-          delta: `[P, B, T, D]`, whose sum over `P` the layer before adds to it; None
-            for the first. It is left to this layer, which adds it and normalises the
-            sum in one launch.
-          cos: of `rotary.table`.
-          sin: likewise.
-          state: of this layer.
-          attend: see `Attend`.
-
-        Returns:
-          The residual stream, what this layer adds to it in parts, and the new state.
-        """
-        c = self.config
-        batch, length, _ = x.shape
-        how: dict[str, Any] = dict(
-            eps=c.rms_norm_eps, implementation=self.implementation
-        )
-
-        def times(x, name, columns, axes, bias=False):
-            weight = self.param(name, _matrix(*axes), (x.shape[-1], columns))
-            cut: project.Cut = "heads" if axes == _HEADS else "rows"
-            parts = project.project(
-                x, weight, cut=cut, implementation=self.implementation
-            )
-            if bias:
-                bias = self.param(f"{name}_bias", _zeros(axes[1]), (columns,))
-                parts = (pointwise.join(parts, x.dtype) + bias[None, None])[None]
-            return parts
-
-        def norm(name, x, delta=None):
-            weight = self.param(name, _ones(None), (x.shape[-1],))
-            return pointwise.add_rms_norm(x, delta, weight, **how)
-
-        def enter(name, x, delta):
-            if c.pre_norm:
-                return norm(name, x, delta)
-            x = x if delta is None else x + pointwise.join(delta, x.dtype)
-            return x, x
-
-        def leave(name, delta):
-            if not c.post_norm:
-                return delta
-            return norm(name, pointwise.join(delta, x.dtype))[1][None]
-
-        x, normed = enter("attention_norm", x, delta)
-        qkv = times(normed, "qkv", c.qkv_size, _HEADS, c.qkv_bias)
-        q_norm = k_norm = None
-        if c.qk_norm and c.qk_norm_per_head:
-            q_norm = self.param("q_norm", _ones(None), (c.head_dim,))
-            k_norm = self.param("k_norm", _ones(None), (c.head_dim,))
-        elif c.qk_norm:
-            qkv = pointwise.join(qkv, x.dtype)
-            q, k, v = jnp.split(qkv, [sum(c.qkv_sizes[:i]) for i in (1, 2)], axis=-1)
-            parts = norm("q_norm", q)[1], norm("k_norm", k)[1], v
-            qkv = jnp.concatenate(parts, axis=-1)[None]
-        q, k, v = pointwise.split_and_rotate(
-            *(qkv, q_norm, k_norm, cos, sin),
-            num_heads=c.num_heads,
-            num_kv_heads=c.num_kv_heads,
-            dtype=x.dtype,
-            **how,
-        )
-        with jax.named_scope("attend"):
-            out, state = attend(q, k, v, state, Weighing(window=self.kind.window))
-        out = out.reshape(batch, length, c.num_heads * c.head_dim)
-        delta = times(out, "output", c.hidden_size, _ROWS, c.output_bias)
-
-        x, normed = enter("mlp_norm", x, leave("attention_post_norm", delta))
-        if self.experts is not None:
-            delta = experts.feed_forward(self.experts, normed, self._parameter)
-            return x, leave("mlp_post_norm", delta), state
-        shape = c.hidden_size, 2 * c.intermediate_size
-        gate_up = self.param("gate_up", _matrix(*_COLUMNS), shape)
-        inner = project.project_gated(
-            normed, gate_up, implementation=self.implementation
-        )
-        delta = times(inner, "down", c.hidden_size, _ROWS)
-        return x, leave("mlp_post_norm", delta), state
-
-    def _parameter(self, name, axes, shape):
-        made = _zeros if name.endswith("bias") else _matrix
-        return self.param(name, made(*axes), shape)
 
 
 class Decoder(nn.Module):
@@ -197,14 +67,14 @@ class Decoder(nn.Module):
         """Declare the embedding, the layers and the output layer."""
         c = self.config
         shape = c.vocab_size, c.hidden_size
-        self.embedding = self.param("embedding", _matrix(*_ROWS), shape)
+        self.embedding = self.param("embedding", matrix(*FROM_COLUMNS), shape)
         self.layers = [
             Layer(c, kind, self._experts(i), self.implementation, name=f"layer_{i}")
             for i, kind in enumerate(c.layer_kinds)
         ]
-        self.final_norm = self.param("final_norm", _ones(None), (c.hidden_size,))
+        self.final_norm = self.param("final_norm", ones(None), (c.hidden_size,))
         if not c.tied:
-            self.head = self.param("head", _matrix(*_COLUMNS), shape[::-1])
+            self.head = self.param("head", matrix(*TO_COLUMNS), shape[::-1])
 
     def __call__(
         self,
@@ -238,7 +108,7 @@ class Decoder(nn.Module):
             how: rope.table(how, positions, c.head_dim, c.max_positions)
             for how in dict.fromkeys(kind.rope for kind in c.layer_kinds)
         }
-        x, delta = carried or (project.embed(tokens, self.embedding), None)
+        x, delta = carried or (self._embedded(tokens), None)
         new_cache = []
 
         def run(kind, experts, variables, x, delta, cos, sin, state):
@@ -264,7 +134,7 @@ class Decoder(nn.Module):
         if some.stop < c.num_layers:
             return (x, delta), tuple(new_cache)
         _, normed = pointwise.add_rms_norm(
-            *(x, delta, self.final_norm),
+            *(x, delta, scale_of_norm(self.final_norm, c)),
             eps=c.rms_norm_eps,
             implementation=self.implementation,
         )
@@ -272,6 +142,10 @@ class Decoder(nn.Module):
 
     def _experts(self, layer: int) -> Experts | None:
         return self.config.experts if self.config.has_experts(layer) else None
+
+    def _embedded(self, tokens):
+        x, scale = project.embed(tokens, self.embedding), self.config.embedding_scale
+        return x if scale is None else x * jnp.asarray(scale, x.dtype)
 
     def frequencies(self) -> tuple[jax.Array, ...]:
         """Return each layer's rotary frequencies, as `layer_frequencies` does."""
@@ -294,7 +168,9 @@ class Decoder(nn.Module):
             tied=tied,
             implementation=self.implementation,
         )
-        return logits.reshape(*hidden.shape[:-1], -1).astype(jnp.float32)
+        logits = logits.reshape(*hidden.shape[:-1], -1).astype(jnp.float32)
+        cap = self.config.logit_cap
+        return logits if cap is None else cap * jnp.tanh(logits / cap)
 
 
 def _declared(config: Config) -> dict[str, Any]:
@@ -340,6 +216,7 @@ def parameter_axes() -> dict[str, tuple[str | tuple[str, ...] | None, ...]]:
         qk_norm=True,
         post_norm=True,
         experts=Experts(count=1, per_token=1, size=1, bias=True, dense_layers=(0,)),
+        sinks=True,
     )
     leaves, _ = jax.tree_util.tree_flatten_with_path(
         _declared(config), is_leaf=lambda x: isinstance(x, nn.Partitioned)

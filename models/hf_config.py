@@ -9,12 +9,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from jaxkv.models import hf_gemma
 from jaxkv.models.checkpoint import CheckpointError, read_json
 from jaxkv.models.checkpoint_values import MOST_LAYERS, integer, number, unsupported
 from jaxkv.models.config import Config, LayerKind
 from jaxkv.models.hf_experts import KEYS as EXPERT_KEYS
 from jaxkv.models.hf_experts import read_experts
-from jaxkv.models.hf_layers import read_kinds
+from jaxkv.models.hf_layers import read_kinds, spelled_by_type
 from jaxkv.models.hf_quantised import read_scheme
 from jaxkv.models.hf_rope import NO_ROPE, read_ropes, without_rope
 from jaxkv.models.quiet import quiet_transformers
@@ -31,6 +32,7 @@ class _Family:
     experts: bool = False
     rope: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of read_ropes
     keys: frozenset[str] = frozenset()  # that no other family reads
+    gemma: bool = False
 
 
 _FAMILIES = {
@@ -71,6 +73,29 @@ _FAMILIES = {
         bias="by attention_bias",
         switches=dict(qk_norm=True, qk_norm_per_head=False),
         experts=True,
+    ),
+    "olmo3": _Family(
+        architecture="Olmo3ForCausalLM",
+        bias="by attention_bias",
+        switches=dict(
+            qk_norm=True, qk_norm_per_head=False, pre_norm=False, post_norm=True
+        ),
+        rope=dict(by_type=True),
+    ),
+    "gemma2": _Family(
+        architecture="Gemma2ForCausalLM",
+        bias="by attention_bias",
+        switches=hf_gemma.SWITCHES,
+        gemma=True,
+        keys=hf_gemma.KEYS,
+    ),
+    "gemma3_text": _Family(
+        architecture="Gemma3ForCausalLM",
+        bias="by attention_bias",
+        switches=dict(hf_gemma.SWITCHES, qk_norm=True),
+        gemma=True,
+        keys=hf_gemma.KEYS,
+        rope=dict(by_type=True),
     ),
 }
 
@@ -145,10 +170,10 @@ def _convert(raw: dict[str, Any]) -> Config:
     num_heads = integer(raw, "num_attention_heads")
     layers = _layers(raw)
     default = _defaults(model_type, hidden_size, num_heads)
-    for key, value in raw.items():
-        if not (key in family.keys or (family.experts and key in EXPERT_KEYS)):
-            _refuse_unknown(key, value, default)
-    read_scheme(raw.get("quantization_config"))
+    _check_keys(raw, family, default)
+    switches = dict(family.switches)
+    if family.gemma:
+        switches |= hf_gemma.read_gemma(raw, default, model_type, hidden_size)
     max_positions = integer(
         raw, "max_position_embeddings", default["max_position_embeddings"]
     )
@@ -157,12 +182,9 @@ def _convert(raw: dict[str, Any]) -> Config:
     )
     if head_dim % 2:
         raise CheckpointError(f"{head_dim=} must be even for rotary positions.")
-    if family.bias == "by attention_bias":
-        qkv_bias = output_bias = _boolean(raw, "attention_bias")
-    else:
-        qkv_bias, output_bias = family.bias == "qkv", False
+    qkv_bias, output_bias = _biases(raw, family)
     ropes = read_ropes(
-        *(raw, default),
+        *(spelled_by_type(raw, default) if "by_type" in family.rope else raw, default),
         max_positions=max_positions,
         head_dim=head_dim,
         **family.rope,
@@ -186,11 +208,11 @@ def _convert(raw: dict[str, Any]) -> Config:
         max_positions=max_positions,
         qkv_bias=qkv_bias,
         output_bias=output_bias,
-        tied=_boolean(raw, "tie_word_embeddings"),
+        tied=_boolean(default | raw, "tie_word_embeddings"),
         experts=read_experts(raw, model_type, default, layers)
         if family.experts
         else None,
-        **family.switches,
+        **switches,
     )
 
 
@@ -221,6 +243,22 @@ def _defaults(model_type: str, hidden_size: int, num_heads: int) -> dict[str, An
             f"num_attention_heads={num_heads}: {message}"
         ) from error
     return config.to_dict()
+
+
+def _biases(raw: dict[str, Any], family: _Family) -> tuple[bool, bool]:
+    """Return whether the projections to heads and from them have biases."""
+    if family.bias == "by attention_bias":
+        return (_boolean(raw, "attention_bias"),) * 2
+    return family.bias == "qkv", False
+
+
+def _check_keys(raw: dict[str, Any], family: _Family, default: dict[str, Any]) -> None:
+    """Raise for a key that somebody should read and nobody does."""
+    own = family.keys | (EXPERT_KEYS if family.experts else frozenset())
+    for key, value in raw.items():
+        if key not in own:
+            _refuse_unknown(key, value, default)
+    read_scheme(raw.get("quantization_config"))
 
 
 def _refuse_unknown(key: str, value: Any, default: dict[str, Any]) -> None:

@@ -11,7 +11,8 @@ from jaxkv.models.rope import Rope
 _FULL, _SLIDING = LAYER_TYPES
 # Families whose layers have windows, as transformers implements them: every so many
 # layers one has none; 0 is never.
-_PERIODS = {"mistral": 0, "mixtral": 0, "phi3": 0}
+_PERIODS = dict(mistral=0, mixtral=0, phi3=0, gemma2=2, gemma3_text=6, olmo3=4)
+_PERIOD_KEYS = ("sliding_window_pattern", "_sliding_window_pattern")  # of Gemma 3
 # Those in which a switch turns windows on, from some layer on.
 _SWITCHED = ("qwen2", "qwen3")
 
@@ -46,6 +47,33 @@ def read_kinds(
     return tuple(LayerKind(rope=ropes[kind], window=windows[kind]) for kind in types)
 
 
+def spelled_by_type(raw: dict[str, Any], default: dict[str, Any]) -> dict[str, Any]:
+    """Return a configuration with rotary settings for each type of layer.
+
+    Older ones have `rope_theta` and `rope_scaling` for the layers without a window, and
+    `rope_local_base_freq` for the others.
+
+    Args:
+      raw: of `config.json`.
+      default: what transformers takes for absent keys.
+    """
+    if raw.get("rope_parameters") is not None:
+        return raw
+    usual = default["rope_parameters"]
+    scaling = raw.get("rope_scaling") or {}
+    if not isinstance(scaling, dict):
+        unsupported("rope_scaling", scaling, "an object")
+    bases = {_FULL: "rope_theta", _SLIDING: "rope_local_base_freq"}
+    spelled = {
+        kind: {"rope_theta": raw.get(key) or usual[kind]["rope_theta"]}
+        for kind, key in bases.items()
+    }
+    spelled[_FULL] |= scaling
+    older = (*bases.values(), "rope_scaling")
+    kept = {key: value for key, value in raw.items() if key not in older}
+    return kept | {"rope_parameters": spelled}
+
+
 def _types(
     raw: dict[str, Any],
     model_type: str,
@@ -66,6 +94,15 @@ def _types(
     switched_on = raw.get("use_sliding_window") or False
     if type(switched_on) is not bool:
         unsupported("use_sliding_window", switched_on, False)
+    if model_type in _PERIODS:
+        period = _PERIODS[model_type]
+        for key in _PERIOD_KEYS if model_type == "gemma3_text" else ():
+            period = integer(raw, key, period)
+        if given and period:
+            return given
+        # Others have one kind of layer, whatever a list says.
+        period = period or layers + 1
+        return [_SLIDING if i % period else _FULL for i in range(1, layers + 1)]
     if window is None:
         return [_FULL] * layers
     if model_type in _SWITCHED:
@@ -77,12 +114,6 @@ def _types(
         return given or [
             _SLIDING if switched_on and layer >= first else _FULL
             for layer in range(layers)
-        ]
-    if model_type in _PERIODS:
-        period = _PERIODS[model_type] or layers + 1
-        # These have one kind of layer, whatever a list says.
-        return (_PERIODS[model_type] and given) or [
-            _SLIDING if layer % period else _FULL for layer in range(1, layers + 1)
         ]
     if _SLIDING in given:
         unsupported("layer_types", given, _FULL)

@@ -65,6 +65,8 @@ def plan_of(config: Config, stored: Container[str] = ()) -> Plan:
             for name, size in (("q_norm", queries), ("k_norm", keys)):
                 size = c.head_dim if c.qk_norm_per_head else size
                 layer[name] = {f"{attention}{name}.weight": (size,)}
+        if c.sinks:
+            layer["sink"] = {f"{attention}sinks": (c.num_heads,)}
         for name, module in _norms(c).items():
             layer[name] = {f"{prefix}{module}.weight": (hidden,)}
         plan |= {(f"layer_{i}", name): parts for name, parts in layer.items()}

@@ -5,6 +5,7 @@ and memory matter, and need no download.
 """
 
 import math
+from typing import Any
 
 from jaxkv.models.config import Config, Experts, LayerKind
 from jaxkv.models.rope import Llama3Scaling, LongRopeScaling, Rope
@@ -26,6 +27,10 @@ def _qwen3(hidden: int, feed_forward: int, layers: int, heads: int, *, tied: boo
         tied=tied,
     )
 
+
+_GEMMA: dict[str, Any] = dict(
+    pre_norm=True, post_norm=True, norm_offset=True, activation="gelu_tanh", tied=True
+)
 
 SHAPES = {
     "qwen3-0.6b": _qwen3(1024, 3072, 28, 16, tied=True),
@@ -136,6 +141,43 @@ SHAPES = {
         qk_norm_per_head=False,
         pre_norm=False,
         post_norm=True,
+    ),
+    "gemma-2-2b": Config(
+        **_GEMMA,
+        vocab_size=256_000,
+        hidden_size=2304,
+        intermediate_size=9216,
+        num_layers=26,
+        num_heads=8,
+        num_kv_heads=4,
+        head_dim=256,
+        kinds=(LayerKind(window=4096), LayerKind()) * 13,
+        max_positions=8192,
+        embedding_scale=2304**0.5,
+        query_scale=256**-0.5,
+        attention_cap=50.0,
+        logit_cap=30.0,
+    ),
+    "gemma-3-1b": Config(
+        **_GEMMA,
+        vocab_size=262_144,
+        hidden_size=1152,
+        intermediate_size=6912,
+        num_layers=26,
+        num_heads=4,
+        num_kv_heads=1,
+        head_dim=256,
+        rope=Rope(theta=1_000_000.0),
+        kinds=tuple(
+            LayerKind(rope=Rope(theta=1_000_000.0))
+            if layer % 6 == 5
+            else LayerKind(window=512)
+            for layer in range(26)
+        ),
+        max_positions=32_768,
+        qk_norm=True,
+        embedding_scale=1152**0.5,
+        query_scale=256**-0.5,
     ),
     "qwen3-30b-a3b": Config(
         vocab_size=151_936,

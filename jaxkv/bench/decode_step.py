@@ -10,6 +10,7 @@ reads them all; the loop that is timed is the one that `jaxkv.generate` runs.
 """
 
 import dataclasses
+import functools
 import statistics
 from typing import Any
 
@@ -25,6 +26,7 @@ from jaxkv.bench.kernel_trace import Kernel, trace_kernels
 from jaxkv.models.config import Config
 from jaxkv.options import Options
 from jaxkv.policies.base import DecodePolicy
+from jaxkv.ring import of_layer
 from jaxkv.runtime.meshes import mesh_of
 from jaxkv.runtime.seeds import row_keys
 from jaxkv.sequences import Generation
@@ -125,26 +127,30 @@ def full_cache(
 
     All rows hold the same random numbers, so that making them needs little memory
     beside the cache itself, which may fill the device. Over a mesh, each device makes
-    its own part.
+    its own part. A layer with a window has that many slots.
     """
 
-    def layer(key):
-        shape = (batch, config.num_kv_heads, slots, config.head_dim)
+    def layer(key, window):
+        shape = (batch, config.num_kv_heads, window or slots, config.head_dim)
         row = (1, *shape[1:])
         keys, values = jax.random.split(key)
-        order = jnp.arange(slots, dtype=jnp.int32)
+        order = jnp.arange(shape[2], dtype=jnp.int32)
         return kv.KVState(
             keys=jnp.broadcast_to(jax.random.normal(keys, row, dtype), shape),
             values=jnp.broadcast_to(jax.random.normal(values, row, dtype), shape),
             positions=jnp.broadcast_to(order, shape[:3]),
             target=jnp.zeros(shape[:2], jnp.int32),
+            window=window,
         )
 
-    where = None
-    if mesh is not None:
-        where = sharding.state_shardings(jax.eval_shape(layer, key), mesh)
-    make = jax.jit(layer, out_shardings=where)
-    return tuple(make(k) for k in jax.random.split(key, config.num_layers))
+    made = {}
+    for window in dict.fromkeys(config.windows):
+        run, where = functools.partial(layer, window=window), None
+        if mesh is not None:
+            where = sharding.state_shardings(jax.eval_shape(run, key), mesh)
+        made[window] = jax.jit(run, out_shardings=where)
+    keys = jax.random.split(key, config.num_layers)
+    return tuple(made[w](k) for w, k in zip(config.windows, keys, strict=True))
 
 
 def rewind(
@@ -167,7 +173,7 @@ def rewind(
         slots, where random tokens lie already, so that the first step reads as many
         slots as the last.
     """
-    batch, kv_heads, slots, _ = cache[0].keys.shape
+    batch, kv_heads, slots, _ = kv.global_layers(cache)[0].keys.shape
     order = jnp.arange(slots, dtype=jnp.int32)
     if filled is None:
         filled = slots
@@ -175,18 +181,22 @@ def rewind(
     else:
         first = filled % slots
         order = jnp.where(order < filled, order, kv.FREE)
-    cache = tuple(
-        policy.begin(
-            dataclasses.replace(
-                state,
-                positions=jnp.broadcast_to(order, state.positions.shape),
-                target=jnp.full((batch, kv_heads), first, jnp.int32),
-                memory=(),
-            ),
-            jnp.full(batch, min(context, slots), jnp.int32),
+
+    def begin(state):
+        held = order
+        if state.window is not None:  # the last tokens, whatever is in the others
+            held = jnp.arange(state.slots, dtype=jnp.int32)
+            held = jnp.where(held < context, held, kv.FREE)
+        fresh = dataclasses.replace(
+            state,
+            positions=jnp.broadcast_to(held, state.positions.shape),
+            target=jnp.full((batch, kv_heads), first, jnp.int32),
+            memory=(),
         )
-        for state in cache
-    )
+        lengths = jnp.full(batch, min(context, slots), jnp.int32)
+        return of_layer(policy, state).begin(fresh, lengths)
+
+    cache = tuple(map(begin, cache))
     begun: Generation[None] = Generation(
         tokens=jnp.full((batch, steps), -1, jnp.int32),
         lengths=jnp.zeros(batch, jnp.int32),
@@ -278,7 +288,7 @@ def time_decode(
     floor = floor_ms(weights / shares[0] + kv_bytes / shares[1], bandwidth)
     return DecodeTiming(
         batch=batch,
-        slots=cache[0].slots,
+        slots=kv.global_layers(cache)[0].slots,
         steps=steps,
         calls_ms=calls,
         step_ms=median,

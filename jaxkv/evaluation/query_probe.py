@@ -15,8 +15,8 @@ import jax.numpy as jnp
 
 from jaxkv.kernels import prefill
 from jaxkv.kernels.rotary import rotate
+from jaxkv.kernels.weighing import scale_of
 from jaxkv.models.decoder import Decoder, layer_frequencies
-from jaxkv.policies.base import scale_of
 from jaxkv.runtime.programs import bounded_jit
 
 

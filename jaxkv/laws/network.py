@@ -23,11 +23,13 @@ CONFIG = Config(
     tied=True,
 )
 NETWORK = Decoder(CONFIG)
-# Layers that differ: what a budget cuts stands between those that hold a window.
+# Layers that differ, and an attention with all that may be unusual about it.
 MIXED = dataclasses.replace(
     CONFIG,
     num_layers=3,
     kinds=(LayerKind(), LayerKind(window=8), LayerKind()),
+    sinks=True,
+    attention_cap=4.0,
 )
 
 

@@ -30,11 +30,6 @@ from jaxkv.trees import DraftTree, Pending
 Sketch = Callable[["PrefillPolicy", int], jax.Array]
 
 
-def scale_of(queries: jax.Array) -> float:
-    """Return what the logits of these queries `[..., H]` are multiplied by."""
-    return queries.shape[-1] ** -0.5
-
-
 class Prompt(NamedTuple):
     """One layer's view of the prompt, right after its attention.
 
@@ -54,7 +49,7 @@ class Prompt(NamedTuple):
         all of them. What stands behind is a question: it scores, and is not kept.
       output: `[N, H, D]`, the layer's projection of the heads' outputs to the hidden
         size `D`; None unless the policy `reads_output`.
-      weighing: sinks and caps of the layer's attention.
+      weighing: of the layer's attention.
     """
 
     queries: jax.Array
@@ -302,10 +297,7 @@ class DecodePolicy(Protocol):
 
     @property
     def spare(self) -> int:
-        """Slots that prefill must leave free.
-
-        A policy that names a victim only after it has seen an attention needs one.
-        """
+        """Slots that prefill leaves free; who chooses after an attention needs one."""
 
     def check(self, budget: int) -> None:
         """Raise ValueError if this policy cannot work with `budget` slots."""
@@ -345,9 +337,7 @@ class DecodePolicy(Protocol):
           position: int32 `[B]` of the token; -1 for rows that have finished and must
             not change.
           implementation: of the attention.
-          weighing: sinks and caps of the layer's attention, which operations take as
-            `**weighing.softmax`. It is handed over where the network has any; a policy
-            without this argument goes with the others.
+          weighing: left out where `weighing.softmax`, which operations take, is empty.
 
         Returns:
           The output `[B, N, H]` and the new state. Free slots are targets before any
@@ -389,7 +379,6 @@ class Speculable(DecodePolicy, Protocol):
           ancestors: bool `[B, T, T]`, from `trees.ancestors`.
           depth: of the deepest node that a tree may have, static.
           implementation: of `attend`; its `dispatch.counterpart` is the one used.
-          weighing: as in `attend`.
 
         Returns:
           The output `[B, T, N, H]`, and what `trees.commit` needs.

@@ -19,8 +19,7 @@ from annotated_types import Ge, Lt
 from jaxkv import state as kv
 from jaxkv.kernels import decode, dispatch, tree_attention, victims
 from jaxkv.kernels.cache import Nodes, Token
-from jaxkv.kernels.weighing import PLAIN, Weighing
-from jaxkv.policies.base import scale_of
+from jaxkv.kernels.weighing import PLAIN, Weighing, scale_of
 from jaxkv.policies.fitting import fit
 from jaxkv.state import KVState
 from jaxkv.trees import DraftTree, Pending

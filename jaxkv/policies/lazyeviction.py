@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from annotated_types import Ge, Gt, Lt
 
 from jaxkv.kernels import decode
-from jaxkv.kernels.weighing import PLAIN
-from jaxkv.policies.base import PlainAttention, scale_of
+from jaxkv.kernels.weighing import PLAIN, scale_of
+from jaxkv.policies.base import PlainAttention
 from jaxkv.policies.eviction import attend_and_write, check_room, evict_in_bulk
 from jaxkv.state import KVState
 

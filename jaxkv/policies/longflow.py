@@ -14,8 +14,8 @@ from jaxkv import state as kv
 from jaxkv.kernels import decode, dispatch, longflow, longflow_tree
 from jaxkv.kernels.cache import Nodes, Token
 from jaxkv.kernels.scores import Score, value_norms
-from jaxkv.kernels.weighing import PLAIN
-from jaxkv.policies.base import Speculable, scale_of
+from jaxkv.kernels.weighing import PLAIN, scale_of
+from jaxkv.policies.base import Speculable
 from jaxkv.policies.eviction import attend_and_write, check_room, evict_in_bulk
 from jaxkv.state import KVState
 from jaxkv.trees import Pending

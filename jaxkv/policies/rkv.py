@@ -14,8 +14,8 @@ from annotated_types import Ge, Le
 
 from jaxkv.fields import OddSize
 from jaxkv.kernels import decode
-from jaxkv.kernels.weighing import PLAIN
-from jaxkv.policies.base import PlainAttention, scale_of
+from jaxkv.kernels.weighing import PLAIN, scale_of
+from jaxkv.policies.base import PlainAttention
 from jaxkv.policies.eviction import attend_and_write, check_room, evict_in_bulk
 from jaxkv.state import KVState
 

@@ -33,6 +33,8 @@ PARAMETERS = {  # of the Hub's model cards
     "llama-3.1-8b": 8_030_261_248,
     "mistral-7b-v0.3": 7_248_023_552,
     "olmo-2-7b": 7_298_617_344,
+    "gemma-2-2b": 2_614_341_888,
+    "gemma-3-1b": 999_885_952,
     "qwen3-30b-a3b": 30_532_122_624,
     "mixtral-8x7b": 46_702_792_704,
     "olmoe-1b-7b": 6_919_161_856,

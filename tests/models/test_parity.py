@@ -15,6 +15,7 @@ import pytest
 import tiny
 from plain_forward import forward
 from safetensors.numpy import load_file
+from windowed_cases import CASES as WINDOWED
 
 import jaxkv
 from jaxkv.models import gguf_config, gguf_weights
@@ -64,7 +65,7 @@ LONGROPE = dict(  # of 12 dimensions of each head
     short_factor=[1.0, 1.0, 1.1, 1.2, 1.3, 1.5],
     long_factor=[1.0, 1.2, 1.5, 2.0, 3.0, 5.0],
 )
-CASES = {
+CASES = WINDOWED | {
     "llama-gqa": ("Llama", {}),
     "llama-mha-tied": ("Llama", dict(num_key_value_heads=4, tie_word_embeddings=True)),
     "llama-mqa-bias": ("Llama", dict(num_key_value_heads=1, attention_bias=True)),
@@ -140,11 +141,12 @@ def make(folder, case, dtype="float32", **save_options):
     """Write a checkpoint whose every weight matters: no zero bias, no norm of ones."""
     family, options = CASES[case]
     config = getattr(transformers, f"{family}Config")(**SIZES | options)
-    model = getattr(transformers, f"{family}ForCausalLM")(config)
+    causal = f"{family.removesuffix('Text')}ForCausalLM"
+    model = getattr(transformers, causal)(config)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             weight.normal_(0.0, 0.2)
-            if "norm" in name:
+            if "norm" in name and not family.startswith("Gemma"):  # has 1 + weight
                 weight.add_(1.0)
     model.to(getattr(torch, dtype)).save_pretrained(folder, **save_options)
     return folder
@@ -212,6 +214,7 @@ def assert_same_logits(folder, layout="hub", **changes):
 HUB_ONLY = (
     *("mistral-window", "qwen2-window", "mixtral-window", "phi3-window"),
     *("qwen3-moe-dense-layer", "olmoe", "olmoe-normalized", "smollm3-list"),
+    *WINDOWED,
 )
 
 
@@ -354,6 +357,7 @@ def test_greedy_tokens(tmp_path, case):
     [
         *("olmo2", "mistral-window", "qwen2-window", "qwen3-yarn"),
         *("mixtral", "qwen3-moe", "olmoe", "phi3-longrope", "smollm3"),
+        *WINDOWED,
     ],
 )
 def test_decoding_of_a_ragged_batch(tmp_path, case):

@@ -4,7 +4,7 @@ import dataclasses
 
 import jax.numpy as jnp
 import pytest
-from tiny import language_model
+from tiny import CONFIG, language_model, params
 
 import jaxkv
 from jaxkv import KNorm, LongFlow, StreamingLLM, Tree
@@ -243,6 +243,20 @@ class Remembering(PlainAttention):
 
 class Swapping(Remembering):
     swaps = True
+
+
+def test_a_policy_that_takes_no_sinks_goes_with_no_network_that_has_them(tmp_path):
+    config = dataclasses.replace(CONFIG, sinks=True, attention_cap=9.0)
+    message = r"attend takes no weighing=, but this network has sink and cap in its "
+    with pytest.raises(ValueError, match=message):
+        jaxkv.generate(
+            language_model(tmp_path, config=config, weights=params(config)),
+            PROMPTS,
+            max_new_tokens=4,
+            budget=9,
+            prefill=KNorm(),
+            decode=Remembering(),
+        )
 
 
 def test_mistakes_of_what_is_remembered(tmp_path):

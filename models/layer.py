@@ -1,0 +1,186 @@
+"""One layer of the network: attention and feed-forward, each with its norms.
+
+Axis letters: `B` batch, `T` tokens, `D` hidden, `N` query heads, `K` key/value heads,
+`H` head size.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxkv.kernels import pointwise, project
+from jaxkv.kernels.per_shard import COLUMNS, MODEL
+from jaxkv.kernels.weighing import Weighing
+from jaxkv.models import experts
+from jaxkv.models.config import Config, Experts, LayerKind
+
+# (q [B,T,N,H], k [B,T,K,H], v [B,T,K,H], state, weighing) -> (out [B,T,N,H], state)
+Attend = Callable[
+    [jax.Array, jax.Array, jax.Array, Any, Weighing], tuple[jax.Array, Any]
+]
+
+
+# How matrices are cut over the devices that share out a row (`kernels.per_shard`). What
+# leads to heads and feed-forward columns is cut along its columns, what leads back
+# along its rows, so that the parts of a layer meet in two sums.
+TO_HEADS = (None, MODEL)
+TO_COLUMNS = (None, COLUMNS)
+FROM_COLUMNS = (COLUMNS, None)
+
+
+def matrix(*axes: Any):
+    """Return how a matrix is drawn and cut."""
+    return nn.with_partitioning(nn.initializers.normal(0.02), axes)
+
+
+def ones(*axes: str | None):
+    """Return how ones are made and cut."""
+    return nn.with_partitioning(nn.initializers.ones, axes)
+
+
+def zeros(*axes: str | None):
+    """Return how zeros are made and cut."""
+    return nn.with_partitioning(nn.initializers.zeros, axes)
+
+
+def scale_of_norm(weight: jax.Array, config: Config) -> jax.Array:
+    """Return what a norm multiplies by; 16 bits hold no small weight beside one."""
+    return weight.astype(jnp.float32) + 1 if config.norm_offset else weight
+
+
+class Layer(nn.Module):
+    """One layer; weights that are read together are stored together.
+
+    Attributes:
+      config: sizes and switches.
+      kind: of this layer.
+      experts: `config.experts` if this layer has them, else None.
+      implementation: as in `Decoder`.
+    """
+
+    config: Config
+    kind: LayerKind
+    experts: Experts | None
+    implementation: pointwise.Implementation | None = None
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        delta: jax.Array | None,
+        cos: jax.Array,
+        sin: jax.Array,
+        state: Any,
+        attend: Attend,
+    ) -> tuple[jax.Array, jax.Array, Any]:
+        """Run one layer.
+
+        Args:
+          x: `[B, T, D]`, the residual stream.
+          delta: `[P, B, T, D]`, whose sum over `P` the layer before adds to it; None
+            for the first. It is left to this layer, which adds it and normalises the
+            sum in one launch.
+          cos: of `rotary.table`.
+          sin: likewise.
+          state: of this layer.
+          attend: see `Attend`.
+
+        Returns:
+          The residual stream, what this layer adds to it in parts, and the new state.
+        """
+        c = self.config
+        x, normed = self._enter("attention_norm", x, delta)
+        q, k, v = self._heads(normed, cos, sin)
+        sink = None
+        if c.sinks:
+            sink = self.param("sink", zeros(MODEL), (c.num_heads,))
+        weighing = Weighing(window=self.kind.window, sink=sink, cap=c.attention_cap)
+        with jax.named_scope("attend"):
+            out, state = attend(q, k, v, state, weighing)
+        out = out.reshape(*x.shape[:2], c.num_heads * c.head_dim)
+        delta = self._times(out, "output", c.hidden_size, FROM_COLUMNS, c.output_bias)
+        delta = self._leave("attention_post_norm", delta, x.dtype)
+        x, normed = self._enter("mlp_norm", x, delta)
+        delta = self._feed_forward(normed)
+        return x, self._leave("mlp_post_norm", delta, x.dtype), state
+
+    def _enter(self, name, x, delta):
+        """Add to the residual stream; return the sum, and what a block reads of it."""
+        if self.config.pre_norm:
+            return self._norm(name, x, delta)
+        x = x if delta is None else x + pointwise.join(delta, x.dtype)
+        return x, x
+
+    def _leave(self, name, delta, dtype):
+        """Return what a block adds to the residual stream, in parts."""
+        if not self.config.post_norm:
+            return delta
+        return self._norm(name, pointwise.join(delta, dtype))[1][None]
+
+    def _heads(self, x, cos, sin):
+        """Return rotated queries and keys, and values."""
+        c = self.config
+        qkv = self._times(x, "qkv", c.qkv_size, TO_HEADS, c.qkv_bias)
+        q_norm = k_norm = None
+        if c.qk_norm and c.qk_norm_per_head:
+            q_norm = self._norm_weight("q_norm", c.head_dim)
+            k_norm = self._norm_weight("k_norm", c.head_dim)
+        elif c.qk_norm:
+            qkv = pointwise.join(qkv, x.dtype)
+            q, k, v = jnp.split(qkv, [sum(c.qkv_sizes[:i]) for i in (1, 2)], axis=-1)
+            parts = self._norm("q_norm", q)[1], self._norm("k_norm", k)[1], v
+            qkv = jnp.concatenate(parts, axis=-1)[None]
+        q, k, v = pointwise.split_and_rotate(
+            *(qkv, q_norm, k_norm, cos, sin),
+            num_heads=c.num_heads,
+            num_kv_heads=c.num_kv_heads,
+            eps=c.rms_norm_eps,
+            dtype=x.dtype,
+            implementation=self.implementation,
+        )
+        if c.query_scale is not None:  # beside the attention's own
+            factor = c.query_scale * c.head_dim**0.5
+            q = (factor * q.astype(jnp.float32)).astype(q.dtype)
+        return q, k, v
+
+    def _feed_forward(self, x):
+        """Return what the feed-forward adds to the residual stream, in parts."""
+        c = self.config
+        if self.experts is not None:
+            return experts.feed_forward(self.experts, x, self._parameter)
+        shape = c.hidden_size, 2 * c.intermediate_size
+        gate_up = self.param("gate_up", matrix(*TO_COLUMNS), shape)
+        inner = project.project_gated(
+            *(x, gate_up),
+            activation=c.activation,
+            implementation=self.implementation,
+        )
+        return self._times(inner, "down", c.hidden_size, FROM_COLUMNS)
+
+    def _times(self, x, name, columns, axes, bias=False):
+        """Return a product with a matrix, in parts."""
+        weight = self.param(name, matrix(*axes), (x.shape[-1], columns))
+        cut: project.Cut = "heads" if axes == TO_HEADS else "rows"
+        parts = project.project(x, weight, cut=cut, implementation=self.implementation)
+        if bias:
+            bias = self.param(f"{name}_bias", zeros(axes[1]), (columns,))
+            parts = (pointwise.join(parts, x.dtype) + bias[None, None])[None]
+        return parts
+
+    def _norm(self, name, x, delta=None):
+        """Return a sum, and the sum normalised."""
+        return pointwise.add_rms_norm(
+            *(x, delta, self._norm_weight(name, x.shape[-1])),
+            eps=self.config.rms_norm_eps,
+            implementation=self.implementation,
+        )
+
+    def _norm_weight(self, name, size):
+        return scale_of_norm(self.param(name, ones(None), (size,)), self.config)
+
+    def _parameter(self, name, axes, shape):
+        made = zeros if name.endswith("bias") else matrix
+        return self.param(name, made(*axes), shape)

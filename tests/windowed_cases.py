@@ -1,0 +1,30 @@
+"""Families whose layers mostly have a window: cases of parity with transformers."""
+
+CASES = {
+    "olmo3": ("Olmo3", dict(sliding_window=11, num_hidden_layers=4)),
+    "gemma2": (
+        "Gemma2",
+        dict(
+            head_dim=24,
+            sliding_window=9,
+            query_pre_attn_scalar=20,
+            tie_word_embeddings=False,  # else it repeats a token
+            attn_logit_softcapping=3.0,
+            final_logit_softcapping=5.0,
+        ),
+    ),
+    "gemma3": (
+        "Gemma3Text",
+        dict(
+            head_dim=24,
+            sliding_window=9,
+            query_pre_attn_scalar=20,
+            tie_word_embeddings=False,  # else it repeats a token
+            layer_types=["sliding_attention", "full_attention"],
+            rope_parameters=dict(
+                sliding_attention=dict(rope_type="default", rope_theta=100.0),
+                full_attention=dict(rope_type="linear", rope_theta=5e3, factor=4.0),
+            ),
+        ),
+    ),
+}
