@@ -42,9 +42,10 @@ from jaxkv.speculation.counts import DraftStats
 from jaxkv.speculation.drafters import Aligned, Drafter, PromptLookup, Tree
 from jaxkv.speculation.rules import Conditional, Exact, FixedThreshold, TopK, Typical
 from jaxkv.state import KVState
+from jaxkv.text.completion import Completion, Stats
 from jaxkv.text.conversation import Chat
 from jaxkv.text.documents import compress
-from jaxkv.text.inference import Completion, Stats, generate
+from jaxkv.text.inference import generate
 from jaxkv.text.scores import Scores, score
 
 __all__ = [

@@ -246,7 +246,7 @@ def read_behind(
       network: static.
       params: its parameters.
       tokens: int32 `[B, N]`, right-padded.
-      counts: int32 `[B]`, at least 1; the other tokens are padding.
+      counts: int32 `[B]`; the other tokens are padding. 0 leaves a row as it is.
       position: int32 `[B]`, of the first of them.
       cache: one state per layer, with a free slot for each token from `target` on.
       implementation: of `decode_step`; what goes with it is used.

@@ -15,7 +15,7 @@ from jaxkv.options import described
 from jaxkv.provenance import provenance
 from jaxkv.soundness import LogitsError
 from jaxkv.text import inference
-from jaxkv.text.inference import Completion, Stats
+from jaxkv.text.completion import Completion, Stats
 from jaxkv.text.planning import bucket
 from jaxkv.text.terminal import TextStream
 

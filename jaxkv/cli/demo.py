@@ -30,7 +30,8 @@ from jaxkv.options import Options
 from jaxkv.policies.streaming_llm import StreamingLLM
 from jaxkv.runtime.programs import bounded_jit
 from jaxkv.tasks.samples import Sample
-from jaxkv.text.inference import Stats, generate
+from jaxkv.text.completion import Stats
+from jaxkv.text.inference import generate
 from jaxkv.text.prompts import encode
 from jaxkv.text.terminal import TextStream
 

@@ -10,7 +10,7 @@ from rich.table import Column
 
 from jaxkv.language_model import LanguageModel
 from jaxkv.speculation.counts import together
-from jaxkv.text.inference import Stats
+from jaxkv.text.completion import Stats
 
 
 def progress(*, hidden: bool = False) -> rich.progress.Progress:

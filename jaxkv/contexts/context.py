@@ -1,33 +1,30 @@
 """Documents that were read once and cut to a budget, to be asked any number of times.
 
-`read_documents` fills a `Context`, `ask` puts questions behind it and begins the loop.
-Both are pure functions of arrays, and may be used inside a larger jitted program; the
-doors are `jaxkv.compress` and `jaxkv.generate(context=)`.
+`read_documents` fills a `Context`; `asking.py` puts questions behind it. It is a pure
+function of arrays, and may be used inside a larger jitted program; the door is
+`jaxkv.compress`.
 
-Axis letters: `D` documents, `P` padded document, `B` questions, `Q` padded question,
-`L` layers, `V` vocabulary.
+Axis letters: `D` documents, `P` padded document, `L` layers, `V` vocabulary.
 """
 
 import dataclasses
 import operator
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Self, cast
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxkv import generation, soundness
+from jaxkv import soundness
 from jaxkv import state as kv
 from jaxkv.attention import Network, begin_layers
-from jaxkv.forward import logits_at_end, read, read_behind
-from jaxkv.generation import Running
+from jaxkv.forward import logits_at_end, read
 from jaxkv.identity import Identity
 from jaxkv.options import Options
 from jaxkv.policies.base import DecodePolicy
 from jaxkv.runtime.programs import bounded_jit
-from jaxkv.sequences import write
-from jaxkv.speculation.likeliest import likeliest_tokens, top_three
+from jaxkv.speculation.likeliest import likeliest_tokens
 from jaxkv.state import Cache
 
 
@@ -265,106 +262,6 @@ def most_kept(found: Documents) -> jax.Array:
     return jnp.stack(kept).max(0)
 
 
-def ask(
-    network: Network,
-    params: Any,
-    context: Context,
-    documents: jax.Array,
-    tokens: jax.Array,
-    counts: jax.Array,
-    keys: jax.Array,
-    stop_ids: jax.Array,
-    *,
-    options: Options,
-    slots: tuple[int, ...],
-    max_out: int,
-    pool: jax.Array | None = None,
-) -> Running:
-    """Put questions behind documents, whole, and choose the first tokens.
-
-    Args:
-      network: static.
-      params: its parameters.
-      context: of this network.
-      documents: int32 `[B]`, which one each question is about.
-      tokens: int32 `[B, Q]`, the questions, right-padded.
-      counts: int32 `[B]`, at least 1.
-      keys: PRNG keys `[B]`.
-      stop_ids: int32 `[E]`; -1 stands for none.
-      options: static.
-      slots: of each layer's state, static: enough for what is kept of a document, its
-        question and, if the decode policy keeps everything, the output.
-      max_out: size of the output buffer, static.
-      pool: int32 `[B, 2]`, the span of document and question that drafts are copied
-        from; None is all of it.
-
-    Returns:
-      The state of the loop after one token.
-    """
-    asked = put_behind(
-        *(network, params, context, documents, tokens, counts),
-        options=options,
-        slots=slots,
-    )
-    return generation.begin(
-        *(asked.tokens, asked.lengths, asked.logits, asked.cache, keys, stop_ids),
-        options=options,
-        max_out=max_out,
-        likeliest=asked.likeliest,
-        pool=pool,
-    )
-
-
-class Asked(NamedTuple):
-    """Documents and the questions behind them, read, as `generation.begin` takes them.
-
-    Attributes:
-      tokens: int32 `[B, P + Q]`, right-padded.
-      lengths: int32 `[B]`.
-      logits: float32 `[B, V]`, of the token after each question.
-      cache: one state per layer, begun by the decode policy.
-      likeliest: int32 `[B, P + Q, 3]` or None, as in `Context`.
-    """
-
-    tokens: jax.Array
-    lengths: jax.Array
-    logits: jax.Array
-    cache: Cache
-    likeliest: jax.Array | None
-
-
-def put_behind(
-    network: Network,
-    params: Any,
-    context: Context,
-    documents: jax.Array,
-    tokens: jax.Array,
-    counts: jax.Array,
-    *,
-    options: Options,
-    slots: tuple[int, ...],
-) -> Asked:
-    """Put questions behind documents, whole; arguments are those of `ask`."""
-    chosen = drawn(context, documents, slots)
-    hidden, cache = read_behind(
-        *(network, params, tokens, counts, chosen.lengths, chosen.cache),
-        implementation=options.decode_implementation,
-    )
-    total = chosen.lengths + counts
-    cache = begun(options.decode, network, params, cache, total)
-    room = ((0, 0), (0, tokens.shape[1]))
-    text = write(jnp.pad(chosen.tokens, room), tokens, chosen.lengths, counts)
-    likeliest = None
-    if options.speculate is not None and options.speculate.likeliest:
-        found = likeliest_tokens(network, params, hidden)
-        found = found.at[:, 0].set(top_three(chosen.logits))
-        of_document = cast(jax.Array, chosen.likeliest)
-        likeliest = jnp.pad(of_document, (*room, (0, 0)))
-        likeliest = write(likeliest, found, chosen.lengths, counts)
-    logits = logits_at_end(network, params, hidden, counts)
-    return Asked(text, total, logits, cache, likeliest)
-
-
 def drawn(context: Context, documents: jax.Array, slots: tuple[int, ...]) -> Context:
     """Return the context of these documents, in states of these sizes."""
     chosen = jax.tree.map(lambda x: x[documents], context)
@@ -388,9 +285,6 @@ read_copies_jit = bounded_jit(
 read_documents_jit = bounded_jit(
     implied=_PARAMS, static_argnames=("network", "options", "slots", "likeliest")
 )(read_documents)
-ask_jit = bounded_jit(
-    implied=_PARAMS, static_argnames=("network", "options", "slots", "max_out")
-)(ask)
 
 
 def _few(numbers: Sequence[int]) -> str:

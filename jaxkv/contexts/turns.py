@@ -3,9 +3,11 @@
 Axis letters: `B` rows.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jaxkv import state as kv
 from jaxkv.attention import Network
@@ -13,7 +15,7 @@ from jaxkv.contexts.context import Context, Documents, counted, drawn
 from jaxkv.forward import decode_step, logits_at_end, read_behind
 from jaxkv.options import Options
 from jaxkv.runtime.programs import bounded_jit
-from jaxkv.state import Cache
+from jaxkv.state import Cache, KVState
 
 
 def read_on(
@@ -59,8 +61,23 @@ def settle(
     logits, cache = decode_step(
         network, params, token, position, cache, options=options
     )
+    if options.decode.evicts:
+        cache = tuple(map(_without_victim, cache))
     cache = tuple(kv.pack(state) for state in cache)
     return counted(cache, position + 1, logits)
+
+
+def _without_victim(state: KVState) -> KVState:
+    """Return a state without the token that the next one would have overwritten.
+
+    So whoever goes on with the same budget finds a slot, as in the loop.
+    """
+    if state.window is not None:
+        return state
+    slots = jnp.arange(state.slots, dtype=jnp.int32)
+    gone = slots[None, None] == state.target[..., None]
+    positions = jnp.where(gone, kv.FREE, state.positions)
+    return dataclasses.replace(state, positions=positions)
 
 
 settle_jit = bounded_jit(implied=("params",), static_argnames=("network", "options"))(

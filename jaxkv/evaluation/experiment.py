@@ -37,7 +37,7 @@ from jaxkv.evaluation.task_files import read_task_file
 from jaxkv.language_model import LanguageModel
 from jaxkv.options import described
 from jaxkv.provenance import provenance
-from jaxkv.text.inference import Stats
+from jaxkv.text.completion import Stats
 
 Kind = Literal["card", "niah", "ruler", "reasoning", "file"]
 Progress = Callable[[str, int, int], Any]  # what is done, how much of it, of how much

@@ -17,8 +17,9 @@ from jaxkv.evaluation.plan import Row, Unit
 from jaxkv.evaluation.questions import Match, judge
 from jaxkv.language_model import LanguageModel
 from jaxkv.soundness import LogitsError
+from jaxkv.text.completion import Completion, Stats
 from jaxkv.text.documents import compress
-from jaxkv.text.inference import Completion, Stats, generate
+from jaxkv.text.inference import generate
 from jaxkv.text.stopwatch import stopwatch
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from jaxkv import generation
 from jaxkv import state as kv
 from jaxkv.attention import Network, begin_layers
-from jaxkv.contexts import context as contexts
+from jaxkv.contexts import asking
 from jaxkv.contexts.context import Context
 from jaxkv.forward import logits_at_end, read, read_part
 from jaxkv.generation import Running
@@ -225,7 +225,7 @@ def read_prompts(
     if options.speculate is not None and options.speculate.likeliest:
         likeliest = likeliest_tokens(network, params, hidden[:, : tokens.shape[1]])
     logits = logits_at_end(network, params, hidden, lengths)
-    asked = contexts.Asked(tokens, lengths, logits, cache, likeliest)
+    asked = asking.Asked(tokens, lengths, logits, cache, likeliest)
     return _begin(asked, keys, terms, shape)
 
 
@@ -257,7 +257,7 @@ def read_questions(
     Returns:
       The requests as rows, and a report of the first tokens.
     """
-    asked = contexts.put_behind(
+    asked = asking.put_behind(
         *(network, params, context, documents, tokens, counts),
         options=shape.options,
         slots=shape.slots,
@@ -266,7 +266,7 @@ def read_questions(
 
 
 def _begin(
-    asked: contexts.Asked, keys: jax.Array, terms: Terms, shape: Shape
+    asked: asking.Asked, keys: jax.Array, terms: Terms, shape: Shape
 ) -> tuple[Running, Report]:
     """Choose first tokens, in buffers of the rows' own widths."""
 

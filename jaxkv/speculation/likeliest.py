@@ -10,6 +10,8 @@ import jax.numpy as jnp
 
 from jaxkv.attention import Network
 
+CANDIDATES = 3  # tokens that are noted at each position
+
 
 def likeliest_tokens(
     network: Network, params: Any, hidden: jax.Array, *, chunk: int = 512

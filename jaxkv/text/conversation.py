@@ -28,7 +28,7 @@ from jaxkv.text.chat import (
     encode_chat,
     encode_question,
 )
-from jaxkv.text.inference import Completion
+from jaxkv.text.completion import Completion, completion
 from jaxkv.text.planning import Plan, bucket
 from jaxkv.text.questions import questions
 from jaxkv.text.stopwatch import stopwatch
@@ -193,7 +193,7 @@ class Chat:
                 on_tokens=on_tokens,
             )
             decoding = lap()
-            out = inference.completion(lm, plan, [tokens], state, reading, decoding)
+            out = completion(lm, plan, [tokens], state, reading, decoding)
         (answer,) = out.text
         after = dataclasses.replace(
             self,

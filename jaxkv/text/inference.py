@@ -20,7 +20,6 @@ import jax
 import numpy as np
 
 from jaxkv import generation, soundness
-from jaxkv import state as kv
 from jaxkv.contexts.context import Context
 from jaxkv.generation import Running
 from jaxkv.kernels import decode as decode_kernels
@@ -31,93 +30,14 @@ from jaxkv.options import Options
 from jaxkv.policies.base import DecodePolicy, PrefillPolicy
 from jaxkv.runtime.seeds import row_keys
 from jaxkv.sampling import Sampler
-from jaxkv.sequences import alternatives
-from jaxkv.shown import brief
-from jaxkv.speculation.counts import DraftStats, draft_stats
 from jaxkv.speculation.drafters import Drafter
-from jaxkv.speculation.guarantee import guarantee
 from jaxkv.speculation.rules import Rule
 from jaxkv.text import arguments, planning, pricing, rows
+from jaxkv.text.completion import Completion, completion
 from jaxkv.text.planning import Plan
 from jaxkv.text.prompts import Prompts, encode
-from jaxkv.text.questions import kept_context, questions
-from jaxkv.text.stopwatch import Lap, stopwatch
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Stats:
-    """What a call of `generate` cost.
-
-    Attributes:
-      prompt_tokens: of each row.
-      cache_bytes: of the whole cache, bookkeeping included.
-      window_bytes: those of layers that hold a window, which no budget cuts.
-      slots: of the layer with the largest state.
-      compile_seconds: spent tracing and compiling; 0 once the shapes are known.
-      prefill_seconds: until the first token, compilation not counted.
-      decode_seconds: for all other tokens, compilation not counted.
-      tokens_per_second: of decoding, over all rows; 0 if there was nothing to decode.
-      prefill_implementation: kernel that attended over the prompt.
-      decode_implementation: kernel that attended over the cache.
-      drafts: what speculation came to; None without it.
-    """
-
-    prompt_tokens: tuple[int, ...]
-    cache_bytes: int
-    slots: int
-    compile_seconds: float
-    prefill_seconds: float
-    decode_seconds: float
-    tokens_per_second: float
-    prefill_implementation: str
-    decode_implementation: str
-    window_bytes: int = 0
-    drafts: DraftStats | None = None
-
-    __repr__ = brief
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Completion:
-    """What `generate` returns; every field but `stats` has one entry per prompt.
-
-    Attributes:
-      decoded: `text`, or None where the model has no tokenizer.
-      tokens: the outputs' token ids, a stop id included.
-      lengths: how many they are.
-      finish_reason: "stop" (a stop id) or "length" (`max_new_tokens`).
-      stats: what it cost.
-      logprobs: the logarithm of the probability that the network gave to each token, in
-        nats, before the sampler changed it; None unless asked for.
-      top_logprobs: for each token, the likeliest ones in its place and theirs, the
-        likeliest first; None unless asked for.
-      context: prompts and outputs, to be gone on with; None unless asked for.
-    """
-
-    decoded: tuple[str, ...] | None
-    tokens: tuple[tuple[int, ...], ...]
-    lengths: tuple[int, ...]
-    finish_reason: tuple[str, ...]
-    stats: Stats
-    logprobs: tuple[tuple[float, ...], ...] | None = None
-    top_logprobs: tuple[tuple[dict[int, float], ...], ...] | None = None
-    context: Context | None = None
-
-    __repr__ = brief
-
-    @property
-    def text(self) -> tuple[str, ...]:
-        """The outputs, special tokens left out.
-
-        Raises:
-          ValueError: the model has no tokenizer.
-        """
-        if self.decoded is None:
-            raise ValueError(
-                "text: the model has no tokenizer, so its outputs are token ids; read "
-                "tokens, or put the checkpoint's tokenizer.json into its folder."
-            )
-        return self.decoded
+from jaxkv.text.questions import alternatives_to_note, kept_context, questions
+from jaxkv.text.stopwatch import stopwatch
 
 
 def generate(
@@ -154,8 +74,9 @@ def generate(
         transformers tokenizer returns, whose attention mask says what is padding. They
         may differ in length. Each gets exactly what it would get alone.
       context: from `compress`: documents that the prompts are questions about. They
-        follow them, at the positions behind, and are kept whole; texts get no special
-        tokens. Using a context changes nothing.
+        follow them, at the positions behind, and are kept whole, unless `decode` evicts
+        and `budget` does not hold both; texts get no special tokens. Using a context
+        changes nothing.
       documents: index of each prompt's document. None: the only one of the context, or
         one for each prompt.
       max_new_tokens: longest output; changing it within a bucket compiles nothing.
@@ -164,8 +85,9 @@ def generate(
         all prompts or, if `decode` does not evict, one for each. The cache is padded
         to a bucket of the largest, so that similar budgets share a program. Where the
         prompts are one list several times over, with other budgets each time, each is
-        read once. With `context` it is needed, and read, if `decode` evicts: it holds
-        what is left of a document, its question and the output.
+        read once. With `context` it is needed if `decode` evicts: it holds what is left
+        of a document, its question and the output. A question that does not fit is fed
+        token by token, and `decode` evicts on the way.
       compression_ratio: another way to say it: the fraction of each prompt that is
         removed.
       prefill: eviction of the prompt; None is `Full()`.
@@ -185,6 +107,8 @@ def generate(
       top_logprobs: how many alternatives to each token to return theirs of, too.
       return_cache: whether to return the cache, as a context of the texts so far, with
         the last token in it: `context=` of the next call, which reads what is new.
+        Where `decode` evicts and a head is full, it lacks the token that the next one
+        would have overwritten, so that the same budget does for the next call.
       prefill_implementation: see `jaxkv.kernels.prefill`.
       decode_implementation: see `jaxkv.kernels.decode`.
       scores_implementation: see `jaxkv.kernels.window_scores`.
@@ -198,6 +122,7 @@ def generate(
       NotImplementedError: a named implementation cannot run here.
     """
     given: dict[str, Any] = dict(locals())
+    noted = arguments.alternatives(lm, logprobs, top_logprobs)
     options = arguments.static_options(
         prefill=prefill,
         decode=decode,
@@ -207,7 +132,7 @@ def generate(
         prefill_implementation=prefill_implementation,
         decode_implementation=decode_implementation,
         scores_implementation=scores_implementation,
-        top_logprobs=arguments.alternatives(lm, logprobs, top_logprobs),
+        top_logprobs=alternatives_to_note(noted, speculate if return_cache else None),
     )
     max_new_tokens, block = arguments.limits(max_new_tokens, block, on_tokens)
     sizes: dict[str, Any] = dict(
@@ -241,6 +166,7 @@ def generate(
         )
         decoding = lap()
         out = completion(lm, plan, ids, state, reading, decoding)
+        out = out.with_alternatives(noted)
         if return_cache:
             policy = repr(options.prefill) if context is None else context.policy
             left = kept_context(lm, plan.options, ids, out.tokens, state, policy)
@@ -332,60 +258,3 @@ def advance(
             prices, until = found.array(), int(np.asarray(state.lengths).max())
         until = min(until + block, max_new_tokens) if on_tokens else max_new_tokens
         state = run(state, until, prices)
-
-
-def completion(
-    lm: LanguageModel,
-    plan: Plan,
-    ids: Sequence[Sequence[int]],
-    state: Running,
-    reading: Lap,
-    decoding: Lap,
-) -> Completion:
-    """Return the outputs as Python's own values, and what they cost."""
-    lengths = np.asarray(state.lengths).tolist()
-    out = np.asarray(state.tokens)
-    tokens = tuple(
-        tuple(row[:length].tolist()) for row, length in zip(out, lengths, strict=True)
-    )
-    texts = None
-    if lm.tokenizer is not None:
-        texts = tuple(lm.tokenizer.decode(t, skip_special_tokens=True) for t in tokens)
-    options, prompts = plan.options, [len(row) for row in ids]
-    backend = jax.default_backend()
-    prefill = options.prefill_implementation or prefill_kernels.choose(
-        backend, lm.dtype, length=plan.prompt, head_dim=lm.config.head_dim
-    )
-    noted = state.logprobs and jax.tree.map(np.asarray, state.logprobs)
-    decoded, seconds = sum(lengths) - len(ids), decoding.computing
-    return Completion(
-        decoded=texts,
-        tokens=tokens,
-        lengths=tuple(lengths),
-        finish_reason=tuple("stop" if d else "length" for d in np.asarray(state.done)),
-        stats=Stats(
-            prompt_tokens=tuple(prompts),
-            cache_bytes=kv.num_bytes(state.cache),
-            window_bytes=kv.num_bytes(kv.sliding_layers(state.cache)),
-            slots=max(plan.slots),
-            compile_seconds=reading.compiling + decoding.compiling,
-            prefill_seconds=reading.computing,
-            decode_seconds=seconds,
-            tokens_per_second=decoded / seconds if seconds else 0.0,
-            prefill_implementation=prefill,
-            decode_implementation=options.decode_implementation
-            or options.decode.default_implementation(backend),
-            drafts=None
-            if state.speculation is None
-            else draft_stats(
-                *(state.speculation.counts, lengths, prompts),
-                guarantee=guarantee(lm.config, options, rows=len(ids), dtype=lm.dtype),
-            ),
-        ),
-        logprobs=noted
-        and tuple(
-            tuple(row[:length].tolist())
-            for row, length in zip(noted.chosen, lengths, strict=True)
-        ),
-        top_logprobs=noted and alternatives(noted, lengths),
-    )

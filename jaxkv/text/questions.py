@@ -13,6 +13,7 @@ import numpy as np
 from jaxkv import soundness
 from jaxkv import state as kv
 from jaxkv.contexts import context as contexts
+from jaxkv.contexts.asking import ask_jit
 from jaxkv.contexts.context import Context, Documents
 from jaxkv.contexts.turns import read_on_jit, settle_jit
 from jaxkv.generation import Running
@@ -21,6 +22,8 @@ from jaxkv.options import Options
 from jaxkv.policies.base import DecodePolicy
 from jaxkv.policies.full import Full
 from jaxkv.runtime.seeds import row_keys
+from jaxkv.speculation.drafters import Drafter
+from jaxkv.speculation.likeliest import CANDIDATES
 from jaxkv.state import Cache
 from jaxkv.text import arguments
 from jaxkv.text.documents import encode_questions, padded
@@ -37,12 +40,15 @@ class Questions:
       plan: shapes of the batch.
       documents: int32 `[B]`, which document each question is about.
       ids: the questions.
+      crowded: whether one of them does not fit into the budget beside what is kept of
+        its document, so that the decode policy evicts while it is read.
     """
 
     context: Context
     plan: Plan
     documents: np.ndarray
     ids: Sequence[Sequence[int]]
+    crowded: bool
 
     @property
     def rows(self) -> list[list[int]]:
@@ -64,7 +70,7 @@ class Questions:
     ) -> Running:
         """Read the questions, choose the first tokens, and wait for them."""
         rows = len(self.ids)
-        state = contexts.ask_jit(
+        state = ask_jit(
             # The program is the same whatever has chosen the tokens.
             *(lm.network, lm.params, dataclasses.replace(self.context, policy="")),
             *(self.documents, self.plan.padded(self.ids)),
@@ -74,6 +80,7 @@ class Questions:
             slots=self.plan.slots,
             max_out=self.plan.max_out,
             pool=spans,
+            crowded=self.crowded,
         )
         soundness.check(state, lm.params, self.plan.options)
         return state
@@ -121,7 +128,40 @@ def kept_context(
     )
     if options.decode.evicts:
         policy += f", {options.decode}"
+    found = found._replace(likeliest=_likeliest(state, prompts, outputs))
     return _context(lm, found, cache, texts, policy)
+
+
+def alternatives_to_note(asked: int | None, drafter: Drafter | None) -> int | None:
+    """Return how many alternatives to each token to note, None for none of them.
+
+    Args:
+      asked: by who wants log-probabilities.
+      drafter: that is to draft again behind a context, and may look at three of each
+        token; None if there is none.
+    """
+    if drafter is None or not getattr(drafter, "likeliest", False):
+        return asked
+    return max(asked or 0, CANDIDATES)
+
+
+def _likeliest(
+    state: Running,
+    prompts: Sequence[Sequence[int]],
+    outputs: Sequence[Sequence[int]],
+) -> jax.Array | None:
+    """Return `Context.likeliest` of prompts and outputs, None where nobody asked."""
+    drafts, noted = state.speculation, state.logprobs
+    if drafts is None or drafts.likeliest is None or noted is None:
+        return None
+    texts = [[*row, *out] for row, out in zip(prompts, outputs, strict=True)]
+    found = np.zeros((*padded(texts).shape, CANDIDATES), np.int32)
+    before, after = np.asarray(drafts.likeliest), np.asarray(noted.tokens)
+    for index, (row, out) in enumerate(zip(prompts, outputs, strict=True)):
+        first, last = len(row), len(row) + len(out)
+        found[index, :first] = before[index, :first]
+        found[index, first:last] = after[index, : len(out), :CANDIDATES]
+    return jax.numpy.asarray(found)
 
 
 def _context(
@@ -191,20 +231,45 @@ def questions(
         bound=None,
         keep=None,
         slots=slots_of(
-            *(context, chosen, [len(row) for row in ids], options.decode, budget),
-            more=prompt + max_out,
+            *(context, chosen, options.decode, budget), more=prompt + max_out
         ),
         prompt=prompt,
         max_out=max_out,
         distinct=len(ids),
     )
-    return Questions(context=context, plan=plan, documents=chosen, ids=ids)
+    crowded = _crowded(context, chosen, ids, options, budget)
+    return Questions(
+        context=context, plan=plan, documents=chosen, ids=ids, crowded=crowded
+    )
+
+
+def _crowded(
+    context: Context,
+    documents: np.ndarray,
+    ids: Sequence[Sequence[int]],
+    options: Options,
+    budget: Any,
+) -> bool:
+    """Return whether a question does not fit beside its document, or raise."""
+    decode, drafter = options.decode, options.speculate
+    if not decode.evicts:
+        return False
+    kept = np.asarray(context.kept)[documents]
+    need = int((kept + np.array([len(row) for row in ids])).max()) + decode.spare
+    size = arguments.integer("budget", budget)
+    crowded = need > size
+    if crowded and drafter is not None and drafter.likeliest:
+        raise ValueError(
+            f"generate: budget={size} does not hold a document and its question "
+            f"together, but {type(drafter).__name__} drafts from what the network held "
+            f"likeliest along both; use at least {need}, or another drafter."
+        )
+    return crowded
 
 
 def slots_of(
     context: Context,
     documents: np.ndarray,
-    counts: Sequence[int],
     decode: DecodePolicy,
     budget: Any,
     *,
@@ -215,7 +280,6 @@ def slots_of(
     Args:
       context: the documents.
       documents: int32 `[B]`, which one each row follows.
-      counts: tokens of each row that are read before the policy evicts.
       decode: the policy.
       budget: slots, if the policy evicts.
       more: slots beside those of the context, if it does not.
@@ -232,11 +296,11 @@ def slots_of(
         )
     size = arguments.integer("budget", budget)
     kept = np.asarray(context.kept)
-    need = int((kept[documents] + np.array(counts)).max()) + decode.spare
+    need = int(kept[documents].max()) + min(decode.spare, 1)
     if size < need:
         raise ValueError(
             f"generate: budget={size} is too small for the {kept.max()} tokens that "
-            "the context keeps of a document, a question, and what "
+            "the context keeps of a document, and what "
             f"{type(decode).__name__} leaves free; use at least {need}."
         )
     windows = [state.window for state in context.cache]
@@ -275,7 +339,8 @@ def check(
         raise ValueError(
             f"generate: {name} drafts from what the network held likeliest along the "
             f"document, which this context has not noted; pass speculate={name}() to "
-            "jaxkv.compress, too, or use another drafter."
+            "jaxkv.compress, or to the call that returned the context, too, or use "
+            "another drafter."
         )
 
 

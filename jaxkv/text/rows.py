@@ -41,7 +41,7 @@ def first(completion: Any, rows: int) -> Any:
     """Return what was generated for the first rows of a batch.
 
     Args:
-      completion: of all rows, an `inference.Completion`.
+      completion: of all rows, a `Completion`.
       rows: of the caller. What they cost is said of the whole batch, but for tokens
         per second.
     """

@@ -121,8 +121,7 @@ def _weighed(
 ) -> Scores:
     tokens, counts = padded(ids), np.array([len(row) for row in ids], np.int32)
     slots = slots_of(
-        *(context, documents, [0] * len(ids), options.decode, budget),
-        more=tokens.shape[1],
+        *(context, documents, options.decode, budget), more=tokens.shape[1]
     )
     with jax.transfer_guard("allow"):
         found = weigh_jit(

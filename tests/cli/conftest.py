@@ -4,7 +4,7 @@ import pytest
 
 import jaxkv
 from jaxkv.evaluation import sweep
-from jaxkv.text.inference import Stats
+from jaxkv.text.completion import Stats
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ from jaxkv import (
     StreamingLLM,
     generation,
 )
+from jaxkv.contexts import asking
 from jaxkv.contexts import context as contexts
 from jaxkv.identity import Identity
 from jaxkv.laws import lawbook, programs
@@ -88,7 +89,7 @@ def compress(options=None, keep=None, question=None, likeliest=False):
 @functools.partial(jax.jit, static_argnames="options")
 def ask(weights, context, about, tokens, counts, keys, options):
     slots = options.num_slots(PROMPT, NEW)
-    state = contexts.ask(
+    state = asking.ask(
         *(NETWORK, weights, context, about, tokens, counts, keys, jnp.array([-1])),
         options=options,
         slots=(slots,) * NETWORK.config.num_layers,

@@ -62,12 +62,12 @@ def test_budgets_are_those_of_documents(wide_lm):
     said = repr(context)
     assert "2 documents" in said and "7, 4 of 70, 40 tokens" in said
     assert "SnapKV(window_size=4" in said and "float32" in said
-    # What evicts while decoding needs slots for all that is there.
+    # What evicts while decoding needs slots for what is left of a document.
     evicting = dict(decode=jaxkv.StreamingLLM(), documents=[0, 1, 1])
     out = ask(wide_lm, context, budget=12, **evicting)
     assert out.stats.slots == 12 and out.lengths == (NEW,) * 3
-    with pytest.raises(ValueError, match=r"budget=9 is too small .* use at least 10"):
-        ask(wide_lm, context, budget=9, **evicting)
+    with pytest.raises(ValueError, match=r"budget=6 is too small .* use at least 7"):
+        ask(wide_lm, context, budget=6, **evicting)
     with pytest.raises(ValueError, match=r"StreamingLLM evicts .* needs a budget"):
         ask(wide_lm, context, **evicting)
 

@@ -32,17 +32,107 @@ def test_a_turn_costs_its_own_tokens(wide_lm):
     assert slots == [64, 64, 96]  # not those of outputs that ended
 
 
+LONGER = [[7, 8, 9, 300, 301, 302, 303, 304], [400, 6, 11, 12, 13, 14, 15]]
+SINKS = jaxkv.StreamingLLM(n_sink=1)
+
+
 @pytest.mark.slow
 def test_what_evicts_is_gone_on_with(wide_lm):
     out = jaxkv.generate(
         wide_lm, PROMPTS, max_new_tokens=NEW, return_cache=True, **EVICTING
     )
-    assert out.context.kept.tolist() == [24, 24]
+    assert out.context.kept.tolist() == [23, 23]  # less what comes next to go
     assert "SnapKV(" in out.context.policy and "LongFlow(" in out.context.policy
     (held, *_), *_ = out.context.kept_positions(1)
     assert held[-1] == 27  # the newest token is among them
     after = jaxkv.generate(wide_lm, NEXT, context=out.context, max_new_tokens=NEW)
     assert after.lengths == (NEW, NEW)
+
+
+def test_turns_go_on_within_one_budget(wide_lm):
+    """A loop of one's own is what one reading of everything, token by token, gives."""
+    how = dict(budget=24, decode=SINKS)
+    turns = dict(max_new_tokens=NEW, return_cache=True, logprobs=True, stop_ids=[])
+    first = jaxkv.generate(wide_lm, PROMPTS, prefill=SINKS, **how, **turns)
+    second = jaxkv.generate(wide_lm, LONGER, context=first.context, **how, **turns)
+    third = jaxkv.generate(wide_lm, LONGER, context=second.context, **how, **turns)
+    assert third.context.kept.tolist() == [23, 23]
+    said = [
+        [*a, *asked, *b, *asked, *c]
+        for a, asked, b, c in zip(
+            first.tokens, LONGER, second.tokens, third.tokens, strict=True
+        )
+    ]
+    want = jaxkv.score(wide_lm, PROMPTS, said, prefill=SINKS, **how)
+    for index, (row, asked) in enumerate(zip(want.logprobs, LONGER, strict=True)):
+        np.testing.assert_allclose(row[-NEW:], third.logprobs[index], **CLOSE)
+        middle = row[NEW + len(asked) :][:NEW]
+        np.testing.assert_allclose(middle, second.logprobs[index], **CLOSE)
+
+
+@pytest.mark.parametrize(
+    "decode",
+    [
+        jaxkv.H2ODecode(),
+        pytest.param(jaxkv.RKV(window_size=2, buffer=4), marks=pytest.mark.slow),
+    ],
+)
+def test_a_row_that_fits_is_read_as_it_is_alone(wide_lm, decode):
+    """Whatever the others do not have room for."""
+    context = jaxkv.compress(
+        wide_lm, [PROMPTS[0], [5, 6, 7]], budget=20, prefill=jaxkv.SnapKV(window_size=4)
+    )
+    how = dict(budget=24, decode=decode, max_new_tokens=NEW, stop_ids=[])
+    both = jaxkv.generate(wide_lm, LONGER, context=context, **how)
+    for index, question in enumerate(LONGER):
+        one = context.take([index])
+        alone = jaxkv.generate(wide_lm, [question], context=one, **how)
+        assert alone.tokens[0] == both.tokens[index]
+
+
+def test_a_budget_that_does_not_hold_the_document_is_refused(wide_lm):
+    context = jaxkv.compress(wide_lm, [PROMPTS[1]])
+    with pytest.raises(ValueError, match=r"too small for the 20 tokens .* at least 21"):
+        jaxkv.generate(
+            wide_lm, [[5]], context=context, budget=20, decode=jaxkv.H2ODecode()
+        )
+    noted = jaxkv.compress(wide_lm, [PROMPTS[1]], speculate=jaxkv.Aligned())
+    with pytest.raises(ValueError, match="budget=21 does not hold a document and its"):
+        jaxkv.generate(
+            *(wide_lm, [[5, 6]]),
+            context=noted,
+            budget=21,
+            decode=SINKS,
+            speculate=jaxkv.Aligned(),
+        )
+
+
+@pytest.mark.slow
+def test_drafts_go_on_from_what_was_likeliest(wide_lm):
+    drafter = jaxkv.Aligned(num_draft_tokens=7, break_even=0.0)
+    turns = dict(max_new_tokens=NEW, return_cache=True, stop_ids=[])
+    first = jaxkv.generate(wide_lm, PROMPTS, speculate=drafter, top_logprobs=1, **turns)
+    assert {len(top) for row in first.top_logprobs for top in row} == {1}
+    second = jaxkv.generate(
+        wide_lm, NEXT, context=first.context, speculate=drafter, **turns
+    )
+    assert second.logprobs is None and second.top_logprobs is None
+    plain = jaxkv.generate(wide_lm, PROMPTS, **turns)
+    after = jaxkv.generate(wide_lm, NEXT, context=plain.context, **turns)
+    assert (first.tokens, second.tokens) == (plain.tokens, after.tokens)
+    # Of prompts, outputs and what follows, as if all had been read at once.
+    texts = [
+        [*row, *out, *more, *last]
+        for row, out, more, last in zip(
+            PROMPTS, first.tokens, NEXT, second.tokens, strict=True
+        )
+    ]
+    whole = jaxkv.compress(wide_lm, texts, speculate=drafter).likeliest
+    for index, text in enumerate(texts):
+        got = np.asarray(second.context.likeliest[index, 1 : len(text)])
+        np.testing.assert_array_equal(got, whole[index, 1 : len(text)])
+    with pytest.raises(ValueError, match="or to the call that returned the context"):
+        jaxkv.generate(wide_lm, NEXT, context=plain.context, speculate=drafter)
 
 
 @pytest.mark.parametrize(
