@@ -9,6 +9,7 @@
 What is done between two steps is done while a block runs.
 """
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -284,14 +285,17 @@ class Engine:
         noted = report.logprobs and jax.tree.map(lambda x: x[at], report.logprobs)
         event = requests.told(handle, new, noted)
         if not report.finite[at]:
-            said = soundness.cause(self.lm.params)
-            said = f"the logits are NaN or infinite; {said}"
+            said = f"the logits are NaN or infinite; {self._cause}"
             return self._end(event, "error", said, row)
         if report.done[at]:
             return self._end(event, "stop", None, row)
         if length >= self._board.limit(row):
             return self._end(event, "length", None, row)
         return event
+
+    @functools.cached_property
+    def _cause(self) -> str:
+        return soundness.cause(self.lm.params)  # reads all weights
 
     def _end(
         self,

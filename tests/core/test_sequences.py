@@ -69,6 +69,13 @@ def test_append_of_several_tokens_is_that_of_one_after_another(seed):
         )
 
 
+def test_rows_may_have_stop_ids_of_their_own():
+    tokens = jnp.asarray([[1, 2, 3], [1, 2, 3]], jnp.int32)
+    stops = jnp.asarray([[3, -1], [1, 2]], jnp.int32)
+    want = [[False, False, True], [True, True, False]]
+    assert sequences.is_stop(tokens, stops).tolist() == want
+
+
 def test_write_by_hand():
     buffer = jnp.full((3, 5), -1, jnp.int32)
     new = jnp.asarray([[1, 2, 3], [4, 5, 6], [7, 8, 9]], jnp.int32)

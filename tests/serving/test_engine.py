@@ -7,7 +7,7 @@ import pytest
 from serving.served import BROKEN, model, prompt
 
 import jaxkv
-from jaxkv import Categorical, DapQ, Engine, Greedy, LongFlow, SnapKV, Tree
+from jaxkv import Categorical, Engine, Greedy, LongFlow, PyramidKV, SnapKV, Tree
 from jaxkv.contexts.context import Context
 from jaxkv.runtime.seeds import row_keys
 from jaxkv.serving import requests
@@ -147,7 +147,7 @@ def test_streams_and_waits(engine):
 
 
 def test_long_prompts_are_read_layer_by_layer_while_rows_run():
-    how = dict(budget=30, prefill=DapQ())
+    how = dict(budget=30, prefill=PyramidKV(window_size=4))  # each layer has its own
     sizes = SMALL | {"max_prompt": 128, "block": 2}
     engine = Engine(model(), **sizes, stall=64, **how)
     long = [7, *prompt(3), *prompt(4), *prompt(5)][:120]
@@ -172,6 +172,18 @@ def test_long_prompts_are_read_layer_by_layer_while_rows_run():
     third = engine.submit(long)
     assert engine.step()[-1].handle is third
     assert engine.wait(third).tokens == whole
+
+
+def test_a_cancelled_row_goes_no_further(engine):
+    handles = [engine.submit(prompt(n)) for n in range(2)]
+    engine.step()
+    assert engine.cancel(handles[0]) and engine.cancel(handles[0])
+    engine.step()
+    before = np.array(engine._board._state.lengths)
+    list(engine.run())
+    now = np.array(engine._board._state.lengths)
+    assert sorted(now - before) == [0, 12 - before.max()]
+    assert not engine.cancel(handles[0]) and len(handles[1].tokens) == 12
 
 
 def test_no_more_is_read_between_blocks_than_rows_may_wait_for():

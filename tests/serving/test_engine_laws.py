@@ -25,12 +25,12 @@ PROMPTS = 5
 KINDS = {
     "evicting": {
         "budget": 14,
-        "prefill": SnapKV(window_size=4),
+        "prefill": DapQ(window_size=4),
         "decode": LongFlow(),
     },
     "drafts": {
         "budget": 14,
-        "prefill": DapQ(window_size=4),
+        "prefill": SnapKV(window_size=4),
         "speculate": Tree(num_draft_tokens=3, break_even=0.0),
     },
 }

@@ -109,6 +109,11 @@ def test_view_by_hand():
     # Ids that the vocabulary does not have stop nothing.
     none = view(logits[None], tree, picks, jnp.asarray([-1, 4]))
     assert (none.stop == 0).all()
+    # Each row may have its own.
+    two = [jnp.concatenate([x, x]) for x in (logits[None], picks, *tree)]
+    own = jnp.asarray([[3, -1], [-1, 1]])
+    rows = view(two[0], DraftTree(*two[2:]), two[1], own)
+    np.testing.assert_allclose(rows.stop[:, 1:], [[0.125, 0.4], [0.25, 0.2]], rtol=1e-5)
 
 
 def test_forms_that_the_digest_finds_degenerate():
