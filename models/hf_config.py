@@ -68,6 +68,13 @@ _FAMILIES = {
         switches=dict(qk_norm=True),
         experts=True,
     ),
+    "gpt_oss": _Family(
+        architecture="GptOssForCausalLM",
+        bias="by attention_bias",
+        switches=dict(sinks=True),
+        experts=True,
+        keys=frozenset({"initial_context_length"}),  # that of rope_scaling, again
+    ),
     "olmoe": _Family(
         architecture="OlmoeForCausalLM",
         bias="by attention_bias",
@@ -170,7 +177,7 @@ def _convert(raw: dict[str, Any]) -> Config:
     num_heads = integer(raw, "num_attention_heads")
     layers = _layers(raw)
     default = _defaults(model_type, hidden_size, num_heads)
-    _check_keys(raw, family, default)
+    _check_keys(raw, model_type, family, default)
     switches = dict(family.switches)
     if family.gemma:
         switches |= hf_gemma.read_gemma(raw, default, model_type, hidden_size)
@@ -182,7 +189,7 @@ def _convert(raw: dict[str, Any]) -> Config:
     )
     if head_dim % 2:
         raise CheckpointError(f"{head_dim=} must be even for rotary positions.")
-    qkv_bias, output_bias = _biases(raw, family)
+    qkv_bias, output_bias = _biases(raw, default, family)
     ropes = read_ropes(
         *(spelled_by_type(raw, default) if "by_type" in family.rope else raw, default),
         max_positions=max_positions,
@@ -245,16 +252,20 @@ def _defaults(model_type: str, hidden_size: int, num_heads: int) -> dict[str, An
     return config.to_dict()
 
 
-def _biases(raw: dict[str, Any], family: _Family) -> tuple[bool, bool]:
+def _biases(
+    raw: dict[str, Any], default: dict[str, Any], family: _Family
+) -> tuple[bool, bool]:
     """Return whether the projections to heads and from them have biases."""
     if family.bias == "by attention_bias":
-        return (_boolean(raw, "attention_bias"),) * 2
+        return (_boolean(default | raw, "attention_bias"),) * 2
     return family.bias == "qkv", False
 
 
-def _check_keys(raw: dict[str, Any], family: _Family, default: dict[str, Any]) -> None:
+def _check_keys(
+    raw: dict[str, Any], model_type: str, family: _Family, default: dict[str, Any]
+) -> None:
     """Raise for a key that somebody should read and nobody does."""
-    own = family.keys | (EXPERT_KEYS if family.experts else frozenset())
+    own = family.keys | EXPERT_KEYS.get(model_type, frozenset())
     for key, value in raw.items():
         if key not in own:
             _refuse_unknown(key, value, default)

@@ -2,14 +2,23 @@
 
 from typing import Any
 
-from jaxkv.models.checkpoint_values import integer, unsupported
+from jaxkv.kernels.experts import Gate
+from jaxkv.models.checkpoint_values import integer, number, unsupported
 from jaxkv.models.config import Experts
 
-# Keys that are read here, for families with experts.
-KEYS = frozenset(
-    "decoder_sparse_step mlp_only_layers moe_intermediate_size norm_topk_prob "
-    "num_experts num_experts_per_tok num_local_experts".split()
-)
+_COMMON = "num_experts num_experts_per_tok num_local_experts"
+# Keys that are read here, by model type.
+KEYS: dict[str, frozenset[str]] = {
+    "mixtral": frozenset(_COMMON.split()),
+    "olmoe": frozenset(f"{_COMMON} norm_topk_prob".split()),
+    "qwen3_moe": frozenset(
+        f"{_COMMON} decoder_sparse_step mlp_only_layers moe_intermediate_size "
+        "norm_topk_prob".split()
+    ),
+    "gpt_oss": frozenset(
+        f"{_COMMON} experts_per_token swiglu_alpha swiglu_limit".split()
+    ),
+}
 
 
 def read_experts(
@@ -26,13 +35,26 @@ def read_experts(
     Raises:
       CheckpointError: a value is none that the network computes; it is named.
     """
-    count = _count(raw, default)
-    per_token = integer(raw, "num_experts_per_tok", default["num_experts_per_tok"])
+    count = _same(raw, default, "num_experts", "num_local_experts")
+    per_token = _same(raw, default, "num_experts_per_tok", "experts_per_token")
     if per_token > count:
         unsupported("num_experts_per_tok", per_token, f"at most num_experts={count}")
     if model_type == "mixtral":
         return Experts(
             count=count, per_token=per_token, size=integer(raw, "intermediate_size")
+        )
+    if model_type == "gpt_oss":
+        gate = Gate(
+            alpha=number(raw, "swiglu_alpha", default["swiglu_alpha"]),
+            limit=number(raw, "swiglu_limit", default["swiglu_limit"]),
+            shift=1.0,
+        )
+        return Experts(
+            count=count,
+            per_token=per_token,
+            size=integer(raw, "intermediate_size"),
+            bias=True,
+            gate=gate,
         )
     dense: tuple[int, ...] = ()
     size = "intermediate_size"
@@ -52,15 +74,14 @@ def read_experts(
     )
 
 
-def _count(raw: dict[str, Any], default: dict[str, Any]) -> int:
-    """Return the number of experts, which has two names that must agree."""
-    names = ("num_experts", "num_local_experts")
+def _same(raw: dict[str, Any], default: dict[str, Any], *names: str) -> int:
+    """Return an integer that has several names, which must agree."""
     found = {name: integer(raw, name) for name in names if raw.get(name) is not None}
     if len(set(found.values())) > 1:
-        unsupported("num_experts", found["num_experts"], found["num_local_experts"])
-    return next(
-        iter(found.values()), default.get("num_experts") or default["num_local_experts"]
-    )
+        first, second = found
+        unsupported(first, found[first], f"{second}={found[second]}")
+    usual = (default[name] for name in names if default.get(name) is not None)
+    return next(iter(found.values())) if found else next(usual)
 
 
 def _dense_layers(raw: dict[str, Any], layers: int) -> tuple[int, ...]:

@@ -11,7 +11,9 @@ from jaxkv.models.rope import Rope
 _FULL, _SLIDING = LAYER_TYPES
 # Families whose layers have windows, as transformers implements them: every so many
 # layers one has none; 0 is never.
-_PERIODS = dict(mistral=0, mixtral=0, phi3=0, gemma2=2, gemma3_text=6, olmo3=4)
+_PERIODS = dict(
+    mistral=0, mixtral=0, phi3=0, gemma2=2, gemma3_text=6, gpt_oss=2, olmo3=4
+)
 _PERIOD_KEYS = ("sliding_window_pattern", "_sliding_window_pattern")  # of Gemma 3
 # Those in which a switch turns windows on, from some layer on.
 _SWITCHED = ("qwen2", "qwen3")

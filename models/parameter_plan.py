@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from jaxkv.models import rope
-from jaxkv.models.config import Config
+from jaxkv.models.config import Config, Experts
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
@@ -129,6 +129,8 @@ def _expert_parts(
     """
     assert config.experts is not None
     e, hidden = config.experts, config.hidden_size
+    if e.bias:
+        return _gpt_oss_parts(e, hidden, f"{prefix}mlp.")
     mlp, gate, up, down = f"{prefix}mlp.", "gate_proj", "up_proj", "down_proj"
     if f"{prefix}block_sparse_moe.gate.weight" in stored:  # Mixtral's names
         mlp, gate, up, down = f"{prefix}block_sparse_moe.", "w1", "w3", "w2"
@@ -155,12 +157,36 @@ def _expert_parts(
     return parts
 
 
+def _gpt_oss_parts(experts: Experts, hidden: int, mlp: str) -> dict[str, Parts]:
+    """Return the parts of a layer of gpt-oss, whose matrices are `[in, out]`."""
+    e = experts
+    shapes = {
+        "experts.gate_up_proj": (e.count, hidden, 2 * e.size),
+        "experts.gate_up_proj_bias": (e.count, 2 * e.size),
+        "experts.down_proj": (e.count, e.size, hidden),
+        "experts.down_proj_bias": (e.count, hidden),
+    }
+    parts: dict[str, Parts] = {
+        name.replace(".", "_").replace("_proj", ""): {mlp + name: shape}
+        for name, shape in shapes.items()
+    }
+    parts["router"] = {f"{mlp}router.weight": (e.count, hidden)}
+    parts["router_bias"] = {f"{mlp}router.bias": (e.count,)}
+    return parts
+
+
 def arranged(path: tuple[str, ...], array: np.ndarray, config: Config) -> np.ndarray:
     """Return a parameter as the network has it, of its parts joined along their rows.
 
     Matrices are turned from `[out, in]` to `[in, out]`, those of experts each.
     """
-    if path[-1] in ("experts_gate_up", "experts_down"):
+    name, e = path[-1], config.experts
+    if e is not None and e.bias and name.startswith("experts_"):
+        if not name.startswith("experts_gate_up"):
+            return array
+        # gpt-oss lays each gate beside its up.
+        return np.concatenate([array[..., ::2], array[..., 1::2]], axis=-1)
+    if name in ("experts_gate_up", "experts_down"):
         assert config.experts is not None
         count, columns = config.experts.count, array.shape[-1]
         if len(array) == 2 * count and array.ndim == 3:  # all gates, then all ups

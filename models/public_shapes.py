@@ -7,8 +7,9 @@ and memory matter, and need no download.
 import math
 from typing import Any
 
+from jaxkv.kernels.experts import Gate
 from jaxkv.models.config import Config, Experts, LayerKind
-from jaxkv.models.rope import Llama3Scaling, LongRopeScaling, Rope
+from jaxkv.models.rope import Llama3Scaling, LongRopeScaling, Rope, YarnScaling
 
 
 def _qwen3(hidden: int, feed_forward: int, layers: int, heads: int, *, tied: bool):
@@ -30,6 +31,15 @@ def _qwen3(hidden: int, feed_forward: int, layers: int, heads: int, *, tied: boo
 
 _GEMMA: dict[str, Any] = dict(
     pre_norm=True, post_norm=True, norm_offset=True, activation="gelu_tanh", tied=True
+)
+_GPT_OSS_ROPE = Rope(
+    theta=150_000.0,
+    scaling=YarnScaling(
+        factor=32.0,
+        original_max_positions=4096,
+        truncate=False,
+        attention_factor=0.1 * math.log(32) + 1,
+    ),
 )
 
 SHAPES = {
@@ -204,6 +214,30 @@ SHAPES = {
         rope=Rope(theta=1_000_000.0),
         max_positions=32_768,
         experts=Experts(count=8, per_token=2, size=14_336),
+    ),
+    "gpt-oss-20b": Config(
+        vocab_size=201_088,
+        hidden_size=2880,
+        intermediate_size=2880,
+        num_layers=24,
+        num_heads=64,
+        num_kv_heads=8,
+        head_dim=64,
+        rms_norm_eps=1e-5,
+        rope=_GPT_OSS_ROPE,
+        kinds=(LayerKind(rope=_GPT_OSS_ROPE, window=128), LayerKind(rope=_GPT_OSS_ROPE))
+        * 12,
+        max_positions=131_072,
+        qkv_bias=True,
+        output_bias=True,
+        sinks=True,
+        experts=Experts(
+            count=32,
+            per_token=4,
+            size=2880,
+            bias=True,
+            gate=Gate(alpha=1.702, limit=7.0, shift=1.0),
+        ),
     ),
     "olmoe-1b-7b": Config(
         vocab_size=50_304,

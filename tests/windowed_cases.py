@@ -1,6 +1,23 @@
 """Families whose layers mostly have a window: cases of parity with transformers."""
 
 CASES = {
+    "gpt-oss": (
+        "GptOss",
+        dict(
+            head_dim=24,
+            sliding_window=9,
+            num_local_experts=6,
+            num_experts_per_tok=2,
+            rope_parameters=dict(
+                rope_type="yarn",
+                rope_theta=500.0,
+                factor=4.0,
+                beta_fast=8.0,
+                truncate=False,
+                original_max_position_embeddings=64,
+            ),
+        ),
+    ),
     "olmo3": ("Olmo3", dict(sliding_window=11, num_hidden_layers=4)),
     "gemma2": (
         "Gemma2",

@@ -37,6 +37,7 @@ PARAMETERS = {  # of the Hub's model cards
     "gemma-3-1b": 999_885_952,
     "qwen3-30b-a3b": 30_532_122_624,
     "mixtral-8x7b": 46_702_792_704,
+    "gpt-oss-20b": 20_914_757_184,
     "olmoe-1b-7b": 6_919_161_856,
     "smollm3-3b": 3_075_098_624,  # this and the next: of transformers' networks
     "phi-4-mini": 3_836_021_760,

@@ -69,7 +69,11 @@ def test_experts(tmp_path, changes, expected):
     [
         (MIXTRAL | dict(num_local_experts=0), ["num_local_experts must be a positive"]),
         (MIXTRAL | dict(num_experts_per_tok=5), ["num_experts_per_tok=5", "=4"]),
-        (MIXTRAL | dict(num_experts=6), ["num_experts=6 is not supported", "4"]),
+        (
+            MIXTRAL | dict(num_experts=6),
+            ["num_experts=6 is not", "num_local_experts=4"],
+        ),
+        (MIXTRAL | dict(norm_topk_prob=True), ["norm_topk_prob=True is not known"]),
         (QWEN3_MOE | dict(norm_topk_prob=1), ["norm_topk_prob=1", "True, False"]),
         (QWEN3_MOE | dict(mlp_only_layers=3), ["mlp_only_layers=3", "a list"]),
         (QWEN3_MOE | dict(mlp_only_layers=["0"]), ["mlp_only_layers=['0']"]),
