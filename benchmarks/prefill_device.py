@@ -48,7 +48,7 @@ def options_of(method, budget, scores):
 
 def compile_start(network, arguments, options, length, new):
     """Return the program, and what the compiler says about its memory, in bytes."""
-    slots = options.layer_slots(bucket(length), new, network.config.num_layers)
+    slots = options.layer_slots(bucket(length), new, network.config.windows)
     program = generation.start_jit.lower(
         network, *arguments, options=options, slots=slots, max_out=new
     ).compile()

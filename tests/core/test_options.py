@@ -5,6 +5,7 @@ import pytest
 import jaxkv
 from jaxkv.options import Options, described
 
+TWO = (None, None)  # layers without a window
 EVICTING = Options(prefill=jaxkv.SnapKV(), decode=jaxkv.StreamingLLM())
 
 
@@ -72,12 +73,12 @@ def test_slots_of_a_state(options, kept, slots):
 
 
 def test_slots_of_each_layer():
-    assert Options(prefill=jaxkv.PyramidKV()).layer_slots(20, 10, 2) == (30, 30)
+    assert Options(prefill=jaxkv.PyramidKV()).layer_slots(20, 10, TWO) == (30, 30)
     pyramid = jaxkv.PyramidKV(window_size=2, beta=4)
-    low, high = Options(budget=12, prefill=pyramid).layer_slots(99, 10, 2)
+    low, high = Options(budget=12, prefill=pyramid).layer_slots(99, 10, TWO)
     assert low > high >= 12 + 10
     even = Options(budget=12, prefill=jaxkv.SnapKV())
-    assert even.layer_slots(99, 10, 2) == (12 + 10,) * 2
+    assert even.layer_slots(99, 10, TWO) == (12 + 10,) * 2
 
 
 def test_arguments_are_described_with_the_fields_of_policies():

@@ -84,7 +84,7 @@ def traced(options, dtype):
             *(NETWORK, weights, tokens, lengths, keys),
             *(jnp.asarray([-1], jnp.int32), jnp.int32(NEW)),
             options=options,
-            slots=options.layer_slots(PROMPT, NEW, CONFIG.num_layers),
+            slots=options.layer_slots(PROMPT, NEW, CONFIG.windows),
             max_out=NEW,
         )
 

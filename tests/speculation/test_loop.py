@@ -147,7 +147,7 @@ def begin(params, options, seed, lengths, stop_ids=(-1, -1)):
         jax.random.split(jax.random.key(seed), ROWS),
         jnp.asarray(stop_ids, jnp.int32),
         options=options,
-        slots=options.layer_slots(PROMPT, NEW, CONFIG.num_layers),
+        slots=options.layer_slots(PROMPT, NEW, CONFIG.windows),
         max_out=NEW,
     ), jnp.asarray(tokens, jnp.int32)
 
