@@ -4,10 +4,8 @@ Only what the network computes exactly is let through: a key that would change t
 numbers and is not supported is an error, never ignored.
 """
 
-import dataclasses
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from jaxkv.models import hf_gemma
 from jaxkv.models.checkpoint import CheckpointError, read_json
@@ -15,96 +13,12 @@ from jaxkv.models.checkpoint_values import MOST_LAYERS, integer, number, unsuppo
 from jaxkv.models.config import Config, LayerKind
 from jaxkv.models.hf_experts import KEYS as EXPERT_KEYS
 from jaxkv.models.hf_experts import read_experts
+from jaxkv.models.hf_families import FAMILIES, Family
 from jaxkv.models.hf_layers import read_kinds, spelled_by_type
 from jaxkv.models.hf_quantised import read_scheme
 from jaxkv.models.hf_rope import NO_ROPE, read_ropes, without_rope
 from jaxkv.models.quiet import quiet_transformers
 from jaxkv.models.rope import reach
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Family:
-    """What a `model_type` implies beyond its keys, as transformers implements it."""
-
-    architecture: str
-    bias: Literal["never", "qkv", "by attention_bias"]
-    switches: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of Config
-    experts: bool = False
-    rope: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of read_ropes
-    keys: frozenset[str] = frozenset()  # that no other family reads
-    gemma: bool = False
-
-
-_FAMILIES = {
-    "llama": _Family(architecture="LlamaForCausalLM", bias="by attention_bias"),
-    "mistral": _Family(architecture="MistralForCausalLM", bias="never"),
-    "qwen2": _Family(architecture="Qwen2ForCausalLM", bias="qkv"),
-    "qwen3": _Family(
-        architecture="Qwen3ForCausalLM",
-        bias="by attention_bias",
-        switches=dict(qk_norm=True),
-    ),
-    "phi3": _Family(
-        architecture="Phi3ForCausalLM",
-        bias="never",
-        rope=dict(partial=True, longrope=("su", "yarn")),
-    ),
-    "smollm3": _Family(
-        architecture="SmolLM3ForCausalLM",
-        bias="by attention_bias",
-        keys=NO_ROPE,
-    ),
-    "olmo2": _Family(
-        architecture="Olmo2ForCausalLM",
-        bias="by attention_bias",
-        switches=dict(
-            qk_norm=True, qk_norm_per_head=False, pre_norm=False, post_norm=True
-        ),
-    ),
-    "mixtral": _Family(architecture="MixtralForCausalLM", bias="never", experts=True),
-    "qwen3_moe": _Family(
-        architecture="Qwen3MoeForCausalLM",
-        bias="by attention_bias",
-        switches=dict(qk_norm=True),
-        experts=True,
-    ),
-    "gpt_oss": _Family(
-        architecture="GptOssForCausalLM",
-        bias="by attention_bias",
-        switches=dict(sinks=True),
-        experts=True,
-        keys=frozenset({"initial_context_length"}),  # that of rope_scaling, again
-    ),
-    "olmoe": _Family(
-        architecture="OlmoeForCausalLM",
-        bias="by attention_bias",
-        switches=dict(qk_norm=True, qk_norm_per_head=False),
-        experts=True,
-    ),
-    "olmo3": _Family(
-        architecture="Olmo3ForCausalLM",
-        bias="by attention_bias",
-        switches=dict(
-            qk_norm=True, qk_norm_per_head=False, pre_norm=False, post_norm=True
-        ),
-        rope=dict(by_type=True),
-    ),
-    "gemma2": _Family(
-        architecture="Gemma2ForCausalLM",
-        bias="by attention_bias",
-        switches=hf_gemma.SWITCHES,
-        gemma=True,
-        keys=hf_gemma.KEYS,
-    ),
-    "gemma3_text": _Family(
-        architecture="Gemma3ForCausalLM",
-        bias="by attention_bias",
-        switches=dict(hf_gemma.SWITCHES, qk_norm=True),
-        gemma=True,
-        keys=hf_gemma.KEYS,
-        rope=dict(by_type=True),
-    ),
-}
 
 # Keys that change what the network computes, and the values that leave it alone.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -169,6 +83,15 @@ def read_config(folder: str | Path) -> Config:
         return _convert(raw)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
+
+
+def has_neighbouring_pairs(raw: dict[str, Any]) -> bool:
+    """Return whether a checkpoint holds the two halves of a rotary pair side by side.
+
+    Args:
+      raw: of its `config.json`, which `read_config` has read.
+    """
+    return _family(raw)[1].interleaved
 
 
 def _convert(raw: dict[str, Any]) -> Config:
@@ -253,16 +176,19 @@ def _defaults(model_type: str, hidden_size: int, num_heads: int) -> dict[str, An
 
 
 def _biases(
-    raw: dict[str, Any], default: dict[str, Any], family: _Family
+    raw: dict[str, Any], default: dict[str, Any], family: Family
 ) -> tuple[bool, bool]:
     """Return whether the projections to heads and from them have biases."""
-    if family.bias == "by attention_bias":
-        return (_boolean(default | raw, "attention_bias"),) * 2
-    return family.bias == "qkv", False
+    if family.bias != "by attention_bias":
+        return family.bias == "qkv", False
+    known = default | raw
+    key = family.output_bias
+    output = key is not None and _boolean(known, key)
+    return _boolean(known, "attention_bias"), output
 
 
 def _check_keys(
-    raw: dict[str, Any], model_type: str, family: _Family, default: dict[str, Any]
+    raw: dict[str, Any], model_type: str, family: Family, default: dict[str, Any]
 ) -> None:
     """Raise for a key that somebody should read and nobody does."""
     own = family.keys | EXPERT_KEYS.get(model_type, frozenset())
@@ -289,19 +215,19 @@ def _refuse_unknown(key: str, value: Any, default: dict[str, Any]) -> None:
         )
 
 
-def _family(raw: dict[str, Any]) -> tuple[str, _Family]:
+def _family(raw: dict[str, Any]) -> tuple[str, Family]:
     """Return the model type and its family, from `model_type` or `architectures`."""
-    names = {family.architecture: key for key, family in _FAMILIES.items()}
+    names = {family.architecture: key for key, family in FAMILIES.items()}
     architectures = raw.get("architectures") or []
     if not isinstance(architectures, list):
         unsupported("architectures", architectures, [next(iter(names))])
     model_type = raw.get("model_type")
     if model_type is None and architectures:
         model_type = names.get(str(architectures[0]))
-    if not isinstance(model_type, str) or model_type not in _FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         key = "model_type" if raw.get("model_type") is not None else "architectures"
-        unsupported(key, raw.get(key), *(_FAMILIES if key == "model_type" else names))
-    family = _FAMILIES[model_type]
+        unsupported(key, raw.get(key), *(FAMILIES if key == "model_type" else names))
+    family = FAMILIES[model_type]
     # A reward model or a bare encoder has the same model_type but another head.
     if architectures and family.architecture not in architectures:
         unsupported("architectures", architectures, [family.architecture])

@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from jaxkv.models import placing
 from jaxkv.models.checkpoint import CheckpointError, read_json
 from jaxkv.models.config import Config
+from jaxkv.models.hf_config import has_neighbouring_pairs
 from jaxkv.models.hf_packed import FP8, Dequantised, Tensor, dequantised
 from jaxkv.models.hf_quantised import read_scheme
 from jaxkv.models.layout import checkpoint_spans
@@ -87,8 +88,13 @@ def read_weights(
     params: dict[str, Any] = {}
     with contextlib.ExitStack() as stack:
         stored = _open(Path(folder), stack, follow_links)
-        tensors = _whole(Path(folder), stored, dtype)
-        plan, orders = plan_of(config, tensors), row_orders(config)
+        settings = Path(folder) / "config.json"
+        raw = read_json(settings) if settings.exists() else {}
+        tensors = _whole(Path(folder), raw, stored, dtype)
+        plan = plan_of(config, tensors)
+        orders = row_orders(
+            config, interleaved=bool(raw) and has_neighbouring_pairs(raw)
+        )
         _check(tensors, plan, tied=config.tied)
         if dtype is None:
             dtype = _FLOATS[tensors[EMBEDDING].dtype]
@@ -120,12 +126,10 @@ def check_dtype(dtype: str | None) -> None:
 
 
 def _whole(
-    folder: Path, stored: dict[str, "_Tensor"], dtype: str | None
+    folder: Path, raw: dict[str, Any], stored: dict[str, "_Tensor"], dtype: str | None
 ) -> dict[str, Tensor]:
     """Return the tensors of a checkpoint, also if they are packed; a line says so."""
-    path = folder / "config.json"
-    settings = read_json(path).get("quantization_config") if path.exists() else None
-    scheme = read_scheme(settings)
+    scheme = read_scheme(raw.get("quantization_config"))
     if scheme is None:
         return {**stored}
     kinds = {name: kind for kind, name in _FLOATS.items()}

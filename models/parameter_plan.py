@@ -67,7 +67,7 @@ def plan_of(config: Config, stored: Container[str] = ()) -> Plan:
                 layer[name] = {f"{attention}{name}.weight": (size,)}
         if c.sinks:
             layer["sink"] = {f"{attention}sinks": (c.num_heads,)}
-        for name, module in _norms(c).items():
+        for name, module in _norms(c, prefix, stored).items():
             layer[name] = {f"{prefix}{module}.weight": (hidden,)}
         plan |= {(f"layer_{i}", name): parts for name, parts in layer.items()}
     return plan
@@ -108,8 +108,15 @@ def row_orders(
     return orders
 
 
-def _norms(config: Config) -> dict[str, str]:
+def _norms(config: Config, prefix: str, stored: Container[str]) -> dict[str, str]:
     """Return the checkpoint's name of each norm on the way of the stream."""
+    if f"{prefix}post_self_attn_layernorm.weight" in stored:  # GLM-4
+        return {
+            "attention_norm": "input_layernorm",
+            "attention_post_norm": "post_self_attn_layernorm",
+            "mlp_norm": "post_attention_layernorm",
+            "mlp_post_norm": "post_mlp_layernorm",
+        }
     # Where a norm follows the attention, it has the name of the one before the MLP.
     mlp = "pre_feedforward" if config.post_norm else "post_attention"
     before = {"attention_norm": "input_layernorm", "mlp_norm": f"{mlp}_layernorm"}

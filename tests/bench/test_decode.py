@@ -41,7 +41,9 @@ PARAMETERS = {  # of the Hub's model cards
     "mixtral-8x7b": 46_702_792_704,
     "gpt-oss-20b": 20_914_757_184,
     "olmoe-1b-7b": 6_919_161_856,
-    "smollm3-3b": 3_075_098_624,  # this and the next: of transformers' networks
+    "glm-4-9b": 9_400_279_040,  # this and what follows: of transformers' networks
+    "seed-oss-36b": 36_151_104_512,
+    "smollm3-3b": 3_075_098_624,
     "phi-4-mini": 3_836_021_760,
 }
 

@@ -13,6 +13,9 @@ from jaxkv.models.hf_config import read_config
 from jaxkv.models.rope import Rope
 
 SMOLLM3 = (LayerKind(rope=Rope(theta=2e6)), LayerKind(rope=None))
+GLM = dict(
+    head_dim=128, qkv_bias=True, rope=Rope(rotary_dim=64), rms_norm_eps=1.5625e-7
+)
 OLMO2 = dict(qk_norm=True, qk_norm_per_head=False, pre_norm=False, post_norm=True)
 
 
@@ -106,7 +109,11 @@ def test_config_keys(tmp_path, changes, expected):
         ("qwen3", dict(qk_norm=True, head_dim=128)),
         ("olmo2", OLMO2 | dict(rms_norm_eps=1e-5)),
         ("phi3", dict(rms_norm_eps=1e-5)),
-        ("smollm3", dict(kinds=SMOLLM3, rope=SMOLLM3[0].rope)),
+        ("smollm3", dict(kinds=SMOLLM3, rope=SMOLLM3[0].rope, tied=True)),
+        ("seed_oss", dict(head_dim=128, qkv_bias=True)),
+        ("helium", dict(head_dim=128, rope=Rope(theta=1e5), rms_norm_eps=1e-8)),
+        ("glm", GLM),
+        ("glm4", dict(GLM, post_norm=True)),
     ],
 )
 def test_config_of_other_families(tmp_path, model_type, switches):

@@ -103,6 +103,20 @@ CASES = WINDOWED | {
     ),
     "phi3-window": ("Phi3", dict(pad_token_id=0, sliding_window=13)),
     "smollm3": ("SmolLM3", dict(num_hidden_layers=4, pad_token_id=0)),
+    "seed-oss": ("SeedOss", dict(head_dim=24, attention_out_bias=True)),
+    "seed-oss-bias": ("SeedOss", dict(head_dim=16)),
+    "glm": ("Glm", dict(head_dim=16, pad_token_id=0)),
+    "glm4": ("Glm4", dict(head_dim=16, pad_token_id=0)),
+    "glm4-whole": (
+        "Glm4",
+        dict(
+            head_dim=16,
+            pad_token_id=0,
+            attention_bias=False,
+            rope_parameters=dict(YARN, partial_rotary_factor=1.0),
+        ),
+    ),
+    "helium": ("Helium", dict(head_dim=16, pad_token_id=0)),
     "smollm3-list": ("SmolLM3", dict(no_rope_layers=[0, 1], pad_token_id=0)),
     "olmo2-mha-tied-bias": (
         "Olmo2",
@@ -210,10 +224,11 @@ def assert_same_logits(folder, layout="hub", **changes):
 
 # What GGUF files do not say: none of these architectures has windows there, or other
 # layers without rotation than every fourth, and all layers have experts, whose shares
-# add up to one. We read no olmoe.
+# add up to one. Of olmoe and what follows we read none.
 HUB_ONLY = (
     *("mistral-window", "qwen2-window", "mixtral-window", "phi3-window"),
     *("qwen3-moe-dense-layer", "olmoe", "olmoe-normalized", "smollm3-list"),
+    *("seed-oss", "seed-oss-bias", "glm", "glm4", "glm4-whole", "helium"),
     *WINDOWED,
 )
 
@@ -356,7 +371,7 @@ def test_greedy_tokens(tmp_path, case):
     "case",
     [
         *("olmo2", "mistral-window", "qwen2-window", "qwen3-yarn"),
-        *("mixtral", "qwen3-moe", "olmoe", "phi3-longrope", "smollm3"),
+        *("mixtral", "qwen3-moe", "olmoe", "phi3-longrope", "smollm3", "glm4"),
         *WINDOWED,
     ],
 )

@@ -1,0 +1,136 @@
+"""The families of networks that Hugging Face checkpoints may be of, a table."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from jaxkv.models import hf_gemma
+from jaxkv.models.hf_rope import NO_ROPE
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Family:
+    """What a `model_type` implies beyond its keys, as transformers implements it.
+
+    Attributes:
+      architecture: the class with an output layer for the next token.
+      bias: of the projections to queries, keys and values, and from the heads.
+      output_bias: the key that says whether the latter has one, if `bias` is "by
+        attention_bias"; None is never.
+      interleaved: whether the two halves of a rotary pair are neighbours in a
+        checkpoint; see `rope.head_order`.
+      switches: of `Config`.
+      experts: whether layers have experts.
+      rope: options of `hf_rope.read_ropes`.
+      keys: that no other family reads.
+      gemma: whether `hf_gemma` reads some.
+    """
+
+    architecture: str
+    bias: Literal["never", "qkv", "by attention_bias"]
+    output_bias: str | None = "attention_bias"
+    interleaved: bool = False
+    switches: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    experts: bool = False
+    rope: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    keys: frozenset[str] = frozenset()
+    gemma: bool = False
+
+
+FAMILIES = {
+    "llama": Family(architecture="LlamaForCausalLM", bias="by attention_bias"),
+    "mistral": Family(architecture="MistralForCausalLM", bias="never"),
+    "qwen2": Family(architecture="Qwen2ForCausalLM", bias="qkv"),
+    "qwen3": Family(
+        architecture="Qwen3ForCausalLM",
+        bias="by attention_bias",
+        switches=dict(qk_norm=True),
+    ),
+    "phi3": Family(
+        architecture="Phi3ForCausalLM",
+        bias="never",
+        rope=dict(partial=True, longrope=("su", "yarn")),
+    ),
+    "smollm3": Family(
+        architecture="SmolLM3ForCausalLM",
+        bias="by attention_bias",
+        keys=NO_ROPE,
+    ),
+    "olmo2": Family(
+        architecture="Olmo2ForCausalLM",
+        bias="by attention_bias",
+        switches=dict(
+            qk_norm=True, qk_norm_per_head=False, pre_norm=False, post_norm=True
+        ),
+    ),
+    "mixtral": Family(architecture="MixtralForCausalLM", bias="never", experts=True),
+    "qwen3_moe": Family(
+        architecture="Qwen3MoeForCausalLM",
+        bias="by attention_bias",
+        switches=dict(qk_norm=True),
+        experts=True,
+    ),
+    "gpt_oss": Family(
+        architecture="GptOssForCausalLM",
+        bias="by attention_bias",
+        switches=dict(sinks=True),
+        experts=True,
+        keys=frozenset({"initial_context_length"}),  # that of rope_scaling, again
+    ),
+    "olmoe": Family(
+        architecture="OlmoeForCausalLM",
+        bias="by attention_bias",
+        switches=dict(qk_norm=True, qk_norm_per_head=False),
+        experts=True,
+    ),
+    "olmo3": Family(
+        architecture="Olmo3ForCausalLM",
+        bias="by attention_bias",
+        switches=dict(
+            qk_norm=True, qk_norm_per_head=False, pre_norm=False, post_norm=True
+        ),
+        rope=dict(by_type=True),
+    ),
+    "gemma2": Family(
+        architecture="Gemma2ForCausalLM",
+        bias="by attention_bias",
+        switches=hf_gemma.SWITCHES,
+        gemma=True,
+        keys=hf_gemma.KEYS,
+    ),
+    "gemma3_text": Family(
+        architecture="Gemma3ForCausalLM",
+        bias="by attention_bias",
+        switches=dict(hf_gemma.SWITCHES, qk_norm=True),
+        gemma=True,
+        keys=hf_gemma.KEYS,
+        rope=dict(by_type=True),
+    ),
+    "seed_oss": Family(
+        architecture="SeedOssForCausalLM",
+        bias="by attention_bias",
+        output_bias="attention_out_bias",
+        keys=frozenset({"attention_out_bias", "residual_dropout"}),
+    ),
+    "glm": Family(
+        architecture="GlmForCausalLM",
+        bias="by attention_bias",
+        output_bias=None,
+        interleaved=True,
+        rope=dict(partial=True),
+    ),
+    "glm4": Family(
+        architecture="Glm4ForCausalLM",
+        bias="by attention_bias",
+        output_bias=None,
+        interleaved=True,
+        switches=dict(post_norm=True),
+        rope=dict(partial=True),
+    ),
+    "helium": Family(
+        architecture="HeliumForCausalLM",
+        bias="by attention_bias",
+        output_bias=None,
+        interleaved=True,
+    ),
+}
