@@ -114,6 +114,8 @@ class Config:
         if not self.pre_norm:
             return "OLMo 2"
         if self.experts is not None:
+            if self.sinks:
+                return "gpt-oss"
             if not self.qk_norm:
                 return "Mixtral"
             return "Qwen3-MoE" if self.qk_norm_per_head else "OLMoE"

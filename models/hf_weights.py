@@ -101,7 +101,8 @@ def read_weights(
         for path, parts in plan.items():
             needed, order = [tensors[name] for name in parts], orders.get(path)
             target = at(shardings, path)
-            if placing.is_cut(target) and order is None and _in_parts(needed):
+            cut = placing.is_cut(target) and order is None and _in_parts(needed)
+            if cut and not path[-1].startswith("experts_"):
                 spans = functools.partial(checkpoint_spans, config, path[-1], shards)
                 turned = len(needed[0].shape) == 2 and path != ("embedding",)
                 placed = _place(needed, target, spans, turned=turned)

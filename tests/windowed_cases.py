@@ -8,6 +8,7 @@ CASES = {
             sliding_window=9,
             num_local_experts=6,
             num_experts_per_tok=2,
+            swiglu_limit=1.5,  # so low that it acts
             rope_parameters=dict(
                 rope_type="yarn",
                 rope_theta=500.0,

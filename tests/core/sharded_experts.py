@@ -9,17 +9,21 @@ import functools
 import re
 import sys
 
+import hf_checkpoints
 import jax
 import jax.numpy as jnp
 import numpy as np
 import sharded_generation
 import tiny
+from safetensors.numpy import save_file
 
 from jaxkv import sharding
 from jaxkv.kernels import experts
 from jaxkv.kernels.per_shard import COLUMNS
 from jaxkv.models.config import Experts
-from jaxkv.models.decoder import Decoder
+from jaxkv.models.decoder import Decoder, parameter_shapes
+from jaxkv.models.hf_weights import read_weights
+from jaxkv.models.parameter_plan import plan_of
 
 COLLECTIVE = re.compile(
     r"= \S+ (all-reduce|all-gather|all-to-all|collective-permute)\("
@@ -59,6 +63,28 @@ def partition(cut):
     return experts.Weights(*(cut,) * 4)
 
 
+def check_loading(mesh):
+    """Raise where weights that are read onto a mesh are not those of one device."""
+    config = dataclasses.replace(
+        hf_checkpoints.CONFIG, experts=Experts(count=4, per_token=2, size=6)
+    )
+    rng = np.random.default_rng(0)
+    tensors = hf_checkpoints.hf_tensors(config)
+    for name in [name for name in tensors if ".mlp." in name]:
+        del tensors[name]
+    for parts in plan_of(config).values():
+        for name, shape in parts.items():
+            if ".mlp." in name:
+                tensors[name] = rng.normal(size=shape).astype(np.float32)
+    save_file(tensors, hf_checkpoints.MODEL)
+    alone = read_weights(".", config, dtype="float32")
+    where = sharding.parameter_shardings(parameter_shapes(config), mesh)
+    spread = read_weights(".", config, dtype="float32", shardings=where)
+    jax.tree.map(np.testing.assert_array_equal, spread, alone)
+    held = spread["layer_0"]["experts_down"].addressable_shards
+    assert {part.data.shape for part in held} == {(2, 6, 8)}
+
+
 def check_generation(mesh):
     """Raise where the mesh changes a token."""
     config = dataclasses.replace(
@@ -74,5 +100,9 @@ def check_generation(mesh):
 
 if __name__ == "__main__":
     mesh = sharding.make_mesh(data=2, model=2)
-    {"fast": check_operation, "slow": check_generation}[sys.argv[1]](mesh)
+    if sys.argv[1] == "fast":
+        check_operation(mesh)
+        check_loading(mesh)
+    else:
+        check_generation(mesh)
     print("equal")

@@ -111,6 +111,7 @@ EXPERTS = Experts(count=4, per_token=2, size=8)
         ({"qkv_bias": True}, "Qwen2"),
         ({"qkv_bias": True, "output_bias": True}, "Llama"),
         ({"experts": EXPERTS}, "Mixtral"),
+        ({"experts": EXPERTS, "sinks": True}, "gpt-oss"),
         ({"qk_norm": True, "experts": EXPERTS}, "Qwen3-MoE"),
         (dict(qk_norm=True, qk_norm_per_head=False, experts=EXPERTS), "OLMoE"),
     ],

@@ -1,4 +1,4 @@
-"""The laws where layers have experts, and one of them does not."""
+"""The laws where layers have experts, and sinks and a window as in gpt-oss."""
 
 import dataclasses
 
@@ -9,10 +9,15 @@ from tiny import CONFIG, prompts
 from jaxkv import LongFlow, Options
 from jaxkv.laws import lawbook, programs
 from jaxkv.laws.programs import LENGTHS, PROMPT
-from jaxkv.models.config import Experts
+from jaxkv.models.config import Experts, LayerKind
 
-EXPERTS = Experts(count=6, per_token=2, size=16, bias=True, dense_layers=(1,))
-PROGRAMS = programs.compiled(dataclasses.replace(CONFIG, experts=EXPERTS))
+NETWORK = dataclasses.replace(
+    CONFIG,
+    kinds=(LayerKind(window=8), LayerKind()),
+    sinks=True,
+    experts=Experts(count=6, per_token=2, size=16, bias=True),
+)
+PROGRAMS = programs.compiled(NETWORK)
 LONGFLOW = Options(prefill=DAPQ, decode=LongFlow(), budget=9)
 
 

@@ -6,6 +6,7 @@ import json
 import pytest
 from hf_checkpoints import raises
 
+from jaxkv.kernels.experts import Gate
 from jaxkv.models.config import Experts
 from jaxkv.models.hf_config import read_config
 
@@ -31,6 +32,16 @@ QWEN3_MOE = dict(
     num_experts_per_tok=3,
     moe_intermediate_size=5,
 )
+GPT_OSS = dict(
+    model_type="gpt_oss",
+    architectures=["GptOssForCausalLM"],
+    num_local_experts=4,
+    num_experts_per_tok=2,
+    experts_per_token=2,
+    initial_context_length=4096,
+    head_dim=8,
+    max_position_embeddings=131_072,
+)
 
 
 def write_config(folder, **changes):
@@ -55,6 +66,17 @@ def write_config(folder, **changes):
         (
             QWEN3_MOE | dict(decoder_sparse_step=2, mlp_only_layers=[1]),
             dict(dense_layers=(0, 1)),
+        ),
+        (
+            GPT_OSS,
+            dict(
+                **dict(count=4, per_token=2, size=12, normalize=True, bias=True),
+                gate=Gate(alpha=1.702, limit=7.0, shift=1.0),
+            ),
+        ),
+        (
+            GPT_OSS | dict(swiglu_limit=5, swiglu_alpha=2.0, experts_per_token=...),
+            dict(gate=Gate(alpha=2.0, limit=5.0, shift=1.0)),
         ),
     ],
 )
@@ -92,3 +114,11 @@ def test_experts(tmp_path, changes, expected):
 def test_experts_refused(tmp_path, changes, words):
     with raises("config.json: ", *words):
         read_config(write_config(tmp_path, **changes))
+
+
+def test_the_rest_of_gpt_oss(tmp_path):
+    """Biases, sinks and every other layer's window, where no key says so."""
+    found = read_config(write_config(tmp_path, **GPT_OSS, sliding_window=9))
+    assert found.sinks and found.qkv_bias and found.output_bias
+    assert found.family == "gpt-oss"
+    assert found.windows == (9, None)
