@@ -262,14 +262,23 @@ class Service:
         if asked.stream:
             usage = asked.stream_options.include_usage
             answers = len(ids) * asked.n
-            return Stream(events(said, reply, answers, usage), left)
+            said_so = events(said, reply, answers, usage)
+            return Stream(said_so, left, at_end=functools.partial(self._leave, group))
 
         async def collected() -> list[Piece]:
             async with contextlib.aclosing(said):
                 return [piece async for piece in said]
 
-        found = await until(collected(), departure(request.receive), seconds=left)
+        try:
+            found = await until(collected(), departure(request.receive), seconds=left)
+        finally:
+            self._leave(group)
         return JSONResponse(reply.whole(found))
+
+    def _leave(self, group: Group | None) -> None:
+        """Free the rows of a group that nobody reads any more."""
+        if group is not None:
+            self.worker.cancel(group)
 
     def _submit(self, asked: Common, ids: Sequence[np.ndarray], most: int) -> Group:
         if most > self._terms.max_new_tokens:
@@ -327,7 +336,7 @@ class Service:
         stops: Sequence[str],
         begun: float,
     ) -> AsyncGenerator[Piece, None]:
-        """Yield all pieces of all answers; who leaves early frees their rows."""
+        """Yield all pieces of all answers."""
         try:
             if echoes is not None:
                 async for piece in echoes:
@@ -343,9 +352,6 @@ class Service:
             raise _full() from None
         except StoppedError:
             raise refusals.stopping() from None
-        finally:
-            if group is not None:
-                self.worker.cancel(group)
 
     def _note(self, group: Group | None, seconds: float) -> None:
         """Count how long requests took that have ended."""

@@ -4,6 +4,7 @@ Fields that ask for nothing (null, false, zero, empty) are taken whatever their 
 others that are not known are refused by name.
 """
 
+import abc
 from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic_core
@@ -55,7 +56,7 @@ class Format(_Checked):
     type: Literal["text"]
 
 
-class Common(_Checked):
+class Common(_Checked, abc.ABC):
     """What completions and chats have in common; see OpenAI's reference.
 
     `top_k`, `min_p`, `repetition_penalty` and `budget` are ours. They are those of
@@ -95,9 +96,9 @@ class Common(_Checked):
         )
 
     @property
+    @abc.abstractmethod
     def alternatives(self) -> int | None:
         """How many alternatives to each token are wanted; None for no logprobs."""
-        raise NotImplementedError
 
 
 class Completion(Common):

@@ -1,5 +1,6 @@
 """Answers as OpenAI's API has them, whole and in chunks."""
 
+import abc
 import time
 import uuid
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from jaxkv.serving.pieces import Piece
 _LEAST = -9999.0  # in place of minus infinity, which JSON lacks
 
 
-class Reply:
+class Reply(abc.ABC):
     """The answers to one request.
 
     Attributes:
@@ -80,11 +81,13 @@ class Reply:
     def _count(self, piece: Piece) -> None:
         self._written += 0 if piece.given else len(piece.tokens)
 
+    @abc.abstractmethod
     def _whole(self, index: int, pieces: Sequence[Piece]) -> dict[str, Any]:
-        raise NotImplementedError
+        """Return one answer, of its pieces."""
 
+    @abc.abstractmethod
     def _parts(self, piece: Piece) -> list[dict[str, Any]]:
-        raise NotImplementedError
+        """Return what a chunk says of an answer; none if a piece says nothing."""
 
     def _name(self, token: int) -> str:
         """Return a token's text, or its name where it is a part of a character."""

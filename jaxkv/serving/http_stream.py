@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 from starlette.responses import Response
@@ -21,10 +21,23 @@ class Stream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[bytes, None], seconds: float):
+    def __init__(
+        self,
+        events: AsyncGenerator[bytes, None],
+        seconds: float,
+        *,
+        at_end: Callable[[], None],
+    ):
+        """Send nothing yet.
+
+        Args:
+          events: in their order.
+          seconds: that they may take.
+          at_end: called when the last was sent, or none will be sent any more.
+        """
         super().__init__(headers={"Cache-Control": "no-cache"})
         del self.headers["content-length"]
-        self._events, self._seconds = events, seconds
+        self._events, self._seconds, self._at_end = events, seconds, at_end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send what there is as it comes; an error is the last event."""
@@ -49,6 +62,8 @@ class Stream(Response):
             last = tell(_event(as_refusal(error).body()), more=False)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(last, _LAST_WORDS)
+        finally:
+            self._at_end()
 
 
 async def events(

@@ -209,15 +209,15 @@ def test_a_fault_of_ours_says_nothing_of_itself(wide_lm, caplog):
             "The server failed at this request.",
         )
         served.service._words = encode
-        # One request that fails leaves the others alone.
+        # One that fails leaves the next alone.
         board = served.engine._board
-        read, board.read = board.read, broken
+        place, board.place = board.place, broken
         assert told(served.ask(PATHS[0], TEXT))[0] == 500
         status, answer = served.ask(PATHS[0], TEXT | {"stream": True})
         assert status == 200 and b'"status"' not in answer
         assert json.loads(answer.split(b"data: ")[1])["error"]["type"] == "server_error"
         assert b"[DONE]" not in answer
-        board.read = read
+        board.place = place
         assert served.ask(PATHS[0], TEXT)[0] == 200
         # Where the loop itself fails, nobody waits for ever.
         served.engine.step = broken
