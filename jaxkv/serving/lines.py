@@ -181,8 +181,9 @@ def _check_settings(
     now = json.loads(json.dumps(settings))
     with open(source, "rb") as file:
         head = file.read(_HEAD)
-    if not beside.exists():
-        if out.exists() and out.stat().st_size:
+    empty = not out.exists() or not out.stat().st_size
+    if empty or not beside.exists():
+        if not empty:
             raise ValueError(
                 f"{out} exists, and no {beside.name} says how it was made; name "
                 "another file, or remove it."

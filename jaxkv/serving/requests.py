@@ -43,7 +43,6 @@ class Result:
 
     Attributes:
       tokens: the output's token ids, a stop id included.
-      text: the same as text, special tokens left out; None without a tokenizer.
       finish_reason: "stop" (a stop id), "length" (`max_new_tokens`), "cancelled", or
         "error".
       error: what went wrong, if that is "error".
@@ -54,10 +53,10 @@ class Result:
       seconds: until the end. All of them are counted from `submit`.
       logprobs: of the tokens; None unless the engine notes them.
       top_logprobs: for each token the likeliest ones and theirs; None likewise.
+      tokenizer: of the model, or None.
     """
 
     tokens: tuple[int, ...]
-    text: str | None
     finish_reason: Reason
     error: str | None
     may_retry: bool
@@ -67,6 +66,17 @@ class Result:
     seconds: float
     logprobs: tuple[float, ...] | None = None
     top_logprobs: tuple[dict[int, float], ...] | None = None
+    tokenizer: Any = dataclasses.field(default=None, repr=False, compare=False)
+
+    @property
+    def text(self) -> str | None:
+        """Return the output as text, special tokens left out; None if there is none.
+
+        It is decoded here: an engine has no time for it.
+        """
+        if self.tokenizer is None:
+            return None
+        return self.tokenizer.decode(self.tokens, skip_special_tokens=True)
 
 
 class Handle:
@@ -185,9 +195,6 @@ def ended(
     tokens = tuple(handle._tokens)
     handle._result = Result(
         tokens=tokens,
-        text=None
-        if tokenizer is None
-        else tokenizer.decode(tokens, skip_special_tokens=True),
         finish_reason=reason,
         error=error,
         may_retry=may_retry,
@@ -197,5 +204,6 @@ def ended(
         seconds=now - begin,
         logprobs=tuple(handle._logprobs) if noted else None,
         top_logprobs=tuple(handle._top) if noted else None,
+        tokenizer=tokenizer,
     )
     return dataclasses.replace(event, result=handle._result)

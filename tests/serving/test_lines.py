@@ -67,6 +67,8 @@ def test_a_journal_of_something_else_is_left_alone(files):
     refused(files, {}, r"out.jsonl exists, and no out.jsonl.job says how it was made")
     assert out.read_text() == "mine\n"
     out.unlink()
+    with journal(out, source, {"seed": 7}):
+        pass  # what has no answers yet binds nobody
     with journal(out, source, {"seed": 0, "chat": None}) as written:
         written.write(1, {})
     refused(files, {"seed": 1}, r"other settings \(seed\); name another file")
