@@ -72,9 +72,12 @@ class Config:
       embedding_scale: what embeddings are multiplied by, in their dtype; None is 1.
       query_scale: what the attention's logits are multiplied by; None is
         `head_dim**-0.5`.
+      residual_scale: what attention and feed-forward add to the stream is multiplied by
+        it (Granite); None is 1.
       attention_cap: bound of the attention's logits, as `logit_cap` (Gemma 2).
       sinks: whether each head has a learned logit beside those of the tokens, whose
         weight goes nowhere (gpt-oss).
+      logit_scale: what the network's logits are multiplied by (Granite); None is 1.
       logit_cap: the network's logits are `logit_cap * tanh(logits / logit_cap)`
         (Gemma 2); None leaves them.
       tied: whether the output layer is the transposed embedding.
@@ -102,8 +105,10 @@ class Config:
     activation: Activation = "silu"
     embedding_scale: float | None = None
     query_scale: float | None = None
+    residual_scale: float | None = None
     attention_cap: float | None = None
     sinks: bool = False
+    logit_scale: float | None = None
     logit_cap: float | None = None
     tied: bool = False
     experts: Experts | None = None

@@ -169,6 +169,8 @@ class Decoder(nn.Module):
             implementation=self.implementation,
         )
         logits = logits.reshape(*hidden.shape[:-1], -1).astype(jnp.float32)
+        if self.config.logit_scale is not None:
+            logits = self.config.logit_scale * logits
         cap = self.config.logit_cap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 

@@ -32,6 +32,7 @@ class Family:
       no_rope_interval: every so many layers one has no rotation; 0 is never.
       partial_rotary: whether a part of each head may be rotated.
       switches: of `Config`.
+      scales: whether keys scale embeddings, queries, the residual stream and logits.
       experts: the key that says how many columns an expert has, in architectures that
         may have experts. Their shares add up to one.
     """
@@ -42,6 +43,7 @@ class Family:
     no_rope_interval: int = 0
     partial_rotary: bool = False
     switches: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    scales: bool = False
     experts: str | None = None
 
 
@@ -55,6 +57,7 @@ FAMILIES = {
     ),
     "phi3": Family(fused=True, partial_rotary=True),
     "smollm3": Family(interleaved=True, no_rope_interval=4),
+    "granite": Family(interleaved=True, scales=True),
     "olmo2": Family(
         switches=dict(
             qk_norm=True, qk_norm_per_head=False, pre_norm=False, post_norm=True
@@ -62,6 +65,13 @@ FAMILIES = {
     ),
 }
 
+# The scales of Granite, and their names in `Config`.
+_SCALES = {
+    "attention.scale": "query_scale",
+    "embedding_scale": "embedding_scale",
+    "logit_scale": "logit_scale",
+    "residual_scale": "residual_scale",
+}
 # Keys of the architecture that change what the network computes, and the values that
 # leave it alone.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -146,6 +156,8 @@ def _convert(header: Header) -> Config:
     kind = FAMILIES[architecture]
     experts = _experts(keys, kind)
     known = {"expert_count", "expert_used_count", kind.experts} if experts else set()
+    scales = _scales(keys) if kind.scales else {}
+    known |= {key for key in _SCALES if scales}
     for key, value in raw.items():
         if key not in known:
             _refuse_unknown(prefix + key, key, value)
@@ -191,7 +203,14 @@ def _convert(header: Header) -> Config:
         tied=HEAD not in header.tensors,
         experts=experts,
         **kind.switches,
+        **scales,
     )
+
+
+def _scales(keys: Keys) -> dict[str, Any]:
+    """Return the scales of a Granite; logits are divided by theirs."""
+    found = {field: keys.number(key) for key, field in _SCALES.items()}
+    return found | {"logit_scale": 1 / found["logit_scale"]}
 
 
 def _experts(keys: Keys, family: Family) -> Experts | None:

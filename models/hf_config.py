@@ -7,7 +7,6 @@ numbers and is not supported is an error, never ignored.
 from pathlib import Path
 from typing import Any
 
-from jaxkv.models import hf_gemma
 from jaxkv.models.checkpoint import CheckpointError, read_json
 from jaxkv.models.checkpoint_values import MOST_LAYERS, integer, number, unsupported
 from jaxkv.models.config import Config, LayerKind
@@ -102,8 +101,8 @@ def _convert(raw: dict[str, Any]) -> Config:
     default = _defaults(model_type, hidden_size, num_heads)
     _check_keys(raw, model_type, family, default)
     switches = dict(family.switches)
-    if family.gemma:
-        switches |= hf_gemma.read_gemma(raw, default, model_type, hidden_size)
+    if family.read is not None:
+        switches |= family.read(raw, default, model_type, hidden_size)
     max_positions = integer(
         raw, "max_position_embeddings", default["max_position_embeddings"]
     )

@@ -1,10 +1,10 @@
 """The families of networks that Hugging Face checkpoints may be of, a table."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-from jaxkv.models import hf_gemma
+from jaxkv.models import hf_gemma, hf_granite
 from jaxkv.models.hf_rope import NO_ROPE
 
 
@@ -23,7 +23,7 @@ class Family:
       experts: whether layers have experts.
       rope: options of `hf_rope.read_ropes`.
       keys: that no other family reads.
-      gemma: whether `hf_gemma` reads some.
+      read: returns switches of `Config` that some keys decide.
     """
 
     architecture: str
@@ -34,7 +34,7 @@ class Family:
     experts: bool = False
     rope: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     keys: frozenset[str] = frozenset()
-    gemma: bool = False
+    read: Callable[..., dict[str, Any]] | None = None
 
 
 FAMILIES = {
@@ -95,16 +95,22 @@ FAMILIES = {
         architecture="Gemma2ForCausalLM",
         bias="by attention_bias",
         switches=hf_gemma.SWITCHES,
-        gemma=True,
+        read=hf_gemma.read_gemma,
         keys=hf_gemma.KEYS,
     ),
     "gemma3_text": Family(
         architecture="Gemma3ForCausalLM",
         bias="by attention_bias",
         switches=dict(hf_gemma.SWITCHES, qk_norm=True),
-        gemma=True,
+        read=hf_gemma.read_gemma,
         keys=hf_gemma.KEYS,
         rope=dict(by_type=True),
+    ),
+    "granite": Family(
+        architecture="GraniteForCausalLM",
+        bias="by attention_bias",
+        keys=hf_granite.KEYS,
+        read=hf_granite.read_granite,
     ),
     "seed_oss": Family(
         architecture="SeedOssForCausalLM",

@@ -116,9 +116,10 @@ class Layer(nn.Module):
 
     def _leave(self, name, delta, dtype):
         """Return what a block adds to the residual stream, in parts."""
-        if not self.config.post_norm:
-            return delta
-        return self._norm(name, pointwise.join(delta, dtype))[1][None]
+        if self.config.post_norm:
+            delta = self._norm(name, pointwise.join(delta, dtype))[1][None]
+        scale = self.config.residual_scale
+        return delta if scale is None else delta * jnp.asarray(scale, delta.dtype)
 
     def _heads(self, x, cos, sin):
         """Return rotated queries and keys, and values."""

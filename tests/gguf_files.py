@@ -52,6 +52,13 @@ def metadata(config, arch="llama"):
     if arch == "qwen3moe":
         keys["expert_feed_forward_length"] = config.experts.size
     keys |= rope_keys(config.rope)
+    if arch == "granite":
+        keys |= {
+            "attention.scale": config.query_scale,
+            "embedding_scale": config.embedding_scale,
+            "logit_scale": 1 / config.logit_scale,
+            "residual_scale": config.residual_scale,
+        }
     if arch in ("llama", "phi3", "smollm3"):
         keys |= {
             "vocab_size": config.vocab_size,
@@ -93,7 +100,9 @@ def gguf_tensors(tensors, config, arch="llama"):
         out["rope_factors_short.weight"] = np.float32(scaling.short_factors)
         out["rope_factors_long.weight"] = np.float32(scaling.long_factors)
     for name, tensor in tensors.items():
-        if arch in ("llama", "smollm3") and ("q_proj" in name or "k_proj" in name):
+        if arch in ("llama", "smollm3", "granite") and (
+            "q_proj" in name or "k_proj" in name
+        ):
             heads = config.num_heads if "q_proj" in name else config.num_kv_heads
             split = tensor.reshape(heads, 2, -1, *tensor.shape[1:])
             tensor = split.swapaxes(1, 2).reshape(tensor.shape)

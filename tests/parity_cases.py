@@ -74,6 +74,19 @@ CASES = WINDOWED | {
     ),
     "phi3-window": ("Phi3", dict(pad_token_id=0, sliding_window=13)),
     "smollm3": ("SmolLM3", dict(num_hidden_layers=4, pad_token_id=0)),
+    "granite": (
+        "Granite",
+        dict(
+            embedding_multiplier=3.0,
+            attention_multiplier=0.2,
+            residual_multiplier=0.7,
+            logits_scaling=0.4,
+        ),
+    ),
+    "granite-plain": (
+        "Granite",
+        dict(attention_bias=True, tie_word_embeddings=True),
+    ),
     "seed-oss": ("SeedOss", dict(head_dim=24, attention_out_bias=True)),
     "seed-oss-bias": ("SeedOss", dict(head_dim=16)),
     "glm": ("Glm", dict(head_dim=16, pad_token_id=0)),

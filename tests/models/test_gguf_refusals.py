@@ -266,6 +266,15 @@ def test_what_missing_keys_mean(tmp_path):
         read_config(read_header(path))
 
 
+def test_scales_of_granite_are_needed(tmp_path):
+    scales = dict(embedding_scale=12.0, query_scale=0.5, residual_scale=0.25)
+    _, keys, tensors = gguf_files.tiny("granite", **scales, logit_scale=0.5)
+    assert keys.pop("granite.logit_scale") == 2.0
+    path = gguf_files.write(tmp_path / "x.gguf", keys, tensors, arch="granite")
+    with raises("granite.logit_scale must be a positive number, found None"):
+        load(path)
+
+
 def test_stop_ids(tmp_path):
     def change(keys, tensors):
         keys["tokenizer.ggml.eot_token_id"] = 1

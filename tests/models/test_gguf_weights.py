@@ -117,10 +117,13 @@ def test_fused_tensors_of_phi3(tmp_path):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3", "smollm3"])
+@pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3", "smollm3", "granite"])
 def test_a_file_equals_the_folder(tmp_path, arch, tied):
     """The parameters are those of safetensors with the same weights."""
     switches = dict(tied=tied, qkv_bias=arch == "qwen2", qk_norm=arch == "qwen3")
+    if arch == "granite":
+        scales = dict(embedding_scale=12.0, query_scale=0.5, residual_scale=0.25)
+        switches |= dict(scales, logit_scale=1 / 16)
     if arch == "smollm3":
         kinds = (LayerKind(), LayerKind(), LayerKind(), LayerKind(rope=None))
         switches |= dict(num_layers=4, kinds=kinds)

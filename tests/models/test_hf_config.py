@@ -16,6 +16,8 @@ SMOLLM3 = (LayerKind(rope=Rope(theta=2e6)), LayerKind(rope=None))
 GLM = dict(
     head_dim=128, qkv_bias=True, rope=Rope(rotary_dim=64), rms_norm_eps=1.5625e-7
 )
+SCALES = ("embedding_scale", "query_scale", "residual_scale", "logit_scale")
+GRANITE = dict.fromkeys(SCALES, 1.0)
 OLMO2 = dict(qk_norm=True, qk_norm_per_head=False, pre_norm=False, post_norm=True)
 
 
@@ -111,6 +113,7 @@ def test_config_keys(tmp_path, changes, expected):
         ("phi3", dict(rms_norm_eps=1e-5)),
         ("smollm3", dict(kinds=SMOLLM3, rope=SMOLLM3[0].rope, tied=True)),
         ("seed_oss", dict(head_dim=128, qkv_bias=True)),
+        ("granite", GRANITE),
         ("helium", dict(head_dim=128, rope=Rope(theta=1e5), rms_norm_eps=1e-8)),
         ("glm", GLM),
         ("glm4", dict(GLM, post_norm=True)),
@@ -192,6 +195,19 @@ def test_config_of_other_families(tmp_path, model_type, switches):
 def test_config_refuses(tmp_path, changes, words):
     with raises("config.json: ", *words):
         read_config(write_config(tmp_path, **changes))
+
+
+def test_scales_of_granite(tmp_path):
+    def scales(**changes):
+        granite = dict(model_type="granite", architectures=...)
+        config = read_config(write_config(tmp_path, **granite | changes))
+        return [getattr(config, name) for name in SCALES]
+
+    given = dict(embedding_multiplier=12, attention_multiplier=0.5)
+    assert scales(**given) == [12, 0.5, 1, 1]
+    assert scales(residual_multiplier=0.2, logits_scaling=16) == [1, 1, 0.2, 1 / 16]
+    with raises("logits_scaling must be a positive number, found 0"):
+        scales(logits_scaling=0)
 
 
 @pytest.mark.parametrize("key", ["embedding_multiplier", "logit_scale", "no_rope"])

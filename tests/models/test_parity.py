@@ -244,6 +244,7 @@ def test_greedy_tokens(tmp_path, case):
     [
         *("olmo2", "mistral-window", "qwen2-window", "qwen3-yarn"),
         *("mixtral", "qwen3-moe", "olmoe", "phi3-longrope", "smollm3", "glm4"),
+        "granite",
         *WINDOWED,
     ],
 )
