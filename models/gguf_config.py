@@ -34,7 +34,8 @@ class Family:
       switches: of `Config`.
       scales: whether keys scale embeddings, queries, the residual stream and logits.
       experts: the key that says how many columns an expert has, in architectures that
-        may have experts. Their shares add up to one.
+        may have experts.
+      normalize: whether the shares of a token's experts add up to one.
     """
 
     interleaved: bool = False
@@ -45,6 +46,7 @@ class Family:
     switches: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     scales: bool = False
     experts: str | None = None
+    normalize: bool = True
 
 
 FAMILIES = {
@@ -54,6 +56,11 @@ FAMILIES = {
     "qwen3": Family(switches=dict(qk_norm=True)),
     "qwen3moe": Family(
         switches=dict(qk_norm=True), experts="expert_feed_forward_length"
+    ),
+    "olmoe": Family(
+        switches=dict(qk_norm=True, qk_norm_per_head=False),
+        experts="feed_forward_length",
+        normalize=False,
     ),
     "phi3": Family(fused=True, partial_rotary=True),
     "smollm3": Family(interleaved=True, no_rope_interval=4),
@@ -220,7 +227,12 @@ def _experts(keys: Keys, family: Family) -> Experts | None:
     count, used = keys.integer("expert_count"), keys.integer("expert_used_count")
     if used > count:
         values.unsupported(f"{keys.prefix}expert_used_count", used, f"up to {count}")
-    return Experts(count=count, per_token=used, size=keys.integer(family.experts))
+    return Experts(
+        count=count,
+        per_token=used,
+        size=keys.integer(family.experts),
+        normalize=family.normalize,
+    )
 
 
 def _kinds(

@@ -136,10 +136,10 @@ CASES = WINDOWED | {
 
 # What GGUF files do not say: none of these architectures has windows there, or other
 # layers without rotation than every fourth, and all layers have experts, whose shares
-# add up to one. Of olmoe and what follows we read none.
+# add up to one or, of olmoe, do not. Of seed-oss and what follows we read none.
 HUB_ONLY = (
     *("mistral-window", "qwen2-window", "mixtral-window", "phi3-window"),
-    *("qwen3-moe-dense-layer", "olmoe", "olmoe-normalized", "smollm3-list"),
+    *("qwen3-moe-dense-layer", "olmoe-normalized", "smollm3-list"),
     *("seed-oss", "seed-oss-bias", "glm", "glm4", "glm4-whole", "helium"),
     *WINDOWED,
 )
