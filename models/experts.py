@@ -49,7 +49,8 @@ def feed_forward(experts: Experts, x: jax.Array, parameter: Parameter) -> jax.Ar
     )
     gate_up_bias = down_bias = None
     if e.bias:
-        logits = logits + parameter("router_bias", WHOLE, (e.count,))[None, None]
+        bias = parameter("router_bias", WHOLE, (e.count,)).astype(jnp.float32)
+        logits = logits + bias[None, None]
         gate_up_bias = matrix("experts_gate_up_bias", e.count, 2 * e.size)
         down_bias = matrix("experts_down_bias", e.count, hidden)
     chosen, shares = kernel.route(logits, per_token=e.per_token, normalize=e.normalize)
