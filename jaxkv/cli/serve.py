@@ -111,6 +111,8 @@ def serve(
     del arguments["compression_ratio"]
     key = read_key(doors.api_key_file)
     lm = flags.load_model(model, dtype, follow_links=follow_links)
+    if lm.tokenizer is None:
+        raise ValueError(f"{model} has no tokenizer, and answers are texts.")
     name = doors.name or Path(model).name
     engine = Engine(dataclasses.replace(lm, name=name), **arguments)
     loopback = http_gate.is_loopback(doors.host)

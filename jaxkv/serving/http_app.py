@@ -189,6 +189,9 @@ class Service:
         if asked.n > self.worker.most:
             message = f"n must be between 1 and {self.worker.most}."
             raise Refusal(400, message, param="n")
+        if not self._lm.tokenizer.chat_template:
+            message = "This model has no chat template; ask /v1/completions."
+            raise Refusal(400, message, param="messages")
         spoken = [message.spoken() for message in asked.messages]
         tokens = await self._read(lambda: [encode_chat(self._lm, spoken)], "messages")
         reply = ChatReply(*self._words(asked, tokens))

@@ -205,6 +205,14 @@ def test_refusals_name_what_is_wrong(served, status, said, param, body):
     assert error["type"] == "invalid_request_error"
 
 
+def test_a_model_without_template_has_no_chats(served):
+    tokenizer = served.service._lm.tokenizer
+    template, tokenizer.chat_template = tokenizer.chat_template, None
+    status, answer = served.ask("/v1/chat/completions", CHAT)
+    tokenizer.chat_template = template
+    assert status == 400 and b"no chat template; ask /v1/completions" in answer
+
+
 def test_what_asks_for_nothing_is_taken(served):
     spoken = {"role": "assistant", "content": "y", "refusal": None, "tool_calls": None}
     body = CHAT | {

@@ -109,6 +109,12 @@ def test_what_serve_refuses(jaxkv_, served, tiny, tmp_path):
     assert "need more than the 2048 positions that tiny was made for" in said
     said = jaxkv_.error("serve", tiny, f"--port={served.port}", "--max-new-tokens=8")
     assert "Address already in use" in said
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for file in tiny.iterdir():
+        if "token" not in file.name:
+            (bare / file.name).write_bytes(file.read_bytes())
+    assert "bare has no tokenizer, and answers are texts" in jaxkv_.error("serve", bare)
 
 
 @pytest.mark.slow
