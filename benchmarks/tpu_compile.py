@@ -204,7 +204,7 @@ def generate(
     options.check()
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
     everywhere = NamedSharding(mesh, PartitionSpec())
-    sizes = dict(B=batch, P=prompt, E=2)
+    sizes = dict(B=batch, P=prompt, L=2)
     array = functools.partial(abstract, mesh, sizes=sizes, dtype=jnp.int32)
     arguments = (
         params,
@@ -213,7 +213,7 @@ def generate(
         jax.ShapeDtypeStruct(
             keys.shape, keys.dtype, sharding=NamedSharding(mesh, partition_spec("B"))
         ),
-        array("E"),
+        array("L"),
         jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere),
     )
     program = functools.partial(

@@ -256,22 +256,36 @@ def read_network(
     Raises:
       CheckpointError: the checkpoint is damaged, or of an unsupported kind.
     """
+    config = read_config(folder)
     read: Callable[..., dict[str, Any]]
     if folder.is_file():
         header = gguf_header.read_header(folder)
-        config = gguf_config.read_config(header)
         read = functools.partial(gguf_weights.read_weights, header, config)
     elif orbax_copy.is_orbax_copy(folder):
-        config = orbax_copy.read_orbax_config(folder)
         read = functools.partial(_orbax, folder)
     else:
-        checkpoint.check_adapter(folder)
-        config = hf_config.read_config(folder)
         read = functools.partial(
             hf_weights.read_weights, folder, config, follow_links=follow_links
         )
     network, where = _laid_out(config, mesh)
     return network, read(dtype=dtype, shardings=where, shards=network.shards)
+
+
+def read_config(folder: Path) -> Config:
+    """Read the sizes of what `locate` has found, and no weights.
+
+    Args:
+      folder: a folder or a GGUF file.
+
+    Raises:
+      CheckpointError: the checkpoint is damaged, or of an unsupported kind.
+    """
+    if folder.is_file():
+        return gguf_config.read_config(gguf_header.read_header(folder))
+    if orbax_copy.is_orbax_copy(folder):
+        return orbax_copy.read_orbax_config(folder)
+    checkpoint.check_adapter(folder)
+    return hf_config.read_config(folder)
 
 
 def _orbax(folder: Path, **options: Any) -> dict[str, Any]:

@@ -67,12 +67,21 @@ def resolve(mesh: Mesh | str, config: Config) -> Mesh:
         divide the network.
     """
     if isinstance(mesh, str):
-        mesh = make_mesh(**_sizes(mesh, config, jax.device_count()))
+        mesh = make_mesh(**sizes_of(mesh, config, jax.device_count()))
     return for_network(mesh, config)
 
 
-def _sizes(words: str, config: Config, devices: int) -> dict[str, int]:
-    """Return what `make_mesh` takes, or raise ValueError."""
+def sizes_of(words: str, config: Config, devices: int) -> dict[str, int]:
+    """Return what `make_mesh` takes, for words as `resolve` takes them.
+
+    Args:
+      words: see `resolve`.
+      config: of the network.
+      devices: how many there are.
+
+    Raises:
+      ValueError: the words are no mesh, or there are too few devices.
+    """
     if words == "auto":
         spread = _spreads(config)
         model = max(
@@ -90,7 +99,7 @@ def _sizes(words: str, config: Config, devices: int) -> dict[str, int]:
     count = math.prod(sizes.values())
     if count > devices:
         raise ValueError(
-            f"mesh: {words} takes {count} devices, but JAX finds {devices}; use fewer, "
+            f"mesh: {words} takes {count} devices, but there are {devices}; use fewer, "
             "or auto."
         )
     return sizes

@@ -25,6 +25,7 @@ from jaxkv.cli import (
     evaluate,
     generate,
     harness,
+    plan,
     serve,
     study,
     wording,
@@ -177,6 +178,7 @@ app.command()(batch.batch)
 app.command()(compress.compress)
 app.command()(chat.chat)
 app.command()(serve.serve)
+app.command()(plan.plan)
 app.command()(checkpoints.train)
 app.command()(checkpoints.convert)
 app.command()(calibrate.calibrate)

@@ -103,5 +103,5 @@ if __name__ == "__main__":
         data=2, model=2, copies=2
     )
     refuses("model=8", "12 feed-forward columns do not divide over model=8 devices")
-    refuses("data=3,model=4", "takes 12 devices, but JAX finds 8")
+    refuses("data=3,model=4", "takes 12 devices, but there are 8")
     print("equal")

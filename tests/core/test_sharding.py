@@ -225,13 +225,13 @@ def test_two_processes_give_what_one_gives(tmp_path):
 def test_the_command_line_takes_a_mesh(jaxkv_):
     ask = ("generate", "needle", "--prompt", "a b", "--mesh", "model=2")
     code, _, err = jaxkv_(*ask)
-    assert code and "model=2 takes 2 devices, but JAX finds 1" in err
+    assert code and "model=2 takes 2 devices, but there are 1" in err
 
 
 def test_words_that_are_no_mesh():
     with pytest.raises(ValueError, match="expected auto, or numbers of devices"):
         sharding.resolve("model=0", CONFIG)
-    with pytest.raises(ValueError, match="takes 64 devices, but JAX finds"):
+    with pytest.raises(ValueError, match="takes 64 devices, but there are"):
         sharding.resolve("data=64", CONFIG)
 
 
