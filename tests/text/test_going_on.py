@@ -63,9 +63,13 @@ def test_turns_go_on_within_one_budget(wide_lm):
             first.tokens, LONGER, second.tokens, third.tokens, strict=True
         )
     ]
+    pair = [5, 9]  # candidates, too
+    got = jaxkv.score(wide_lm, None, [pair, pair], context=third.context, **how)
+    said = [[*row, *pair] for row in said]
     want = jaxkv.score(wide_lm, PROMPTS, said, prefill=SINKS, **how)
     for index, (row, asked) in enumerate(zip(want.logprobs, LONGER, strict=True)):
-        np.testing.assert_allclose(row[-NEW:], third.logprobs[index], **CLOSE)
+        np.testing.assert_allclose(row[-2:], got.logprobs[index], **CLOSE)
+        np.testing.assert_allclose(row[-NEW - 2 : -2], third.logprobs[index], **CLOSE)
         middle = row[NEW + len(asked) :][:NEW]
         np.testing.assert_allclose(middle, second.logprobs[index], **CLOSE)
 
