@@ -6,7 +6,7 @@ tokens that are scored, `C` the most tokens that a head may keep.
 
 import dataclasses
 import math
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from annotated_types import Ge, Le, Lt
 
 from jaxkv.policies.base import Prompt, Ranking
 from jaxkv.policies.expected_attention import ExpectedAttention
+from jaxkv.policies.snapkv import SnapKV
 from jaxkv.policies.wrapping import Wrapper
 
 LOWEST = float(np.finfo(np.float32).min)
@@ -28,6 +29,12 @@ class AdaKV(Wrapper):
     Efficient LLM Inference" (arXiv 2407.11550, section 3 and algorithm 1): a layer of
     `K` heads keeps the `K x budget` highest scores of the policy within, whichever head
     they are of; each head keeps at least the share `safeguard` of its own budget.
+    That is kvpress' reading, with which ours agrees index by index. What a policy keeps
+    whatever it scores, SnapKV's window, counts in the share: with budgets not far above
+    the window, nothing else of a head is safe. The authors' code (`share="mixed"`)
+    leaves it out of all shares, and mixes: of other tokens a head keeps `safeguard`
+    times an equal split, and `1 - safeguard` times what it wins; fractions are dropped
+    here, and rounded there.
 
     Slots: all heads of a state have equally many, so that shapes are static. A head
     has `most` times the budget, fills as many as it is given, and leaves the others
@@ -40,13 +47,20 @@ class AdaKV(Wrapper):
     Attributes:
       policy: any policy of the prompt that scores tokens.
       safeguard: share of its budget that each head keeps in any case, at least one
-        token unless it is 0.
+        token unless it is 0 or shares are mixed.
+      share: see above.
       most: the most that a head may keep, in budgets.
     """
 
     safeguard: Annotated[float, Ge(0), Le(1)] = 0.2
+    share: Literal["least", "mixed"] = "least"
     most: Annotated[float, Ge(1), Lt(math.inf)] = 2.0
     same_budgets = False
+
+    @classmethod
+    def paper(cls, **options) -> "AdaKV":
+        """Return the authors' code, around SnapKV: shares are mixed."""
+        return cls(**dict[str, Any](share="mixed", policy=SnapKV()) | options)
 
     @classmethod
     def board(cls, **options) -> "AdaKV":
@@ -68,7 +82,8 @@ class AdaKV(Wrapper):
         """Return the scores within, and what each head keeps."""
         scores, keep = self.within.rank(prompt, budget=budget)
         keep = jnp.broadcast_to(keep, scores.shape[:2])
-        shared = head_budgets(
+        budgets = head_budgets if self.share == "least" else mixed_budgets
+        shared = budgets(
             *(scores, prompt.candidates, keep),
             safeguard=self.safeguard,
             most=self.most,
@@ -117,3 +132,39 @@ def head_budgets(
     total = jnp.minimum(keep, lengths[:, None]).sum(1, dtype=jnp.int32)
     chosen = place < total[:, None]
     return chosen.reshape(best.shape).sum(-1, dtype=jnp.int32)
+
+
+def mixed_budgets(
+    scores: jax.Array,
+    lengths: jax.Array,
+    keep: jax.Array,
+    *,
+    safeguard: float,
+    most: float,
+    bound: int,
+) -> jax.Array:
+    """Return what each head keeps if its share is mixed, int32 `[B, K]`.
+
+    Args:
+      scores: float32 `[B, K, L]`; infinity is kept in any case, beside the shares.
+      lengths: see `head_budgets`.
+      keep: see `head_budgets`.
+      safeguard: weight of an equal split.
+      most: see `AdaKV`.
+      bound: see `head_budgets`.
+
+    Returns:
+      Numbers whose sum over the heads is at most that of `keep`.
+    """
+    index = jnp.arange(scores.shape[2], dtype=jnp.int32)[None]
+    anyway = jnp.isposinf(scores) & (index < lengths[:, None])[:, None]
+    apart = anyway.sum(-1, dtype=jnp.int32)
+    base = jnp.maximum(keep - apart, 0)
+    won = head_budgets(
+        *(jnp.where(anyway, -jnp.inf, scores), lengths, base),
+        safeguard=0.0,
+        most=most,
+        bound=bound,
+    )
+    more = (won - base).astype(jnp.float32) * (1.0 - safeguard)
+    return apart + base + jnp.floor(more).astype(jnp.int32)

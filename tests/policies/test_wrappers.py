@@ -13,7 +13,7 @@ import jaxkv
 from jaxkv import AdaKV, ChunkKV, CriticalKV, KNorm, Options, SnapKV, StreamingLLM
 from jaxkv import state as kv
 from jaxkv.laws import programs
-from jaxkv.policies.adakv import head_budgets
+from jaxkv.policies.adakv import head_budgets, mixed_budgets
 from jaxkv.policies.base import WholePrompt
 from jaxkv.policies.chunkkv import chunk_scores
 from jaxkv.policies.criticalkv import output_norms
@@ -118,6 +118,29 @@ def test_budgets_of_heads(most, safeguard, keep, length, want):
     assert got.tolist() == [want]
 
 
+@pytest.mark.parametrize(
+    ("safeguard", "most", "keep", "length", "want"),
+    [
+        # Beside a token that is kept anyway, 3 of 4 others are the first head's.
+        (0.0, 2.0, 3, 5, [5, 1]),
+        (0.5, 2.0, 3, 5, [4, 2]),
+        (0.25, 2.0, 3, 5, [4, 1]),  # 2 + 1.5 and 2 - 1.5, fractions dropped
+        (1.0, 2.0, 3, 5, [3, 3]),
+        (0.0, 1.5, 3, 5, [4, 2]),
+        (0.3, 2.0, 5, 5, [5, 5]),  # a prompt that fits is kept whole
+    ],
+)
+def test_budgets_that_are_mixed(safeguard, most, keep, length, want):
+    scores = jnp.asarray([[[9.0, 8, 7, 6, np.inf], [np.inf, 1, 2, 3, 4]]])
+    got = mixed_budgets(
+        *(scores, jnp.asarray([length]), jnp.full((1, 2), keep)),
+        safeguard=safeguard,
+        most=most,
+        bound=min(int(keep * most), 5),
+    )
+    assert got.tolist() == [want]
+
+
 def test_heads_of_different_budgets_need_a_decode_that_appends():
     options = Options(budget=64, prefill=AdaKV(), decode=StreamingLLM())
     with pytest.raises(ValueError, match="AdaKV gives heads different budgets, but"):
@@ -161,6 +184,7 @@ def test_the_wrong_policy_within_is_named(wrapper, within, hint):
 def test_named_settings():
     assert AdaKV.board().policy.epsilon == 1e-2
     assert not AdaKV.board().policy.sinks_share
+    assert AdaKV.paper(most=3.0) == AdaKV(policy=SnapKV(), share="mixed", most=3.0)
     assert ChunkKV.kvpress(policy=KNorm()).anyway == "best"
 
 
