@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxkv.models import checkpoint_values as values
-from jaxkv.models import gguf_rope
+from jaxkv.models import gguf_gemma, gguf_rope, hf_gemma
 from jaxkv.models.checkpoint import CheckpointError
 from jaxkv.models.config import Config, Experts, LayerKind
 from jaxkv.models.gguf_header import Header
@@ -33,6 +33,7 @@ class Family:
       partial_rotary: whether a part of each head may be rotated.
       switches: of `Config`.
       scales: whether keys scale embeddings, queries, the residual stream and logits.
+      gemma: what it is of a Gemma; None is no Gemma.
       experts: the key that says how many columns an expert has, in architectures that
         may have experts.
       normalize: whether the shares of a token's experts add up to one.
@@ -45,6 +46,7 @@ class Family:
     partial_rotary: bool = False
     switches: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     scales: bool = False
+    gemma: gguf_gemma.Gemma | None = None
     experts: str | None = None
     normalize: bool = True
 
@@ -69,6 +71,10 @@ FAMILIES = {
         switches=dict(
             qk_norm=True, qk_norm_per_head=False, pre_norm=False, post_norm=True
         )
+    ),
+    "gemma2": Family(switches=hf_gemma.SWITCHES, gemma=gguf_gemma.GEMMA2),
+    "gemma3": Family(
+        switches=dict(hf_gemma.SWITCHES, qk_norm=True), gemma=gguf_gemma.GEMMA3
     ),
 }
 
@@ -165,6 +171,7 @@ def _convert(header: Header) -> Config:
     known = {"expert_count", "expert_used_count", kind.experts} if experts else set()
     scales = _scales(keys) if kind.scales else {}
     known |= {key for key in _SCALES if scales}
+    known |= gguf_gemma.KEYS if kind.gemma else set()
     for key, value in raw.items():
         if key not in known:
             _refuse_unknown(prefix + key, key, value)
@@ -173,12 +180,6 @@ def _convert(header: Header) -> Config:
         keys.integer("attention.head_count"),
     )
     max_positions = keys.integer("context_length")
-    num_kv_heads = keys.integer("attention.head_count_kv", num_heads)
-    if num_heads % num_kv_heads:
-        raise CheckpointError(
-            f"{prefix}attention.head_count={num_heads} must be a multiple of "
-            f"attention.head_count_kv={num_kv_heads}."
-        )
     head_dim = _head_dim(keys, hidden_size, num_heads)
     layers = keys.integer("block_count")
     if layers > values.MOST_LAYERS:
@@ -192,13 +193,17 @@ def _convert(header: Header) -> Config:
         partial=FAMILIES[architecture].partial_rotary,
     )
     max_positions = reach(rope, max_positions)
+    switches = kind.switches
+    if kind.gemma:
+        sizes = (hidden_size, num_heads, head_dim, layers)
+        switches = {**switches, **gguf_gemma.switches(kind.gemma, keys, *sizes)}
     return Config(
         vocab_size=keys.integer("vocab_size", _rows(header, EMBEDDING)),
         hidden_size=hidden_size,
         intermediate_size=keys.integer("feed_forward_length"),
         num_layers=layers,
         num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
+        num_kv_heads=_kv_heads(keys, num_heads),
         head_dim=head_dim,
         rms_norm_eps=keys.number("attention.layer_norm_rms_epsilon"),
         rope=rope,
@@ -209,9 +214,19 @@ def _convert(header: Header) -> Config:
         output_bias="blk.0.attn_output.bias" in header.tensors,
         tied=HEAD not in header.tensors,
         experts=experts,
-        **kind.switches,
+        **switches,
         **scales,
     )
+
+
+def _kv_heads(keys: Keys, num_heads: int) -> int:
+    num_kv_heads = keys.integer("attention.head_count_kv", num_heads)
+    if num_heads % num_kv_heads:
+        raise CheckpointError(
+            f"{keys.prefix}attention.head_count={num_heads} must be a multiple of "
+            f"attention.head_count_kv={num_kv_heads}."
+        )
+    return num_kv_heads
 
 
 def _scales(keys: Keys) -> dict[str, Any]:
@@ -239,6 +254,10 @@ def _kinds(
     keys: Keys, architecture: str, rope: Rope, max_positions: int, layers: int
 ) -> tuple[LayerKind, ...]:
     """Return what each layer's attention does, nothing where all do the same."""
+    gemma = FAMILIES[architecture].gemma
+    if gemma:
+        sizes = dict(max_positions=max_positions, layers=layers)
+        return gguf_gemma.kinds(gemma, keys, rope, **sizes)
     window = keys.raw.get("attention.sliding_window", 0)
     if window and keys.integer("attention.sliding_window") < max_positions:
         keys.refuse("attention.sliding_window", 0)

@@ -123,7 +123,11 @@ def read_weights(
                 shape = shape[::-1] if turned else shape
                 placed = placing.place(shape, where, read, spans, turned=turned)
             else:
-                array = _join(file, tensors, order, target_dtype, turned=turned)
+                # Of 1 + weight, 16 bits would hold little of the weight.
+                offset = config.norm_offset and path[-1].endswith("norm")
+                read_dtype = jnp.dtype("float32") if offset else target_dtype
+                array = _join(file, tensors, order, read_dtype, turned=turned)
+                array = (array - 1).astype(target_dtype) if offset else array
                 if not turned:
                     array = arranged(path, array, config)
                 columns = columns_in_order(config, path[-1], shards)

@@ -51,6 +51,14 @@ def metadata(config, arch="llama"):
         }
     if arch == "qwen3moe":
         keys["expert_feed_forward_length"] = config.experts.size
+    if arch in ("gemma2", "gemma3"):  # the first layer's; the last has none
+        first = config.layer_kinds[0]
+        keys["attention.sliding_window"] = first.window
+        if arch == "gemma3":
+            keys["rope.freq_base_swa"] = first.rope.theta
+        caps = {"attn": config.attention_cap, "final": config.logit_cap}
+        found = {f"{name}_logit_softcapping": x for name, x in caps.items() if x}
+        keys |= found
     keys |= rope_keys(config.rope)
     if arch == "granite":
         keys |= {
@@ -106,6 +114,8 @@ def gguf_tensors(tensors, config, arch="llama"):
             heads = config.num_heads if "q_proj" in name else config.num_kv_heads
             split = tensor.reshape(heads, 2, -1, *tensor.shape[1:])
             tensor = split.swapaxes(1, 2).reshape(tensor.shape)
+        if arch in ("gemma2", "gemma3") and "norm" in name:
+            tensor = tensor + 1
         out[names.get_name(name, try_suffixes=(".weight", ".bias"))] = tensor
     return out
 

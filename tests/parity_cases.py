@@ -141,5 +141,5 @@ HUB_ONLY = (
     *("mistral-window", "qwen2-window", "mixtral-window", "phi3-window"),
     *("qwen3-moe-dense-layer", "olmoe-normalized", "smollm3-list"),
     *("seed-oss", "seed-oss-bias", "glm", "glm4", "glm4-whole", "helium"),
-    *WINDOWED,
+    *(case for case in WINDOWED if not case.endswith("gguf")),
 )

@@ -1,6 +1,24 @@
 """Families whose layers mostly have a window: cases of parity with transformers."""
 
+# Gemma 3 changes layers every sixth time in a GGUF file, whatever its configuration.
 CASES = {
+    "gemma2-gguf": (
+        "Gemma2",
+        dict(head_dim=24, sliding_window=9, query_pre_attn_scalar=24),
+    ),
+    "gemma3-gguf": (
+        "Gemma3Text",
+        dict(
+            head_dim=24,
+            num_hidden_layers=7,
+            sliding_window=9,
+            query_pre_attn_scalar=24,
+            rope_parameters=dict(
+                sliding_attention=dict(rope_type="default", rope_theta=100.0),
+                full_attention=dict(rope_type="linear", rope_theta=5e3, factor=4.0),
+            ),
+        ),
+    ),
     "gpt-oss": (
         "GptOss",
         dict(

@@ -78,9 +78,10 @@ def to_gguf(folder):
     model = load_torch(folder)
     config = read_config(folder)
     kind = model.config.model_type
-    arch = {"mistral": "llama", "mixtral": "llama", "qwen3_moe": "qwen3moe"}.get(
-        kind, kind
-    )
+    arch = {
+        **dict(mistral="llama", mixtral="llama", qwen3_moe="qwen3moe"),
+        "gemma3_text": "gemma3",
+    }.get(kind, kind)
     tensors = load_file(folder / "model.safetensors")
     tensors = gguf_files.gguf_tensors(tensors, config, arch)
     if isinstance(config.rope.scaling, Llama3Scaling):
@@ -245,7 +246,7 @@ def test_greedy_tokens(tmp_path, case):
         *("olmo2", "mistral-window", "qwen2-window", "qwen3-yarn"),
         *("mixtral", "qwen3-moe", "olmoe", "phi3-longrope", "smollm3", "glm4"),
         "granite",
-        *WINDOWED,
+        *(case for case in WINDOWED if not case.endswith("gguf")),
     ],
 )
 def test_decoding_of_a_ragged_batch(tmp_path, case):
