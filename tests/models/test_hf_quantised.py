@@ -167,7 +167,7 @@ CASES = {
 
 
 def save(folder, tensors, settings):
-    """Write tensors and a `config.json` that holds nothing else."""
+    """Write tensors and a `config.json` that says no more than it must."""
     raw = {
         name: x.view(np.uint8) if x.dtype == jnp.float8_e4m3fn else x
         for name, x in tensors.items()
@@ -182,7 +182,8 @@ def save(folder, tensors, settings):
     text = json.dumps(header).encode()
     start = len(text).to_bytes(8, "little")
     (folder / MODEL).write_bytes(start + text + file[8 + size :])
-    (folder / "config.json").write_text(json.dumps({"quantization_config": settings}))
+    config = {"model_type": "llama", "quantization_config": settings}
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 def packed(case):

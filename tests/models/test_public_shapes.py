@@ -7,7 +7,12 @@ import pytest
 from jaxkv.models.decoder import Decoder, parameter_shapes
 from jaxkv.models.public_shapes import SHAPES
 
-WITH_EXPERTS = [name for name, config in SHAPES.items() if config.experts]
+# Those of more than 24 layers take longer, and show no more.
+WITH_EXPERTS = [
+    pytest.param(name, marks=[pytest.mark.slow] * (config.num_layers > 24))
+    for name, config in SHAPES.items()
+    if config.experts
+]
 
 
 @pytest.mark.parametrize(
