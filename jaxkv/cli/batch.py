@@ -16,7 +16,6 @@ from jaxkv.cli.groups import grouped
 from jaxkv.cli.progress import shown
 from jaxkv.cli.terminal import say
 from jaxkv.evaluation.lock import one_writer
-from jaxkv.language_model import NEEDLE
 from jaxkv.serving.lines import Journal, Pace, count_lines, journal, read_lines
 
 
@@ -35,6 +34,8 @@ def batch(
         Path, typer.Argument(metavar="OUT.jsonl", help="An answer per line.")
     ],
     model: flags.Asked = None,
+    context: flags.ContextFolder = None,
+    document: flags.Document = 0,
     chat: Annotated[
         bool, typer.Option("--chat", help="Wrap prompts in a chat template.")
     ] = False,
@@ -86,8 +87,14 @@ def batch(
     kernels: flags.Kernels,
 ) -> None:
     """Answer a file of any size; if it is stopped, the same command goes on."""
+    if context is not None and (chat or system is not None):
+        raise ValueError(
+            "--chat and --system come before the document; pass them to jaxkv compress."
+        )
     job = Job(
-        model=model or NEEDLE,
+        model=model,
+        context=None if context is None else context.resolve(),
+        document=document,
         dtype=dtype,
         follow_links=follow_links,
         arguments={

@@ -2,10 +2,12 @@
 
 import dataclasses
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from jaxkv.cli import flags, prompts
 from jaxkv.cli.generate import Sampling
+from jaxkv.contexts.context import Context
 from jaxkv.language_model import LanguageModel
 from jaxkv.options import described
 from jaxkv.serving.engine import Engine
@@ -14,6 +16,8 @@ from jaxkv.serving.lines import Line
 from jaxkv.tasks.records import read_record
 from jaxkv.text.planning import row_budgets
 
+_LONGEST = 4096  # tokens of a prompt, unless told
+_QUESTION = 1024  # and of a question about a document
 _AHEAD = 8  # requests in hand for each row, where answers wait for earlier ones
 
 
@@ -22,20 +26,25 @@ class Job:
     """What is done with each line; it can be sent to another process.
 
     Attributes:
-      model: as `jaxkv.load` takes it.
+      model: as `jaxkv.load` takes it; None is what has read the context, or needle.
+      context: folder of a context that all lines are questions about, or None.
+      document: which one of it.
       dtype: of `jaxkv.load`.
       follow_links: of `jaxkv.load`.
       arguments: of `jaxkv.generate`.
       sampling: the flags of the sampler.
       rows: of the engine.
-      max_prompt: of the engine; None is what fits, up to 4,096.
+      max_prompt: of the engine; None is what fits, up to 4,096, and up to 1,024 more
+        than a context's document.
       seed: line `i`, from 0, draws with `seed + i`.
       chat: put prompts through the chat template.
       system: what the system says first.
       name: of the file, for messages.
     """
 
-    model: str
+    model: str | None
+    context: Path | None
+    document: int
     dtype: str | None
     follow_links: bool
     arguments: Mapping[str, Any]
@@ -52,6 +61,8 @@ class Job:
         """What answers depend on, by flags, ready for JSON."""
         fields = ("model", "dtype", "max_prompt", "seed", "chat", "system")
         told = {name: getattr(self, name) for name in fields}
+        told |= {"context": self.context and str(self.context)}
+        told |= {"document": self.document}
         told |= dataclasses.asdict(self.sampling) | described(self.arguments)
         return {f"--{name.replace('_', '-')}": value for name, value in told.items()}
 
@@ -61,10 +72,13 @@ class Answerer:
 
     def __init__(self, job: Job):
         self.job = job
-        self._lm = flags.load_model(job.model, job.dtype, follow_links=job.follow_links)
+        self._lm, self._context = flags.load_model_and_context(
+            *(job.model, job.dtype, job.context, job.document),
+            follow_links=job.follow_links,
+        )
         self._sampler = job.sampling.sampler_of(self._lm)
         self._arguments = {**job.arguments, "sampler": self._sampler}
-        self.engine = _engine(self._lm, job, self._arguments)
+        self.engine = _engine(self._lm, job, self._arguments, self._context)
 
     def answers(
         self, lines: Iterator[Line], *, ordered: bool
@@ -90,11 +104,13 @@ class Answerer:
                     f"{record.where}: a conversation of several turns; jaxkv batch "
                     "answers one, see jaxkv generate."
                 )
-            (asked,) = prompts.encode(
-                *(self._lm, [record], self._arguments),
-                chat=self.job.chat,
-                system=self.job.system,
-            )
+            given: Any = (self._lm, [record], self._arguments)
+            if self._context is None:
+                how: Any = dict(chat=self.job.chat, system=self.job.system)
+                (asked,) = prompts.encode(*given, **how)
+            else:
+                lm, *rest = given
+                (asked,) = prompts.encode_behind(lm, self._context, *rest)
             request = self._request(line.number, asked.ids)
         except ValueError as error:
             return (line.number, name), error
@@ -110,6 +126,7 @@ class Answerer:
             "stop_ids": self._arguments["stop_ids"],
             "seed": self._seed(number),
             "budget": budget,
+            "context": self._context,
         }
 
     def _seed(self, number: int) -> int:
@@ -130,15 +147,23 @@ class Answerer:
         return told if outcome.error is None else told | {"error": outcome.error}
 
 
-def _engine(lm: LanguageModel, job: Job, arguments: Mapping[str, Any]) -> Engine:
-    new = arguments["max_new_tokens"]
+def _engine(
+    lm: LanguageModel, job: Job, arguments: Mapping[str, Any], context: Context | None
+) -> Engine:
+    seen = kept = 0
+    if context is not None:
+        seen, kept = (int(x[0]) for x in (context.lengths, context.kept))
     longest = job.max_prompt
     if longest is None:
-        longest = max(1, min(4096, lm.config.max_positions - new))
+        most = _LONGEST if context is None else seen + _QUESTION
+        room = lm.config.max_positions - arguments["max_new_tokens"]
+        longest = max(1, min(most, room))
     own = ("sampler", "stop_ids", "compression_ratio")
     given = {name: value for name, value in arguments.items() if name not in own}
     if arguments["compression_ratio"] is not None:
         given["budget"] = longest  # each line has its own below that
+    if context is not None and not arguments["decode"].evicts:
+        given["budget"] = max(1, kept + longest - seen)
     return Engine(
         lm,
         rows=job.rows,

@@ -81,6 +81,23 @@ def test_a_share_of_each_prompt_may_be_removed(jaxkv_, tiny, tmp_path):
     assert tuple(answer["token_ids"]) == alone.tokens[0]
 
 
+def test_lines_may_be_questions_about_a_context(jaxkv_, tiny, tmp_path):
+    source, out, folder = (tmp_path / n for n in ("in.jsonl", "out.jsonl", "context"))
+    source.write_text('{"prompt": "one two"}\n{"messages": 3}\n{"prompt": [5, 6]}')
+    lm = jaxkv.load(tiny)
+    context = jaxkv.compress(lm, ["a b c d e f g"], budget=4, prefill=jaxkv.KNorm())
+    jaxkv.save_context(context, folder)
+    command = ["batch", source, out, "--context", folder, "--max-new-tokens=3"]
+    assert jaxkv_(*command)[0] == 2
+    first, bad, last = sorted(read(out), key=lambda answer: answer["line"])
+    questions = ["one two", [5, 6]]
+    alone = jaxkv.generate(lm, questions, context=context, max_new_tokens=3)
+    assert tuple(tuple(a["token_ids"]) for a in (first, last)) == alone.tokens
+    assert '"messages" must be a list' in bad["error"]
+    error = jaxkv_.error(*command, "--chat")
+    assert "--chat and --system come before the document" in error
+
+
 @pytest.mark.slow
 def test_a_killed_process_loses_and_repeats_nothing(jaxkv_, tiny, tmp_path):
     source, out, other = (tmp_path / f"{n}.jsonl" for n in ("in", "out", "other"))
