@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import typer
@@ -27,8 +27,17 @@ LEAVE = 0.1  # of all requests
 FLAT = 1.05  # memory at the end against that after a third of the time
 
 
-def questions(lm: jaxkv.LanguageModel) -> list[tuple[list[int], int, str]]:
-    """Return prompts, seeds and answers; one differs from the next in little."""
+class Question(NamedTuple):
+    """What is asked, and what is to come back."""
+
+    prompt: list[int]
+    seed: int
+    text: str
+    tokens: int
+
+
+def questions(lm: jaxkv.LanguageModel) -> list[Question]:
+    """Return some questions; one differs from the next in little."""
     rng = np.random.default_rng(0)
     base = rng.integers(3, lm.config.vocab_size, LONGEST).tolist()
     prompts = []
@@ -43,13 +52,14 @@ def questions(lm: jaxkv.LanguageModel) -> list[tuple[list[int], int, str]]:
         sampler=jaxkv.Categorical(),
         max_new_tokens=TOKENS,
     )
-    return list(zip(prompts, range(QUESTIONS), out.text, strict=True))
+    columns = zip(prompts, range(QUESTIONS), out.text, out.lengths, strict=True)
+    return [Question(*row) for row in columns]
 
 
 class Clients:
     """What the clients have come to."""
 
-    def __init__(self, url: str, asked: list[tuple[list[int], int, str]]):
+    def __init__(self, url: str, asked: list[Question]):
         import openai
 
         self._openai = openai.AsyncOpenAI(base_url=url, api_key="-", max_retries=0)
@@ -57,6 +67,7 @@ class Clients:
         self.counts = dict.fromkeys(("whole", "streamed", "left", "full"), 0)
         self.wrong: list[dict[str, Any]] = []
         self.seconds: list[float] = []
+        self.tokens = 0
 
     async def run(self, clients: int, seconds: float) -> None:
         """Let so many clients ask for so long."""
@@ -69,13 +80,13 @@ class Clients:
 
         rng = random.Random(number)
         while time.monotonic() < end:
-            prompt, seed, text = rng.choice(self._asked)
+            question = rng.choice(self._asked)
             kind = "streamed" if rng.random() < 0.5 else "whole"
             if rng.random() < LEAVE:
                 kind = "left"
             begun = time.monotonic()
             try:
-                said = await self._ask(prompt, seed, kind)
+                said = await self._ask(question, kind)
             except openai.RateLimitError:
                 self.counts["full"] += 1
                 await asyncio.sleep(rng.random() / 10)
@@ -86,13 +97,16 @@ class Clients:
             self.counts[kind] += 1
             if kind != "left":
                 self.seconds.append(time.monotonic() - begun)
-            right = text.startswith(said) if kind == "left" else said == text
+                self.tokens += question.tokens
+                right = said == question.text
+            else:
+                right = question.text.startswith(said)
             if not right:
-                self.wrong.append({"kind": kind, "seed": seed, "said": said})
+                self.wrong.append({"kind": kind, "seed": question.seed, "said": said})
 
-    async def _ask(self, prompt: list[int], seed: int, kind: str) -> str:
-        asked: dict[str, Any] = dict(prompt=prompt, seed=seed, max_tokens=TOKENS)
-        asked["model"] = "needle"
+    async def _ask(self, question: Question, kind: str) -> str:
+        asked: dict[str, Any] = dict(model="needle", max_tokens=TOKENS)
+        asked |= dict(prompt=question.prompt, seed=question.seed)
         if kind == "whole":
             answer = await self._openai.completions.create(**asked)
             return answer.choices[0].text
@@ -161,7 +175,7 @@ def main(
         "wrong": told.wrong,
         "p50_seconds": numbers[len(numbers) // 2],
         "p99_seconds": numbers[len(numbers) * 99 // 100],
-        "answered_tokens_per_second": round(len(numbers) * TOKENS / seconds, 1),
+        "answered_tokens_per_second": round(told.tokens / seconds, 1),
         "memory_mb_after_a_third": third,
         "memory_mb_at_the_end": max(memory[-len(memory) // 3 :]),
         "exit_code": code,
