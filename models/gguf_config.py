@@ -30,6 +30,7 @@ class Family:
       qkv_bias: whether queries, keys and values must have a bias.
       fused: whether queries, keys and values are one tensor, and gate and up.
       no_rope_interval: every so many layers one has no rotation; 0 is never.
+      windows: whether all layers have the window that a key says, if it acts.
       partial_rotary: whether a part of each head may be rotated.
       switches: of `Config`.
       scales: whether keys scale embeddings, queries, the residual stream and logits.
@@ -43,6 +44,7 @@ class Family:
     qkv_bias: bool = False
     fused: bool = False
     no_rope_interval: int = 0
+    windows: bool = False
     partial_rotary: bool = False
     switches: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     scales: bool = False
@@ -64,7 +66,7 @@ FAMILIES = {
         experts="feed_forward_length",
         normalize=False,
     ),
-    "phi3": Family(fused=True, partial_rotary=True),
+    "phi3": Family(fused=True, windows=True, partial_rotary=True),
     "smollm3": Family(interleaved=True, no_rope_interval=4),
     "granite": Family(interleaved=True, scales=True),
     "olmo2": Family(
@@ -254,14 +256,17 @@ def _kinds(
     keys: Keys, architecture: str, rope: Rope, max_positions: int, layers: int
 ) -> tuple[LayerKind, ...]:
     """Return what each layer's attention does, nothing where all do the same."""
-    gemma = FAMILIES[architecture].gemma
-    if gemma:
+    family = FAMILIES[architecture]
+    if family.gemma:
         sizes = dict(max_positions=max_positions, layers=layers)
-        return gguf_gemma.kinds(gemma, keys, rope, **sizes)
-    window = keys.raw.get("attention.sliding_window", 0)
-    if window and keys.integer("attention.sliding_window") < max_positions:
-        keys.refuse("attention.sliding_window", 0)
-    interval = FAMILIES[architecture].no_rope_interval
+        return gguf_gemma.kinds(family.gemma, keys, rope, **sizes)
+    if keys.raw.get("attention.sliding_window", 0):
+        window = keys.integer("attention.sliding_window")
+        if window < max_positions and family.windows:
+            return (LayerKind(rope=rope, window=window),) * layers
+        if window < max_positions:
+            keys.refuse("attention.sliding_window", 0)
+    interval = family.no_rope_interval
     if not interval:
         return ()
     return tuple(

@@ -60,6 +60,8 @@ def metadata(config, arch="llama"):
         found = {f"{name}_logit_softcapping": x for name, x in caps.items() if x}
         keys |= found
     keys |= rope_keys(config.rope)
+    if arch == "phi3" and config.kinds:
+        keys["attention.sliding_window"] = config.kinds[0].window
     if arch == "granite":
         keys |= {
             "attention.scale": config.query_scale,

@@ -138,7 +138,7 @@ CASES = WINDOWED | {
 # layers without rotation than every fourth, and all layers have experts, whose shares
 # add up to one or, of olmoe, do not. Of seed-oss and what follows we read none.
 HUB_ONLY = (
-    *("mistral-window", "qwen2-window", "mixtral-window", "phi3-window"),
+    *("mistral-window", "qwen2-window", "mixtral-window"),
     *("qwen3-moe-dense-layer", "olmoe-normalized", "smollm3-list"),
     *("seed-oss", "seed-oss-bias", "glm", "glm4", "glm4-whole", "helium"),
     *(case for case in WINDOWED if not case.endswith("gguf")),
