@@ -113,6 +113,15 @@ class Config:
     tied: bool = False
     experts: Experts | None = None
 
+    def __repr__(self) -> str:
+        """Leave out what is as in most networks."""
+        said = [
+            f"{field.name}={getattr(self, field.name)!r}"
+            for field in dataclasses.fields(self)
+            if getattr(self, field.name) != field.default
+        ]
+        return f"Config({', '.join(said)})"
+
     @property
     def family(self) -> str:
         """Name of the family that has these switches; Mistral's are those of Llama."""
