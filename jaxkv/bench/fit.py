@@ -142,6 +142,7 @@ def fit(
     prompt: int,
     new: int,
     dtype: str = "bfloat16",
+    temp_bytes: int | None = None,
 ) -> Fit:
     """Count what generating takes.
 
@@ -154,6 +155,8 @@ def fit(
       prompt: tokens of each row.
       new: tokens of each output.
       dtype: of weights and cache.
+      temp_bytes: temporaries of this batch, from a compiler (`ahead`); None takes the
+        formula.
     """
     slots = options.layer_slots(prompt, new, config.windows)
     weights = weight_bytes(config, mesh, dtype)
@@ -161,12 +164,14 @@ def fit(
         _row_bytes, config, mesh, options, slots, prompt=prompt, dtype=dtype
     )
     memory = int(USABLE * kind.memory)
-    cache, temp = count(_share(batch, mesh))
-    # What a row adds is the same for each.
-    each = sum(count(2)) - sum(count(1))
-    fixed = weights + sum(count(1)) - each
-    most = max(0, math.floor((memory - fixed) / each)) * mesh.shape[DATA]
     row = _share(batch, mesh)
+    cache, temp = count(row)
+    scale = 1.0 if temp_bytes is None else temp_bytes / temp
+    temp = round(scale * temp)
+    # What a row adds is the same for each.
+    one, two = (held + scale * made for held, made in (count(1), count(2)))
+    room = memory - weights - one
+    most = max(0, 1 + math.floor(room / (two - one))) * mesh.shape[DATA]
     read = _read_bytes(config, mesh, slots, row=row, dtype=dtype)
     floor = decode_step.floor_ms(read, kind.bandwidth)
     width = jnp.dtype(dtype).itemsize

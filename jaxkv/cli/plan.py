@@ -42,11 +42,18 @@ def plan(
         str, typer.Option(help="As in jaxkv generate; auto cuts rows last.")
     ] = "auto",
     dtype: Annotated[str, typer.Option(help="Of weights and cache.")] = "bfloat16",
+    compiled: Annotated[
+        bool,
+        typer.Option(
+            "--compile",
+            help="Ask the TPU's compiler for temporaries: minutes; needs libtpu.",
+        ),
+    ] = False,
     as_json: flags.Json = False,
 ) -> None:
     """Say what fits on devices that you need not have, and how fast a step can be."""
     # It computes, and is needed by nobody else.
-    from jaxkv.bench import fit
+    from jaxkv.bench import ahead, fit
 
     if new >= context:
         raise ValueError(f"--new {new} must be less than --context {context}.")
@@ -57,11 +64,17 @@ def plan(
     methods = {"full cache": Options()}
     if budget is not None:
         methods[f"budget {budget}"] = Options(budget=budget, decode=policy)
-    sizes: dict[str, Any] = dict(batch=batch, prompt=context - new, new=new)
-    found = {
-        name: fit.fit(config, fit.KINDS[kind], laid, options, dtype=dtype, **sizes)
-        for name, options in methods.items()
-    }
+    sizes: dict[str, Any] = dict(
+        batch=batch, prompt=context - new, new=new, dtype=dtype
+    )
+    found = {}
+    for name, options in methods.items():
+        temp = None
+        if compiled:
+            temp = ahead.temporaries(config, devices, laid, options, **sizes)
+        found[name] = fit.fit(
+            config, fit.KINDS[kind], laid, options, temp_bytes=temp, **sizes
+        )
     result: dict[str, Any] = {
         "model": model,
         "devices": devices,
@@ -70,6 +83,7 @@ def plan(
         "context": context,
         "new": new,
         "decode": decode,
+        "temporaries_are_compiled": compiled,
         "bandwidth_is_measured": fit.KINDS[kind].measured,
         "methods": {
             name: dataclasses.asdict(one) | {"fits": one.fits}
@@ -84,7 +98,7 @@ def plan(
 
 def _table(result: dict[str, Any]) -> Table:
     """Return one column per method, bytes of one device."""
-    methods = result["methods"]
+    methods, compiled = result["methods"], result["temporaries_are_compiled"]
     shape = ", ".join(f"{axis}={size}" for axis, size in result["mesh"].items())
     source = "measured" if result["bandwidth_is_measured"] else "its maker's"
     table = Table(
@@ -93,7 +107,7 @@ def _table(result: dict[str, Any]) -> Table:
         title=f"{result['model']}, {result['dtype']}, {result['context']} tokens, on "
         f"{result['devices']} ({shape})",
         caption=f"floor: what a device reads, at {source} bandwidth, without the time "
-        "of exchanges; temporaries are a formula",
+        f"of exchanges; temporaries are {'compiled' * compiled or 'a formula'}",
         box=rich.box.SIMPLE,
     )
     rows = {

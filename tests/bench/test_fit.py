@@ -8,7 +8,7 @@ import tiny
 from jax.sharding import AbstractMesh
 
 from jaxkv import LongFlow, Options
-from jaxkv.bench import fit
+from jaxkv.bench import ahead, fit
 from jaxkv.kernels.per_shard import AXES
 from jaxkv.models.public_shapes import SHAPES
 
@@ -120,6 +120,24 @@ def test_the_command(jaxkv_):
     assert code == 0 and json.loads(out)["methods"]["full cache"]["fits"]
     code, _, err = jaxkv_(*ask, "--new", "8192")
     assert code and "must be less than --context" in err
+
+
+def test_temporaries_of_a_compiler(monkeypatch):
+    sizes = dict(batch=8, prompt=1024, new=1024)
+    formula = counted("qwen3-8b", Options(), **sizes)
+    half = formula.temp_bytes // 2
+    found = counted("qwen3-8b", Options(), temp_bytes=half, **sizes)
+    assert found.total_bytes == formula.total_bytes - half
+    assert found.largest_batch > formula.largest_batch
+
+    def no_libtpu(**_):
+        raise RuntimeError("no libtpu.so")
+
+    monkeypatch.setattr(ahead, "get_topology_desc", no_libtpu)
+    with pytest.raises(ValueError, match=r"--compile needs libtpu.*no libtpu\.so"):
+        ahead.temporaries(
+            *(SHAPES["qwen3-8b"], "h100x4", ALONE, Options()), dtype="bfloat16", **sizes
+        )
 
 
 def test_weights_by_hand():

@@ -119,3 +119,17 @@ def test_generate_fits_a_slice_of_v5e(script, layers, prompt, budget):
     assert record["device_bytes"] < HBM
     # Weights in bfloat16 over four devices; what is replicated is small.
     assert record["argument_bytes"] < 2 * 8.2e9 / 4 * 1.02
+
+
+@pytest.mark.slow
+def test_temporaries_of_a_plan(script):
+    """Of two layers of Qwen3-8B, less than the formula that `jaxkv plan` else takes."""
+    from jaxkv import Options
+    from jaxkv.bench import ahead, fit
+
+    config = script.SHAPES["qwen3-8b"]
+    mesh = fit.mesh_for(config, "data=2,model=4", 8)
+    sizes = dict(batch=8, prompt=1024, new=512, dtype="bfloat16")
+    found = ahead.temporaries(config, "v5e:2x4", mesh, Options(), **sizes)
+    formula = fit.fit(config, fit.KINDS["v5e"], mesh, Options(), **sizes).temp_bytes
+    assert 0.3 * formula < found < formula
