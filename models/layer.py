@@ -119,7 +119,9 @@ class Layer(nn.Module):
         if self.config.post_norm:
             delta = self._norm(name, pointwise.join(delta, dtype))[1][None]
         scale = self.config.residual_scale
-        return delta if scale is None else delta * jnp.asarray(scale, delta.dtype)
+        if scale is None:
+            return delta
+        return (scale * delta.astype(jnp.float32)).astype(delta.dtype)
 
     def _heads(self, x, cos, sin):
         """Return rotated queries and keys, and values."""
