@@ -35,6 +35,11 @@ KINDS = {
     },
 }
 STALLS = {"evicting": 32}  # half a prompt, so that they are read in two parts
+# Drafts that pass exactly change nothing, so that what is alone needs none.
+ALONE = {
+    kind: tuple((name, x) for name, x in options.items() if name != "speculate")
+    for kind, options in KINDS.items()
+}
 FAILING = ("read_layers_jit", "read_prompts_jit", "insert_jit", "advance_jit")
 
 
@@ -61,7 +66,7 @@ class Requests(RuleBasedStateMachine):
     )
     def submit(self, number, sampler, new, stop):
         """Ask for a prompt, and to stop at a token that it may come to."""
-        tokens = alone(number, sampler, tuple(self.kind.items()))
+        tokens = alone(number, sampler, ALONE[self.kind])
         stops = [] if stop < 0 else [tokens[stop]]
         ends = next((i for i, t in enumerate(tokens, 1) if t in stops), MOST + 1)
         handle = self.engine.submit(
@@ -146,11 +151,11 @@ def test_requests_end_once_and_as_they_do_alone(kind, monkeypatch):
     how = dict(stall=STALLS.get(kind, 2048)) | KINDS[kind]
     engine = Engine(model(), rows=3, max_prompt=64, max_new_tokens=MOST, block=4, **how)
     engine.warm_up()
-    monkeypatch.setattr(Requests, "kind", KINDS[kind])
+    monkeypatch.setattr(Requests, "kind", kind)
     monkeypatch.setattr(Requests, "engine", engine)
     for number in range(PROMPTS):
         for sampler in SAMPLERS:
-            alone(number, sampler, tuple(KINDS[kind].items()))
+            alone(number, sampler, ALONE[kind])
     shapes = jax.tree.map(lambda x: (x.shape, x.dtype), engine._board._state)
     engine.submit([1]), list(engine.run()), engine.submit([BROKEN]), list(engine.run())
     with stopwatch() as lap:
