@@ -11,6 +11,7 @@ import tiny
 import jaxkv
 from jaxkv import state as kv
 from jaxkv.generation import Running
+from jaxkv.laws.network import MIXED
 from jaxkv.models.config import Experts
 from jaxkv.shown import brief
 
@@ -69,7 +70,8 @@ RUNNING = Running(
     [
         (model(), 110, "tiny: Qwen3 network of 2 layers and 0.0175 M parameters"),
         (model(), 110, "float32 on cpu:0, no tokenizer"),
-        (tiny.CONFIG, 400, "Config(vocab_size=61"),
+        (tiny.CONFIG, 170, "Config(vocab_size=61"),
+        (MIXED, 700, "sinks=True"),
         (tiny.NETWORK, 500, "Decoder("),
         (STATE, 200, "KVState(keys=bfloat16[2,2,16,8], values=bfloat16[2,2,16,8], "),
         (RUNNING, 1200, "Generation(tokens=int32[2,99], lengths=int32[2], "),
