@@ -131,7 +131,9 @@ def read_rope(
     """
     key = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
     usual = default.get("rope_parameters") or {}
-    rope = raw.get(key) or {k: v for k, v in usual.items() if k != "rope_theta"}
+    # What is said outside of the object is stronger than what is usual inside.
+    inner = {k: v for k, v in usual.items() if k not in ("rope_theta", _PARTIAL)}
+    rope = raw.get(key) or inner
     if layer_type is not None:
         usual = usual.get(layer_type, usual)
         key, rope = _of_type(key, rope, layer_type)

@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+import transformers
 from hf_checkpoints import LLAMA, raises, write_config
 from hypothesis import given
 from hypothesis import strategies as st
@@ -195,6 +196,20 @@ def test_config_of_other_families(tmp_path, model_type, switches):
 def test_config_refuses(tmp_path, changes, words):
     with raises("config.json: ", *words):
         read_config(write_config(tmp_path, **changes))
+
+
+@pytest.mark.parametrize("model_type", ["glm", "glm4", "phi3"])
+def test_a_share_of_each_head_beside_what_is_usual(tmp_path, model_type):
+    """transformers, too, takes the key outside before the usual one inside."""
+    given = dict(model_type=model_type, architectures=..., head_dim=32)
+    own = transformers.CONFIG_MAPPING[model_type]
+    for share in (0.25, 0.5, 1.0):
+        config = read_config(
+            write_config(tmp_path, **given, partial_rotary_factor=share)
+        )
+        known = own(partial_rotary_factor=share, pad_token_id=0).rope_parameters
+        assert known["partial_rotary_factor"] == share
+        assert (config.rope.rotary_dim or 32) == 32 * share
 
 
 def test_scales_of_granite(tmp_path):
