@@ -109,7 +109,10 @@ def _float8(module: str, tensors, scheme: Scheme):
     elif scheme.block == (1, 0):
         shapes, block = ((rows, 1), (rows,)), (1, columns)
     else:
-        block = scheme.block
+        block = (
+            max(1, min(rows, scheme.block[0])),
+            max(1, min(columns, scheme.block[1])),
+        )
         shapes = ((-(-rows // block[0]), -(-columns // block[1])),)
     scale = _part(tensors, f"{module}.{scheme.scale}", shapes, *_SCALES)
 
@@ -147,7 +150,7 @@ def _integers(module: str, tensors, scheme: Scheme):
     scales = _part(tensors, f"{module}.scales", ((groups, outputs),), *_SCALES)
     parts = [packed, zeros, scales]
     index = None
-    if gptq and f"{module}.g_idx" in tensors:
+    if gptq and (scheme.reordered or f"{module}.g_idx" in tensors):
         index = _part(tensors, f"{module}.g_idx", ((inputs,),), "I32")
         parts.append(index)
 

@@ -28,6 +28,7 @@ class Scheme:
       block: rows and columns that share a scale, where 0 columns are all of a row;
         None is the whole matrix.
       zero_offset: what is added to the stored zeros.
+      reordered: whether a tensor must say which group an input belongs to.
       scale: name of the tensor with the scales of float8.
     """
 
@@ -36,6 +37,7 @@ class Scheme:
     group: int | None = None
     block: tuple[int, int] | None = None
     zero_offset: int = 0
+    reordered: bool = False
     scale: str = "weight_scale_inv"
 
 
@@ -57,6 +59,7 @@ _FIXED: dict[str, dict[str, tuple[Any, ...]]] = {
     "gptq": {
         "bits": (4, 8),
         "checkpoint_format": ("gptq", "gptq_v2"),
+        "desc_act": (True, False),
         "format": ("gptq", "gptq_v2"),
         "pack_dtype": ("int32",),
     },
@@ -75,12 +78,12 @@ _FREE: dict[str, str] = {
     "mxfp4": "modules_to_not_convert",
     "compressed-tensors": "config_groups global_compression_ratio ignore version",
     "gptq": "backend batch_size block_name_to_quantize cache_block_outputs "
-    "damp_percent dataset desc_act disable_exllama exllama_config group_size lm_head "
+    "damp_percent dataset disable_exllama exllama_config group_size lm_head "
     "max_input_length meta model_file_base_name model_name_or_path model_seqlen "
     "module_name_preceding_first_block modules_in_block_to_quantize pad_token_id "
     "quantizer static_groups sym tokenizer true_sequential use_cuda_fp16 use_exllama",
 }
-_FREE["awq"] = f"{_FREE['gptq']} do_fuse fuse_max_seq_len modules_to_fuse " + (
+_FREE["awq"] = f"{_FREE['gptq']} desc_act do_fuse fuse_max_seq_len modules_to_fuse " + (
     "modules_to_not_convert"
 )
 
@@ -123,9 +126,18 @@ def read_scheme(settings: Any) -> Scheme | None:
     group = settings.get("group_size", 128)
     group = None if group == -1 else integer({"group_size": group}, "group_size")
     bits = integer(settings, "bits")
-    old = settings.get("checkpoint_format", settings.get("format")) != "gptq_v2"
-    offset = 1 if method == "gptq" and old else 0
-    return Scheme(method=method, bits=bits, group=group, zero_offset=offset)
+    names = (settings.get(name) for name in ("checkpoint_format", "format"))
+    formats = {name for name in names if name is not None}
+    if len(formats) > 1:
+        unsupported(f"{key}.format", settings["format"], settings["checkpoint_format"])
+    offset = 1 if method == "gptq" and "gptq_v2" not in formats else 0
+    return Scheme(
+        method=method,
+        bits=bits,
+        group=group,
+        zero_offset=offset,
+        reordered=method == "gptq" and bool(settings.get("desc_act")),
+    )
 
 
 def _compressed(groups: Any) -> Scheme:
@@ -144,7 +156,8 @@ def _compressed(groups: Any) -> Scheme:
                 unsupported(f"{key}.{name}.weights.{entry}", weights.get(entry), value)
         for entry in ("input_activations", "output_activations"):
             activations = group.get(entry)
-            if activations and not activations.get("dynamic"):
+            known = isinstance(activations, dict) and activations.get("dynamic")
+            if activations and not known:
                 unsupported(f"{key}.{name}.{entry}", activations, "dynamic ones")
         strategy, block = weights.get("strategy"), weights.get("block_structure")
         if strategy == "block":

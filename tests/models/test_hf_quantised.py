@@ -27,15 +27,16 @@ UP = "model.layers.0.mlp.up_proj"  # [48, 32]
 RNG = np.random.default_rng(0)
 FP8 = dict(quant_method="fp8", activation_scheme="dynamic", fmt="e4m3")
 GPTQ = dict(quant_method="gptq", bits=4, group_size=8, desc_act=False, sym=False)
+DYNAMIC = dict(num_bits=8, dynamic=True)
 AWQ = dict(quant_method="awq", bits=4, group_size=16, zero_point=True, version="gemm")
 
 
-def compressed(strategy, **weights):
+def compressed(strategy, activations=DYNAMIC, **weights):
     weights = dict(num_bits=8, type="float", symmetric=True) | weights
     group = dict(
         targets=["Linear"],
         weights=dict(strategy=strategy, dynamic=False) | weights,
-        input_activations=dict(num_bits=8, dynamic=True),
+        input_activations=activations,
     )
     return dict(
         quant_method="compressed-tensors",
@@ -131,6 +132,10 @@ CASES = {
             m, s, SCALE, (-(-s[0] // 16), -(-s[1] // 20)), (16, 20)
         ),
     ),
+    "fp8 in blocks larger than any matrix": (
+        FP8 | dict(weight_block_size=[2**31 - 1, 2**31 - 1]),
+        lambda m, s: pack_floats(m, s, SCALE, (1, 1), s),
+    ),
     "fp8 of a tensor": (
         FP8 | dict(weight_block_size=None, modules_to_not_convert=["lm_head"]),
         lambda m, s: pack_floats(m, s, SCALE, (1,), s),
@@ -159,7 +164,7 @@ CASES = {
         lambda m, s: pack_gptq(m, s, 8, s[1]),
     ),
     "gptq v2": (
-        GPTQ | dict(checkpoint_format="gptq_v2"),
+        GPTQ | dict(checkpoint_format=None, format="gptq_v2"),
         lambda m, s: pack_gptq(m, s, 4, 8, offset=0),
     ),
     "awq": (AWQ, lambda m, s: pack_awq(m, s, 16)),
@@ -258,6 +263,7 @@ def replaced(name, array):
             replaced(f"{UP}.g_idx", np.full(32, 4, "i4")),
             [f"{UP}.g_idx must name one of 4 groups, found 4 to 4"],
         ),
+        ("gptq in another order", without(f"{UP}.g_idx"), ["g_idx is missing"]),
         (
             "gptq",
             replaced(f"{UP}.qweight", np.ones((4, 48), "f4")),
@@ -308,6 +314,8 @@ def test_a_checkpoint_that_is_not_what_it_says(tmp_path):
         (FP8 | dict(new_key=1), ["quantization_config.new_key=1 is not known", "fp8"]),
         (GPTQ | dict(bits=3), ["quantization_config.bits=3", "4, 8"]),
         (GPTQ | dict(checkpoint_format="marlin"), ["checkpoint_format='marlin'"]),
+        (GPTQ | dict(desc_act="yes"), ["quantization_config.desc_act='yes'"]),
+        (GPTQ | dict(checkpoint_format="gptq", format="gptq_v2"), ["format='gptq_v2"]),
         (GPTQ | dict(group_size=0), ["group_size must be a positive integer"]),
         (AWQ | dict(version="gemv"), ["quantization_config.version='gemv'", "'gemm'"]),
         (AWQ | dict(zero_point=False), ["zero_point=False"]),
@@ -322,6 +330,8 @@ def test_a_checkpoint_that_is_not_what_it_says(tmp_path):
             | dict(config_groups={"a": dict(weights=None, input_activations=None)}),
             ["config_groups.a=", "a group with weights"],
         ),
+        (compressed("channel", True), ["group_0.input_activations=True", "dynamic"]),
+        (compressed("channel", [8]), ["group_0.input_activations=[8]", "dynamic"]),
     ],
 )
 def test_schemes_refused(settings, words):
