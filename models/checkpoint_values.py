@@ -1,11 +1,11 @@
 """Values of a checkpoint's keys, each held against what the network can compute."""
 
-import math
 from typing import Any, NoReturn
 
 from jaxkv.models.checkpoint import CheckpointError
 
 MOST = 2**31 - 1  # sizes and positions are int32
+_LEAST, _LARGEST = 2.0**-126, 2.0**127  # beyond them float32 has zero and infinity
 MOST_LAYERS = 10_000  # each is planned for before the first tensor is looked at
 
 
@@ -29,12 +29,15 @@ def integer(raw: dict[str, Any], key: str, default: int | None = None) -> int:
 
 
 def number(raw: dict[str, Any], key: str, default: float | None = None) -> float:
-    """Return a positive, finite number, or `default`."""
+    """Return a positive number that is one in float32, too, or `default`."""
     value: Any = raw.get(key)
     if value is None:
         value = default
-    if type(value) not in (int, float) or not 0 < value < math.inf:
-        raise CheckpointError(f"{key} must be a positive number, found {shown(value)}.")
+    if type(value) not in (int, float) or not _LEAST <= value <= _LARGEST:
+        raise CheckpointError(
+            f"{key} must be a positive number, found {shown(value)} (float32 holds "
+            f"{_LEAST:.1e} to {_LARGEST:.1e})."
+        )
     return float(value)
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from jaxkv.models.checkpoint_values import integer, unsupported
+from jaxkv.models.checkpoint_values import integer, number, unsupported
 from jaxkv.models.config import LayerKind
 from jaxkv.models.hf_rope import LAYER_TYPES
 from jaxkv.models.rope import Rope
@@ -67,7 +67,7 @@ def spelled_by_type(raw: dict[str, Any], default: dict[str, Any]) -> dict[str, A
         unsupported("rope_scaling", scaling, "an object")
     bases = {_FULL: "rope_theta", _SLIDING: "rope_local_base_freq"}
     spelled = {
-        kind: {"rope_theta": raw.get(key) or usual[kind]["rope_theta"]}
+        kind: {"rope_theta": number(raw, key, usual[kind]["rope_theta"])}
         for kind, key in bases.items()
     }
     spelled[_FULL] |= scaling

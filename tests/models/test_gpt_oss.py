@@ -47,6 +47,9 @@ def test_what_absent_keys_mean(tmp_path):
     [
         (dict(experts_per_token=3, num_experts_per_tok=4), ["num_experts_per_tok=4"]),
         (dict(swiglu_limit=0), ["swiglu_limit must be a positive number"]),
+        # JSON holds integers that no float does, and floats that float32 has not
+        (dict(swiglu_limit=10**400), ["swiglu_limit must be a positive number"]),
+        (dict(swiglu_limit=1e-320), ["swiglu_limit must be", "float32 holds 1.2e-38"]),
         (dict(layer_types=["full_attention"]), ["layer_types=", "one for each of 2"]),
         (dict(sink_bias=1.0), ["sink_bias=1.0 is not known"]),
     ],

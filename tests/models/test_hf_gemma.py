@@ -72,6 +72,8 @@ def test_layers_of_gemma_3(tmp_path, changes, kinds):
         (dict(rope_parameters=dict(rope_type="default")), ["rope_parameters="]),
         (dict(altup_num_inputs=4), ["altup_num_inputs=4 is not known"]),
         (dict(model_type="gemma3"), ["model_type='gemma3'", "'gemma3_text'"]),
+        (dict(rope_theta=0), ["rope_theta must be a positive number, found 0"]),
+        (dict(rope_local_base_freq=[]), ["rope_local_base_freq must be a positive"]),
     ],
 )
 def test_gemma_refuses(tmp_path, changes, words):
