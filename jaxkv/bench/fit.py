@@ -27,6 +27,7 @@ from jaxkv.models.config import Config
 from jaxkv.models.decoder import parameter_shapes
 from jaxkv.options import Options
 
+_MOST = 2**16  # devices; those of the largest pods are fewer
 USABLE = 0.95  # of the memory; XLA_PYTHON_CLIENT_MEM_FRACTION=.95 hands JAX as much
 
 
@@ -64,15 +65,15 @@ def parse_devices(text: str) -> tuple[str, int]:
     """Return kind and number of devices such as "h100x4", "v5e:4x4" or "h200".
 
     Raises:
-      ValueError: there is no such kind, or no number.
+      ValueError: there is no such kind, or no such number.
     """
-    found = re.fullmatch(r"(\w+?)(?:x(\d+)|:(\d+(?:x\d+)*))?", text.lower())
+    found = re.fullmatch(r"(\w+?)(?:x(\d+)|:(\d+(?:x\d+)*))?", text.lower(), re.A)
     kind, count, grid = found.groups() if found else ("", None, None)
     sizes = [int(size) for size in (count or grid or "1").split("x")]
-    if kind not in KINDS or not math.prod(sizes):
+    if kind not in KINDS or not 0 < math.prod(sizes) <= _MOST:
         raise ValueError(
             f"plan: expected devices such as h100x4 or v5e:4x4, of {', '.join(KINDS)}, "
-            f"got {text!r}."
+            f"and at most {_MOST} of them, got {text!r}."
         )
     return kind, math.prod(sizes) * (2 if kind == "tpu7x" and grid else 1)
 

@@ -14,6 +14,7 @@ from jaxkv.cli import flags
 from jaxkv.cli.groups import grouped
 from jaxkv.cli.terminal import right_aligned
 from jaxkv.language_model import locate, read_config
+from jaxkv.models.hf_weights import check_dtype
 from jaxkv.models.public_shapes import SHAPES
 from jaxkv.options import Options
 
@@ -58,7 +59,13 @@ def plan(
     if new >= context:
         raise ValueError(f"--new {new} must be less than --context {context}.")
     policy = registry.parse(decode, registry.DECODE, flag="--decode")
+    check_dtype(dtype)
     config = SHAPES.get(model) or read_config(locate(model))
+    if context > config.max_positions:
+        raise ValueError(
+            f"--context {context}: {model} was made for {config.max_positions} "
+            "positions; give that many at most."
+        )
     kind, count = fit.parse_devices(devices)
     laid = fit.mesh_for(config, mesh, count)
     methods = {"full cache": Options()}
@@ -69,6 +76,7 @@ def plan(
     )
     found = {}
     for name, options in methods.items():
+        options.check()
         temp = None
         if compiled:
             temp = ahead.temporaries(config, devices, laid, options, **sizes)

@@ -90,7 +90,7 @@ def test_devices_in_words():
     assert fit.parse_devices("V5E:4x4") == ("v5e", 16)
     assert fit.parse_devices("tpu7x:2x2x1") == ("tpu7x", 8)
     assert fit.parse_devices("h200") == ("h200", 1)
-    for wrong in ("b9", "h100x0", "h100*4", ""):
+    for wrong in ("b9", "h100x0", "h100*4", "", "h100x65537", "h100x٣"):
         with pytest.raises(ValueError, match="expected devices such as h100x4"):
             fit.parse_devices(wrong)
 
@@ -120,6 +120,14 @@ def test_the_command(jaxkv_):
     assert code == 0 and json.loads(out)["methods"]["full cache"]["fits"]
     code, _, err = jaxkv_(*ask, "--new", "8192")
     assert code and "must be less than --context" in err
+    for flags, said in {
+        ("--dtype", "int8"): "dtype must be one of",
+        ("--dtype", ""): "dtype must be one of",
+        ("--context", "40961"): "qwen3-8b was made for 40960 positions",
+        ("--budget", "1"): "budget",
+    }.items():
+        code, out, err = jaxkv_(*ask, *flags)
+        assert code == 2 and not out and said in err and err.count("\n") == 1
 
 
 def test_temporaries_of_a_compiler(monkeypatch):
