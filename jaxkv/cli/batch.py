@@ -16,7 +16,14 @@ from jaxkv.cli.groups import grouped
 from jaxkv.cli.progress import shown
 from jaxkv.cli.terminal import say
 from jaxkv.evaluation.lock import one_writer
-from jaxkv.serving.lines import Journal, Pace, count_lines, journal, read_lines
+from jaxkv.serving.lines import (
+    Journal,
+    Pace,
+    check_files,
+    count_lines,
+    journal,
+    read_lines,
+)
 
 
 @grouped
@@ -115,6 +122,7 @@ def batch(
     flags.check({**job.arguments, "sampler": sampling.sampler})
     if ray is None and ray_workers is not None:
         raise ValueError("--ray-workers does nothing without --ray.")
+    check_files(source, out)
     with contextlib.ExitStack() as stack:
         total = count_lines(source)
         stack.enter_context(one_writer(out.parent, name=out.name))

@@ -43,6 +43,23 @@ class Chunk(NamedTuple):
     lines: int
 
 
+def check_files(source: Path, out: Path) -> None:
+    """Check that lines can be read more than once, and answers be gone on with.
+
+    Args:
+      source: the lines.
+      out: the answers; it need not exist.
+
+    Raises:
+      ValueError: one is a device, a pipe or a folder, or they are the same.
+    """
+    for path in (source, out):
+        if path.exists() and not path.is_file():
+            raise ValueError(f"{path} is no ordinary file; name one.")
+    if out.exists() and source.exists() and out.samefile(source):
+        raise ValueError(f"{out} has the prompts; name another file for the answers.")
+
+
 def chunks(path: Path, size: int) -> Iterator[Chunk]:
     """Yield the chunks of a file, of `size` lines each but for the last one."""
     offset, first, count, end = 0, 1, 0, 0

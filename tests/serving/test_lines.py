@@ -1,6 +1,8 @@
 """Files of lines, and the journal of their answers."""
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 
@@ -80,6 +82,23 @@ def test_a_journal_of_something_else_is_left_alone(files):
         refused(files, {"seed": 0}, r"a line that is no answer \(byte 0\)")
     out.with_name("out.jsonl.job").write_text("{}")
     refused(files, {"seed": 0}, "out.jsonl.job is damaged")
+
+
+def test_files_that_cannot_be_gone_on_with(files):
+    out, source = files
+    lines.check_files(source, out)
+    link = source.with_name("link")
+    link.symlink_to(source)
+    os.mkfifo(pipe := source.with_name("pipe"))
+    # /dev/full was read for answers, without an end
+    for one, other, said in (
+        (source, Path("/dev/full"), "/dev/full is no ordinary file"),
+        (source, source.parent, "is no ordinary file"),
+        (pipe, out, "pipe is no ordinary file"),
+        (source, link, "link has the prompts; name another file"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            lines.check_files(one, other)
 
 
 def test_what_is_told_of_progress():
