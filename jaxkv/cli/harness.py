@@ -51,6 +51,7 @@ def lm_eval(
     seed: flags.Seed = 0,
     dtype: flags.Dtype = None,
     follow_links: flags.FollowLinks = False,
+    mesh: flags.Mesh = None,
     out: Annotated[
         Path | None, typer.Option(help="JSON file of results and samples.")
     ] = None,
@@ -77,7 +78,7 @@ def lm_eval(
 
     from jaxkv.evaluation.harness import JaxKV
 
-    lm = flags.load_model(model, dtype, follow_links=follow_links)
+    lm = flags.load_model(model, dtype, follow_links=follow_links, mesh=mesh)
     asked = JaxKV(
         lm, **evicted, batch_size=batch_size, max_length=max_length, seed=seed
     )

@@ -96,6 +96,7 @@ def serve(
     ] = True,
     dtype: flags.Dtype = None,
     follow_links: flags.FollowLinks = False,
+    mesh: flags.Mesh = None,
 ) -> None:
     """Answer requests of OpenAI's API, many at a time, on rows of fixed size."""
     missing = [name for name in _NEEDS if importlib.util.find_spec(name) is None]
@@ -110,7 +111,7 @@ def serve(
     arguments |= dataclasses.asdict(rows) | kernels.arguments
     del arguments["compression_ratio"]
     key = read_key(doors.api_key_file)
-    lm = flags.load_model(model, dtype, follow_links=follow_links)
+    lm = flags.load_model(model, dtype, follow_links=follow_links, mesh=mesh)
     if lm.tokenizer is None:
         raise ValueError(f"{model} has no tokenizer, and answers are texts.")
     name = doors.name or Path(model).name

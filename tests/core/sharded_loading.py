@@ -66,6 +66,12 @@ def generated(lm):
     return found
 
 
+def served(lm):
+    engine = jaxkv.Engine(lm, rows=4, max_prompt=32, max_new_tokens=6, block=4)
+    handles = [engine.submit([3, 4, 5 + i], max_new_tokens=5) for i in range(5)]
+    return [engine.wait(handle).tokens for handle in handles]
+
+
 def refuses(mesh, said):
     try:
         jaxkv.load("hf", mesh=mesh)
@@ -93,6 +99,7 @@ if __name__ == "__main__":
         _, keys, tensors = gguf_files.tiny(**sizes)
         gguf_files.write("file.gguf", keys, tensors, kind="Q8_0")
         check("file.gguf", jaxkv.load("file.gguf"))
+    assert served(alone) == served(lm)
     one, many = generated(alone), generated(lm)
     assert one.tokens == many.tokens and one.finish_reason == many.finish_reason
     np.testing.assert_allclose(
