@@ -142,7 +142,7 @@ def _integers(module: str, tensors, scheme: Scheme):
     gptq = scheme.method == "gptq"
     inputs = packed.shape[0] * (in_word if gptq else 1)
     outputs = packed.shape[1] * (1 if gptq else in_word)
-    size = scheme.group or inputs
+    size = scheme.group or max(1, inputs)  # none is refused later, by its shape
     groups = -(-inputs // size)
     zeros = _part(
         tensors, f"{module}.qzeros", ((groups, -(-outputs // in_word)),), "I32"

@@ -27,7 +27,7 @@ UP = "model.layers.0.mlp.up_proj"  # [48, 32]
 RNG = np.random.default_rng(0)
 FP8 = dict(quant_method="fp8", activation_scheme="dynamic", fmt="e4m3")
 GPTQ = dict(quant_method="gptq", bits=4, group_size=8, desc_act=False, sym=False)
-DYNAMIC = dict(num_bits=8, dynamic=True)
+DYNAMIC, NO_ROWS = dict(num_bits=8, dynamic=True), np.ones((0, 48), "i4")
 AWQ = dict(quant_method="awq", bits=4, group_size=16, zero_point=True, version="gemm")
 
 
@@ -159,7 +159,7 @@ CASES = {
         GPTQ | dict(desc_act=True),
         lambda m, s: pack_gptq(m, s, 4, 8, shuffled=True),
     ),
-    "gptq of 8 bits, one group": (
+    "gptq, one group": (
         GPTQ | dict(bits=8, group_size=-1, checkpoint_format="gptq"),
         lambda m, s: pack_gptq(m, s, 8, s[1]),
     ),
@@ -264,6 +264,7 @@ def replaced(name, array):
             [f"{UP}.g_idx must name one of 4 groups, found 4 to 4"],
         ),
         ("gptq in another order", without(f"{UP}.g_idx"), ["g_idx is missing"]),
+        ("gptq, one group", replaced(f"{UP}.qweight", NO_ROWS), [f"{UP}.qzeros"]),
         (
             "gptq",
             replaced(f"{UP}.qweight", np.ones((4, 48), "f4")),
