@@ -153,11 +153,14 @@ def read_key(file: Path | None) -> str | None:
     """Return the key in a file, None without one.
 
     Raises:
-      ValueError: it has no key, or more than a line.
+      ValueError: it has no key, more than a line, or is no text.
     """
     if file is None:
         return None
-    lines = file.read_text(encoding="utf-8").split("\n")
+    try:
+        lines = file.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--api-key-file: {file} is no UTF-8 text.") from error
     key = lines[0].strip()
     if not key or any(line.strip() for line in lines[1:]):
         raise ValueError("--api-key-file: the file must have one line, the key.")

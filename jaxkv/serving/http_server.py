@@ -28,7 +28,10 @@ def listen(host: str, port: int) -> socket.socket:
     Raises:
       OSError: there is no such address, or it is taken.
     """
-    family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except (socket.gaierror, UnicodeError) as error:
+        raise OSError(f"there is no address {host!r} ({error}).") from error
     return socket.create_server(address[:2], family=family, backlog=512)
 
 

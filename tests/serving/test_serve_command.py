@@ -102,6 +102,11 @@ def test_what_serve_refuses(jaxkv_, served, tiny, tmp_path):
         assert "must have one line" in jaxkv_.error(
             "serve", tiny, "--api-key-file", file
         )
+    (tmp_path / "binary").write_bytes(b"\xff\xfe")
+    said = jaxkv_.error("serve", tiny, "--api-key-file", tmp_path / "binary")
+    assert "binary is no UTF-8 text" in said
+    said = jaxkv_.error("serve", tiny, "--host=no.such.invalid")
+    assert "no.such.invalid" in said
     assert "evicts and needs --budget" in jaxkv_.error(
         "serve", tiny, "--prefill=snapkv"
     )
