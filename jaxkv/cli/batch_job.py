@@ -14,6 +14,7 @@ from jaxkv.serving.engine import Engine
 from jaxkv.serving.feeding import Outcome, answers
 from jaxkv.serving.lines import Line
 from jaxkv.tasks.records import read_record
+from jaxkv.text.arguments import stop_ids
 from jaxkv.text.planning import row_budgets
 
 _LONGEST = 4096  # tokens of a prompt, unless told
@@ -76,6 +77,7 @@ class Answerer:
             *(job.model, job.dtype, job.context, job.document),
             follow_links=job.follow_links,
         )
+        stop_ids(self._lm, job.arguments["stop_ids"])  # or each line would fail
         self._sampler = job.sampling.sampler_of(self._lm)
         self._arguments = {**job.arguments, "sampler": self._sampler}
         self.engine = _engine(self._lm, job, self._arguments, self._context)

@@ -197,9 +197,12 @@ def check(arguments: Mapping[str, Any]) -> None:
     Raises:
       ValueError: what needs neither a model nor its prompts is wrong.
     """
-    # A ratio makes a budget of each prompt, which `generate` checks.
-    ratio = arguments["compression_ratio"]
-    _options(arguments).check(None if ratio is None else ())
+    ratio, options = arguments["compression_ratio"], _options(arguments)
+    budgets = None
+    if ratio is not None:  # of each prompt, which `generate` checks
+        sizes = arguments["budget"], ratio, ()
+        budgets = row_budgets(*sizes, evicts=options.decode.evicts)
+    options.check(budgets)
 
 
 def check_fit(

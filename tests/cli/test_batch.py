@@ -99,6 +99,21 @@ def test_lines_may_be_questions_about_a_context(jaxkv_, tiny, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("flag", "said"),
+    [
+        ("--compression-ratio=2", "is the fraction removed, in [0, 1); got 2.0"),
+        ("--stop-id=4096", "4096, which ends nothing"),
+    ],
+)
+def test_what_no_line_could_have_is_refused_once(jaxkv_, tiny, tmp_path, flag, said):
+    """It was written as the answer of each line, which then counted as answered."""
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
+    assert said in jaxkv_.error("batch", source, out, tiny, flag)
+    assert not out.exists() or not out.read_text()
+
+
 def test_a_killed_process_loses_and_repeats_nothing(jaxkv_, tiny, tmp_path):
     source, out, other = (tmp_path / f"{n}.jsonl" for n in ("in", "out", "other"))
     prompts = [{"prompt": [n % 4000, n % 7, n % 11]} for n in range(600)]
