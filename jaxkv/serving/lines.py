@@ -184,7 +184,8 @@ def journal(out: Path, source: Path, settings: Mapping[str, Any]) -> Iterator[Jo
     _check_settings(out, beside, source, settings)
     file = os.open(out, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
     try:
-        done, failed, end = _answered(out)
+        # A number takes as many bits as there are lines: none is beyond the last byte.
+        done, failed, end = _answered(out, source.stat().st_size)
         os.ftruncate(file, end)
         yield Journal(file, done, failed)
     finally:
@@ -233,7 +234,7 @@ def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def _answered(out: Path) -> tuple[Numbers, int, int]:
+def _answered(out: Path, most: int) -> tuple[Numbers, int, int]:
     """Return what has been answered, how much by errors, and where whole lines end."""
     done, failed, end = Numbers(), 0, 0
     with open(out, "rb") as file:
@@ -242,11 +243,11 @@ def _answered(out: Path) -> tuple[Numbers, int, int]:
                 break  # the process was killed while it wrote
             try:
                 answer = json.loads(raw)
-                if type(answer["line"]) is not int or answer["line"] < 1:
+                if type(answer["line"]) is not int or not 1 <= answer["line"] <= most:
                     raise ValueError
                 done.add(answer["line"])
                 failed += "error" in answer
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise ValueError(
                     f"{out} holds a line that is no answer (byte {end}); name another "
                     "file, or remove it."

@@ -77,7 +77,8 @@ def test_a_journal_of_something_else_is_left_alone(files):
     source.write_text("7\n")
     refused(files, {"seed": 0}, "begun for another file than")
     source.write_text("1\n2\n3\n")
-    for what in ("mine", "[1]", '{"line": "1"}', '{"line": -1}'):
+    far = '{"line": 99999999999999}'  # that many bits were asked for
+    for what in ("mine", "[1]", '{"line": "1"}', '{"line": -1}', far, "[" * 100_000):
         out.write_text(f"{what}\n")
         refused(files, {"seed": 0}, r"a line that is no answer \(byte 0\)")
     out.with_name("out.jsonl.job").write_text("{}")
