@@ -34,8 +34,13 @@ def plan(
     ],
     batch: Annotated[int, typer.Option(min=1, help="Rows.")] = 8,
     context: Annotated[
-        int, typer.Option(min=2, help="Tokens of a row, its output included.")
-    ] = 8192,
+        int | None,
+        typer.Option(
+            min=2,
+            help="Tokens of a row, its output included; default: what fits the model, "
+            "up to 8192.",
+        ),
+    ] = None,
     new: Annotated[int, typer.Option(min=1, help="Tokens of an output.")] = 1024,
     budget: flags.Budget = None,
     decode: flags.Decode = "longflow",
@@ -56,11 +61,13 @@ def plan(
     # It computes, and is needed by nobody else.
     from jaxkv.bench import ahead, fit
 
-    if new >= context:
-        raise ValueError(f"--new {new} must be less than --context {context}.")
     policy = registry.parse(decode, registry.DECODE, flag="--decode")
     check_dtype(dtype)
     config = SHAPES.get(model) or read_config(locate(model))
+    if context is None:
+        context = min(8192, config.max_positions)
+    if new >= context:
+        raise ValueError(f"--new {new} must be less than --context {context}.")
     if context > config.max_positions:
         raise ValueError(
             f"--context {context}: {model} was made for {config.max_positions} "

@@ -120,6 +120,8 @@ def test_the_command(jaxkv_):
     assert code == 0 and json.loads(out)["methods"]["full cache"]["fits"]
     code, _, err = jaxkv_(*ask, "--new", "8192")
     assert code and "must be less than --context" in err
+    code, out, _ = jaxkv_("plan", "olmoe-1b-7b", "--devices", "t4", "--json")
+    assert code == 0 and json.loads(out)["context"] == 4096
     for flags, said in {
         ("--dtype", "int8"): "dtype must be one of",
         ("--dtype", ""): "dtype must be one of",
