@@ -6,6 +6,7 @@ from typing import Any
 import jax
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Weighing:
     """How a layer weighs tokens, beside the scale of its logits.
@@ -17,9 +18,9 @@ class Weighing:
       cap: bound of the logits, `cap * tanh(logits / cap)` (Gemma 2); None is none.
     """
 
-    window: int | None = None
+    window: int | None = dataclasses.field(default=None, metadata=dict(static=True))
     sink: jax.Array | None = None
-    cap: float | None = None
+    cap: float | None = dataclasses.field(default=None, metadata=dict(static=True))
 
     @property
     def softmax(self) -> dict[str, Any]:

@@ -114,6 +114,7 @@ def test_what_no_line_could_have_is_refused_once(jaxkv_, tiny, tmp_path, flag, s
     assert not out.exists() or not out.read_text()
 
 
+@pytest.mark.slow  # half a minute of processes
 def test_a_killed_process_loses_and_repeats_nothing(jaxkv_, tiny, tmp_path):
     source, out, other = (tmp_path / f"{n}.jsonl" for n in ("in", "out", "other"))
     prompts = [{"prompt": [n % 4000, n % 7, n % 11]} for n in range(600)]

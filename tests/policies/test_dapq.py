@@ -101,9 +101,9 @@ def test_pseudo_tokens_stand_right_behind_each_row():
     np.testing.assert_array_equal(same, TOKENS)
 
 
-def plain_attention(q, k, v, whole):
+def plain_attention(q, k, v, whole, weighing):
     """Float32 softmax of one unpadded row; gives `q` and `k` back as the state."""
-    del whole
+    del whole, weighing
     repeat = q.shape[2] // k.shape[2]
     keys, values = (jnp.repeat(x, repeat, axis=2) for x in (k, v))
     logits = jnp.einsum("btnh,bsnh->bnts", q, keys) / np.sqrt(q.shape[-1])

@@ -13,6 +13,7 @@ from jaxkv.text import planning
 from jaxkv.text.planning import bucket, row_budgets
 
 LAYERS = 5
+WINDOWS = (None,) * LAYERS
 EVEN = Options(prefill=jaxkv.SnapKV())
 PYRAMID = Options(prefill=jaxkv.PyramidKV(window_size=4, beta=6))
 EVICTING = Options(prefill=jaxkv.SnapKV(), decode=jaxkv.StreamingLLM())
@@ -25,7 +26,7 @@ lengths_and_budgets = st.lists(
 
 def make(lengths, options=EVEN, budgets=None, new=20):
     ids = [[i] * length for i, length in enumerate(lengths)]
-    return planning.plan(ids, options, budgets, max_new_tokens=new, num_layers=LAYERS)
+    return planning.plan(ids, options, budgets, max_new_tokens=new, windows=WINDOWS)
 
 
 def program(plan):
@@ -112,7 +113,7 @@ def test_prompts_are_padded_behind():
 @given(count=st.integers(1, 3), copies=st.integers(2, 3))
 def test_prompts_that_repeat_are_read_once(count, copies):
     ids = [[i] * 3 for i in range(count)] * copies
-    arguments = dict(max_new_tokens=8, num_layers=LAYERS)
+    arguments = dict(max_new_tokens=8, windows=WINDOWS)
     budgets = (4,) * len(ids)
     assert planning.plan(ids, EVEN, budgets, **arguments).distinct == count
     other = [*ids[:-1], [9]]
