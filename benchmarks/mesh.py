@@ -16,7 +16,7 @@ is on the disk as soon as it is measured; what does not fit says so. `--profile`
 the kernels of a step, by name. Try it anywhere with simulated devices:
 
     JAX_PLATFORMS=cpu XLA_FLAGS=--xla_force_host_platform_device_count=4 \\
-        python benchmarks/mesh.py speed --tiny --out /tmp/mesh.json
+        python benchmarks/mesh.py speed --tiny --out mesh.json
 """
 
 import dataclasses
