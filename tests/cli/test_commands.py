@@ -170,7 +170,7 @@ def test_processes(tiny, tmp_path):
     cold = subprocess.run(command, stdout=subprocess.PIPE, check=True, **settings)
     assert len(records(cold.stdout)) == 1
     assert cold.stderr.count("\n") == 2, cold.stderr
-    assert len(list((tmp_path / "jaxkv" / "xla").iterdir())) > 2
+    assert len(list((tmp_path / "jaxkv" / "programs").iterdir())) > 2
     # The JSON is flushed as it is printed, the version at the end.
     for arguments in (command, [*command[:3], "--version"]):
         read_end, write_end = os.pipe()
