@@ -43,15 +43,9 @@ def batch(
     model: flags.Asked = None,
     context: flags.ContextFolder = None,
     document: flags.Document = 0,
-    chat: Annotated[
-        bool, typer.Option("--chat", help="Wrap prompts in a chat template.")
-    ] = False,
-    system: Annotated[
-        str | None, typer.Option(help="What the system says first, with --chat.")
-    ] = None,
-    max_new_tokens: Annotated[
-        int, typer.Option(min=1, help="Longest output, in tokens.")
-    ] = 64,
+    chat: flags.Chat = False,
+    system: flags.System = None,
+    max_new_tokens: flags.MaxNewTokens = 64,
     max_prompt: Annotated[
         int | None,
         typer.Option(
@@ -62,14 +56,7 @@ def batch(
     speculation: Speculation,
     sampling: Sampling,
     seed: flags.Seed = 0,
-    stop_id: Annotated[
-        list[int] | None,
-        typer.Option(
-            min=0,
-            max=2**31 - 1,
-            help="Token id that ends an output; may be repeated; default: the model's.",
-        ),
-    ] = None,
+    stop_id: flags.StopId = None,
     ordered: Annotated[
         bool,
         typer.Option(

@@ -87,6 +87,19 @@ DecodeImplementation = Annotated[
     decode_kernels.Implementation | None,
     typer.Option(help="Attention over the cache; default: the best that can run."),
 ]
+Chat = Annotated[bool, typer.Option("--chat", help="Wrap prompts in a chat template.")]
+System = Annotated[
+    str | None, typer.Option(help="What the system says first, with --chat.")
+]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest output, in tokens.")]
+StopId = Annotated[
+    list[int] | None,
+    typer.Option(
+        min=0,
+        max=2**31 - 1,
+        help="Token id that ends an output; may be repeated; default: the model's.",
+    ),
+]
 BatchSize = Annotated[
     int, typer.Option(min=1, help="Prompts that are generated from together.")
 ]

@@ -156,28 +156,14 @@ def generate(
             "repeated. Without any prompt, standard input is read."
         ),
     ] = None,
-    chat: Annotated[
-        bool,
-        typer.Option("--chat", help="Wrap prompts in a chat template."),
-    ] = False,
-    system: Annotated[
-        str | None, typer.Option(help="What the system says first, with --chat.")
-    ] = None,
-    max_new_tokens: Annotated[
-        int, typer.Option(min=1, help="Longest output, in tokens.")
-    ] = 64,
+    chat: flags.Chat = False,
+    system: flags.System = None,
+    max_new_tokens: flags.MaxNewTokens = 64,
     eviction: flags.Eviction,
     speculation: Speculation,
     sampling: Sampling,
     seed: flags.Seed = 0,
-    stop_id: Annotated[
-        list[int] | None,
-        typer.Option(
-            min=0,
-            max=2**31 - 1,
-            help="Token id that ends an output; may be repeated; default: the model's.",
-        ),
-    ] = None,
+    stop_id: flags.StopId = None,
     dtype: flags.Dtype = None,
     follow_links: flags.FollowLinks = False,
     mesh: flags.Mesh = None,
