@@ -29,8 +29,8 @@ import typer
 from torch.nn import functional
 
 from jaxkv.cli.bench_flags import batches_of
-from jaxkv.models import hf_export
 from jaxkv.models.config import Config
+from jaxkv.models.hf import export as hf_export
 from jaxkv.models.public_shapes import SHAPES
 from jaxkv.provenance import provenance, write_json
 

@@ -21,8 +21,8 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxkv import language_model
-from jaxkv.models import hf_export
 from jaxkv.models.decoder import random_parameters
+from jaxkv.models.hf import export as hf_export
 from jaxkv.needle.training import CONFIG
 from jaxkv.provenance import provenance, write_json
 from jaxkv.text.inference import generate

@@ -24,8 +24,8 @@ from jaxkv.bench import throughput
 from jaxkv.bench.throughput import Work
 from jaxkv.bench.throughput_report import BENCHMARK, TRANSFORMERS
 from jaxkv.cli.bench_flags import batches_of
-from jaxkv.models import hf_export
 from jaxkv.models.config import Config
+from jaxkv.models.hf import export as hf_export
 from jaxkv.models.public_shapes import SHAPES
 from jaxkv.provenance import provenance, write_json
 

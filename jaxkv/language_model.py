@@ -16,20 +16,17 @@ from jax.sharding import Mesh
 from jaxkv import sharding
 from jaxkv.fields import check_types
 from jaxkv.identity import Identity, of_network, of_tokenizer
-from jaxkv.models import (
-    checkpoint,
-    gguf_config,
-    gguf_header,
-    gguf_tokenizer,
-    gguf_weights,
-    hf_config,
-    hf_generation,
-    hf_tokenizer,
-    hf_weights,
-    orbax_copy,
-)
+from jaxkv.models import checkpoint, orbax_copy
 from jaxkv.models.config import Config
 from jaxkv.models.decoder import Decoder, parameter_shapes
+from jaxkv.models.gguf import config as gguf_config
+from jaxkv.models.gguf import header as gguf_header
+from jaxkv.models.gguf import tokenizer as gguf_tokenizer
+from jaxkv.models.gguf import weights as gguf_weights
+from jaxkv.models.hf import config as hf_config
+from jaxkv.models.hf import generation as hf_generation
+from jaxkv.models.hf import tokenizer as hf_tokenizer
+from jaxkv.models.hf import weights as hf_weights
 from jaxkv.runtime.devices import check_devices
 from jaxkv.sampling import Categorical, Greedy
 

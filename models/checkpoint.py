@@ -1,6 +1,6 @@
 """Where a checkpoint lies, and the one error for everything that can be wrong with it.
 
-`hf_config`, `hf_weights` and `orbax_copy` read what lies in the folder found here, and
+`hf`, `gguf` and `orbax_copy` read what lies in the folder found here, and
 the `gguf_*` modules read a file.
 """
 

@@ -14,12 +14,13 @@ from typing import Any
 import jax
 
 from jaxkv.kernels.experts import Gate
-from jaxkv.models import gguf_tokenizer, layout
+from jaxkv.models import layout
 from jaxkv.models.checkpoint import TEXT_FILES, CheckpointError, read_json
 from jaxkv.models.config import Config, Experts, LayerKind
 from jaxkv.models.decoder import parameter_shapes
-from jaxkv.models.gguf_header import read_header
-from jaxkv.models.hf_weights import DTYPES, check_dtype
+from jaxkv.models.gguf import tokenizer as gguf_tokenizer
+from jaxkv.models.gguf.header import read_header
+from jaxkv.models.hf.weights import DTYPES, check_dtype
 from jaxkv.models.orbax_folder import check_target, checkpointer, written_whole
 from jaxkv.models.rope import (
     FrequencyFactors,

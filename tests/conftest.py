@@ -158,7 +158,7 @@ def tiny(tmp_path_factory):
 
     from jaxkv.language_model import needle_folder
     from jaxkv.models.decoder import random_parameters
-    from jaxkv.models.hf_export import write_qwen3
+    from jaxkv.models.hf.export import write_qwen3
 
     config = dataclasses.replace(CONFIG, vocab_size=4096, max_positions=2048)
     folder = tmp_path_factory.mktemp("cli") / "tiny"

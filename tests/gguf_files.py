@@ -10,10 +10,10 @@ import gguf
 import numpy as np
 from hf_checkpoints import CONFIG, hf_tensors
 
-from jaxkv.models.gguf_config import read_config, stop_ids
-from jaxkv.models.gguf_header import read_header
-from jaxkv.models.gguf_tokenizer import read_tokenizer
-from jaxkv.models.gguf_weights import read_weights
+from jaxkv.models.gguf.config import read_config, stop_ids
+from jaxkv.models.gguf.header import read_header
+from jaxkv.models.gguf.tokenizer import read_tokenizer
+from jaxkv.models.gguf.weights import read_weights
 from jaxkv.models.rope import LinearScaling, LongRopeScaling, YarnScaling
 
 WORDS = ["<|end|>", "<|user|>", "a", "b", "c", "ab", "abc", "Ġ", "Ġa", "1", "2", "Ċ"]

@@ -11,7 +11,7 @@ from jaxkv.cli import answers, flags, prompts
 from jaxkv.cli.groups import grouped
 from jaxkv.cli.terminal import say
 from jaxkv.language_model import LanguageModel
-from jaxkv.models import hf_generation
+from jaxkv.models.hf import generation as hf_generation
 from jaxkv.sampling import Categorical, Greedy, Sampler
 from jaxkv.speculation.rules import Exact
 from jaxkv.text.chat import speaks_in_chats

@@ -14,7 +14,7 @@ from jaxkv.cli import flags
 from jaxkv.cli.groups import grouped
 from jaxkv.cli.terminal import right_aligned
 from jaxkv.language_model import locate, read_config
-from jaxkv.models.hf_weights import check_dtype
+from jaxkv.models.hf.weights import check_dtype
 from jaxkv.models.public_shapes import SHAPES
 from jaxkv.options import Options
 

@@ -104,7 +104,8 @@ def serve(
         raise ValueError(
             f"jaxkv serve needs {', '.join(missing)}; pip install 'jaxkv[serve]'."
         )
-    from jaxkv.serving import http_app, http_gate, http_server
+    from jaxkv.server import app, gate
+    from jaxkv.server.server import Server, listen
 
     eviction = flags.Eviction(budget=budget, prefill=prefill, decode=decode)
     arguments: dict[str, Any] = {**eviction.arguments, **speculation.arguments}
@@ -116,8 +117,8 @@ def serve(
         raise ValueError(f"{model} has no tokenizer, and answers are texts.")
     name = doors.name or Path(model).name
     engine = Engine(dataclasses.replace(lm, name=name), **arguments)
-    loopback = http_gate.is_loopback(doors.host)
-    terms = http_app.Terms(
+    loopback = gate.is_loopback(doors.host)
+    terms = app.Terms(
         name=name,
         max_prompt=rows.max_prompt,
         max_new_tokens=rows.max_new_tokens,
@@ -129,16 +130,14 @@ def serve(
         body_seconds=doors.body_timeout,
         seconds=doors.timeout,
         key=key,
-        hosts=http_gate.own_names(doors.host) if loopback else None,
+        hosts=gate.own_names(doors.host) if loopback else None,
     )
-    with http_server.listen(doors.host, doors.port) as listener:
-        service = http_app.Service(engine, terms)
+    with listen(doors.host, doors.port) as listener:
+        service = app.Service(engine, terms)
         if warm_up:
             say("compiling for prompts of all lengths")
             service.warm_up()
-        server = http_server.Server(
-            service, seconds=doors.body_timeout, grace=doors.grace
-        )
+        server = Server(service, seconds=doors.body_timeout, grace=doors.grace)
         if not loopback and key is None:
             say(
                 f"{doors.host} may be reached by others, and there is no --api-key-file"

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from jaxkv import registry
 from jaxkv.evaluation.harness_requests import Wanted, above_0
 from jaxkv.language_model import NEEDLE, LanguageModel, load
-from jaxkv.models import hf_tokenizer
+from jaxkv.models.hf import tokenizer as hf_tokenizer
 from jaxkv.options import described
 from jaxkv.policies.base import DecodePolicy, PrefillPolicy
 from jaxkv.policies.full import Full

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from jaxkv.language_model import LanguageModel
-from jaxkv.models import hf_tokenizer
+from jaxkv.models.hf import tokenizer as hf_tokenizer
 from jaxkv.tasks import TASKS, Sample, make, reasoning, score_all
 from jaxkv.text.chat import encode_chat, encode_document, encode_question
 from jaxkv.text.prompts import encode

@@ -25,9 +25,10 @@ import rich.console
 import rich.progress
 
 from jaxkv.kernels import prefill
-from jaxkv.models import hf_export, hf_tokenizer
 from jaxkv.models.config import Config
 from jaxkv.models.decoder import Decoder, random_parameters
+from jaxkv.models.hf import export as hf_export
+from jaxkv.models.hf import tokenizer as hf_tokenizer
 from jaxkv.models.rope import Rope
 from jaxkv.runtime.seeds import key_of
 

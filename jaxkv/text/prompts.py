@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxkv.fields import MOST
 from jaxkv.language_model import LanguageModel
-from jaxkv.models import hf_tokenizer
+from jaxkv.models.hf import tokenizer as hf_tokenizer
 from jaxkv.text.arguments import (
     TEXTS,
     UNORDERED,

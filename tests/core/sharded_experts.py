@@ -22,7 +22,7 @@ from jaxkv.kernels import experts
 from jaxkv.kernels.per_shard import COLUMNS
 from jaxkv.models.config import Experts
 from jaxkv.models.decoder import Decoder, parameter_shapes
-from jaxkv.models.hf_weights import read_weights
+from jaxkv.models.hf.weights import read_weights
 from jaxkv.models.parameter_plan import plan_of
 
 COLLECTIVE = re.compile(

@@ -14,7 +14,7 @@ from hf_checkpoints import write_checkpoint, write_config
 
 import jaxkv
 from jaxkv import sharding
-from jaxkv.models import hf_weights
+from jaxkv.models.hf import weights as hf_weights
 from jaxkv.runtime.meshes import mesh_of
 
 PROMPTS = [[3, 4, 5, 6], [7, 8], [9, 1, 2, 3, 4]]

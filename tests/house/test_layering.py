@@ -34,11 +34,12 @@ MAY_IMPORT = {  # other layers; circles and the core have tests of their own
     FLAT: LIBRARY,
     "text": LIBRARY,
     "serving": DOORS,
+    "server": {*DOORS, "serving"},
     "plot": {FLAT},
     "needle": DOORS,
     "evaluation": {*DOORS, "plot"},
     "bench": DOORS,
-    "cli": {*DOORS, "serving", "needle", "plot", "evaluation", "bench"},
+    "cli": {*DOORS, "serving", "server", "needle", "plot", "evaluation", "bench"},
 }
 THIRD_PARTY = {  # others: whatever pyproject.toml declares
     "kernels": {"jax", "numpy", "jax_triton", "triton", "jaxtyping", "beartype"},
@@ -47,6 +48,7 @@ THIRD_PARTY = {  # others: whatever pyproject.toml declares
     "speculation": {"annotated_types", "jax", "numpy"},
     "tasks": {"numpy"},
 }
+READERS = {"gguf", "hf"}  # rooms of `models/`, one for each kind of checkpoint
 CORE_THIRD_PARTY = {"annotated_types", "jax", "numpy"}
 # Any layer may import these two; they import nothing of ours.
 BASE = {"jaxkv._clone", "jaxkv._version"}
@@ -223,6 +225,7 @@ def test_triton_is_imported_at_the_call(module):
 def test_every_folder_is_a_layer_of_one_level():
     folders = {path.parent.relative_to(ROOT).parts for path in MODULES.values()}
     one_level = {("jaxkv",), ("kernels",), ("models",)}
+    one_level |= {("models", name) for name in READERS}
     one_level |= {("jaxkv", name) for name in MAY_IMPORT}
     assert folders <= one_level
     assert {layer(module) for module in MODULES} == set(MAY_IMPORT)

@@ -6,11 +6,12 @@ import gguf_files
 import pytest
 from hf_checkpoints import raises
 
-from jaxkv.models import gguf_gemma, hf_gemma
 from jaxkv.models.config import LayerKind
-from jaxkv.models.gguf_config import read_config
-from jaxkv.models.gguf_header import read_header
-from jaxkv.models.gguf_keys import Keys
+from jaxkv.models.gguf import gemma as gguf_gemma
+from jaxkv.models.gguf.config import read_config
+from jaxkv.models.gguf.header import read_header
+from jaxkv.models.gguf.keys import Keys
+from jaxkv.models.hf import gemma as hf_gemma
 from jaxkv.models.rope import Rope
 
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxkv.models.checkpoint import CheckpointError
-from jaxkv.models.gguf_header import read_header
+from jaxkv.models.gguf.header import read_header
 
 FIRST, LAST = "token_embd.weight", "blk.1.ffn_down.weight"
 

@@ -9,8 +9,8 @@ from gguf_files import TOKENIZER, load, write_changed
 from hf_checkpoints import raises
 
 import jaxkv
-from jaxkv.models.gguf_config import read_config, stop_ids
-from jaxkv.models.gguf_header import read_header
+from jaxkv.models.gguf.config import read_config, stop_ids
+from jaxkv.models.gguf.header import read_header
 
 FIRST, LAST = "token_embd.weight", "blk.1.ffn_down.weight"
 

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from hf_checkpoints import raises
 
-from jaxkv.models.gguf_config import read_config
-from jaxkv.models.gguf_header import read_header
+from jaxkv.models.gguf.config import read_config
+from jaxkv.models.gguf.header import read_header
 from jaxkv.models.rope import (
     FrequencyFactors,
     LinearScaling,

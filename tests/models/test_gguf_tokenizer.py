@@ -29,9 +29,9 @@ from tokenizers import (
 from transformers.convert_slow_tokenizer import TikTokenConverter
 from transformers.models.qwen2 import tokenization_qwen2
 
-from jaxkv.models import gguf_tokenizer
-from jaxkv.models.gguf_header import Header, read_header
-from jaxkv.models.gguf_tokenizer import read_tokenizer
+from jaxkv.models.gguf import tokenizer as gguf_tokenizer
+from jaxkv.models.gguf.header import Header, read_header
+from jaxkv.models.gguf.tokenizer import read_tokenizer
 
 TEXT = (Path(__file__).parents[2] / "README.md").read_text("utf-8") + (
     "def f(x):\n    return x + 12345  # naïve café, I'm, YOU'RE\n\n\n1. one\n\n2. two\n"
@@ -339,7 +339,8 @@ def test_against_transformers(tmp_path):
 
 
 def test_files_are_written_for_the_folder_of_a_copy(tmp_path):
-    from jaxkv.models import hf_generation, hf_tokenizer
+    from jaxkv.models.hf import generation as hf_generation
+    from jaxkv.models.hf import tokenizer as hf_tokenizer
 
     header = read_header(write_changed(tmp_path / "x.gguf"))
     gguf_tokenizer.write_files(header, tmp_path, 20)

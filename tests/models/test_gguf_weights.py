@@ -12,12 +12,13 @@ import pytest
 from hf_checkpoints import CONFIG, assert_trees_equal, hf_tensors, raises
 from safetensors.numpy import save_file
 
-from jaxkv.models import gguf_weights, hf_weights
 from jaxkv.models.config import LayerKind
 from jaxkv.models.decoder import parameter_shapes
-from jaxkv.models.gguf_config import read_config
-from jaxkv.models.gguf_header import read_header
-from jaxkv.models.gguf_weights import read_weights
+from jaxkv.models.gguf import weights as gguf_weights
+from jaxkv.models.gguf.config import read_config
+from jaxkv.models.gguf.header import read_header
+from jaxkv.models.gguf.weights import read_weights
+from jaxkv.models.hf import weights as hf_weights
 from jaxkv.models.rope import Rope
 
 WIDE = dict(

@@ -8,8 +8,8 @@ import pytest
 from hf_checkpoints import MODEL, raises, write_config
 from safetensors.numpy import load_file, save_file
 
-from jaxkv.models.hf_config import read_config
-from jaxkv.models.hf_weights import read_weights
+from jaxkv.models.hf.config import read_config
+from jaxkv.models.hf.weights import read_weights
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

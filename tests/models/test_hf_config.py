@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from jaxkv.models.checkpoint import CheckpointError
 from jaxkv.models.config import Config, LayerKind
-from jaxkv.models.hf_config import read_config
+from jaxkv.models.hf.config import read_config
 from jaxkv.models.rope import Rope
 
 SMOLLM3 = (LayerKind(rope=Rope(theta=2e6)), LayerKind(rope=None))

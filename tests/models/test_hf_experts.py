@@ -8,7 +8,7 @@ from hf_checkpoints import raises
 
 from jaxkv.kernels.experts import Gate
 from jaxkv.models.config import Experts
-from jaxkv.models.hf_config import read_config
+from jaxkv.models.hf.config import read_config
 
 SIZES = dict(
     vocab_size=20,

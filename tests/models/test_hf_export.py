@@ -4,7 +4,7 @@ import pytest
 import tiny
 
 from jaxkv.models.config import Config
-from jaxkv.models.hf_export import write_qwen3
+from jaxkv.models.hf.export import write_qwen3
 from jaxkv.models.rope import Llama3Scaling, Rope
 
 SCALED = Rope(

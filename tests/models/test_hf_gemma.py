@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 from hf_checkpoints import raises, write_config
 
-from jaxkv.models.hf_config import read_config
+from jaxkv.models.hf.config import read_config
 from jaxkv.models.rope import LinearScaling, Rope
 
 GEMMA2 = dict(model_type="gemma2", architectures=..., sliding_window=16)

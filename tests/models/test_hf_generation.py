@@ -5,7 +5,7 @@ import json
 import pytest
 from hf_checkpoints import raises
 
-from jaxkv.models.hf_generation import drawing, stop_ids
+from jaxkv.models.hf.generation import drawing, stop_ids
 
 
 @pytest.mark.parametrize(

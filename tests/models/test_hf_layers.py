@@ -3,7 +3,7 @@
 import pytest
 from hf_checkpoints import raises, write_config
 
-from jaxkv.models.hf_config import read_config
+from jaxkv.models.hf.config import read_config
 
 QWEN2 = dict(
     model_type="qwen2",

@@ -12,9 +12,9 @@ import pytest
 from hf_checkpoints import MODEL, assert_trees_equal, hf_tensors, raises
 from safetensors.numpy import save_file
 
-from jaxkv.models import hf_packed
-from jaxkv.models.hf_quantised import read_scheme
-from jaxkv.models.hf_weights import read_weights
+from jaxkv.models.hf import packed as hf_packed
+from jaxkv.models.hf.quantised import read_scheme
+from jaxkv.models.hf.weights import read_weights
 
 CONFIG = dataclasses.replace(
     hf_checkpoints.CONFIG,

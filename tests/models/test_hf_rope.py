@@ -9,7 +9,7 @@ import pytest
 from jaxkv.models import rope
 from jaxkv.models.checkpoint import CheckpointError
 from jaxkv.models.config import LayerKind
-from jaxkv.models.hf_rope import read_rope, read_ropes, without_rope
+from jaxkv.models.hf.rope import read_rope, read_ropes, without_rope
 from jaxkv.models.rope import Llama3Scaling, LongRopeScaling, Rope, YarnScaling
 
 HEAD_DIM, MAX_POSITIONS = 16, 64

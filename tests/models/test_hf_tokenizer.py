@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from small_tokenizers import BOS, EOS, byte_level, pieces, write
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from jaxkv.models.hf_tokenizer import encode, read_tokenizer
+from jaxkv.models.hf.tokenizer import encode, read_tokenizer
 
 TEXTS = (
     "the cat and 12 hats, then the end.",
@@ -275,7 +275,7 @@ def test_transformers_says_nothing_and_its_log_level_stays(tmp_path):
     source = f"""
 import logging, pathlib, sys
 sys.modules["torch"] = None
-from jaxkv.models.hf_tokenizer import read_tokenizer
+from jaxkv.models.hf.tokenizer import read_tokenizer
 read_tokenizer(pathlib.Path({str(tmp_path)!r}))("the " * 999)
 import transformers
 logger = logging.getLogger("transformers")

@@ -32,7 +32,7 @@ from safetensors.numpy import save_file
 
 from jaxkv.models.config import LayerKind
 from jaxkv.models.decoder import parameter_shapes
-from jaxkv.models.hf_weights import read_weights
+from jaxkv.models.hf.weights import read_weights
 from jaxkv.models.parameter_plan import row_orders
 from jaxkv.models.rope import Rope
 

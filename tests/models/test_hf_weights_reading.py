@@ -10,8 +10,8 @@ import pytest
 from hf_checkpoints import EMBEDDING, MODEL, raises, write_checkpoint
 from safetensors.numpy import save_file
 
-from jaxkv.models import hf_weights
-from jaxkv.models.hf_weights import read_weights
+from jaxkv.models.hf import weights as hf_weights
+from jaxkv.models.hf.weights import read_weights
 
 
 def test_a_failing_read_names_the_tensor(tmp_path, monkeypatch):
@@ -70,7 +70,7 @@ def test_tensors_are_read_once_and_one_at_a_time(tmp_path, monkeypatch):
 
 PEAK = """
 import sys
-from jaxkv.models import hf_weights
+from jaxkv.models.hf import weights as hf_weights
 from jaxkv.models.config import Config
 from jaxkv.models.rope import Rope
 

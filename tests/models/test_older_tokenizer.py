@@ -8,7 +8,7 @@ import pytest
 from hf_checkpoints import raises
 from small_tokenizers import byte_level
 
-from jaxkv.models.hf_tokenizer import read_tokenizer
+from jaxkv.models.hf.tokenizer import read_tokenizer
 
 
 def write_words(folder, tokenizer_class, model_type="qwen2"):

@@ -19,12 +19,13 @@ from safetensors.numpy import load_file
 from windowed_cases import CASES as WINDOWED
 
 import jaxkv
-from jaxkv.models import gguf_config, gguf_weights
 from jaxkv.models.decoder import parameter_shapes
-from jaxkv.models.gguf_header import read_header
-from jaxkv.models.hf_config import read_config
-from jaxkv.models.hf_generation import stop_ids
-from jaxkv.models.hf_weights import read_weights
+from jaxkv.models.gguf import config as gguf_config
+from jaxkv.models.gguf import weights as gguf_weights
+from jaxkv.models.gguf.header import read_header
+from jaxkv.models.hf.config import read_config
+from jaxkv.models.hf.generation import stop_ids
+from jaxkv.models.hf.weights import read_weights
 from jaxkv.models.rope import Llama3Scaling
 
 torch = pytest.importorskip("torch")

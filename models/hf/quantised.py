@@ -1,6 +1,6 @@
 """What `quantization_config` says of how the tensors of a checkpoint are packed.
 
-What is read (`hf_packed` makes them whole):
+What is read (`packed` makes them whole):
 
 * `fp8`: float8 (e4m3) with a scale for each block of a matrix, or for all of it;
 * `compressed-tensors`: the same, or a scale for each row;

@@ -10,7 +10,7 @@ import sys
 import urllib.request
 
 import pytest
-from serving.http_served import Running, wait_until
+from server.http_served import Running, wait_until
 
 from jaxkv.text.chat import encode_chat
 

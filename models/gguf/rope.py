@@ -9,8 +9,8 @@ import numpy as np
 
 from jaxkv.models import checkpoint_values as values
 from jaxkv.models.checkpoint import CheckpointError
-from jaxkv.models.gguf_header import Header
-from jaxkv.models.gguf_keys import Keys
+from jaxkv.models.gguf.header import Header
+from jaxkv.models.gguf.keys import Keys
 from jaxkv.models.rope import (
     FrequencyFactors,
     LinearScaling,

@@ -15,8 +15,8 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from jaxkv.serving.http_metrics import Metrics
-from jaxkv.serving.http_refusals import Refusal, fault
+from jaxkv.server.metrics import Metrics
+from jaxkv.server.refusals import Refusal, fault
 
 R = TypeVar("R")
 

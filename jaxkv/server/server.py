@@ -11,7 +11,7 @@ from typing import Any
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from jaxkv.serving.http_app import Service
+from jaxkv.server.app import Service
 
 _MORE_CONNECTIONS = 64  # than requests that may run or wait
 _TICK = 0.05  # seconds between two looks at what still runs

@@ -7,7 +7,7 @@ import dataclasses
 from typing import Any
 
 from jaxkv.models.config import LayerKind
-from jaxkv.models.gguf_keys import Keys
+from jaxkv.models.gguf.keys import Keys
 from jaxkv.models.rope import Rope
 
 KEYS = frozenset(

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxkv.models.checkpoint import CheckpointError
-from jaxkv.models.hf_quantised import Scheme
+from jaxkv.models.hf.quantised import Scheme
 from jaxkv.models.parameter_plan import some
 
 FP8 = "F8_E4M3"

@@ -18,8 +18,8 @@ class Running:
 
     def __init__(self, lm, *, grace=30.0, engine=None, **terms):
         # Where the extra `serve` is missing, tests of it are skipped.
-        from jaxkv.serving.http_app import Service, Terms
-        from jaxkv.serving.http_server import Server, listen
+        from jaxkv.server.app import Service, Terms
+        from jaxkv.server.server import Server, listen
 
         self.engine = Engine(lm, rows=2, block=4, **LIMITS, **(engine or {}))
         self.service = Service(self.engine, Terms(name="tiny", **LIMITS, **terms))

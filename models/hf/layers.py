@@ -5,7 +5,7 @@ from typing import Any
 
 from jaxkv.models.checkpoint_values import integer, number, unsupported
 from jaxkv.models.config import LayerKind
-from jaxkv.models.hf_rope import LAYER_TYPES
+from jaxkv.models.hf.rope import LAYER_TYPES
 from jaxkv.models.rope import Rope
 
 _FULL, _SLIDING = LAYER_TYPES

@@ -4,8 +4,8 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-from jaxkv.models import hf_gemma, hf_granite
-from jaxkv.models.hf_rope import NO_ROPE
+from jaxkv.models.hf import gemma, granite
+from jaxkv.models.hf.rope import NO_ROPE
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,7 +21,7 @@ class Family:
         checkpoint; see `rope.head_order`.
       switches: of `Config`.
       experts: whether layers have experts.
-      rope: options of `hf_rope.read_ropes`.
+      rope: options of `rope.read_ropes`.
       keys: that no other family reads.
       read: returns switches of `Config` that some keys decide.
     """
@@ -94,23 +94,23 @@ FAMILIES = {
     "gemma2": Family(
         architecture="Gemma2ForCausalLM",
         bias="by attention_bias",
-        switches=hf_gemma.SWITCHES,
-        read=hf_gemma.read_gemma,
-        keys=hf_gemma.KEYS,
+        switches=gemma.SWITCHES,
+        read=gemma.read_gemma,
+        keys=gemma.KEYS,
     ),
     "gemma3_text": Family(
         architecture="Gemma3ForCausalLM",
         bias="by attention_bias",
-        switches=dict(hf_gemma.SWITCHES, qk_norm=True),
-        read=hf_gemma.read_gemma,
-        keys=hf_gemma.KEYS,
+        switches=dict(gemma.SWITCHES, qk_norm=True),
+        read=gemma.read_gemma,
+        keys=gemma.KEYS,
         rope=dict(by_type=True),
     ),
     "granite": Family(
         architecture="GraniteForCausalLM",
         bias="by attention_bias",
-        keys=hf_granite.KEYS,
-        read=hf_granite.read_granite,
+        keys=granite.KEYS,
+        read=granite.read_granite,
     ),
     "seed_oss": Family(
         architecture="SeedOssForCausalLM",

@@ -23,9 +23,9 @@ from safetensors import SafetensorError, safe_open
 from jaxkv.models import placing
 from jaxkv.models.checkpoint import CheckpointError, read_json
 from jaxkv.models.config import Config
-from jaxkv.models.hf_config import has_neighbouring_pairs
-from jaxkv.models.hf_packed import FP8, Dequantised, Tensor, dequantised
-from jaxkv.models.hf_quantised import read_scheme
+from jaxkv.models.hf.config import has_neighbouring_pairs
+from jaxkv.models.hf.packed import FP8, Dequantised, Tensor, dequantised
+from jaxkv.models.hf.quantised import read_scheme
 from jaxkv.models.layout import checkpoint_spans
 from jaxkv.models.layout import order as columns_in_order
 from jaxkv.models.parameter_plan import (
@@ -61,7 +61,7 @@ def read_weights(
 
     Query, key and value are joined, and so are gate and up; matrices are transposed
     from Hugging Face's `[out, in]` to `[in, out]`. Quantised tensors are dequantised
-    (`hf_packed`).
+    (`packed`).
 
     Args:
       folder: a folder with `model.safetensors`, or with shards and their index.

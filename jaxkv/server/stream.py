@@ -9,8 +9,8 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from jaxkv.serving.http_gate import GoneError, as_refusal, departure, until
-from jaxkv.serving.http_replies import Reply
+from jaxkv.server.gate import GoneError, as_refusal, departure, until
+from jaxkv.server.replies import Reply
 from jaxkv.serving.pieces import Piece
 
 _LAST_WORDS = 1.0  # seconds that a client has to take the end of a stream

@@ -6,7 +6,7 @@ Run it where `tests/evaluation/test_harness.py` says, with the harness' extra `a
 import json
 
 import pytest
-from serving.http_served import Running
+from server.http_served import Running
 
 import jaxkv
 

@@ -9,11 +9,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxkv.models import checkpoint_values as values
-from jaxkv.models import gguf_gemma, gguf_rope, hf_gemma
 from jaxkv.models.checkpoint import CheckpointError
 from jaxkv.models.config import Config, Experts, LayerKind
-from jaxkv.models.gguf_header import Header
-from jaxkv.models.gguf_keys import Keys
+from jaxkv.models.gguf import gemma as gguf_gemma
+from jaxkv.models.gguf import rope as gguf_rope
+from jaxkv.models.gguf.header import Header
+from jaxkv.models.gguf.keys import Keys
+from jaxkv.models.hf import gemma as hf_gemma
 from jaxkv.models.rope import Rope, reach
 
 EMBEDDING = "token_embd.weight"

@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 import pytest
-from serving.http_served import Running, wait_until
+from server.http_served import Running, wait_until
 
 import jaxkv
 from jaxkv import Categorical

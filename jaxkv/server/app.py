@@ -21,11 +21,9 @@ from starlette.routing import Route
 
 from jaxkv.fields import MOST_SEED
 from jaxkv.language_model import LanguageModel
-from jaxkv.serving import http_refusals as refusals
-from jaxkv.serving.echoes import echo, warm_up
-from jaxkv.serving.engine import Engine
-from jaxkv.serving.http_bodies import Chat, Common, Completion, parse
-from jaxkv.serving.http_gate import (
+from jaxkv.server import refusals
+from jaxkv.server.bodies import Chat, Common, Completion, parse
+from jaxkv.server.gate import (
     Gate,
     answer,
     as_refusal,
@@ -33,10 +31,12 @@ from jaxkv.serving.http_gate import (
     departure,
     until,
 )
-from jaxkv.serving.http_metrics import Metrics
-from jaxkv.serving.http_refusals import Refusal
-from jaxkv.serving.http_replies import ChatReply, CompletionReply, Reply
-from jaxkv.serving.http_stream import Stream, events
+from jaxkv.server.metrics import Metrics
+from jaxkv.server.refusals import Refusal
+from jaxkv.server.replies import ChatReply, CompletionReply, Reply
+from jaxkv.server.stream import Stream, events
+from jaxkv.serving.echoes import echo, warm_up
+from jaxkv.serving.engine import Engine
 from jaxkv.serving.pieces import Piece, pieces
 from jaxkv.serving.worker import FullError, Group, StoppedError, Worker
 from jaxkv.text.chat import encode_chat

@@ -17,10 +17,10 @@ import numpy as np
 from jaxkv.models import placing
 from jaxkv.models.checkpoint import CheckpointError
 from jaxkv.models.config import Config
-from jaxkv.models.gguf_config import EMBEDDING, FAMILIES
-from jaxkv.models.gguf_header import Header, Tensor
-from jaxkv.models.gguf_rope import TENSORS
-from jaxkv.models.hf_weights import check_dtype
+from jaxkv.models.gguf.config import EMBEDDING, FAMILIES
+from jaxkv.models.gguf.header import Header, Tensor
+from jaxkv.models.gguf.rope import TENSORS
+from jaxkv.models.hf.weights import check_dtype
 from jaxkv.models.layout import checkpoint_spans
 from jaxkv.models.layout import order as columns_in_order
 from jaxkv.models.parameter_plan import (
@@ -83,7 +83,7 @@ def read_weights(
 
     Args:
       header: of the file.
-      config: the network, from `gguf_config.read_config`.
+      config: the network, from `config.read_config`.
       dtype: "float32", "bfloat16" or "float16" for every parameter; None is the type
         of the embedding; if that is quantised, float32 on CPU and bfloat16 elsewhere.
       shardings: a tree like the result with a `jax.sharding.Sharding` or a device at

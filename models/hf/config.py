@@ -10,12 +10,12 @@ from typing import Any
 from jaxkv.models.checkpoint import CheckpointError, read_json
 from jaxkv.models.checkpoint_values import MOST_LAYERS, integer, number, unsupported
 from jaxkv.models.config import Config, LayerKind
-from jaxkv.models.hf_experts import KEYS as EXPERT_KEYS
-from jaxkv.models.hf_experts import read_experts
-from jaxkv.models.hf_families import FAMILIES, Family
-from jaxkv.models.hf_layers import read_kinds, spelled_by_type
-from jaxkv.models.hf_quantised import read_scheme
-from jaxkv.models.hf_rope import NO_ROPE, read_ropes, without_rope
+from jaxkv.models.hf.experts import KEYS as EXPERT_KEYS
+from jaxkv.models.hf.experts import read_experts
+from jaxkv.models.hf.families import FAMILIES, Family
+from jaxkv.models.hf.layers import read_kinds, spelled_by_type
+from jaxkv.models.hf.quantised import read_scheme
+from jaxkv.models.hf.rope import NO_ROPE, read_ropes, without_rope
 from jaxkv.models.quiet import quiet_transformers
 from jaxkv.models.rope import reach
 

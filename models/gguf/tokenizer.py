@@ -11,8 +11,8 @@ from typing import Any
 
 from jaxkv.models.checkpoint import CheckpointError
 from jaxkv.models.checkpoint_values import shown
-from jaxkv.models.gguf_config import stop_ids
-from jaxkv.models.gguf_header import Header
+from jaxkv.models.gguf.config import stop_ids
+from jaxkv.models.gguf.header import Header
 from jaxkv.models.quiet import quiet_transformers
 from jaxkv.models.tokenizer_checks import check, one_line
 

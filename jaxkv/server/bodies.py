@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from jaxkv.fields import MOST, MOST_SEED
 from jaxkv.sampling import Categorical, Greedy
-from jaxkv.serving.http_refusals import Refusal
+from jaxkv.server.refusals import Refusal
 
 MOST_STOPS = 16  # stop strings of a request
 _LONGEST_STOP = 256  # characters of one

@@ -5,7 +5,7 @@ import random
 import time
 
 import pytest
-from serving.http_served import Running, wait_until
+from server.http_served import Running, wait_until
 
 for package in ("starlette", "uvicorn", "prometheus_client"):
     pytest.importorskip(package)
@@ -58,7 +58,7 @@ def test_a_key_is_wanted_everywhere_but_for_health(strict, ask):
 
 
 def test_keys_are_compared_in_constant_time(strict, ask, monkeypatch):
-    from jaxkv.serving import http_gate
+    from jaxkv.server import gate
 
     compared = []
 
@@ -66,7 +66,7 @@ def test_keys_are_compared_in_constant_time(strict, ask, monkeypatch):
         compared.append((len(a), len(b)))
         return True
 
-    monkeypatch.setattr(http_gate.hmac, "compare_digest", compare)
+    monkeypatch.setattr(gate.hmac, "compare_digest", compare)
     assert strict.ask("/v1/models", Authorization="Bearer nothing like it")[0] == 200
     assert compared == [(32, 32)]
 

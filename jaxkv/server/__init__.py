@@ -1,0 +1,1 @@
+"""An engine behind HTTP: the API of OpenAI, for `jaxkv serve`."""

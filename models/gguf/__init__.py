@@ -1,0 +1,1 @@
+"""Checkpoints in one GGUF file: configuration, weights, tokenizer."""
