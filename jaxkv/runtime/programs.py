@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import jax
+import jax.numpy as jnp
 
 from jaxkv.runtime.meshes import under_mesh_of
 
@@ -148,11 +149,20 @@ class Program(Generic[R]):
         named = dict(zip(self._names, args, strict=False)) | kwargs
         return under_mesh_of([named.get(name) for name in self._implied])
 
+    def _of_jax(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """Return arguments with JAX's arrays for NumPy's, as `jax.jit` has them."""
+        named = dict(zip(self._names, args, strict=False)) | kwargs
+        arrays = {k: v for k, v in named.items() if k not in self._static}
+        named |= jax.tree.map(jnp.asarray, arrays)
+        return (), named
+
     def _fresh(self) -> Any:
         """Return a `jax.jit` that shares no program with any other."""
         function = self._function
 
         def alone(*args, **kwargs):
+            if jax.config.jax_disable_jit:  # type: ignore[attr-defined]
+                args, kwargs = self._of_jax(args, kwargs)
             return function(*args, **kwargs)
 
         # JAX's caches know a function by its identity, and a program by its name.

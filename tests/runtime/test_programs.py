@@ -1,5 +1,6 @@
 """Programs that are let go of: which, when, and that results are none the worse."""
 
+import contextlib
 import dataclasses
 import itertools
 import threading
@@ -45,6 +46,22 @@ def test_what_is_known_compiles_nothing(times):
         got = times({"a": x}, factor=2)["a"]
         assert isinstance(got, jax.Array) and got.tolist() == (2 * x).tolist()
     assert times.traces == 1
+
+
+def test_without_jit_functions_see_what_they_see_with_it(shelf):
+    seen = []
+
+    @bounded_jit(shelf=shelf, static_argnames=("option",))
+    def look(x, y, *, option):
+        seen.append((option, *[(a.dtype, a.weak_type) for a in (*x, y)]))
+        assert all(isinstance(a, jax.Array) for a in (*x, y))
+        return y
+
+    host = np.arange(2)
+    for context in (contextlib.nullcontext(), jax.disable_jit()):
+        with context:
+            look((host, np.float64(1)), 3, option=(host.shape, 7))
+    assert seen[0] == seen[1]
 
 
 def test_each_shape_type_structure_and_option_has_a_program(times, shelf):
