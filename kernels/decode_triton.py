@@ -77,10 +77,10 @@ def choose_tiles(
     # With the part of the newest tokens a power of two, as the second kernel likes it.
     most = max(16, next_power_of_2(128 // kv_heads), num_tiles // 8) - 1
     splits = max(1, min(most, num_tiles // 3))
-    # In float32, or with few programs per processor that have much to do, four warps
-    # are too few.
+    # In float32, with few programs per processor that have much to do, and with the
+    # masks of a head that is padded to 128, four warps are too few.
     few = batch * kv_heads * splits <= num_sms and num_tiles > 4 * splits
-    warps = 8 if itemsize == 4 or few else 4
+    warps = 8 if itemsize == 4 or few or 64 < head_dim < 128 else 4
     return Tiles(splits=splits, block=block, warps=warps, stages=3)
 
 

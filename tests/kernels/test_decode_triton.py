@@ -63,6 +63,7 @@ SHIPPED = [
 ]
 SHIPPED_SLOW = [
     *itertools.product([1, 128], [8], [3201], [64, 96, 128, 256], ["float16"]),
+    *itertools.product([128], [8], [3200], [80, 96, 112], ["bfloat16"]),
     *itertools.product([1, 128], [8], [3200], [64, 128, 256], ["float32"]),
 ]
 
