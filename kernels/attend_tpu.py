@@ -54,6 +54,8 @@ class Plan:
       score: norm of the value in the importance; None only attends.
       shared: whether all heads of a sequence share one victim.
       chooses: whether the kernel chooses the victim; else it gives the importance.
+      sink: whether there is a logit more for each head.
+      cap: bound of the logits, or None.
     """
 
     batch: int
@@ -68,6 +70,8 @@ class Plan:
     score: ProductScore | None
     shared: bool
     chooses: bool
+    sink: bool
+    cap: float | None
 
     @property
     def steps(self) -> int:
@@ -98,7 +102,8 @@ class Plan:
         scores = 3 * 8 * self.padded * 4
         if not self.chooses:
             scores = (8 + 2 * rows) * self.padded * 4
-        return cache + masked + positions + logits + scores + (1 << 20)
+        sink = 2 * -(-self.group // 8) * 8 * _LANES * 4 * self.sink
+        return cache + masked + positions + logits + scores + sink + (1 << 20)
 
 
 def make_plan(
@@ -110,6 +115,8 @@ def make_plan(
     shared: bool = True,
     chooses: bool = True,
     block: int | None = None,
+    sink: bool = False,
+    cap: float | None = None,
 ) -> Plan:
     """Return the plan of a call, or raise NotImplementedError for what cannot run."""
     reason = unsupported(query, keys, chooses=chooses, block=block)
@@ -123,6 +130,8 @@ def make_plan(
         shared=shared,
         chooses=chooses,
         block=block,
+        sink=sink,
+        cap=cap,
     )
 
 
@@ -161,7 +170,16 @@ def unsupported_type(*arrays) -> str:
 
 
 def _plan(
-    query, keys, *, chooses, scale=1.0, score="l1", shared=True, block=None
+    query,
+    keys,
+    *,
+    chooses,
+    scale=1.0,
+    score="l1",
+    shared=True,
+    block=None,
+    sink=False,
+    cap=None,
 ) -> Plan:
     batch, kv_heads, slots, head_dim = keys.shape
     return Plan(
@@ -177,6 +195,8 @@ def _plan(
         score=score,
         shared=shared,
         chooses=chooses,
+        sink=sink,
+        cap=None if cap is None else float(cap),
     )
 
 
@@ -201,6 +221,7 @@ def call(
     token: Token,
     slots: Slots,
     bounds: tuple[jax.Array, ...] = (),
+    sink: jax.Array | None = None,
     *,
     interpret: Any,
 ) -> tuple[Any, ...]:
@@ -212,6 +233,7 @@ def call(
       token: the new one.
       slots: of the cache.
       bounds: of a choice, `oldest` and `newest`.
+      sink: `[N]`, where the plan has one.
       interpret: see `longflow_attention_tpu`.
 
     Returns:
@@ -227,7 +249,11 @@ def call(
     b, k, g, h = plan.batch, plan.kv_heads, plan.group, plan.head_dim
     heads, new = (b, k, g, h), (b, k, 1, h)
     scalars = target, token.position, *bounds
-    n = len(scalars)
+    sinks = []
+    if sink is not None:
+        of_heads = sink.astype(jnp.float32).reshape(k, g, 1)
+        sinks = [jnp.broadcast_to(of_heads, (k, g, _LANES))]
+    n = len(scalars) + len(sinks)
     kernel, inputs, outputs, scratch = _layout(plan)
     out_shape = [jax.ShapeDtypeStruct(heads, query.dtype)]
     out_shape += [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in slots[:3]]
@@ -239,7 +265,7 @@ def call(
         out, keys, values, positions, *last = pl.pallas_call(
             functools.partial(kernel, plan=plan),
             grid_spec=pltpu.PrefetchScalarGridSpec(
-                num_scalar_prefetch=n,
+                num_scalar_prefetch=len(scalars),
                 grid=(b, k, plan.steps),
                 in_specs=inputs,
                 out_specs=outputs,
@@ -254,7 +280,7 @@ def call(
             name="decode_attention" if plan.score is None else "longflow_attention",
             interpret=interpret,
         )(
-            *scalars,
+            *(*scalars, *sinks),
             query.reshape(heads),
             token.key.astype(keys.dtype).reshape(new),
             token.value.astype(values.dtype).reshape(new),
@@ -279,6 +305,9 @@ def _layout(plan: Plan):
     held = pl.BlockSpec((1, k, plan.padded), lambda b, k, t, *_: (b, 0, 0))
     chosen = pl.BlockSpec((1, k, _LANES), lambda b, k, t, *_: (b, 0, 0))
     inputs = [of_head(g), of_head(1), of_head(1), block, block, held]
+    if plan.sink:
+        of_group = pl.BlockSpec((1, g, _LANES), lambda b, k, t, *_: (k, 0, 0))
+        inputs = [of_group, *inputs]
     outputs = [of_head(g), written, written, held]
     f32 = jnp.float32
     scratch = [pltpu.VMEM((g, _LANES), f32)] * 2 + [pltpu.VMEM((g, h), f32)]

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from jaxkv.kernels.weighing import capped
+
 LANES = 128
 _LOWEST = -1e30  # below every logit, and finite: an empty head gives zeros, not NaN
 _NO_SLOT = float(1 << 24)  # slots are counted in float32, exact below this
@@ -21,6 +23,7 @@ _NO_SLOT = float(1 << 24)  # slots are counted in float32, exact below this
 class _Refs(NamedTuple):
     """The references that every kernel has, in the order that Pallas passes them in."""
 
+    sink: Any  # [1, G, 128], equal lanes; None where the plan has no sink
     query: Any  # [1, 1, G, H]
     key: Any  # [1, 1, 1, H]
     value: Any  # [1, 1, 1, H]
@@ -38,13 +41,15 @@ class _Refs(NamedTuple):
 
 def attend(target_ref, position_ref, *refs, plan):
     """Kernel that only attends."""
-    _attend_block(target_ref, position_ref, _Refs(*refs), None, plan)
+    refs = _Refs(*_with_sink(refs, plan))
+    _attend_block(target_ref, position_ref, refs, None, plan)
 
 
 def score(target_ref, position_ref, *refs, plan):
     """Kernel that attends and scores, and leaves the choice to others."""
-    importance_ref, scores = refs[10], refs[14:]  # [1, K, padded]; see `longflow`
-    refs = _Refs(*refs[:10], *refs[11:14])
+    refs = _with_sink(refs, plan)
+    importance_ref, scores = refs[11], refs[15:]  # [1, K, padded]; see `longflow`
+    refs = _Refs(*refs[:11], *refs[12:15])
     k, t = pl.program_id(1), pl.program_id(2)
     _attend_block(target_ref, position_ref, refs, scores, plan)
 
@@ -61,9 +66,10 @@ def score(target_ref, position_ref, *refs, plan):
 def longflow(target_ref, position_ref, oldest_ref, newest_ref, *refs, plan):
     """Kernel that attends, scores, and chooses the victim."""
     # The next target is the last output, before the scratch memory that all have.
-    chosen_ref, scratch = refs[10], refs[14:]
+    refs = _with_sink(refs, plan)
+    chosen_ref, scratch = refs[11], refs[15:]
     logits_ref, norms_ref, importance_ref, barred_ref = scratch
-    refs = _Refs(*refs[:10], *refs[11:14])
+    refs = _Refs(*refs[:11], *refs[12:15])
     b, k, t = (pl.program_id(axis) for axis in range(3))
     _attend_block(target_ref, position_ref, refs, (logits_ref, norms_ref), plan)
 
@@ -100,6 +106,11 @@ def longflow(target_ref, position_ref, oldest_ref, newest_ref, *refs, plan):
                 chosen_ref[0, pl.ds(k, 1), :] = jnp.broadcast_to(victim, (1, LANES))
 
 
+def _with_sink(refs, plan):
+    """Return the references with the sink's in front, or None for it."""
+    return refs if plan.sink else (None, *refs)
+
+
 def _importance(refs: _Refs, scores, here):
     """Return the importance `[1, block]` of one head's slots, once it has attended."""
     logits_ref, norms_ref = scores
@@ -120,6 +131,7 @@ def _attend_block(target_ref, position_ref, refs: _Refs, scores, plan):
     new_logit = plan.scale * jnp.sum(
         query.astype(jnp.float32) * new_key.astype(jnp.float32), 1, keepdims=True
     )
+    new_logit = capped(new_logit, plan.cap)
 
     @pl.when(t == 0)
     def _():
@@ -150,6 +162,7 @@ def _attend_block(target_ref, position_ref, refs: _Refs, scores, plan):
     across_head = (((1,), (1,)), ((), ()))  # [rows, H] with [slots, H]
     keys = refs.keys[0, 0]
     logits = plan.scale * dot(query.astype(keys.dtype), keys, across_head)
+    logits = capped(logits, plan.cap)
     logits = jnp.where(occupied & ~is_target, logits, -jnp.inf)  # [G, block]
     maximum = refs.maximum[:, :1]
     new_maximum = jnp.maximum(maximum, jnp.max(logits, 1, keepdims=True))
@@ -201,6 +214,13 @@ def _attend_block(target_ref, position_ref, refs: _Refs, scores, plan):
 
     @pl.when(t == plan.steps - 1)
     def _():
+        if plan.sink:
+            maximum, sink = refs.maximum[...], refs.sink[0]
+            top = jnp.maximum(maximum, sink)
+            rescale = jnp.exp(maximum - top)
+            refs.maximum[...] = top
+            refs.total[...] = refs.total[...] * rescale + jnp.exp(sink - top)
+            refs.acc[...] = refs.acc[...] * rescale[:, :1]
         out = refs.acc[...] / jnp.maximum(refs.total[:, :1], 1e-30)
         refs.out[0, 0] = out.astype(refs.out.dtype)
 

@@ -16,6 +16,7 @@ from jaxkv.kernels.cache import Slots, Token, write
 from jaxkv.kernels.decode_triton import decode_attention_triton
 from jaxkv.kernels.per_shard import per_shard
 from jaxkv.kernels.shapes import check_groups, checked
+from jaxkv.kernels.weighing import capped
 
 Implementation = Literal["reference", "xla", "triton", "pallas_tpu"]
 
@@ -44,7 +45,7 @@ def decode_attention(
       cap: logits are `cap * tanh(logits / cap)`, the sink's excepted; None is no bound.
       implementation: "reference" (float32), "xla" (anywhere), "triton" (NVIDIA, through
         jax-triton), "pallas_tpu" (TPU), or None for the best one that can run; `choose`
-        says which. The last two take neither sink nor cap.
+        says which.
 
     Returns:
       The output, in the dtype of the query, and the slots with the token in them;
@@ -56,11 +57,9 @@ def decode_attention(
     """
     where = "decode_attention"
     check_groups(where, query.shape[1], slots.keys.shape[1])
-    unable = dispatch.plain_only(sink, cap)
     if implementation is None:
         implementation = choose(jax.default_backend(), query, slots.keys)
-        implementation = "xla" if implementation in unable else implementation
-    run = dispatch.resolve(where, implementation, _RUNS, unable=unable)
+    run = dispatch.resolve(where, implementation, _RUNS)
     run = functools.partial(run, scale=scale, **dispatch.given(cap=cap))
     arrays = query, token, slots
     return per_shard(run, decode_attention)(*arrays, *dispatch.arrays(sink))
@@ -144,11 +143,6 @@ def decode_weights(
     if sink is not None:
         sink = sink.reshape(1, keys.shape[1], -1, 1)
     return softmax(logits, sink)
-
-
-def capped(logits: jax.Array, cap: float | None) -> jax.Array:
-    """Return logits bounded by `cap`, smoothly; None leaves them as they are."""
-    return logits if cap is None else cap * jnp.tanh(logits / cap)
 
 
 def softmax(logits: jax.Array, sink: jax.Array | None = None) -> jax.Array:

@@ -15,8 +15,10 @@ def decode_attention_tpu(
     query: jax.Array,
     token: Token,
     slots: Slots,
+    sink: jax.Array | None = None,
     *,
     scale: float,
+    cap: float | None = None,
     block: int | None = None,
     interpret: Any = False,
 ) -> tuple[jax.Array, Slots]:
@@ -29,7 +31,9 @@ def decode_attention_tpu(
       query: `[B, N, H]`, bfloat16 or float32.
       token: the new one.
       slots: of the cache.
+      sink: `[N]`, or None.
       scale: factor on the logits.
+      cap: bound of the logits, or None.
       block: slots per step, a multiple of 128; None chooses.
       interpret: see `longflow_tpu.longflow_attention_tpu`.
 
@@ -39,6 +43,16 @@ def decode_attention_tpu(
     Raises:
       NotImplementedError: dtypes or sizes that the kernel does not take.
     """
-    plan = attend_tpu.make_plan(query, slots.keys, scale=scale, score=None, block=block)
-    out, slots = attend_tpu.call(plan, query, token, slots, interpret=interpret)
+    plan = attend_tpu.make_plan(
+        query,
+        slots.keys,
+        scale=scale,
+        score=None,
+        block=block,
+        sink=sink is not None,
+        cap=cap,
+    )
+    out, slots = attend_tpu.call(
+        plan, query, token, slots, sink=sink, interpret=interpret
+    )
     return out, slots

@@ -88,8 +88,10 @@ def decode_attention_triton(
     query: jax.Array,
     token: Token,
     slots: Slots,
+    sink: jax.Array | None = None,
     *,
     scale: float,
+    cap: float | None = None,
     tiles: Tiles | None = None,
 ) -> tuple[jax.Array, Slots]:
     """Do `decode.decode_attention`, whose arguments these are.
@@ -101,7 +103,9 @@ def decode_attention_triton(
       query: `[B, N, H]`.
       token: the new one.
       slots: of the cache.
+      sink: `[N]`, or None.
       scale: factor on the logits.
+      cap: bound of the logits, or None.
       tiles: how to cut the work; None chooses by shape and device.
 
     Returns:
@@ -117,7 +121,7 @@ def decode_attention_triton(
     cache = slots.keys, slots.values, slots.positions
     out, statistic, keys, values, positions = triton_call.call(
         body.attend_split,
-        (query, token.key, token.value, *cache, slots.target, token.position),
+        (query, token.key, token.value, *cache, slots.target, token.position, sink),
         (
             jax.ShapeDtypeStruct((tiles.parts, batch, heads, head_dim), part_dtype),
             jax.ShapeDtypeStruct((tiles.parts, batch, heads), jnp.float32),
@@ -129,6 +133,7 @@ def decode_attention_triton(
         num_stages=tiles.stages,
         **attend_constants(heads, *sizes, scale, tiles),
         **newest_constants(num_slots, tiles),
+        **triton_call.weighing(sink, cap),
     )
     slots = slots._replace(keys=keys, values=values, positions=positions)
     if tiles.parts == 1:

@@ -35,6 +35,7 @@ import triton
 import triton.language as tl
 
 from jaxkv.kernels.newest_triton_body import add_up, attend_newest, find_newest
+from jaxkv.kernels.weighing_triton_body import capped, pay_sink
 
 _LOWEST = tl.constexpr(-1e30)
 
@@ -105,12 +106,14 @@ def attend_columns(
     acc,  # [M, H]
     SCALE: tl.constexpr,
     PRECISION: tl.constexpr,
+    CAP: tl.constexpr = None,
 ):
     """Return a tile's logits, and the softmax with the tile added."""
     # Not reading free slots saves their bytes and keeps their NaN out of both
     # products: 0 x NaN is NaN, so masking the weights would not be enough.
     k = tl.load(keys_ptr + offsets, real, other=0.0)  # [S, H]
     logits = SCALE * tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    logits = capped(logits, CAP)
     logits = tl.where(visible, logits, float("-inf"))  # [M, S]
 
     new_maximum = tl.maximum(maximum, tl.max(logits, 1))
@@ -138,6 +141,7 @@ def attend_tile(
     HEAD_DIM: tl.constexpr,
     HEAD_PAD: tl.constexpr,
     PRECISION: tl.constexpr,
+    CAP: tl.constexpr,
 ):
     """Return the logits of a tile of slots, and the softmax with the tile added."""
     columns = tl.arange(0, HEAD_PAD)
@@ -146,7 +150,7 @@ def attend_tile(
         slots[:, None] * HEAD_DIM + columns[None, :],
         occupied[:, None] & (columns < HEAD_DIM)[None, :],
         occupied[None, :],
-        *(maximum, total, acc, SCALE, PRECISION),
+        *(maximum, total, acc, SCALE, PRECISION, CAP),
     )
 
 
@@ -232,6 +236,7 @@ def attend_older(
     NEWEST: tl.constexpr,
     HEAD_PAD: tl.constexpr,
     PRECISION: tl.constexpr,
+    CAP: tl.constexpr,
 ):
     """Attend to every `SPLITS`-th tile: maximum, totals and accumulator."""
     maximum = tl.full([q.shape[0]], _LOWEST, tl.float32)
@@ -257,7 +262,7 @@ def attend_older(
         occupied &= slots != target
         _, maximum, total, acc = attend_tile(
             *(q, keys_ptr, values_ptr, slots, occupied, maximum, total, acc),
-            *(SCALE, HEAD_DIM, HEAD_PAD, PRECISION),
+            *(SCALE, HEAD_DIM, HEAD_PAD, PRECISION, CAP),
         )
     return maximum, add_up(total), acc
 
@@ -273,6 +278,7 @@ def attend_split(
     positions_ptr,  # [B, K, S]
     target_ptr,  # [B, K]
     position_ptr,  # [B]
+    sink_ptr,  # [N], or a constant
     # Outputs.
     out_ptr,  # [PARTS, B, K, G, H], normalised within the part
     statistic_ptr,  # [PARTS, B, K, G], log2 of the part's sum of exponentials
@@ -296,6 +302,9 @@ def attend_split(
     GROUP_PAD: tl.constexpr,  # G rounded up to what the tensor cores take
     HEAD_PAD: tl.constexpr,  # H rounded up to a power of two
     PRECISION: tl.constexpr,
+    # What is not usual about the softmax.
+    SINK: tl.constexpr,
+    CAP: tl.constexpr,
 ):
     """Write the new token, and attend to a share of one row."""
     row = tl.program_id(0).to(tl.int64)
@@ -324,11 +333,13 @@ def attend_split(
         maximum, total, acc = attend_older(
             *(q, keys_ptr, values_ptr, positions_ptr, split, target, position),
             *(SCALE, SLOTS, HEAD_DIM, SPLITS, BLOCK, NEWEST, HEAD_PAD, PRECISION),
+            CAP,
         )
     elif part > 0:
         older = attend_older(
             *(q, keys_ptr, values_ptr, positions_ptr, split, target, position),
             *(SCALE, SLOTS, HEAD_DIM, SPLITS, BLOCK, NEWEST, HEAD_PAD, PRECISION),
+            CAP,
         )
         store_part(
             *(out_ptr, statistic_ptr, part_row, older[0], older[1], older[2]),
@@ -344,7 +355,7 @@ def attend_split(
             maximum, total, acc = attend_newest(
                 *(q, keys_ptr, values_ptr, slots, key_ptr, value_ptr),
                 tl.where(back == 0, tl.where(unfinished, 0, -1), -1),
-                *(maximum, total, acc, SCALE, HEAD_DIM, HEAD_PAD, PRECISION),
+                *(maximum, total, acc, SCALE, HEAD_DIM, HEAD_PAD, PRECISION, CAP),
             )
         columns = tl.arange(0, HEAD_PAD)
         k_new = tl.load(key_ptr + columns, columns < HEAD_DIM, other=0.0)
@@ -353,6 +364,12 @@ def attend_split(
             *(keys_ptr, values_ptr, positions_ptr, k_new, v_new, position, target),
             *(unfinished, HEAD_DIM, HEAD_PAD),
         )
+        if SINK:
+            heads = tl.arange(0, GROUP_PAD)
+            maximum, total, acc = pay_sink(
+                *(maximum, total, acc, sink_ptr),
+                *(row % KV_HEADS * GROUP + heads, heads < GROUP),
+            )
         store_part(
             *(out_ptr, statistic_ptr, part_row, maximum, total, acc),
             *(GROUP, HEAD_DIM, GROUP_PAD, HEAD_PAD),

@@ -22,8 +22,10 @@ def longflow_attention_tpu(
     slots: Slots,
     oldest: jax.Array,
     newest: jax.Array,
+    sink: jax.Array | None = None,
     *,
     scale: float,
+    cap: float | None = None,
     score: ProductScore = "l1",
     shared: bool = True,
     axis: str | None = None,
@@ -47,7 +49,9 @@ def longflow_attention_tpu(
       oldest: int32 `[B]`.
       newest: int32 `[B]`; only tokens at positions from `oldest` to `newest` may be
         evicted. Where there is none, any may.
+      sink: `[N]`, or None.
       scale: factor on the logits.
+      cap: bound of the logits, or None.
       score: "l1" or "l2", the norm of the value; "attention", no norm.
       shared: one victim for all heads of a sequence, by the mean over all of them;
         otherwise one for each key/value head, by the mean over its group.
@@ -78,11 +82,13 @@ def longflow_attention_tpu(
         shared=shared,
         chooses=axis is None,
         block=block,
+        sink=sink is not None,
+        cap=cap,
     )
     bounds = (oldest, newest) if plan.chooses else ()
     norms = write_norm(token, slots, score)
     out, slots, last = attend_tpu.call(
-        plan, query, token, slots, bounds, interpret=interpret
+        plan, query, token, slots, bounds, sink, interpret=interpret
     )
     if plan.chooses:
         target = last[:, :, 0]

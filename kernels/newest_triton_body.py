@@ -7,6 +7,8 @@ that a decode step brings, and drafts. `decode_triton_body` says why they are ap
 import triton
 import triton.language as tl
 
+from jaxkv.kernels.weighing_triton_body import capped
+
 
 @triton.jit
 def add_up(x):
@@ -76,6 +78,7 @@ def attend_newest(
     HEAD_DIM: tl.constexpr,
     HEAD_PAD: tl.constexpr,
     PRECISION: tl.constexpr,
+    CAP: tl.constexpr = None,
 ):
     """Return the softmax with a tile of the newest tokens added."""
     columns = tl.arange(0, HEAD_PAD)
@@ -87,6 +90,7 @@ def attend_newest(
     k = tl.where(fresh, tl.load(key_ptr + fresh_at, fresh, other=0.0), k)
     visible = (slots >= 0) | (rows >= 0)
     logits = SCALE * tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    logits = capped(logits, CAP)
     logits = tl.where(visible[None, :], logits, float("-inf"))
     new_maximum = tl.maximum(maximum, tl.max(logits, 1))
     weights = tl.exp2(logits - new_maximum[:, None])

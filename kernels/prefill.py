@@ -16,9 +16,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxkv.kernels import dispatch
-from jaxkv.kernels.decode import capped
 from jaxkv.kernels.per_shard import per_shard
 from jaxkv.kernels.shapes import check_groups, checked
+from jaxkv.kernels.weighing import capped
 
 Implementation = Literal["reference", "xla", "cudnn", "splash"]
 

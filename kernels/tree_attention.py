@@ -19,6 +19,7 @@ from jaxkv.kernels.cache import Nodes, Slots, Token, write
 from jaxkv.kernels.per_shard import per_shard
 from jaxkv.kernels.shapes import check_groups, checked
 from jaxkv.kernels.tree_triton import tree_attention_triton
+from jaxkv.kernels.weighing import capped
 
 Implementation = Literal["reference", "xla", "triton"]
 
@@ -158,7 +159,7 @@ def logits_of(grouped, key, keys, scale, cap=None):
     flags = dict(preferred_element_type=jnp.float32)
     old = scale * jnp.einsum("bktgh,bksh->bktgs", grouped, keys, **flags)
     new = scale * jnp.einsum("bktgh,bukh->bktgu", grouped, key, **flags)
-    return decode.capped(old, cap), decode.capped(new, cap)
+    return capped(old, cap), capped(new, cap)
 
 
 def softmax_over_both(old, new, old_alive, new_alive, sink=None):

@@ -1,7 +1,9 @@
 """Launches of Triton kernels through jax-triton, and what their tiles are cut for."""
 
 import inspect
+import math
 import warnings
+from typing import Any
 
 import jax
 
@@ -16,7 +18,8 @@ def call(kernel, arrays, out_types, *, aliases, grid, **options):
 
     Args:
       kernel: a function under `triton.jit`.
-      arrays: its inputs.
+      arrays: its inputs; None for one that this call has not, which the compiled kernel
+        then has no parameter for.
       out_types: shapes and dtypes of its outputs.
       aliases: index of an input to the index of the output that takes its place.
       grid: of programs.
@@ -27,6 +30,8 @@ def call(kernel, arrays, out_types, *, aliases, grid, **options):
     """
     import jax_triton
 
+    # Both versions make a constant of a parameter that is given this number.
+    arrays = tuple(1 if array is None else array for array in arrays)
     if "out_type" in inspect.signature(jax_triton.triton_call).parameters:
         options |= {name: 0 for name in kernel.arg_names if name[0] == "_"}
         options["out_type"] = out_types
@@ -47,6 +52,19 @@ def call(kernel, arrays, out_types, *, aliases, grid, **options):
             name=kernel.__name__,
             **options,
         )
+
+
+def weighing(sink: jax.Array | None, cap: float | None) -> dict[str, Any]:
+    """Return the compile-time arguments that say what `weighing_triton_body` does.
+
+    Args:
+      sink: see `decode.decode_attention`; the kernel's last input, None included.
+      cap: likewise.
+    """
+    return dict(
+        SINK=sink is not None,
+        CAP=None if cap is None else float(cap) * math.log2(math.e),
+    )
 
 
 def num_processors() -> int:

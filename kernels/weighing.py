@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 
 @jax.tree_util.register_dataclass
@@ -30,6 +31,11 @@ class Weighing:
 
 
 PLAIN = Weighing()
+
+
+def capped(logits: jax.Array, cap: float | None) -> jax.Array:
+    """Return logits bounded by `cap`, smoothly; None leaves them as they are."""
+    return logits if cap is None else cap * jnp.tanh(logits / cap)
 
 
 def scale_of(queries: jax.Array) -> float:

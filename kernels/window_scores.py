@@ -15,9 +15,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
 from jaxkv.kernels import dispatch
-from jaxkv.kernels.decode import capped
 from jaxkv.kernels.per_shard import per_shard
 from jaxkv.kernels.shapes import check_groups, checked
+from jaxkv.kernels.weighing import capped
 from jaxkv.kernels.window_scores_triton import window_scores_triton
 
 Implementation = Literal["reference", "xla", "triton", "pallas_tpu"]

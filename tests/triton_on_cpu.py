@@ -77,6 +77,10 @@ def compiled_for(shapes, slow_shapes):
     return lambda test: capability(shape(test))
 
 
+# What a kernel without sinks and caps is compiled for, as `triton_call` has it.
+PLAIN = dict(SINK=False, CAP=None, sink_ptr=1)
+
+
 def usage(kernel, dtypes, constants, tiles, capability) -> dict[str, int]:
     """Compile one kernel to machine code and read what it uses.
 
@@ -128,7 +132,8 @@ def call(kernel, arrays, out_types, *, aliases, grid, **constants):
     """Do what `triton_call.call` does, in the interpreter, on the CPU.
 
     Outputs start out as NaN and -1. As with jax-triton before 0.4, a kernel gets
-    aliased buffers twice. The inputs stay as they are.
+    aliased buffers twice, and a number for an array that is not there. The inputs stay
+    as they are.
     """
     del constants["num_warps"], constants["num_stages"]
     import jax.numpy as jnp
@@ -136,6 +141,8 @@ def call(kernel, arrays, out_types, *, aliases, grid, **constants):
     import torch
 
     def to_torch(array):
+        if array is None:
+            return 1
         array = np.array(array, order="C")  # a copy
         if array.dtype == jnp.bfloat16:
             return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from jaxkv.kernels import decode
 from jaxkv.kernels.rotary import rotate
+from jaxkv.kernels.weighing import capped
 from jaxkv.kernels.window_scores import Reduction, window_scores
 from jaxkv.policies.base import Prompt
 
@@ -145,7 +146,7 @@ def probabilities_of_last(
     )
     index = jnp.arange(length, dtype=jnp.int32)[None, None]
     seen = (index <= place[..., None])[:, None, None]
-    logits = jnp.where(seen, decode.capped(logits, prompt.weighing.cap), -jnp.inf)
+    logits = jnp.where(seen, capped(logits, prompt.weighing.cap), -jnp.inf)
     sink = prompt.weighing.sink
     if sink is not None:
         sink = sink.reshape(1, kv_heads, -1, 1, 1)

@@ -20,7 +20,7 @@ from jaxkv.kernels.decode_triton import (
     combine_warps,
     newest_constants,
 )
-from jaxkv.kernels.triton_call import call
+from jaxkv.kernels.triton_call import call, weighing
 
 # heads, KV heads, slots, head size, dtype, tiles (splits, block)
 FAST = [
@@ -80,7 +80,8 @@ def test_shipped_tiles_compile_without_spills(shape, capability, record_property
     tiles = choose_tiles(batch, kv_heads, slots, head_dim, dtype)
     constants = attend_constants(
         4 * kv_heads, kv_heads, slots, head_dim, dtype, 0.1, tiles
-    ) | newest_constants(slots, tiles)
+    )
+    constants |= newest_constants(slots, tiles) | triton_on_cpu.PLAIN
     usage = compile_usage(
         "attend_split", dtype, tiles.parts == 1, constants, tiles, capability
     )
@@ -238,10 +239,10 @@ def check_interpreted(case, seed, swap=False) -> list[str]:
         k_new, v_new, keys, values = v_new, k_new, values, keys
     body.attend_split[(batch * kv_heads, tiles.parts)](
         *(q, k_new, v_new, keys, values, positions),
-        *(torch.from_numpy(target), torch.from_numpy(position), parts, statistic),
+        *(torch.from_numpy(target), torch.from_numpy(position), 1, parts, statistic),
         *(keys, values, positions),
         **attend_constants(heads, kv_heads, slots, head_dim, dtype, scale, tiles),
-        **newest_constants(slots, tiles),
+        **newest_constants(slots, tiles) | weighing(None, None),
     )
     out = parts[0]
     if tiles.parts > 1:

@@ -23,14 +23,16 @@ TOLERANCE = {"float32": 2e-6, "bfloat16": 2e-2}
 HEADS = {"MHA": (2, 2), "GQA": (6, 2), "MQA": (5, 1)}
 
 
-@functools.partial(jax.jit, static_argnames=("score", "shared", "block", "interpret"))
+@functools.partial(
+    jax.jit, static_argnames=("score", "shared", "block", "interpret", "cap")
+)
 def longflow(c, score="l1", **kwargs):
     """Run the op on norms as they are before the step."""
     c = packed(c, norms=value_norms(c["values"], score))
     return longflow_attention_tpu(**c, score=score, scale=SCALE, **kwargs)
 
 
-@functools.partial(jax.jit, static_argnames=("block", "interpret"))
+@functools.partial(jax.jit, static_argnames=("block", "interpret", "cap"))
 def attend(c, **kwargs):
     return decode_attention_tpu(**packed(without_choice(c)), scale=SCALE, **kwargs)
 
@@ -76,7 +78,7 @@ def wide(x):
     return np.array(x, np.float64)
 
 
-def oracle(c, *, score="l1", shared=True):
+def oracle(c, *, score="l1", shared=True, cap=None):
     """One softmax after another, one slot after another."""
     keys, values = wide(c["keys"]), wide(c["values"])
     positions, target = np.array(c["positions"]), np.array(c["target"])
@@ -101,8 +103,12 @@ def oracle(c, *, score="l1", shared=True):
             )[score]
             for n in range(k * group, (k + 1) * group):
                 logits = SCALE * keys[b, k, held] @ wide(c["query"])[b, n]
-                weights = np.exp(logits - logits.max())
-                weights /= weights.sum()
+                if cap is not None:
+                    logits = cap * np.tanh(logits / cap)
+                own = wide(c["sink"])[n] if "sink" in c else -np.inf
+                top = max(logits.max(), own)
+                weights = np.exp(logits - top)
+                weights /= weights.sum() + np.exp(own - top)
                 out[b, n] = weights @ v
                 importance[k, held] += weights * norm
         occupied = positions[b] >= 0
@@ -175,6 +181,45 @@ def test_attention_without_a_score():
     for seed in range(2):
         c = draw("MQA", 141, "bfloat16", seed=seed)
         check(c, attend(c, block=128, interpret=True))
+
+
+def sinks(c):
+    """Return the arguments with a sink for each head, some of them above all logits."""
+    return c | dict(sink=jnp.linspace(-2, 6, c["query"].shape[1]).astype(jnp.bfloat16))
+
+
+def test_sinks_and_caps():
+    for seed in range(2):
+        c = sinks(draw("GQA", 141, seed=seed))
+        got = longflow(c, cap=0.7, block=128, interpret=True)
+        check(c, got, cap=0.7)
+    for wrong in (c | dict(sink=c["sink"][::-1]), c | dict(sink=c["sink"] - 1)):
+        with pytest.raises(AssertionError):
+            check(wrong, got, cap=0.7)
+    with pytest.raises(AssertionError):
+        check(c, got)
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        got,
+        longflow(c, cap=0.7, block=128, interpret=True),
+    )
+    c = sinks(draw("MQA", 37, "bfloat16"))
+    check(c, attend(c, interpret=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("cap", [None, 0.5])
+@pytest.mark.parametrize("sink", [True, False])
+def test_sinks_and_caps_against_oracle(heads, dtype, cap, sink):
+    for seed in range(2):
+        c = draw(heads, 300, dtype, seed=seed, head_dim=64)
+        c = sinks(c) if sink else c
+        check(c, attend(c, cap=cap, block=128, interpret=True), cap=cap)
+        for shared in (True, False):
+            got = longflow(c, shared=shared, cap=cap, block=128, interpret=True)
+            check(c, got, shared=shared, cap=cap)
 
 
 @pytest.mark.slow

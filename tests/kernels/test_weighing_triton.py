@@ -1,0 +1,163 @@
+"""Sinks and caps in the Triton kernels, without a GPU: against the float32 references.
+
+Whatever is called by name is asked for by name, so dispatch is tested, too. Run as a
+script, this file is its own worker; `triton_on_cpu` says why.
+"""
+
+import functools
+import itertools
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import triton_on_cpu
+
+from jaxkv.kernels import decode_triton, dispatch, triton_call
+from jaxkv.kernels.cache import Slots, Token
+from jaxkv.kernels.decode import decode_attention
+from jaxkv.kernels.decode_triton import decode_attention_triton
+
+SINK = np.asarray([0.5, -1.0, 3.0, 0.0, 8.0, 1.5], np.float32)
+KINDS = {"sink": (True, None), "cap": (False, 2.0), "both": (True, 30.0)}
+HEADS = {"MHA": (2, 2), "GQA": (6, 2), "MQA": (5, 1)}
+# Twice what rounding weights and output costs; see `test_decode_triton`.
+TOLERANCE = {"float32": 5e-6, "bfloat16": 2**-6, "float16": 2**-10}
+# operation, kind, heads, dtype, slots, splits (0: as shipped)
+FAST = [
+    ("decode", "sink", "GQA", "bfloat16", 40, 2),
+    ("decode", "cap", "MQA", "float32", 37, 1),
+    ("decode", "both", "MHA", "float16", 65, 3),
+    ("decode", "both", "GQA", "float32", 100, 2),
+]
+SLOW = [
+    *itertools.product(["decode"], KINDS, HEADS, TOLERANCE, [1, 129], [0, 1, 3]),
+]
+
+
+@triton_on_cpu.fast_and_slow
+def test_interpreted_kernels_agree_with_the_reference(cases):
+    triton_on_cpu.assert_interpreted(__file__, cases)
+
+
+def usage(operation, head_dim, batch, dtype="bfloat16"):
+    """Return what the kernel of an operation uses with a sink and a cap, on sm_90."""
+    sizes = 32, 8, 3200, head_dim, dtype
+    tiles = decode_triton.choose_tiles(batch, *sizes[1:])
+    constants = decode_triton.attend_constants(*sizes, 0.1, tiles)
+    constants |= decode_triton.newest_constants(3200, tiles)
+    from jaxkv.kernels import decode_triton_body
+
+    kernel = decode_triton_body.attend_split
+    dtypes = dict.fromkeys(kernel.arg_names, dtype)
+    dtypes |= dict.fromkeys(["positions_ptr", "target_ptr", "position_ptr"], "int32")
+    dtypes |= dict(statistic_ptr="float32", out_ptr="float32")
+    constants |= triton_call.weighing(SINK, 50.0)
+    return triton_on_cpu.usage(kernel, dtypes, constants, tiles, 90)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_they_compile_without_spills(head_dim, record_property):
+    pytest.importorskip("triton")
+    used = usage("decode", head_dim, 1)
+    for name, number in used.items():
+        record_property(name, number)
+    print(f"sm_90 {head_dim} {used}")
+    assert used["stack"] == 0 and used["local"] == 0
+    assert used["shared"] <= 83 * 1024
+
+
+def step(heads, dtype, slots, head_dim=64, seed=0):
+    """Return query, token, slots and sink; rows are full, ragged, a ring, and finished.
+
+    The ring has gone round, so that its newest tokens lie around its end.
+    """
+    num_heads, kv_heads = HEADS[heads]
+    rng = np.random.default_rng(seed)
+    batch, shape = 4, (4, kv_heads, slots)
+
+    def normal(*sizes):
+        drawn = 2 * rng.standard_normal((*sizes, head_dim))
+        return jnp.asarray(drawn, dtype)
+
+    order = rng.permuted(np.broadcast_to(np.arange(slots), shape), axis=-1)
+    positions = np.where(rng.random(shape) < 0.6, order, -1)
+    positions[0] = np.arange(slots)
+    target = rng.integers(0, slots, shape[:2])
+    first = slots // 3  # of the ring's slots, the oldest
+    positions[2] = slots + (np.arange(slots) - first) % slots
+    target[2] = first
+    free = jnp.asarray(np.where(positions < 0, np.nan, 0)[..., None], dtype)
+    position = jnp.asarray([slots, slots + 1, 2 * slots, -1], jnp.int32)
+    token = Token(normal(batch, kv_heads), normal(batch, kv_heads), position)
+    integers = (jnp.asarray(x, jnp.int32) for x in (positions, target))
+    held = Slots(normal(*shape) + free, normal(*shape) + free, *integers)
+    return normal(batch, num_heads), token, held, jnp.asarray(SINK[:num_heads], dtype)
+
+
+def wrong(case, name, got, want, atol) -> list[str]:
+    """Return what is wrong with an array."""
+    error = np.abs(np.asarray(got, np.float64) - np.asarray(want, np.float64)).max()
+    return [] if error <= atol else [f"{case}: {name} is off by {error:.3g}"]
+
+
+def equal(one, two) -> bool:
+    return all(
+        np.asarray(x).tobytes() == np.asarray(y).tobytes()
+        for x, y in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True)
+    )
+
+
+def check_decode(case, arrays, how, splits, change) -> list[str]:
+    query, token, slots, sink = arrays
+    run = functools.partial(decode_attention, implementation="triton")
+    if splits:
+        tiles = decode_triton.Tiles(splits=splits, block=16, warps=4, stages=3)
+        run = functools.partial(decode_attention_triton, tiles=tiles)
+    got, after = run(query, token, slots, *change(sink), **how)
+    sinks = [] if sink is None else [sink]
+    want, wanted = decode_attention(
+        query, token, slots, *sinks, **how, implementation="reference"
+    )
+    live = np.asarray(token.position) >= 0
+    largest = np.abs(np.asarray(want, np.float32)[live]).max()
+    atol = TOLERANCE[case[3]] * max(1.0, largest)
+    failures = wrong(case, "out", got[live], want[live], atol)
+    if not np.isfinite(np.asarray(got, np.float32)).all():
+        failures.append(f"{case}: out is not finite")
+    if not equal(after, wanted):
+        failures.append(f"{case}: the cache differs")
+    if not equal((got, after), run(query, token, slots, *change(sink), **how)):
+        failures.append(f"{case}: two runs differ")
+    return failures
+
+
+def check(case, change=lambda sink: [] if sink is None else [sink]) -> list[str]:
+    """Run one case under the interpreter and return what is wrong with it.
+
+    `change` is of the sink, to be noticed.
+    """
+    operation, kind, heads, dtype, slots, splits = case
+    has_sink, cap = KINDS[kind]
+    arrays = step(heads, dtype, slots, seed=slots)
+    if not has_sink:
+        arrays = (*arrays[:3], None)
+    how = dict(scale=0.15) | ({} if cap is None else dict(cap=cap))
+    return {"decode": check_decode}[operation](case, arrays, how, splits, change)
+
+
+if __name__ == "__main__":
+    triton_on_cpu.teach_bfloat16_dot()
+    triton_call.call = triton_on_cpu.call
+    dispatch.triton_unavailable = lambda: ""
+    cases = {"FAST": FAST, "SLOW": SLOW}[sys.argv[1]]
+    failures = [f for case in cases for f in check(case)]
+    for name, change in {
+        "no sink": lambda sink: [],
+        "sinks of other heads": lambda sink: [sink[::-1]],
+    }.items():
+        if not any("is off" in f for f in check(FAST[0], change)):
+            failures.append(f"{name}: went unnoticed")
+    print(json.dumps(failures))
