@@ -11,6 +11,7 @@ key/value heads, `H` head size.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Literal
 
 import jax
@@ -36,6 +37,7 @@ def add_rms_norm(
     x: Float[Array, "B T D"],
     delta: Float[Array, "P B T D"] | None,
     weight: Float[Array, " D"],
+    ahead: Float[Array, "X Y"] | None = None,
     *,
     eps: float,
     implementation: Implementation | None = None,
@@ -46,6 +48,8 @@ def add_rms_norm(
       x: the residual stream.
       delta: its sum over `P` is added to it, unless it is None.
       weight: of the norm; it may be wider than `x`.
+      ahead: the matrix that is read next. Its beginning may be fetched meanwhile, which
+        changes nothing but time; not under a mesh.
       eps: added to the mean square.
       implementation: "xla" (anywhere), "triton" (NVIDIA), or None for the best one.
 
@@ -60,7 +64,8 @@ def add_rms_norm(
 
     def run(x, delta, weight):
         how = implementation or choose(x.shape[0] * x.shape[1] <= _MOST_ROWS)
-        return dispatch.resolve("add_rms_norm", how, _NORMS)(x, delta, weight, eps=eps)
+        run = dispatch.resolve("add_rms_norm", how, _NORMS)
+        return run(x, delta, weight, eps=eps, ahead=here(ahead))
 
     return per_shard(run, add_rms_norm)(x, delta, weight)
 
@@ -82,6 +87,7 @@ def split_and_rotate(
     k_norm: Float[Array, " H"] | None,
     cos: Float32[Array, "B T R"],
     sin: Float32[Array, "B T R"],
+    ahead: Float[Array, "X Y"] | None = None,
     *,
     num_heads: int,
     num_kv_heads: int,
@@ -98,6 +104,7 @@ def split_and_rotate(
       k_norm: of the keys', likewise; both or none.
       cos: from `rotary.table`, for `R = H / 2` angles.
       sin: likewise.
+      ahead: as in `add_rms_norm`, of what is read after attention.
       num_heads: `N`.
       num_kv_heads: `K`.
       eps: of the norms.
@@ -125,10 +132,20 @@ def split_and_rotate(
         cos = arrays[3]
         how = implementation or choose(cos.shape[0] * cos.shape[1] <= _MOST_ROWS)
         return dispatch.resolve(where, how, _ROTATIONS)(
-            *arrays, num_heads=heads[0], num_kv_heads=heads[1], eps=eps, dtype=dtype
+            *arrays,
+            num_heads=heads[0],
+            num_kv_heads=heads[1],
+            eps=eps,
+            dtype=dtype,
+            ahead=here(ahead),
         )
 
     return per_shard(run, split_and_rotate)(qkv, q_norm, k_norm, cos, sin)
+
+
+def here(ahead: jax.Array | None) -> jax.Array | None:
+    """Return what is to be fetched ahead; None under a mesh, where it is in parts."""
+    return ahead if jax.sharding.get_abstract_mesh().empty else None
 
 
 def choose(worth: bool) -> Implementation:
@@ -152,14 +169,16 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     return (normed.astype(jnp.float32) * weight.astype(jnp.float32)).astype(x.dtype)
 
 
-def _add_rms_norm_xla(x, delta, weight, *, eps):
+def _add_rms_norm_xla(x, delta, weight, *, eps, ahead=None):
+    del ahead  # XLA fetches nothing before it is read
     total = x if delta is None else x + join(delta, x.dtype)
     return total, rms_norm(total, weight, eps)
 
 
 def _split_and_rotate_xla(
-    qkv, q_norm, k_norm, cos, sin, *, num_heads, num_kv_heads, eps, dtype
+    qkv, q_norm, k_norm, cos, sin, *, num_heads, num_kv_heads, eps, dtype, ahead=None
 ):
+    del ahead
     heads = join(qkv, dtype).reshape(*cos.shape[:2], -1, 2 * cos.shape[2])
     q, k, v = jnp.split(heads, [num_heads, num_heads + num_kv_heads], axis=2)
     if q_norm is not None:
@@ -169,4 +188,7 @@ def _split_and_rotate_xla(
 
 
 _NORMS = {"xla": _add_rms_norm_xla, "triton": add_rms_norm_triton}
-_ROTATIONS = {"xla": _split_and_rotate_xla, "triton": split_and_rotate_triton}
+_ROTATIONS: dict[str, Callable[..., Heads]] = {
+    "xla": _split_and_rotate_xla,
+    "triton": split_and_rotate_triton,
+}

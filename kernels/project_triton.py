@@ -13,7 +13,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from jaxkv.kernels import triton_call
+from jaxkv.kernels import ahead_triton, triton_call
 from jaxkv.kernels.triton_call import next_power_of_2, num_processors, shared_memory
 
 MOST_ROWS = 64  # beyond that XLA's products are as good
@@ -142,7 +142,11 @@ def project_triton(
 
 
 def project_gated_triton(
-    x: jax.Array, weight: jax.Array, *, tiles: Tiles | None = None
+    x: jax.Array,
+    weight: jax.Array,
+    *,
+    ahead: jax.Array | None = None,
+    tiles: Tiles | None = None,
 ) -> jax.Array:
     """Do `project.project_gated`, whose arguments these are."""
     from jaxkv.kernels import project_triton_body as body
@@ -152,13 +156,13 @@ def project_gated_triton(
     tiles = tiles or tiles_here(rows, depth, columns, gated=True)
     (out,) = triton_call.call(
         body.project_gated,
-        (x, weight),
+        (x, weight, x if ahead is None else ahead),
         (jax.ShapeDtypeStruct((batch, length, columns), x.dtype),),
         aliases={},
         grid=(columns // tiles.block,),
         num_warps=tiles.warps,
         num_stages=tiles.stages,
-        **constants(rows, depth, columns, tiles, gated=True),
+        **constants(rows, depth, columns, tiles, gated=True, ahead=ahead),
     )
     return out
 
@@ -216,9 +220,12 @@ def constants(
     *,
     gated: bool = False,
     transposed: bool = False,
+    ahead: jax.Array | None = None,
 ) -> dict[str, int]:
     """Return the compile-time arguments of `project_part`, or of `project_gated`."""
-    parts = {} if gated else dict(PARTS=tiles.parts, TRANSPOSED=transposed)
+    parts = dict(PARTS=tiles.parts, TRANSPOSED=transposed)
+    if gated:
+        parts = ahead_triton.constants(ahead, warps=tiles.warps)
     at_once = min(padded(rows), _MOST_AT_ONCE)
     return parts | dict(
         ROWS=rows,

@@ -19,6 +19,8 @@ many rows there are.
 import triton
 import triton.language as tl
 
+from jaxkv.kernels.ahead_triton_body import fetch_ahead
+
 
 @triton.jit
 def store_rows(
@@ -98,6 +100,7 @@ def gate_with(gate, up):
 def project_gated(
     x_ptr,  # [ROWS, DEPTH]
     weight_ptr,  # [DEPTH, 2, COLUMNS]: gate, up
+    ahead_ptr,  # see `ahead_triton`
     out_ptr,  # [ROWS, COLUMNS], output
     ROWS: tl.constexpr,
     ROW_TILE: tl.constexpr,
@@ -106,8 +109,16 @@ def project_gated(
     COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_DEPTH: tl.constexpr,
+    AHEAD_CHUNKS: tl.constexpr,
+    AHEAD_CHUNK: tl.constexpr,
+    AHEAD_SHARES: tl.constexpr,
+    AHEAD_STRIDE: tl.constexpr,
+    LANES: tl.constexpr,
 ):
-    """Multiply all rows by a block of gates and of what they gate, and gate it."""
+    """Multiply all rows by a block of gates and of what they gate, and gate it.
+
+    A program that is done asks for what is read next.
+    """
     rows = tl.arange(0, ROW_TILE)
     columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     depth = tl.arange(0, BLOCK_DEPTH)
@@ -134,3 +145,7 @@ def project_gated(
     if ROW_TILES == 2:
         second = gate_with(second_gate, second_up)
         store_rows(out_ptr, second, ROW_TILE, columns, ROWS, COLUMNS)
+    fetch_ahead(
+        *(ahead_ptr, tl.program_id(0), tl.num_programs(0)),
+        *(AHEAD_CHUNKS, AHEAD_CHUNK, AHEAD_SHARES, AHEAD_STRIDE, LANES),
+    )

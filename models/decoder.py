@@ -135,6 +135,7 @@ class Decoder(nn.Module):
             return (x, delta), tuple(new_cache)
         _, normed = pointwise.add_rms_norm(
             *(x, delta, scale_of_norm(self.final_norm, c)),
+            self.embedding if c.tied else self.head,
             eps=c.rms_norm_eps,
             implementation=self.implementation,
         )

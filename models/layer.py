@@ -92,25 +92,34 @@ class Layer(nn.Module):
           The residual stream, what this layer adds to it in parts, and the new state.
         """
         c = self.config
-        x, normed = self._enter("attention_norm", x, delta)
-        q, k, v = self._heads(normed, cos, sin)
+        heads = c.num_heads * c.head_dim
+        qkv = self._matrix("qkv", TO_HEADS, c.hidden_size, c.qkv_size)
+        output = self._matrix("output", FROM_COLUMNS, heads, c.hidden_size)
+        gate_up = down = None
+        if self.experts is None:
+            inner = c.intermediate_size
+            gate_up = self._matrix("gate_up", TO_COLUMNS, c.hidden_size, 2 * inner)
+            down = self._matrix("down", FROM_COLUMNS, inner, c.hidden_size)
+        # What stands ready before a matrix is read names it, so that it may be fetched.
+        x, normed = self._enter("attention_norm", x, delta, ahead=qkv)
+        q, k, v = self._heads(normed, qkv, cos, sin, ahead=output)
         sink = None
         if c.sinks:
             sink = self.param("sink", zeros(MODEL), (c.num_heads,))
         weighing = Weighing(window=self.kind.window, sink=sink, cap=c.attention_cap)
         with jax.named_scope("attend"):
             out, state = attend(q, k, v, state, weighing)
-        out = out.reshape(*x.shape[:2], c.num_heads * c.head_dim)
-        delta = self._times(out, "output", c.hidden_size, FROM_COLUMNS, c.output_bias)
+        out = out.reshape(*x.shape[:2], heads)
+        delta = self._times(out, output, "rows", c.output_bias and "output_bias")
         delta = self._leave("attention_post_norm", delta, x.dtype)
-        x, normed = self._enter("mlp_norm", x, delta)
-        delta = self._feed_forward(normed)
+        x, normed = self._enter("mlp_norm", x, delta, ahead=gate_up)
+        delta = self._feed_forward(normed, gate_up, down)
         return x, self._leave("mlp_post_norm", delta, x.dtype), state
 
-    def _enter(self, name, x, delta):
+    def _enter(self, name, x, delta, ahead):
         """Add to the residual stream; return the sum, and what a block reads of it."""
         if self.config.pre_norm:
-            return self._norm(name, x, delta)
+            return self._norm(name, x, delta, ahead)
         x = x if delta is None else x + pointwise.join(delta, x.dtype)
         return x, x
 
@@ -123,10 +132,10 @@ class Layer(nn.Module):
             return delta
         return (scale * delta.astype(jnp.float32)).astype(delta.dtype)
 
-    def _heads(self, x, cos, sin):
+    def _heads(self, x, qkv, cos, sin, ahead):
         """Return rotated queries and keys, and values."""
         c = self.config
-        qkv = self._times(x, "qkv", c.qkv_size, TO_HEADS, c.qkv_bias)
+        qkv = self._times(x, qkv, "heads", c.qkv_bias and "qkv_bias")
         q_norm = k_norm = None
         if c.qk_norm and c.qk_norm_per_head:
             q_norm = self._norm_weight("q_norm", c.head_dim)
@@ -137,7 +146,7 @@ class Layer(nn.Module):
             parts = self._norm("q_norm", q)[1], self._norm("k_norm", k)[1], v
             qkv = jnp.concatenate(parts, axis=-1)[None]
         q, k, v = pointwise.split_and_rotate(
-            *(qkv, q_norm, k_norm, cos, sin),
+            *(qkv, q_norm, k_norm, cos, sin, ahead),
             num_heads=c.num_heads,
             num_kv_heads=c.num_kv_heads,
             eps=c.rms_norm_eps,
@@ -149,34 +158,33 @@ class Layer(nn.Module):
             q = (factor * q.astype(jnp.float32)).astype(q.dtype)
         return q, k, v
 
-    def _feed_forward(self, x):
+    def _feed_forward(self, x, gate_up, down):
         """Return what the feed-forward adds to the residual stream, in parts."""
-        c = self.config
         if self.experts is not None:
             return experts.feed_forward(self.experts, x, self._parameter)
-        shape = c.hidden_size, 2 * c.intermediate_size
-        gate_up = self.param("gate_up", matrix(*TO_COLUMNS), shape)
         inner = project.project_gated(
-            *(x, gate_up),
-            activation=c.activation,
+            *(x, gate_up, down),
+            activation=self.config.activation,
             implementation=self.implementation,
         )
-        return self._times(inner, "down", c.hidden_size, FROM_COLUMNS)
+        return self._times(inner, down, "rows")
 
-    def _times(self, x, name, columns, axes, bias=False):
-        """Return a product with a matrix, in parts."""
-        weight = self.param(name, matrix(*axes), (x.shape[-1], columns))
-        cut: project.Cut = "heads" if axes == TO_HEADS else "rows"
+    def _matrix(self, name, axes, *shape):
+        return self.param(name, matrix(*axes), shape)
+
+    def _times(self, x, weight, cut: project.Cut, bias=None):
+        """Return a product with a matrix, in parts; add the bias of a name."""
         parts = project.project(x, weight, cut=cut, implementation=self.implementation)
         if bias:
-            bias = self.param(f"{name}_bias", zeros(axes[1]), (columns,))
+            axis = MODEL if cut == "heads" else None
+            bias = self.param(bias, zeros(axis), weight.shape[1:])
             parts = (pointwise.join(parts, x.dtype) + bias[None, None])[None]
         return parts
 
-    def _norm(self, name, x, delta=None):
+    def _norm(self, name, x, delta=None, ahead=None):
         """Return a sum, and the sum normalised."""
         return pointwise.add_rms_norm(
-            *(x, delta, self._norm_weight(name, x.shape[-1])),
+            *(x, delta, self._norm_weight(name, x.shape[-1]), ahead),
             eps=self.config.rms_norm_eps,
             implementation=self.implementation,
         )

@@ -11,6 +11,7 @@ import re
 import jax
 import pytest
 
+from jaxkv.kernels import ahead_triton
 from jaxkv.kernels.cache import Nodes, Slots, Token
 from jaxkv.kernels.decode_triton import decode_attention_triton
 from jaxkv.kernels.longflow_triton import choose_tiles, longflow_attention_triton
@@ -80,8 +81,8 @@ CASES = {
         *(2, 0),
     ),
     "norm": (
-        functools.partial(add_rms_norm_triton, eps=1e-6),
-        (of(ROWS, 1, 32), of(3, ROWS, 1, 32, dtype="float32"), of(32)),
+        lambda *x: add_rms_norm_triton(*x[:3], eps=1e-6, ahead=x[3]),
+        (of(ROWS, 1, 32), of(3, ROWS, 1, 32, dtype="float32"), of(32), of(128, 64)),
         *(1, 0),
     ),
     "rotation": (
@@ -112,6 +113,7 @@ def hopper(monkeypatch):
         return original(*args, compute_capability=90, **options)
 
     monkeypatch.setattr(jax_triton, "triton_call", triton_call)
+    monkeypatch.setattr(ahead_triton, "fetches_in_bulk", lambda: True)
 
 
 @pytest.mark.parametrize("case", CASES)
