@@ -98,13 +98,11 @@ def longflow_attention(
         raise ValueError(
             f"{where}: unknown {score=}; choose one of {', '.join(get_args(Score))}."
         )
-    unable = dispatch.plain_only(sink, cap)
     if implementation is None:
         implementation = choose(jax.default_backend(), score, query, slots.keys)
-        implementation = "xla" if implementation in unable else implementation
     _refuse_deletion(implementation, score)
     run = functools.partial(
-        dispatch.resolve(where, implementation, _RUNS, unable=unable),
+        dispatch.resolve(where, implementation, _RUNS),
         scale=scale,
         score=score,
         shared=shared,
@@ -284,7 +282,7 @@ def _triton(*arguments, axis, shared, **options):
         return longflow_attention_triton(*arguments, shared=shared, **options)
     # The second launch would choose, and cannot ask other devices about their heads.
     out, importance, slots = longflow_importance_triton(*arguments, **options)
-    _, token, _, oldest, newest = arguments
+    _, token, _, oldest, newest, *_ = arguments
     return out, _choose(
         *(importance, token, slots, oldest, newest), shared=shared, axis=axis
     )

@@ -95,8 +95,10 @@ def longflow_attention_triton(
     slots: Slots,
     oldest: jax.Array,
     newest: jax.Array,
+    sink: jax.Array | None = None,
     *,
     scale: float,
+    cap: float | None = None,
     score: ProductScore = "l1",
     shared: bool = True,
     tiles: Tiles | None = None,
@@ -112,7 +114,9 @@ def longflow_attention_triton(
       slots: of the cache, with norms.
       oldest: int32 `[B]`, the first position that may go.
       newest: int32 `[B]`, the last position that may go.
+      sink: `[N]`, or None.
       scale: factor on the logits.
+      cap: bound of the logits, or None.
       score: the norm of the value, "l1" or "l2", or "attention", which leaves it out.
       shared: one victim for all key/value heads, from the mean over all query heads;
         else one per key/value head, from its group's.
@@ -130,8 +134,8 @@ def longflow_attention_triton(
     row_heads = score_heads(heads, kv_heads, shared)
     rows = batch * heads // row_heads
     parts, statistic, scores, arrivals, slots = _attend(
-        *(query, token, slots, oldest, newest),
-        **dict(scale=scale, score=score, shared=shared, tiles=tiles),
+        *(query, token, slots, oldest, newest, sink),
+        **dict(scale=scale, cap=cap, score=score, shared=shared, tiles=tiles),
     )
     constants = choose_constants(*sizes, shared, tiles)
     blocks = constants["BLOCKS"]
@@ -167,8 +171,10 @@ def longflow_importance_triton(
     slots: Slots,
     oldest: jax.Array,
     newest: jax.Array,
+    sink: jax.Array | None = None,
     *,
     scale: float,
+    cap: float | None = None,
     score: ProductScore = "l1",
     tiles: Tiles | None = None,
 ) -> tuple[jax.Array, jax.Array, Slots]:
@@ -185,8 +191,8 @@ def longflow_importance_triton(
     sizes = query.shape[1], kv_heads, num_slots, head_dim
     tiles = tiles or choose_tiles(batch, *sizes, slots.keys.dtype, num_processors())
     parts, statistic, scores, _, slots = _attend(
-        *(query, token, slots, oldest, newest),
-        **dict(scale=scale, score=score, shared=True, tiles=tiles),
+        *(query, token, slots, oldest, newest, sink),
+        **dict(scale=scale, cap=cap, score=score, shared=True, tiles=tiles),
     )
     if tiles.programs:
         return parts.reshape(query.shape), jnp.abs(scores[..., :num_slots]), slots
@@ -199,7 +205,9 @@ def longflow_importance_triton(
     return out, weights.mean(axis=2) * norms, slots
 
 
-def _attend(query, token, slots, oldest, newest, *, scale, score, shared, tiles):
+def _attend(
+    query, token, slots, oldest, newest, sink, *, scale, cap, score, shared, tiles
+):
     """Launch the first kernel: `score_rows` for whole rows, else `score_split`.
 
     Args:
@@ -208,7 +216,9 @@ def _attend(query, token, slots, oldest, newest, *, scale, score, shared, tiles)
       slots: of the cache.
       oldest: int32 `[B]`.
       newest: int32 `[B]`.
+      sink: `[N]`, or None.
       scale: factor.
+      cap: bound of the logits, or None.
       score: of a slot.
       shared: one victim for a row.
       tiles: how the work is cut.
@@ -230,6 +240,7 @@ def _attend(query, token, slots, oldest, newest, *, scale, score, shared, tiles)
     part_dtype = query.dtype if whole_rows else jnp.float32
     cache = slots.keys, slots.values, slots.positions, slots.norms
     arrays = query, token.key, token.value, *cache, slots.target, token.position
+    bounds = (oldest, newest) if whole_rows else ()
     importance = jax.ShapeDtypeStruct((batch, kv_heads, stride), jnp.float32)
     outputs = [
         jax.ShapeDtypeStruct((tiles.splits, batch, heads, head_dim), part_dtype),
@@ -242,13 +253,14 @@ def _attend(query, token, slots, oldest, newest, *, scale, score, shared, tiles)
     parts, statistic, *scores, arrivals, keys, values, positions, norms = (
         triton_call.call(
             body.score_rows if whole_rows else body.score_split,
-            (*arrays, oldest, newest) if whole_rows else arrays,
+            (*arrays, *bounds, sink),
             (*outputs, *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in cache)),
             aliases={3: first, 4: first + 1, 5: first + 2, 6: first + 3},
             grid=(kept,) if whole_rows else (kept, tiles.splits),
             num_warps=tiles.warps,
             num_stages=tiles.stages,
             **constants,
+            **triton_call.weighing(sink, cap),
         )
     )
     slots = Slots(keys, values, positions, slots.target, norms)

@@ -18,7 +18,8 @@ What the first launch leaves of a slot is the bare logit of each query head, in 
 All else waits until the softmax is known: importance is the sum over heads of
 `2^(logit - statistic) * norm`, with the statistic that joins the splits anyway, and the
 norm of the value that was stored when the token was. So a tile costs no more than
-plain attention does, and a store.
+plain attention does, and a store. A sink is in the first split's statistic, and a cap
+in the logits, so nothing behind them knows of either.
 
 Importance that leaves the chip is not negative, so its sign says that a slot is
 protected; `inf` says that it is free.
@@ -34,6 +35,7 @@ from jaxkv.kernels.decode_triton_body import (
     store_part,
     store_token,
 )
+from jaxkv.kernels.weighing_triton_body import capped, pay_sink
 
 
 @triton.jit
@@ -60,6 +62,7 @@ def score_row(
     norms_ptr,
     target_ptr,
     position_ptr,
+    sink_ptr,
     out_ptr,
     statistic_ptr,
     logits_ptr,  # [G, STRIDE] of this row
@@ -78,6 +81,8 @@ def score_row(
     PRECISION: tl.constexpr,
     SCORE: tl.constexpr,
     STRIDE: tl.constexpr,
+    SINK: tl.constexpr,
+    CAP: tl.constexpr,
 ):
     """Do as `attend_split` for one row and split, and leave the logits of its slots."""
     keys_ptr += row * (SLOTS * HEAD_DIM)
@@ -102,6 +107,7 @@ def score_row(
     )
     tl.store(norms_ptr + row * SLOTS + target, value_norm(v_new, SCORE), takes_new)
     new_logit = SCALE * tl.sum(q.to(tl.float32) * k_new.to(tl.float32)[None, :], 1)
+    new_logit = capped(new_logit, CAP)
     maximum, total, acc = start_softmax(new_logit, v_new, takes_new, BLOCK)
 
     first = split * BLOCK + tl.arange(0, BLOCK)
@@ -117,7 +123,7 @@ def score_row(
         )
         logits, maximum, total, acc = attend_tile(
             *(q, keys_ptr, values_ptr, slots, occupied, maximum, total, acc),
-            *(SCALE, HEAD_DIM, HEAD_PAD, PRECISION),
+            *(SCALE, HEAD_DIM, HEAD_PAD, PRECISION, CAP),
         )
         tl.store(
             logits_ptr + heads[:, None] * STRIDE + slots[None, :],
@@ -135,9 +141,14 @@ def score_row(
         new_logit,
         heads < tl.where(is_mine, GROUP, 0),
     )
+    total = tl.sum(total, 1)
+    if SINK:
+        maximum, total, acc = pay_sink(
+            *(maximum, total, acc, sink_ptr, row % KV_HEADS * GROUP + heads),
+            heads < tl.where(split == 0, GROUP, 0),
+        )
     store_part(
-        *(out_ptr, statistic_ptr, split * num_rows + row),
-        *(maximum, tl.sum(total, 1), acc),
+        *(out_ptr, statistic_ptr, split * num_rows + row, maximum, total, acc),
         *(GROUP, HEAD_DIM, GROUP_PAD, HEAD_PAD),
     )
 
@@ -154,6 +165,7 @@ def score_split(
     norms_ptr,  # [B, K, S]
     target_ptr,  # [B, K]
     position_ptr,  # [B]
+    sink_ptr,  # [N], or a constant
     # Outputs.
     out_ptr,  # [SPLITS, B, K, G, H]
     statistic_ptr,  # [SPLITS, B, K, G]
@@ -177,16 +189,18 @@ def score_split(
     SCORE: tl.constexpr,
     STRIDE: tl.constexpr,
     TARGETS: tl.constexpr,
+    SINK: tl.constexpr,
+    CAP: tl.constexpr,
 ):
     """Write the new token, and attend to every `SPLITS`-th tile of a row."""
     row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
     score_row(
         *(query_ptr, key_ptr, value_ptr, keys_ptr, values_ptr, positions_ptr),
-        *(norms_ptr, target_ptr, position_ptr, out_ptr, statistic_ptr),
+        *(norms_ptr, target_ptr, position_ptr, sink_ptr, out_ptr, statistic_ptr),
         *(logits_ptr + row * (GROUP * STRIDE), row, split, tl.num_programs(0)),
         *(SCALE, KV_HEADS, GROUP, SLOTS, HEAD_DIM, SPLITS, BLOCK, GROUP_PAD),
-        *(HEAD_PAD, PRECISION, SCORE, STRIDE),
+        *(HEAD_PAD, PRECISION, SCORE, STRIDE, SINK, CAP),
     )
     is_first = (split == 0) & (row % TARGETS == 0)
     tl.store(arrivals_ptr + row // TARGETS, 0, is_first)
@@ -206,6 +220,7 @@ def score_rows(
     position_ptr,
     oldest_ptr,  # [B]
     newest_ptr,  # [B]
+    sink_ptr,
     # Outputs.
     out_ptr,  # [B, K, G, H]
     statistic_ptr,  # [B, K, G]
@@ -231,6 +246,8 @@ def score_rows(
     ROWS: tl.constexpr,
     HEADS_PAD: tl.constexpr,
     CHUNK: tl.constexpr,
+    SINK: tl.constexpr,
+    CAP: tl.constexpr,
 ):
     """Do whole rows, one after the other, and their importance per key/value head."""
     program = tl.program_id(0)
@@ -240,10 +257,10 @@ def score_rows(
     for _ in range(program, ROWS, tl.num_programs(0)):
         score_row(
             *(query_ptr, key_ptr, value_ptr, keys_ptr, values_ptr, positions_ptr),
-            *(norms_ptr, target_ptr, position_ptr, out_ptr),
+            *(norms_ptr, target_ptr, position_ptr, sink_ptr, out_ptr),
             *(statistic_ptr, logits_ptr, row, 0, ROWS),
             *(SCALE, KV_HEADS, GROUP, SLOTS, HEAD_DIM, 1, BLOCK, GROUP_PAD),
-            *(HEAD_PAD, PRECISION, SCORE, STRIDE),
+            *(HEAD_PAD, PRECISION, SCORE, STRIDE, SINK, CAP),
         )
         tl.store(arrivals_ptr + row // TARGETS, 0, row % TARGETS == 0)
         # What the program's other threads have stored is read from here on.

@@ -45,7 +45,7 @@ def pay_sink(maximum, total, acc, sink_ptr, heads, real):
       acc: `[M, H]`.
       sink_ptr: `[N]`.
       heads: `[M]`, which of the `N` heads a row is of.
-      real: `[M]`, false for padding.
+      real: `[M]`, false for padding, and where another part pays.
     """
     new_maximum, total, rescale = count_sink(maximum, total, sink_ptr, heads, real)
     return new_maximum, total, acc * rescale[:, None]
@@ -54,7 +54,7 @@ def pay_sink(maximum, total, acc, sink_ptr, heads, real):
 @triton.jit
 def count_sink(maximum, total, sink_ptr, heads, real):
     """Return maximum and total with the sink, and the factor of what was before."""
-    sink = _LOG2_E * tl.load(sink_ptr + heads, real, other=0.0).to(tl.float32)
+    sink = _LOG2_E * tl.load(sink_ptr + heads, real, other=float("-inf")).to(tl.float32)
     new_maximum = tl.maximum(maximum, sink)
     rescale = tl.exp2(maximum - new_maximum)
     total = tl.fma(total, rescale, tl.exp2(sink - new_maximum))

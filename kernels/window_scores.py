@@ -58,8 +58,7 @@ def window_scores(
       reduction: over the window: "sum", or "max" for the most that one query pays.
       implementation: "reference" (float32, `W x T` memory), "xla" (anywhere; memory of
         one tile), "triton" (NVIDIA, through jax-triton), "pallas_tpu" (TPU), or None
-        for the best one that can run; `choose` says which. The last two take neither
-        sink nor cap.
+        for the best one that can run; `choose` says which.
 
     Returns:
       Softmax probabilities, averaged over the query heads of each key head and then
@@ -81,11 +80,9 @@ def window_scores(
             f"{where}: unknown {reduction=}; choose one of "
             f"{', '.join(get_args(Reduction))}."
         )
-    unable = dispatch.plain_only(sink, cap)
     if implementation is None:
         implementation = choose(jax.default_backend(), query, key)
-        implementation = "xla" if implementation in unable else implementation
-    run = dispatch.resolve(where, implementation, _RUNS, unable=unable)
+    run = dispatch.resolve(where, implementation, _RUNS)
     if count is None:
         count = jnp.full(start.shape, query.shape[1], jnp.int32)
 

@@ -23,6 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxkv.kernels.attend_tpu import unsupported_type
+from jaxkv.kernels.weighing import capped
 
 _LOWEST = -1e30  # below every logit, and finite: a row that sees nothing gives zeros
 _ROWS = 256  # of queries per tile
@@ -34,9 +35,11 @@ def window_scores_tpu(
     query: jax.Array,
     key: jax.Array,
     start: jax.Array,
+    sink: jax.Array | None = None,
     *,
     scale: float,
     length: int,
+    cap: float | None = None,
     count: jax.Array | None = None,
     reduction: str = "sum",
     interpret: Any = False,
@@ -49,8 +52,10 @@ def window_scores_tpu(
       key: `[B, T, K, H]`; beyond the last visible key it may hold anything, NaN
         included.
       start: int32 `[B]`.
+      sink: `[N]`, or None.
       scale: factor on the logits.
       length: keys that are scored, at most `T`.
+      cap: bound of the logits, or None.
       count: int32 `[B]`, queries of each row that count; None is all `W`.
       reduction: "sum", or "max" over the queries, which then pass one by one.
       interpret: run on the CPU; True, or `pltpu.InterpretParams()` for a simulation of
@@ -69,7 +74,14 @@ def window_scores_tpu(
         raise NotImplementedError(f"window_scores_tpu: {reason}")
     if count is None:
         count = jnp.full(start.shape, query.shape[1], jnp.int32)
-    run = functools.partial(_run, scale=scale, length=length, interpret=interpret)
+    run = functools.partial(
+        _run,
+        sink=sink,
+        scale=scale,
+        length=length,
+        cap=cap,
+        interpret=interpret,
+    )
     if reduction == "sum":
         return run(query, key, start, count)
 
@@ -84,7 +96,7 @@ def window_scores_tpu(
     return jax.lax.fori_loop(0, query.shape[1], look, nothing)
 
 
-def _run(query, key, start, count, *, scale, length, interpret):
+def _run(query, key, start, count, *, sink, scale, length, cap, interpret):
     """Lay queries and keys out as rows and blocks, and run both passes."""
     batch, window, heads, head_dim = query.shape
     keys, kv_heads = key.shape[1:3]
@@ -108,10 +120,14 @@ def _run(query, key, start, count, *, scale, length, interpret):
     exact = key.dtype == jnp.float32
     options = dict(
         scale=float(scale),
+        cap=cap,
         precision=jax.lax.Precision.HIGHEST if exact else jax.lax.Precision.DEFAULT,
     )
+    if sink is not None:
+        sink = jnp.repeat(sink.astype(jnp.float32).reshape(kv_heads, group), window, 1)
+        sink = jnp.pad(sink, ((0, 0), (0, padding)))[..., None]
     with jax.enable_x64(False):  # Mosaic has no 64 bits
-        statistic = _statistics(arrays, tile_rows, options, interpret)
+        statistic = _statistics(arrays, sink, tile_rows, options, interpret)
         scores = _scores(arrays, statistic, tile_rows, length, options, interpret)
     return scores[:, :, 0] / group
 
@@ -141,11 +157,17 @@ def _specs(tile_rows: int, head_dim: int, index):
     return last, rows(head_dim), pl.BlockSpec((1, 1, _KEYS, head_dim), of_keys), rows(1)
 
 
-def _statistics(arrays, tile_rows, options, interpret):
-    """First pass: log of the sum of exponentials of each row, `[B, K, rows, 1]`."""
-    queries, keys = arrays[2:]
+def _statistics(arrays, sink, tile_rows, options, interpret):
+    """First pass: log of the sum of exponentials of each row, `[B, K, rows, 1]`.
+
+    `sink` is `[K, rows, 1]`, or None.
+    """
+    _, _, queries, keys = arrays
     batch, kv_heads, rows, head_dim = queries.shape
     *inputs, out = _specs(tile_rows, head_dim, lambda r, t: (r, t))
+    if sink is not None:
+        own = pl.BlockSpec((1, tile_rows, 1), lambda b, k, r, t, end: (k, r, 0))
+        inputs, arrays = [*inputs, own], (*arrays, sink)
     return pl.pallas_call(
         functools.partial(_statistics_kernel, **options),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -190,13 +212,16 @@ def _compiler_params():
     )
 
 
-def _statistics_kernel(
-    end_ref, last_ref, query_ref, key_ref, out_ref, maximum_ref, total_ref, **options
-):
+def _statistics_kernel(end_ref, last_ref, query_ref, key_ref, *refs, **options):
     block = pl.program_id(3)
+    *sinks, out_ref, maximum_ref, total_ref = refs
 
     @pl.when(block == 0)
     def _():
+        if sinks:  # what has been seen before the first block
+            maximum_ref[...] = sinks[0][0]
+            total_ref[...] = jnp.ones(total_ref.shape, jnp.float32)
+            return
         maximum_ref[...] = jnp.full(maximum_ref.shape, _LOWEST, jnp.float32)
         total_ref[...] = jnp.zeros(total_ref.shape, jnp.float32)
 
@@ -232,7 +257,7 @@ def _scores_kernel(
         out_ref[0, 0] += jnp.sum(weights, 0, keepdims=True)
 
 
-def _logits(last_ref, query_ref, key_ref, block, *, scale, precision):
+def _logits(last_ref, query_ref, key_ref, block, *, scale, cap, precision):
     """Return the logits of a tile, `[rows, keys]`, -inf where a row does not see."""
     logits = scale * jax.lax.dot_general(
         query_ref[0, 0],
@@ -241,6 +266,7 @@ def _logits(last_ref, query_ref, key_ref, block, *, scale, precision):
         precision=precision,
         preferred_element_type=jnp.float32,
     )
+    logits = capped(logits, cap)
     index = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1) + block * _KEYS
     # NaN beyond the last visible key stays in its own column, and is masked here.
     return jnp.where(index <= last_ref[0], logits, -jnp.inf)

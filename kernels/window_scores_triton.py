@@ -67,9 +67,11 @@ def window_scores_triton(
     query: jax.Array,
     key: jax.Array,
     start: jax.Array,
+    sink: jax.Array | None = None,
     *,
     scale: float,
     length: int,
+    cap: float | None = None,
     count: jax.Array | None = None,
     reduction: str = "sum",
     tiles: Tiles | None = None,
@@ -84,8 +86,10 @@ def window_scores_triton(
       query: `[B, W, N, H]`.
       key: `[B, T, K, H]`; keys that no query sees may hold anything, NaN included.
       start: int32 `[B]`, not negative.
+      sink: `[N]`, or None.
       scale: factor on the logits.
       length: the number of keys that get a score, from the first on.
+      cap: bound of the logits, or None.
       count: int32 `[B]`, how many queries of each row contribute, from the first on;
         None for all.
       reduction: "sum", or "max" over the queries, which are then taken in portions
@@ -110,20 +114,23 @@ def window_scores_triton(
         tiles = dataclasses.replace(tiles, rows=max(tiles.rows, next_power_of_2(group)))
         portion = tiles.rows // group
         if window > portion:
-            options = dict(scale=scale, length=length, reduction="max", tiles=tiles)
-            return _by_portions(query, key, start, count, portion, **options)
+            arrays = query, key, start, count, sink
+            how = dict(scale=scale, length=length, cap=cap, tiles=tiles)
+            return _by_portions(*arrays, portion, **how)
     sizes = window, heads, kv_heads, keys, head_dim
     constants = statistic_constants(*sizes, key.dtype, scale, tiles)
+    weighing = triton_call.weighing(sink, cap)
     chunks = constants["CHUNKS"]
     shape = (batch, kv_heads, tiles.splits, chunks * tiles.rows)
     options = dict(aliases={}, num_warps=tiles.warps, num_stages=tiles.stages)
     (statistic,) = triton_call.call(
         body.window_statistic,
-        (query, key, start, count),
+        (query, key, start, count, sink),
         (jax.ShapeDtypeStruct(shape, jnp.float32),),
         grid=(batch * kv_heads, tiles.splits, chunks),
         **options,
         **constants,
+        **weighing,
     )
     (scores,) = triton_call.call(
         body.window_probabilities,
@@ -132,17 +139,19 @@ def window_scores_triton(
         grid=(batch * kv_heads, tiles.splits),
         **options,
         **probability_constants(constants, length, tiles, reduction),
+        CAP=weighing["CAP"],
     )
     return scores
 
 
-def _by_portions(query, key, start, count, portion, **options):
+def _by_portions(query, key, start, count, sink, portion, **options):
     """Take the maximum over portions of the window that fill a chunk of rows each."""
     parts = [
         window_scores_triton(
             # Where no query is left, nothing beyond the last key is read.
-            *(query[:, i : i + portion], key, start + jnp.minimum(i, count)),
+            *(query[:, i : i + portion], key, start + jnp.minimum(i, count), sink),
             count=jnp.maximum(count - i, 0),
+            reduction="max",
             **options,
         )
         for i in range(0, query.shape[1], portion)

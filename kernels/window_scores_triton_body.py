@@ -13,6 +13,8 @@ splits in turn, and none beyond the last visible key is read.
 import triton
 import triton.language as tl
 
+from jaxkv.kernels.weighing_triton_body import capped, count_sink
+
 _LOWEST = tl.constexpr(-1e30)
 
 
@@ -58,6 +60,7 @@ def tile_logits(
     HEAD_DIM: tl.constexpr,
     HEAD_PAD: tl.constexpr,
     PRECISION: tl.constexpr,
+    CAP: tl.constexpr,
 ):
     """Return logits `[R, S]`, -inf where the key comes after the query."""
     columns = tl.arange(0, HEAD_PAD)
@@ -69,6 +72,7 @@ def tile_logits(
         other=0.0,
     )
     logits = SCALE * tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    logits = capped(logits, CAP)
     return tl.where(indices[None, :] <= last[:, None], logits, float("-inf"))
 
 
@@ -78,6 +82,7 @@ def window_statistic(
     key_ptr,  # [B, T, K, H]
     start_ptr,  # [B]
     count_ptr,  # [B]
+    sink_ptr,  # [N], or a constant
     # Output.
     statistic_ptr,  # [B, K, SPLITS, CHUNKS * ROWS_PAD], log2 of a sum of exponentials
     SCALE: tl.constexpr,  # times log2(e)
@@ -92,6 +97,8 @@ def window_statistic(
     BLOCK: tl.constexpr,
     SPLITS: tl.constexpr,
     PRECISION: tl.constexpr,
+    SINK: tl.constexpr,
+    CAP: tl.constexpr,
 ):
     """Sum the exponentials of every `SPLITS`-th tile of keys, for one chunk of rows."""
     pair = tl.program_id(0).to(tl.int64)
@@ -114,12 +121,17 @@ def window_statistic(
     for first in range(split * BLOCK, visible, SPLITS * BLOCK):
         logits = tile_logits(
             *(q, key_ptr, first + tl.arange(0, BLOCK), last, visible),
-            *(SCALE, KV_HEADS, HEAD_DIM, HEAD_PAD, PRECISION),
+            *(SCALE, KV_HEADS, HEAD_DIM, HEAD_PAD, PRECISION, CAP),
         )
         new_maximum = tl.maximum(maximum, tl.max(logits, 1))
         weights = tl.exp2(logits - new_maximum[:, None])
         total = total * tl.exp2(maximum - new_maximum) + tl.sum(weights, 1)
         maximum = new_maximum
+    if SINK:
+        maximum, total, _ = count_sink(
+            *(maximum, total, sink_ptr, head * GROUP + rows % GROUP),
+            rows < tl.where(split == 0, ROWS, 0),
+        )
     # A split that sees nothing has total 0; all others have at least 1.
     statistic = maximum + tl.log2(tl.maximum(total, 1e-30))
     statistic_ptr += (pair * SPLITS + split) * (CHUNKS * ROWS_PAD)
@@ -171,6 +183,7 @@ def window_probabilities(
     SPLITS_PAD: tl.constexpr,
     PRECISION: tl.constexpr,
     REDUCTION: tl.constexpr,  # "max" has one chunk
+    CAP: tl.constexpr,
 ):
     """Reduce the probabilities of every `SPLITS`-th tile of keys over all queries."""
     pair = tl.program_id(0).to(tl.int64)
@@ -205,7 +218,7 @@ def window_probabilities(
             indices = first + tl.arange(0, BLOCK)
             logits = tile_logits(
                 *(q, key_ptr, indices, last, visible),
-                *(SCALE, KV_HEADS, HEAD_DIM, HEAD_PAD, PRECISION),
+                *(SCALE, KV_HEADS, HEAD_DIM, HEAD_PAD, PRECISION, CAP),
             )
             weights = tl.exp2(logits - statistic[:, None])
             if REDUCTION == "max":

@@ -22,7 +22,8 @@ from jaxkv.kernels.longflow_triton import (
 )
 from jaxkv.kernels.scores import value_norms
 
-# heads, KV heads, slots, head size, dtype, score, shared, (splits, block, programs)
+# heads, KV heads, slots, head size, dtype, score, shared, (splits, block, programs),
+# and of some, whether there are sinks, and the cap
 FAST = [
     (4, 2, 21, 64, "float32", "l1", True, (2, 16, 0)),
     (4, 2, 37, 64, "float32", "l1", True, (1, 16, 3)),
@@ -31,6 +32,9 @@ FAST = [
     (4, 2, 40, 128, "bfloat16", "l2", False, (2, 16, 0)),
     (2, 2, 20, 64, "float32", "attention", False, (1, 16, 3)),
     (2, 1, 1, 64, "float32", "l1", True, (1, 16, 0)),
+    (6, 2, 40, 64, "float32", "l1", True, (2, 16, 0), True, 1.5),
+    (4, 2, 37, 64, "float32", "l2", True, (1, 16, 3), True, None),
+    (3, 1, 40, 64, "bfloat16", "l1", False, (3, 16, 0), False, 1.0),
 ]
 SLOW = [
     (kv_heads * group, kv_heads, slots, head_dim, dtype, score, shared, tiles)
@@ -47,6 +51,12 @@ SLOW = [
             [True, False],
             [(2, 16, 0), (1, 32, 4)],
         )
+    )
+]
+SLOW += [
+    (*case, sinks, cap)
+    for case, (sinks, cap) in zip(
+        SLOW, itertools.cycle([(True, None), (False, 2.0), (True, 1.0)])
     )
 ]
 # As in test_decode_triton.
@@ -81,6 +91,7 @@ def test_shipped_tiles_compile_without_spills(shape, capability, record_property
     sizes = heads, kv_heads, slots, head_dim
     tiles = choose_tiles(batch, *sizes, dtype)
     first = score_constants(*sizes, dtype, 0.1, "l1", True, tiles, batch)
+    first |= triton_on_cpu.PLAIN
     second = choose_constants(*sizes, True, tiles)
     small = Tiles(splits=1, block=16, warps=4, stages=1)
     launches = {
@@ -123,7 +134,7 @@ def test_chosen_tiles_are_possible_everywhere():
 
 def make_case(case, seed):
     """Return one case's arguments of the op."""
-    heads, kv_heads, slots, head_dim, dtype, _, _, _ = case
+    heads, kv_heads, slots, head_dim, dtype = case[:5]
     batch = 5
     rng = np.random.default_rng(seed)
 
@@ -162,7 +173,16 @@ def packed(args):
     return query, Token(key, value, position), slots, *bounds
 
 
-def oracle(q, k_new, v_new, keys, values, positions, target, position, scale, score):
+def weighing_of(case):
+    """Return the sink and cap of a case, as the op takes them; some rise above all."""
+    has_sink, cap = case[8:] or (False, None)
+    sink = jnp.linspace(-1, 4, case[0]).astype(case[4]) if has_sink else None
+    return dict(sink=sink, cap=cap)
+
+
+def oracle(
+    q, k_new, v_new, keys, values, positions, target, position, scale, score, sink, cap
+):
     """Attention and importance in float64, one query head after the other.
 
     Returns the output, the same mean of the values' magnitudes, the cache, and the
@@ -181,8 +201,12 @@ def oracle(q, k_new, v_new, keys, values, positions, target, position, scale, sc
         for n in range(heads):
             occupied = positions[b, n // group] >= 0
             logits = scale * keys[b, n // group, occupied] @ q[b, n]
-            alpha = np.exp(logits - logits.max())
-            alpha /= alpha.sum()
+            if cap is not None:
+                logits = cap * np.tanh(logits / cap)
+            own = -np.inf if sink is None else float(sink[n])
+            top = max(logits.max(), own)
+            alpha = np.exp(logits - top)
+            alpha /= alpha.sum() + np.exp(own - top)
             v = values[b, n // group, occupied]
             out[b, n], magnitude[b, n] = alpha @ v, alpha @ abs(v)
             norm = {"l1": abs(v).sum(1), "l2": (v * v).sum(1) ** 0.5, "attention": 1}
@@ -210,10 +234,13 @@ def wrong_victim(got, weighted, positions, oldest, newest, tolerance) -> str:
     return ""
 
 
-def check_interpreted(case, seed, mutate=lambda args: args, score=None) -> list[str]:
+def check_interpreted(
+    case, seed, mutate=lambda args: args, score=None, told=True
+) -> list[str]:
     """Run one case under the interpreter and return what is wrong with it.
 
-    `mutate` changes the arguments of the op and `score` the oracle's, to be noticed.
+    `mutate` changes the arguments of the op and `score` the oracle's, to be noticed,
+    as is an oracle that is not `told` of sink and cap.
     """
     dtype, shared, (splits, block, programs) = case[4], case[6], case[7]
     tiles = Tiles(
@@ -225,12 +252,15 @@ def check_interpreted(case, seed, mutate=lambda args: args, score=None) -> list[
 
     args = make_case(case, seed)
     positions, _, target, position, oldest, newest = map(np.asarray, args[5:])
-    scale = case[3] ** -0.5
+    scale, weighing = case[3] ** -0.5, weighing_of(case)
     want_out, magnitude, want_cache, weighted = oracle(
-        *(*map(exact, args[:5]), positions, target, position, scale, score or case[5])
+        *(*map(exact, args[:5]), positions, target, position, scale, score or case[5]),
+        **weighing if told else dict(sink=None, cap=None),
     )
     out, got = longflow_triton.longflow_attention_triton(
-        *packed(mutate(args)), scale=scale, score=case[5], shared=shared, tiles=tiles
+        *packed(mutate(args)),
+        **dict(scale=scale, score=case[5], shared=shared, tiles=tiles),
+        **weighing,
     )
     failures = []
     if shared and dtype == "float32":
@@ -270,7 +300,9 @@ def check_interpreted(case, seed, mutate=lambda args: args, score=None) -> list[
 def check_importance(args, case, tiles, want_out, cache, weighted) -> list[str]:
     """Run the first launch alone; return what is wrong with what it leaves."""
     out, found, _ = longflow_triton.longflow_importance_triton(
-        *packed(args), scale=case[3] ** -0.5, score=case[5], tiles=tiles
+        *packed(args),
+        **dict(scale=case[3] ** -0.5, score=case[5], tiles=tiles),
+        **weighing_of(case),
     )
     failures = []
     if not np.array_equal(out, want_out):
@@ -313,4 +345,10 @@ if __name__ == "__main__":
             case = FAST[1 if said == "importance" else 3]
             if not any(said in f for f in check_interpreted(case, 3, mutate, score)):
                 failures.append(f"{name}: went unnoticed")
+        for case in FAST[-3:]:
+            untold = " ".join(check_interpreted(case, 3, told=False))
+            if "out is off" not in untold:
+                failures.append(f"{case}: sink or cap: went unnoticed")
+        if "importance" not in " ".join(check_interpreted(FAST[-2], 3, told=False)):
+            failures.append("the sink's share of importance: went unnoticed")
     print(json.dumps(failures))

@@ -15,7 +15,13 @@ import numpy as np
 import pytest
 import triton_on_cpu
 
-from jaxkv.kernels import decode_triton, dispatch, triton_call
+from jaxkv.kernels import (
+    decode_triton,
+    dispatch,
+    longflow_triton,
+    triton_call,
+    window_scores_triton,
+)
 from jaxkv.kernels.cache import Slots, Token
 from jaxkv.kernels.decode import decode_attention
 from jaxkv.kernels.decode_triton import decode_attention_triton
@@ -42,31 +48,65 @@ def test_interpreted_kernels_agree_with_the_reference(cases):
     triton_on_cpu.assert_interpreted(__file__, cases)
 
 
-def usage(operation, head_dim, batch, dtype="bfloat16"):
-    """Return what the kernel of an operation uses with a sink and a cap, on sm_90."""
-    sizes = 32, 8, 3200, head_dim, dtype
-    tiles = decode_triton.choose_tiles(batch, *sizes[1:])
-    constants = decode_triton.attend_constants(*sizes, 0.1, tiles)
-    constants |= decode_triton.newest_constants(3200, tiles)
-    from jaxkv.kernels import decode_triton_body
+def launches(head_dim, batch, dtype):
+    """Return kernel, compile-time arguments and tiles of what attends first."""
+    from jaxkv.kernels import decode_triton_body as decoding
+    from jaxkv.kernels import longflow_triton_body as longflow
+    from jaxkv.kernels import window_scores_triton_body as windows
 
-    kernel = decode_triton_body.attend_split
-    dtypes = dict.fromkeys(kernel.arg_names, dtype)
-    dtypes |= dict.fromkeys(["positions_ptr", "target_ptr", "position_ptr"], "int32")
-    dtypes |= dict(statistic_ptr="float32", out_ptr="float32")
-    constants |= triton_call.weighing(SINK, 50.0)
-    return triton_on_cpu.usage(kernel, dtypes, constants, tiles, 90)
+    heads, kv_heads, slots, keys = 32, 8, 3200, 8192
+    sizes = heads, kv_heads, slots, head_dim
+    tiles = decode_triton.choose_tiles(batch, *sizes[1:], dtype)
+    constants = decode_triton.attend_constants(*sizes, dtype, 0.1, tiles)
+    constants |= decode_triton.newest_constants(slots, tiles)
+    yield decoding.attend_split, constants, tiles
+    tiles = longflow_triton.choose_tiles(batch, *sizes, dtype)
+    kernel = longflow.score_rows if tiles.programs else longflow.score_split
+    options = dtype, 0.1, "l1", True, tiles, batch
+    yield kernel, longflow_triton.score_constants(*sizes, *options), tiles
+    window, sizes = 32, (heads, kv_heads, keys, head_dim)
+    tiles = window_scores_triton.choose_tiles(
+        1, kv_heads, 4 * window, *sizes[2:], dtype
+    )
+    constants = window_scores_triton.statistic_constants(
+        window, *sizes, dtype, 0.1, tiles
+    )
+    yield windows.window_statistic, constants, tiles
+    constants = window_scores_triton.probability_constants(
+        constants, keys, tiles, "sum"
+    )
+    yield windows.window_probabilities, constants, tiles
 
 
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
-def test_they_compile_without_spills(head_dim, record_property):
+@pytest.mark.parametrize(
+    ("head_dim", "batch", "dtype"),
+    [
+        (128, 1, "bfloat16"),
+        *[
+            pytest.param(*shape, marks=pytest.mark.slow)
+            for shape in itertools.product([64, 128, 256], [1, 128], TOLERANCE)
+        ],
+    ],
+)
+def test_they_compile_without_spills(head_dim, batch, dtype, record_property):
     pytest.importorskip("triton")
-    used = usage("decode", head_dim, 1)
-    for name, number in used.items():
-        record_property(name, number)
-    print(f"sm_90 {head_dim} {used}")
-    assert used["stack"] == 0 and used["local"] == 0
-    assert used["shared"] <= 83 * 1024
+    for kernel, constants, tiles in launches(head_dim, batch, dtype):
+        name = kernel.__name__
+        integers = "positions target position start count oldest newest arrivals"
+        floats = "statistic logits importance norms _norms_out scores"
+        dtypes = dict.fromkeys(kernel.arg_names, dtype)
+        dtypes |= {f"{name}_ptr": "int32" for name in integers.split()}
+        dtypes |= {f"{name}_ptr": "float32" for name in floats.split()}
+        if name in ("attend_split", "score_split"):
+            dtypes["out_ptr"] = "float32"
+        weighing = triton_call.weighing(SINK, 50.0)
+        known = {name: x for name, x in weighing.items() if name in kernel.arg_names}
+        used = triton_on_cpu.usage(kernel, dtypes, constants | known, tiles, 90)
+        for key, number in used.items():
+            record_property(f"{name} {key}", number)
+        print(f"sm_90 {head_dim} {batch} {dtype} {name} {used}")
+        assert used["stack"] == 0 and used["local"] == 0
+        assert used["shared"] <= 160 * 1024
 
 
 def step(heads, dtype, slots, head_dim=64, seed=0):

@@ -28,7 +28,7 @@ def draw(heads, keys, window, starts, dtype="float32", head_dim=128):
     return jnp.asarray(query, dtype), jnp.asarray(key, dtype), starts
 
 
-def oracle(query, key, start, length, count=None):
+def oracle(query, key, start, length, count=None, sink=None, cap=None):
     query, key = np.array(query, np.float64), np.array(key, np.float64)
     batch, window, num_heads, _ = query.shape
     keys, kv_heads = key.shape[1:3]
@@ -39,8 +39,13 @@ def oracle(query, key, start, length, count=None):
             seen = int(start[b]) + w + 1
             for n in range(num_heads):
                 logits = SCALE * key[b, :seen, n // groups] @ query[b, w, n]
-                weights = np.exp(logits - logits.max())
-                out[b, n // groups, :seen] += weights / weights.sum() / groups
+                if cap is not None:
+                    logits = cap * np.tanh(logits / cap)
+                own = -np.inf if sink is None else float(sink[n])
+                top = max(logits.max(), own)
+                weights = np.exp(logits - top)
+                whole = weights.sum() + np.exp(own - top)
+                out[b, n // groups, :seen] += weights / whole / groups
     return out[:, :, :length]
 
 
@@ -62,6 +67,24 @@ def test_several_blocks_of_keys_ragged_rows_and_counts():
     query, key, start = arguments
     shifted = oracle(query, key, start - 1, 1050, jnp.asarray([7, 0, 1]))
     assert np.abs(shifted - wanted).max() > 1e-2
+
+
+def test_sinks_and_caps():
+    query, key, start = draw("GQA", 150, 5, [5, 140], head_dim=64)
+    kind = dict(sink=jnp.linspace(-1, 5, 6).astype(jnp.bfloat16), cap=0.5)
+    count = jnp.asarray([5, 3])
+    got = scores(query, key, start, length=145, count=count, **kind)
+    again = scores(query, key, start, length=145, count=count, **kind)
+    np.testing.assert_array_equal(got, again)
+    wanted = oracle(query, key, start, 145, count, **kind)
+    np.testing.assert_allclose(got, wanted, atol=TOLERANCE["float32"])
+    for other in (
+        dict(sink=kind["sink"]),
+        dict(cap=0.5),
+        dict(sink=kind["sink"][::-1]),
+    ):
+        other = oracle(query, key, start, 145, count, **other)
+        assert np.abs(other - wanted).max() > 1e-2
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ from jaxkv.kernels.window_scores_triton import (
 )
 
 # window, heads, KV heads, keys, length, head size, dtype, reduction, tiles (splits,
-# rows, block)
+# rows, block), and of some, whether there are sinks, and the cap
 FAST = [
     (5, 4, 2, 70, 60, 64, "float32", "sum", (2, 32, 16)),
     (9, 4, 2, 70, 70, 64, "bfloat16", "sum", (3, 16, 16)),
@@ -29,6 +29,8 @@ FAST = [
     (9, 4, 2, 50, 40, 64, "bfloat16", "max", (2, 16, 16)),
     (3, 6, 2, 33, 33, 64, "float32", "max", (1, 16, 16)),
     (2, 24, 1, 20, 18, 64, "float32", "max", (1, 16, 16)),
+    (5, 6, 2, 70, 60, 64, "float32", "sum", (2, 16, 16), True, 1.5),
+    (9, 4, 2, 50, 40, 64, "bfloat16", "max", (2, 16, 16), True, None),
 ]
 SLOW = [
     (window, kv_heads * group, kv_heads, keys, keys - 3, head_dim, dtype, how, tiles)
@@ -42,6 +44,12 @@ SLOW = [
         [(64, "float32"), (96, "float16"), (128, "bfloat16"), (256, "bfloat16")],
         ["sum", "max"],
         [(1, 64, 16), (3, 16, 32)],
+    )
+]
+SLOW += [
+    (*case, sinks, cap)
+    for case, (sinks, cap) in zip(
+        SLOW, itertools.cycle([(True, None), (False, 2.0), (True, 1.0)])
     )
 ]
 # Logits are exact in float32; the statistics and exponentials are float32.
@@ -80,7 +88,10 @@ def test_shipped_tiles_compile_without_spills(shape, capability, record_property
     second = probability_constants(first, keys, tiles, reduction)
     dtypes = dict(query_ptr=dtype, key_ptr=dtype, start_ptr="int32", count_ptr="int32")
     dtypes |= dict(statistic_ptr="float32", scores_ptr="float32")
-    launches = [(body.window_statistic, first), (body.window_probabilities, second)]
+    launches = [
+        (body.window_statistic, first | triton_on_cpu.PLAIN),
+        (body.window_probabilities, second | dict(CAP=None)),
+    ]
     for kernel, constants in launches:
         usage = triton_on_cpu.usage(kernel, dtypes, constants, tiles, capability)
         for key, number in usage.items():
@@ -91,9 +102,14 @@ def test_shipped_tiles_compile_without_spills(shape, capability, record_property
         assert usage["shared"] <= 160 * 1024
 
 
-def check_interpreted(case, seed, mutate=lambda args: args) -> list[str]:
-    """Run one case under the interpreter and return what is wrong with it."""
-    window, heads, kv_heads, keys, length, head_dim, dtype, reduction, tiles = case
+def check_interpreted(case, seed, mutate=lambda args: args, told=True) -> list[str]:
+    """Run one case under the interpreter and return what is wrong with it.
+
+    What is not `told` of sink and cap is to be noticed, and so is what is mutated.
+    """
+    window, heads, kv_heads, keys, length, head_dim, dtype, reduction, tiles = case[:9]
+    has_sink, cap = case[9:] or (False, None)
+    sink = jnp.linspace(-1, 5, heads).astype(dtype) if has_sink else None
     splits, rows, block = tiles
     tiles = Tiles(splits=splits, rows=rows, block=block, warps=4, stages=3)
     batch, group, scale = 3, heads // kv_heads, head_dim**-0.5
@@ -114,13 +130,18 @@ def check_interpreted(case, seed, mutate=lambda args: args) -> list[str]:
             for n in range(heads):
                 seen = exact_k[b, : start[b] + w + 1, n // group]
                 logits = scale * seen @ exact_q[b, w, n]
-                weights = np.exp(logits - logits.max())
-                mine[n // group, : len(seen)] += weights / weights.sum() / group
+                if cap is not None:
+                    logits = cap * np.tanh(logits / cap)
+                own = float(sink[n]) if has_sink else -np.inf
+                weights = np.exp(logits - max(logits.max(), own))
+                whole = weights.sum() + np.exp(own - max(logits.max(), own))
+                mine[n // group, : len(seen)] += weights / whole / group
             want[b] = combine(want[b], mine)
     q, k, start, count = mutate((q, k, jnp.asarray(start), jnp.asarray(count)))
     scores = window_scores_triton.window_scores_triton(
-        *(q, k, start),
+        *(q, k, start, sink if told else None),
         scale=scale,
+        cap=cap if told else None,
         length=length,
         count=count,
         reduction=reduction,
@@ -146,4 +167,7 @@ if __name__ == "__main__":
         for name, mutate in MUTATIONS.items():
             if not check_interpreted(FAST[0], 0, mutate):
                 failures.append(f"{name}: went unnoticed")
+        for case in FAST[-2:]:
+            if not check_interpreted(case, 0, told=False):
+                failures.append(f"{case}: sink or cap: went unnoticed")
     print(json.dumps(failures))
