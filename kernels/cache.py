@@ -1,7 +1,7 @@
 """The cache of one layer as operations take and return it, and what is written to it.
 
 Axis letters: `B` batch, `T` tokens, `N` query heads, `K` key/value heads, `S` slots,
-`H` head size.
+`H` head size, `D` documents, `P` slots of a document.
 """
 
 from typing import Any, NamedTuple
@@ -57,6 +57,22 @@ class Slots(NamedTuple):
     positions: Int32[Array, "B K S"]
     target: Int32[Array, "B K"]
     norms: Float32[Array, "B K S"] | None = None
+
+
+class SharedSlots(NamedTuple):
+    """Slots that rows attend to beside their own, held once for all rows of a document.
+
+    Attributes:
+      keys: rotated; free slots of these and of the values may hold anything.
+      values: of the same tokens.
+      positions: of the token in each slot, negative where a slot is free.
+      owner: the document of each row.
+    """
+
+    keys: Float[Array, "D K P H"]
+    values: Float[Array, "D K P H"]
+    positions: Int32[Array, "D K P"]
+    owner: Int32[Array, " B"]
 
 
 class Heads(NamedTuple):

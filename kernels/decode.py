@@ -163,6 +163,20 @@ def softmax(logits: jax.Array, sink: jax.Array | None = None) -> jax.Array:
     return weights / (weights.sum(-1, keepdims=True) + jnp.exp(sink - maximum))
 
 
+def log_sum(logits: jax.Array, sink: jax.Array | None = None) -> jax.Array:
+    """Return the logarithm of the sum that `softmax` divides by, float32 `[...]`.
+
+    It is finite, and lower than that of any logit, where all logits are `-inf`.
+    """
+    maximum = jnp.max(logits, axis=-1, keepdims=True, initial=-1e30)
+    if sink is not None:
+        maximum = jnp.maximum(maximum, sink.astype(jnp.float32))
+    total = jnp.exp(logits - maximum).sum(-1, keepdims=True)
+    if sink is not None:
+        total += jnp.exp(sink - maximum)
+    return (maximum + jnp.log(jnp.maximum(total, 1e-30)))[..., 0]
+
+
 def weigh(weights: jax.Array, values: jax.Array, positions: jax.Array) -> jax.Array:
     """Return the weighted sum of values, float32 `[B, K, G, H]`.
 

@@ -291,7 +291,7 @@ def _weights(walk, slots, occupied):
     slot = jnp.arange(occupied.shape[2], dtype=jnp.int32)[None, None, None, None]
     overwritten = (own[..., None] == slot).any(3)
     old_alive = occupied[:, :, None] & ~overwritten
-    old, new = tree_attention.softmax_over_both(
+    old, new, _ = tree_attention.softmax_over_both(
         *(walk.old, walk.new, old_alive[:, :, :, None], alive[:, :, :, None]),
         sink=walk.sink,
     )

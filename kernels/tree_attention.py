@@ -165,6 +165,9 @@ def logits_of(grouped, key, keys, scale, cap=None):
 def softmax_over_both(old, new, old_alive, new_alive, sink=None):
     """Return one softmax over two arrays of logits, where their masks are true.
 
+    Behind the weights comes the logarithm of the sum of all exponentials, float32
+    `[B, K, T, G]`.
+
     Args:
       old: float32 `[B, K, T, G, S]`.
       new: float32 `[B, K, T, G, T]`; each node is alive to itself.
@@ -182,7 +185,7 @@ def softmax_over_both(old, new, old_alive, new_alive, sink=None):
     total = old.sum(-1, keepdims=True) + new.sum(-1, keepdims=True)
     if sink is not None:
         total += jnp.exp(sink - top)
-    return old / total, new / total
+    return old / total, new / total, (top + jnp.log(total))[..., 0]
 
 
 def combine(old, new, value, values, occupied):
@@ -205,10 +208,17 @@ def combine(old, new, value, values, occupied):
     return out.reshape(batch, nodes, kv_heads * groups, head_dim)
 
 
-def _xla(
+def attend_part(
     query, nodes, slots, upcoming, depths, ancestors, sink=None, *, scale, cap=None
 ):
-    """Mask instead of writing: a slot holds what it holds until it is overwritten."""
+    """Mask instead of writing: a slot holds what it holds until it is overwritten.
+
+    Arguments are those of `tree_attention`.
+
+    Returns:
+      The output `[B, T, N, H]`, and the logarithm of each head's sum of exponentials,
+      `[B, T, N]`; both float32.
+    """
     keys, values, positions, _, _ = slots
     order = jnp.arange(upcoming.shape[2], dtype=jnp.int32)
     never = jnp.int32(upcoming.shape[2])
@@ -225,11 +235,15 @@ def _xla(
     new_alive = ancestors[:, None] & (depth < ends[:, :, None])
     grouped = group(query, keys.shape[1])
     old, new = logits_of(grouped, nodes.key, keys, scale, cap)
-    old, new = softmax_over_both(
+    old, new, total = softmax_over_both(
         old, new, old_alive[:, :, :, None], new_alive[:, :, :, None], sink
     )
     out = combine(old, new, nodes.value, values, positions >= 0)
-    return out.astype(query.dtype)
+    return out, total.swapaxes(1, 2).reshape(query.shape[:-1])
+
+
+def _xla(query, *arguments, **options):
+    return attend_part(query, *arguments, **options)[0].astype(query.dtype)
 
 
 def _triton(query, *arguments, **options):
