@@ -14,10 +14,26 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxkv.kernels.cache import Slots
+from jaxkv.kernels.cache import SharedSlots, Slots
 from jaxkv.shown import brief
 
 FREE = -1  # in `positions`: nothing lies in this slot
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shared:
+    """What rows of one layer attend to beside their own slots; nobody writes to it.
+
+    Attributes:
+      slots: of the documents, each held once for all rows about it.
+      most: rows that the document with the most of them has, or more. Static.
+    """
+
+    slots: SharedSlots
+    most: int = dataclasses.field(metadata=dict(static=True))
+
+    __repr__ = brief
 
 
 @jax.tree_util.register_dataclass
@@ -45,6 +61,7 @@ class KVState:
         With a window the slots are a ring that holds exactly these tokens: as many
         slots, or as many as there will be tokens if they are fewer, and the oldest is
         overwritten, whatever budget and policies say. Static.
+      shared: what every row attends to beside these slots; None is nothing.
     """
 
     keys: jax.Array
@@ -53,12 +70,13 @@ class KVState:
     target: jax.Array
     memory: Any = ()
     window: int | None = dataclasses.field(default=None, metadata=dict(static=True))
+    shared: Shared | None = None
 
     __repr__ = brief
 
     @property
     def slots(self) -> int:
-        """Number of slots `S`."""
+        """Number of slots `S` of each row alone."""
         return self.keys.shape[2]
 
 
@@ -91,8 +109,12 @@ def occupied(state: KVState) -> jax.Array:
 
 
 def occupancy(state: KVState) -> jax.Array:
-    """Return how many slots hold a token, int32 `[B, K]`."""
-    return occupied(state).sum(-1, dtype=jnp.int32)
+    """Return how many slots hold a token, shared ones included, int32 `[B, K]`."""
+    own = occupied(state).sum(-1, dtype=jnp.int32)
+    if state.shared is None:
+        return own
+    _, _, positions, owner = state.shared.slots
+    return own + (positions >= 0).sum(-1, dtype=jnp.int32)[owner]
 
 
 def to_slots(state: KVState, norms: jax.Array | None = None) -> Slots:
@@ -225,6 +247,56 @@ def resize(state: KVState, slots: int) -> KVState:
         positions=state.positions[:, :, :slots],
     )
     return dataclasses.replace(cut, target=first_free(cut))
+
+
+def share(state: KVState, owner: jax.Array, *, most: int) -> Shared:
+    """Return a state's slots, as rows share them.
+
+    Args:
+      state: of one layer, a row per document.
+      owner: int32 `[B]`, the document of each row.
+      most: see `Shared`.
+    """
+    slots = SharedSlots(state.keys, state.values, state.positions, owner)
+    return Shared(slots=slots, most=most)
+
+
+def apart(cache: Cache) -> tuple[Cache, tuple[Shared | None, ...]]:
+    """Return the states without what is shared, and what is shared of each layer."""
+    own = tuple(dataclasses.replace(state, shared=None) for state in cache)
+    return own, tuple(state.shared for state in cache)
+
+
+def beside(cache: Cache, shared: Sequence[Shared | None]) -> Cache:
+    """Return the states with what `apart` took of them."""
+    both = zip(cache, shared, strict=True)
+    return tuple(dataclasses.replace(state, shared=found) for state, found in both)
+
+
+def own_all(state: KVState) -> KVState:
+    """Return a state whose rows hold what they shared, in front of their other slots.
+
+    Args:
+      state: of one layer, whose decode policy keeps everything.
+
+    Returns:
+      The state, with `target` at each head's first free slot.
+    """
+    if state.shared is None:
+        return state
+    keys, values, positions, owner = state.shared.slots
+
+    def behind(theirs: jax.Array, own: jax.Array) -> jax.Array:
+        return jnp.concatenate([theirs[owner], own], axis=2)
+
+    whole = dataclasses.replace(
+        state,
+        keys=behind(keys, state.keys),
+        values=behind(values, state.values),
+        positions=behind(positions, state.positions),
+        shared=None,
+    )
+    return dataclasses.replace(whole, target=first_free(whole))
 
 
 def pack(state: KVState) -> KVState:

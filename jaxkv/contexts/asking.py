@@ -15,6 +15,7 @@ from jaxkv import generation
 from jaxkv import state as kv
 from jaxkv.attention import Network
 from jaxkv.contexts.context import Context, begun, drawn
+from jaxkv.contexts.sharing import Layers
 from jaxkv.forward import logits_at_end, read_behind
 from jaxkv.generation import Running
 from jaxkv.given import feed
@@ -40,6 +41,7 @@ def ask(
     max_out: int,
     pool: jax.Array | None = None,
     crowded: bool = False,
+    shared: Layers | None = None,
 ) -> Running:
     """Put questions behind documents, and choose the first tokens.
 
@@ -53,25 +55,29 @@ def ask(
       keys: PRNG keys `[B]`.
       stop_ids: int32 `[E]`; -1 stands for none.
       options: static.
-      slots: of each layer's state, static: enough for what is kept of a document, its
-        question and, if the decode policy keeps everything, the output; see `crowded`.
+      slots: of each layer's state, static: enough for what is kept of a document, if
+        it is not shared, its question and, if the decode policy keeps everything, the
+        output; see `crowded`.
       max_out: size of the output buffer, static.
       pool: int32 `[B, 2]`, the span of document and question that drafts are copied
         from; None is all of it.
       crowded: static; whether the slots may be too few for a row's document and
         question. Then the decode policy evicts while it reads such a question.
+      shared: of each layer, what rows do not copy of their documents; see `sharing`.
 
     Returns:
-      The state of the loop after one token.
+      The state of the loop after one token, its cache without what is shared.
     """
     asked = put_behind(
         *(network, params, context, documents, tokens, counts),
         options=options,
         slots=slots,
         crowded=crowded,
+        shared=shared,
     )
+    own, _ = kv.apart(asked.cache)
     return generation.begin(
-        *(asked.tokens, asked.lengths, asked.logits, asked.cache, keys, stop_ids),
+        *(asked.tokens, asked.lengths, asked.logits, own, keys, stop_ids),
         options=options,
         max_out=max_out,
         likeliest=asked.likeliest,
@@ -108,6 +114,7 @@ def put_behind(
     options: Options,
     slots: tuple[int, ...],
     crowded: bool = False,
+    shared: Layers | None = None,
 ) -> Asked:
     """Put questions behind documents; arguments are those of `ask`.
 
@@ -115,7 +122,7 @@ def put_behind(
     does not is fed token by token to a policy that has begun behind the document. A row
     gets what it gets alone, whatever the others are.
     """
-    chosen = drawn(context, documents, slots)
+    chosen = drawn(context, documents, slots, shared)
     whole = counts
     if crowded:
         held = chosen.kept + counts + options.decode.spare

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from jaxkv.attention import Network
 from jaxkv.contexts.context import Context, begun, drawn
+from jaxkv.contexts.sharing import Layers
 from jaxkv.forward import read_behind
 from jaxkv.given import feed, in_blocks
 from jaxkv.options import Options
@@ -40,6 +41,7 @@ def weigh(
     options: Options,
     slots: tuple[int, ...],
     chunk: int = 64,
+    shared: Layers | None = None,
 ) -> Likelihoods:
     """Return how likely given tokens are behind documents.
 
@@ -55,8 +57,9 @@ def weigh(
       options: static.
       slots: see `ask`.
       chunk: tokens whose logits exist at a time, in each row, static.
+      shared: see `ask`.
     """
-    chosen = drawn(context, documents, slots)
+    chosen = drawn(context, documents, slots, shared)
     where = (*(network, params, tokens, counts, chosen.lengths),)
     if not in_blocks(options.decode, chosen.cache):
         cache = begun(options.decode, network, params, chosen.cache, chosen.lengths)

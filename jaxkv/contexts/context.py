@@ -262,12 +262,38 @@ def most_kept(found: Documents) -> jax.Array:
     return jnp.stack(kept).max(0)
 
 
-def drawn(context: Context, documents: jax.Array, slots: tuple[int, ...]) -> Context:
-    """Return the context of these documents, in states of these sizes."""
-    chosen = jax.tree.map(lambda x: x[documents], context)
-    sizes = zip(chosen.cache, slots, strict=True)
-    cache = tuple(kv.resize(state, size) for state, size in sizes)
-    return dataclasses.replace(chosen, cache=cache)
+def drawn(
+    context: Context,
+    documents: jax.Array,
+    slots: tuple[int, ...],
+    shared: Sequence[kv.Shared | None] | None = None,
+) -> Context:
+    """Return the context of these documents, in states of these sizes.
+
+    Args:
+      context: of all documents.
+      documents: int32 `[B]`.
+      slots: of each layer's state, static. Rows that share a document have their own
+        behind it.
+      shared: of each layer, if rows do not copy the document; see `sharing`.
+    """
+
+    def layer(state: kv.KVState, size: int, found: kv.Shared | None) -> kv.KVState:
+        if found is None:
+            return kv.resize(jax.tree.map(lambda x: x[documents], state), size)
+        empty = kv.init(
+            batch=len(documents),
+            kv_heads=state.keys.shape[1],
+            slots=size,
+            head_dim=state.keys.shape[3],
+            dtype=state.keys.dtype,
+        )
+        return dataclasses.replace(empty, shared=found)
+
+    each = zip(context.cache, slots, shared or (None,) * len(slots), strict=True)
+    rest = dataclasses.replace(context, cache=())
+    chosen = jax.tree.map(lambda x: x[documents], rest)
+    return dataclasses.replace(chosen, cache=tuple(layer(*one) for one in each))
 
 
 def begun(

@@ -29,7 +29,10 @@ def read_on(
     options: Options,
     slots: tuple[int, ...],
 ) -> Documents:
-    """Put questions behind documents, so that these are longer; see `ask`."""
+    """Put questions behind documents, so that these are longer; see `ask`.
+
+    Each has a copy of its document, whose slots are to be those of one text.
+    """
     chosen = drawn(context, documents, slots)
     hidden, cache = read_behind(
         *(network, params, tokens, counts, chosen.lengths, chosen.cache),
@@ -55,7 +58,8 @@ def settle(
       params: its parameters.
       token: int32 `[B]`, which the cache does not hold yet.
       position: int32 `[B]`, theirs.
-      cache: one state per layer; what a decode policy remembers is dropped.
+      cache: one state per layer; what a decode policy remembers is dropped, and what
+        rows share is copied, since documents that are longer share no slots.
       options: static.
     """
     logits, cache = decode_step(
@@ -63,7 +67,7 @@ def settle(
     )
     if options.decode.evicts:
         cache = tuple(map(_without_victim, cache))
-    cache = tuple(kv.pack(state) for state in cache)
+    cache = tuple(kv.pack(kv.own_all(state)) for state in cache)
     return counted(cache, position + 1, logits)
 
 

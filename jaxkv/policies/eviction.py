@@ -9,7 +9,7 @@ Axis letters: `B` batch, `K` key/value heads, `S` slots.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ import numpy as np
 from annotated_types import Ge, Lt
 
 from jaxkv import state as kv
-from jaxkv.kernels import decode, dispatch, tree_attention, victims
+from jaxkv.kernels import decode, dispatch, shared_slots, tree_attention, victims
 from jaxkv.kernels.cache import Nodes, Token
 from jaxkv.kernels.weighing import PLAIN, Weighing, scale_of
 from jaxkv.policies.fitting import fit
@@ -63,14 +63,21 @@ def attend_and_write(
     weighing: Weighing = PLAIN,
 ) -> tuple[jax.Array, KVState]:
     """Do all of `DecodePolicy.attend` but the choice: `target` stays as it is."""
-    out, slots = decode.decode_attention(
-        query,
-        Token(key, value, position),
-        kv.to_slots(state),
-        scale=scale_of(query),
-        implementation=implementation,
-        **weighing.softmax,
-    )
+    arrays = query, Token(key, value, position), kv.to_slots(state)
+    how: dict[str, Any] = dict(scale=scale_of(query), **weighing.softmax)
+    if state.shared is None:
+        out, slots = decode.decode_attention(
+            *arrays, **how, implementation=implementation
+        )
+    else:
+        out, slots = shared_slots.attend_from_token(
+            *(*arrays, state.shared.slots),
+            **how,
+            most=state.shared.most,
+            implementation=dispatch.counterpart(
+                implementation, shared_slots.Implementation
+            ),
+        )
     return out, kv.from_slots(slots, state, state.memory)
 
 
@@ -104,19 +111,26 @@ def attend_tree_by_depth(
     Returns:
       The output and what is pending.
     """
-    out = tree_attention.tree_attention(
-        query,
-        Nodes(key, value, position),
-        kv.to_slots(state),
-        upcoming,
-        drafts.depths,
-        ancestors,
-        scale=scale_of(query),
-        implementation=dispatch.counterpart(
-            implementation, tree_attention.Implementation
-        ),
-        **weighing.softmax,
-    )
+    before = query, Nodes(key, value, position), kv.to_slots(state)
+    behind = upcoming, drafts.depths, ancestors
+    how: dict[str, Any] = dict(scale=scale_of(query), **weighing.softmax)
+    if state.shared is None:
+        out = tree_attention.tree_attention(
+            *(*before, *behind),
+            **how,
+            implementation=dispatch.counterpart(
+                implementation, tree_attention.Implementation
+            ),
+        )
+    else:
+        out = shared_slots.attend_from_tree(
+            *(*before, state.shared.slots, *behind),
+            **how,
+            most=state.shared.most,
+            implementation=dispatch.counterpart(
+                implementation, shared_slots.Implementation
+            ),
+        )
     return out, Pending(key, value, upcoming)
 
 

@@ -23,6 +23,7 @@ class Full(WholePrompt, PlainAttention):
     evicts = False
     spare = 0
     attends_trees = True
+    attends_shared = True  # to slots of no row's own; many policies know none
 
     def check(self, budget: int) -> None:
         """Accept any budget; the caller sees to it that everything fits."""

@@ -21,6 +21,7 @@ import numpy as np
 
 from jaxkv import generation, soundness
 from jaxkv.contexts.context import Context
+from jaxkv.contexts.sharing import advance_any
 from jaxkv.generation import Running
 from jaxkv.kernels import decode as decode_kernels
 from jaxkv.kernels import prefill as prefill_kernels
@@ -238,7 +239,7 @@ def advance(
     prices = None
 
     def run(state: Running, until: int, prices: np.ndarray | None = None) -> Running:
-        return generation.advance_jit(
+        return advance_any(
             *(lm.network, lm.params, state, np.int32(until), stops, prices),
             options=options,
         )

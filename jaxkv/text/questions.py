@@ -15,6 +15,7 @@ from jaxkv import state as kv
 from jaxkv.contexts import context as contexts
 from jaxkv.contexts.asking import ask_jit
 from jaxkv.contexts.context import Context, Documents
+from jaxkv.contexts.sharing import Layers, shared_of
 from jaxkv.contexts.turns import read_on_jit, settle_jit
 from jaxkv.generation import Running
 from jaxkv.language_model import LanguageModel
@@ -40,6 +41,7 @@ class Questions:
       plan: shapes of the batch.
       documents: int32 `[B]`, which document each question is about.
       ids: the questions.
+      shared: what rows do not copy of their documents, by layer.
       crowded: whether one of them does not fit into the budget beside what is kept of
         its document, so that the decode policy evicts while it is read.
     """
@@ -48,6 +50,7 @@ class Questions:
     plan: Plan
     documents: np.ndarray
     ids: Sequence[Sequence[int]]
+    shared: Layers
     crowded: bool
 
     @property
@@ -81,7 +84,9 @@ class Questions:
             max_out=self.plan.max_out,
             pool=spans,
             crowded=self.crowded,
+            shared=self.shared,
         )
+        state = dataclasses.replace(state, cache=kv.beside(state.cache, self.shared))
         soundness.check(state, lm.params, self.plan.options)
         return state
 
@@ -206,7 +211,8 @@ def questions(
       budget: slots of decoding, if the decode policy evicts.
       compression_ratio: refused; the context has been cut.
       max_new_tokens: the longest output.
-      room: slots for the output and what may follow; None is those of the output.
+      room: slots for the output and what may follow; None is those of the output,
+        behind which nothing does.
 
     Raises:
       ValueError: they do not go together; the message says what to do.
@@ -226,12 +232,17 @@ def questions(
             )
     prompt = bucket(max(map(len, ids)))
     max_out = bucket(max_new_tokens if room is None else room)
+    shared = shared_of(
+        *(context, chosen, options.decode, lm.params), goes_on=room is not None
+    )
     plan = Plan(
         options=options,
         bound=None,
         keep=None,
         slots=slots_of(
-            *(context, chosen, options.decode, budget), more=prompt + max_out
+            *(context, chosen, options.decode, budget),
+            more=prompt + max_out,
+            shared=shared,
         ),
         prompt=prompt,
         max_out=max_out,
@@ -239,7 +250,12 @@ def questions(
     )
     crowded = _crowded(context, chosen, ids, options, budget)
     return Questions(
-        context=context, plan=plan, documents=chosen, ids=ids, crowded=crowded
+        context=context,
+        plan=plan,
+        documents=chosen,
+        ids=ids,
+        shared=shared,
+        crowded=crowded,
     )
 
 
@@ -274,6 +290,7 @@ def slots_of(
     budget: Any,
     *,
     more: int,
+    shared: Layers,
 ) -> tuple[int, ...]:
     """Return the slots of each layer's state behind documents.
 
@@ -283,16 +300,19 @@ def slots_of(
       decode: the policy.
       budget: slots, if the policy evicts.
       more: slots beside those of the context, if it does not.
+      shared: what rows do not copy of the context, by layer.
 
     Raises:
       ValueError: the budget is too small.
     """
     if not decode.evicts:
+        sizes = (
+            more if found else state.slots + more
+            for state, found in zip(context.cache, shared, strict=True)
+        )
         return tuple(
-            state.slots + more
-            if state.window is None
-            else min(state.slots + more, state.window)
-            for state in context.cache
+            min(size, state.window or size)
+            for size, state in zip(sizes, context.cache, strict=True)
         )
     size = arguments.integer("budget", budget)
     kept = np.asarray(context.kept)

@@ -9,6 +9,7 @@ import numpy as np
 from jaxkv import soundness
 from jaxkv.contexts.candidates import weigh_jit
 from jaxkv.contexts.context import Context
+from jaxkv.contexts.sharing import shared_of
 from jaxkv.kernels import decode as decode_kernels
 from jaxkv.kernels import prefill as prefill_kernels
 from jaxkv.language_model import LanguageModel
@@ -120,8 +121,11 @@ def _weighed(
     budget: int | None,
 ) -> Scores:
     tokens, counts = padded(ids), np.array([len(row) for row in ids], np.int32)
+    shared = shared_of(context, documents, options.decode, lm.params)
     slots = slots_of(
-        *(context, documents, options.decode, budget), more=tokens.shape[1]
+        *(context, documents, options.decode, budget),
+        more=tokens.shape[1],
+        shared=shared,
     )
     with jax.transfer_guard("allow"):
         found = weigh_jit(
@@ -129,6 +133,7 @@ def _weighed(
             *(documents, tokens, counts),
             options=options.of_the_loop(),
             slots=slots,
+            shared=shared,
         )
         found = jax.tree.map(np.asarray, found)
     rows = [row[:count] for row, count in zip(found.logprobs, counts, strict=True)]

@@ -19,9 +19,9 @@ from jaxkv import (
     Options,
     SnapKV,
     StreamingLLM,
-    generation,
 )
-from jaxkv.contexts import asking
+from jaxkv import state as kv
+from jaxkv.contexts import asking, sharing
 from jaxkv.contexts import context as contexts
 from jaxkv.identity import Identity
 from jaxkv.laws import lawbook, programs
@@ -87,28 +87,37 @@ def compress(options=None, keep=None, question=None, likeliest=False):
 
 
 @functools.partial(jax.jit, static_argnames="options")
-def ask(weights, context, about, tokens, counts, keys, options):
+def ask(weights, context, about, tokens, counts, keys, shared, options):
     slots = options.num_slots(PROMPT, NEW)
+    if any(shared):
+        slots = QUESTION + NEW
     state = asking.ask(
         *(NETWORK, weights, context, about, tokens, counts, keys, jnp.array([-1])),
         options=options,
         slots=(slots,) * NETWORK.config.num_layers,
         max_out=NEW,
+        shared=shared,
     )
-    return generation.advance(
-        *(NETWORK, weights, state, jnp.int32(NEW), jnp.array([-1])), options=options
+    return sharing.advance(
+        *(NETWORK, weights, state, shared, jnp.int32(NEW), jnp.array([-1])),
+        options=options,
     )
 
 
-def asked(context, options, rows=(0, 1, 2), seed=4):
+def asked(context, options, rows=(0, 1, 2), seed=4, *, goes_on=False):
     """Ask some of three questions of random tokens, each with its own key."""
     tokens, counts = prompts(seed, COUNTS, QUESTION)
     keys, rows = jax.random.split(jax.random.key(0), 3), jnp.asarray(rows)
-    about = jnp.asarray(ABOUT, jnp.int32)
-    return ask(
-        *(params(), context, about[rows], tokens[rows], counts[rows], keys[rows]),
+    about = jnp.asarray(ABOUT, jnp.int32)[rows]
+    shared = sharing.shared_of(
+        *(context, np.asarray(about), options.decode, params()), goes_on=goes_on
+    )
+    ended = ask(
+        *(params(), context, about, tokens[rows], counts[rows], keys[rows], shared),
         options=options,
     )
+    cache = map(kv.own_all, kv.beside(ended.cache, shared))
+    return dataclasses.replace(ended, cache=tuple(cache))
 
 
 def whole(options, seed=4):
@@ -144,6 +153,41 @@ def test_a_whole_document_and_a_question_are_a_prompt(options):
     again = asked(context, options)  # using it has changed nothing
     jax.tree.map(np.testing.assert_array_equal, got.cache, again.cache)
     jax.tree.map(np.testing.assert_array_equal, before, context)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "full",
+        *(pytest.param(x, marks=pytest.mark.slow) for x in ("penalised", "drafts")),
+    ],
+)
+def test_rows_that_share_slots_are_rows_that_copy_them(name):
+    context = compress(Options(budget=8, prefill=SnapKV(window_size=4)), keep=8)
+    shared = asked(context, KINDS[name])
+    copied = asked(context, KINDS[name], goes_on=True)
+    np.testing.assert_array_equal(shared.tokens, copied.tokens)
+    lawbook.assert_same_tokens_are_held(copied.cache, shared.cache)
+
+
+def test_what_is_shared_of_a_context():
+    context = compress()
+    documents = np.array([1, 1], np.int32)
+
+    def of(policy, context=context):
+        return sharing.shared_of(context, documents, policy, params())
+
+    for state, found in zip(context.cache, of(Full()), strict=True):
+        assert found.most == 2 and found.slots.owner.tolist() == [0, 0]
+        np.testing.assert_array_equal(found.slots.keys, state.keys[1:])
+    one = context.take([1, 0])
+    documents = np.array([1, 0, 1], np.int32)
+    assert of(Full(), one)[0].slots.keys is one.cache[0].keys  # no copy
+    assert not any(of(SMALL_DECODE["longflow"]))
+    layer, other = context.cache
+    ring = dataclasses.replace(layer, window=layer.slots)
+    mixed = dataclasses.replace(context, cache=(ring, other))
+    assert [found is None for found in of(Full(), mixed)] == [True, False]
 
 
 @pytest.mark.parametrize("name", ["full", "longflow"])
