@@ -1,9 +1,9 @@
 """The feed-forward of a mixture of experts, of which each token uses a few.
 
 Prefill sorts the tokens by expert and multiplies those of one expert at a time. A
-decode step waits for weights to be read, so with few tokens either the experts that
-they chose are read, one after the other, or, where that would be most of them anyway,
-all experts are, each once. No expert has a capacity: nothing that one token does
+decode step waits for weights to be read, so with few tokens only the experts that they
+chose are read, on a GPU by a kernel that reads each once, and where that would be most
+of them anyway, all experts are. No expert has a capacity: nothing that one token does
 changes another's result.
 
 Under a mesh every device has whole experts, computes what they add to the tokens, and
@@ -23,18 +23,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int
 
 from jaxkv.kernels import dispatch
-from jaxkv.kernels.per_shard import (
-    add_up,
-    along,
-    columns_per_row,
-    current_mesh,
-    first_of_shard,
-)
+from jaxkv.kernels.experts_triton import MOST_TOKENS, experts_triton, unsupported
+from jaxkv.kernels.per_shard import add_up, along, current_mesh, first_of_shard
 from jaxkv.kernels.shapes import checked
 
-Implementation = Literal["gather", "dense", "sorted", "blocks", "ragged"]
+Implementation = Literal["gather", "dense", "sorted", "blocks", "ragged", "triton"]
 
-MOST_TOKENS = 64  # of a decode step; beyond that tokens are sorted
+_MOST_FOR_TRITON = 16  # tokens; beyond that most experts are read anyway
 _LEAST_BLOCK, _MOST_BLOCK = 16, 256  # sorted tokens that are multiplied at once
 
 
@@ -114,7 +109,8 @@ def feed_forward(
       gate: the activation between the two products.
       implementation: "gather" (reads each choice of an expert), "dense" (reads all
         experts), "sorted" (tokens by expert, block by block), "blocks" (all of these at
-        once), "ragged" (by `jax.lax.ragged_dot`), or None for the best one.
+        once), "ragged" (by `jax.lax.ragged_dot`), "triton" (NVIDIA, up to 64 tokens of
+        a device in 16 bits, reads each expert once), or None for the best one.
 
     Returns:
       The sums in the dtype of `x`. Products are summed in float32, and rounded to the
@@ -122,6 +118,7 @@ def feed_forward(
 
     Raises:
       ValueError: shapes disagree, or the implementation is unknown.
+      NotImplementedError: a named implementation cannot run here.
     """
     where = "feed_forward"
     if weights.gate_up.shape[2] != 2 * weights.down.shape[1]:
@@ -129,18 +126,15 @@ def feed_forward(
             f"{where}: gate_up holds gate beside up of {weights.down.shape[1]} "
             f"columns, but has {weights.gate_up.shape[2]}."
         )
-    tokens = x.shape[0] * x.shape[1]
-    implementation = implementation or choose(
-        tokens, experts.shape[2], weights.down.shape[0] // columns_per_row()
-    )
-    run = dispatch.resolve(where, implementation, _RUNS)
-    run = functools.partial(_of_tokens, functools.partial(run, gate=gate))
+    run: Callable = functools.partial(_of_tokens, where, implementation, gate)
     if current_mesh() is not None:
         run = _over_devices(run)
     return run(x, experts, shares, weights)
 
 
-def choose(tokens: int, per_token: int, count: int) -> Implementation:
+def choose(
+    tokens: int, per_token: int, count: int, *, triton: bool = False
+) -> Implementation:
     """Return what reads the fewest weights at a number of tokens.
 
     On a CPU sorting is best where experts are large enough to matter. On a GPU a loop
@@ -148,15 +142,18 @@ def choose(tokens: int, per_token: int, count: int) -> Implementation:
     a kernel of `ragged_dot` for TPUs, and none elsewhere.
 
     Args:
-      tokens: of the call.
+      tokens: of one device.
       per_token: experts of each.
       count: experts of one device.
+      triton: whether "triton" takes these arrays and can run.
     """
     backend = jax.default_backend()
     if backend == "cpu":
         return "sorted"
     if tokens > MOST_TOKENS:
         return "ragged" if backend == "tpu" else "blocks"
+    if triton and tokens <= _MOST_FOR_TRITON:
+        return "triton"
     return "gather" if tokens * per_token < count else "dense"
 
 
@@ -179,10 +176,19 @@ def _over_devices(run: Callable) -> Callable:
     return spread
 
 
-def _of_tokens(run, x, experts, shares, weights):
-    """Hand tokens on as `[M, D]`; `run` knows no expert of index `E`, and skips it."""
-    flat = (leaf.reshape(-1, leaf.shape[-1]) for leaf in (x, experts, shares))
-    return run(*flat, weights).reshape(x.shape).astype(x.dtype)
+def _of_tokens(where, implementation, gate, x, experts, shares, weights):
+    """Run on what this device has, tokens as `[M, D]`; no expert has the index `E`."""
+    rows, experts, shares = (
+        leaf.reshape(-1, leaf.shape[-1]) for leaf in (x, experts, shares)
+    )
+    reason = unsupported(rows, weights)
+    if implementation is None:
+        able = not reason and not dispatch.triton_unavailable()
+        tokens, per_token = experts.shape
+        implementation = choose(tokens, per_token, len(weights.down), triton=able)
+    run = dispatch.resolve(where, implementation, _RUNS, unable={"triton": reason})
+    out = run(rows, experts, shares, weights, gate=gate)
+    return out.reshape(x.shape).astype(x.dtype)
 
 
 def _reference(x, experts, shares, weights, *, gate):
@@ -366,4 +372,5 @@ _RUNS = {
     "sorted": _sorted,
     "blocks": _blocks,
     "ragged": _ragged,
+    "triton": experts_triton,
 }

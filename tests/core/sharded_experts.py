@@ -40,7 +40,7 @@ def check_operation(mesh):
     weights = experts.Weights(draw(6, 8, 20), draw(6, 10, 8), draw(6, 20), draw(6, 8))
     chosen, shares = experts.route(draw(4, 5, 6), per_token=2, normalize=True)
     arguments = draw(4, 5, 8), chosen, shares, weights
-    for implementation in experts._RUNS:
+    for implementation in experts._RUNS.keys() - {"triton"}:  # needs a GPU
         # Not twice the same function: JAX remembers what it traced without the mesh.
         run = functools.partial(
             experts.feed_forward, gate=experts.SILU, implementation=implementation

@@ -7,6 +7,7 @@ import pytest
 from jaxkv.kernels import (
     decode,
     dispatch,
+    experts,
     longflow,
     longflow_tree,
     pointwise,
@@ -19,6 +20,7 @@ from jaxkv.kernels import (
 
 TABLES = [
     (decode._RUNS, decode.Implementation),
+    (experts._RUNS, experts.Implementation),
     (longflow._RUNS, longflow.Implementation),
     (longflow_tree._RUNS, longflow_tree.Implementation),
     (pointwise._NORMS, pointwise.Implementation),

@@ -14,6 +14,8 @@ import pytest
 from jaxkv.kernels import ahead_triton
 from jaxkv.kernels.cache import Nodes, Slots, Token
 from jaxkv.kernels.decode_triton import decode_attention_triton
+from jaxkv.kernels.experts import Gate, Weights
+from jaxkv.kernels.experts_triton import experts_triton
 from jaxkv.kernels.longflow_triton import choose_tiles, longflow_attention_triton
 from jaxkv.kernels.pointwise_triton import add_rms_norm_triton, split_and_rotate_triton
 from jaxkv.kernels.project_triton import project_gated_triton, project_triton
@@ -98,6 +100,14 @@ CASES = {
     ),
     "product": (project_triton, (of(ROWS, 1, 256), of(256, 64)), *(1, 0)),
     "gated product": (project_gated_triton, (of(ROWS, 1, 128), of(128, 256)), *(1, 0)),
+    "experts": (
+        functools.partial(experts_triton, gate=Gate(limit=7.0)),
+        (
+            *(of(ROWS, 64), integers(ROWS, 2), of(ROWS, 2, dtype="float32")),
+            Weights(of(4, 64, 80), of(4, 40, 64), of(4, 80), of(4, 64)),
+        ),
+        *(3, 0),
+    ),
 }
 
 
