@@ -19,6 +19,7 @@ from jaxkv.forward import decode_step, logits_at_end, read
 from jaxkv.given import feed_on
 from jaxkv.options import Options
 from jaxkv.policies.base import Speculable
+from jaxkv.runtime.host_waits import loop
 from jaxkv.runtime.programs import bounded_jit
 from jaxkv.runtime.seeds import independent
 from jaxkv.sampling import Sampler, from_numbers, penalizes, pick_next
@@ -239,7 +240,7 @@ def advance(
     prices: jax.Array | None = None,
     *,
     options: Options,
-    steps: jax.Array | None = None,
+    steps: jax.Array | int | None = None,
 ) -> Running:
     """Decode until every row has stopped or has `until` tokens.
 
@@ -253,7 +254,7 @@ def advance(
         plain steps. None is what the drafter's `break_even` says, and where that is
         "auto", `pace.UNMEASURED`: a traced function measures nothing.
       options: static.
-      steps: int32 scalar, after which, or soon after which, to return; None is never.
+      steps: int32 scalar, when to return, or soon after; `int`: static, see `loop`.
 
     Returns:
       The state of the loop.
@@ -311,7 +312,7 @@ def advance(
         few = steps is None or (taken(g) - taken(generation)).max() < steps
         return running(g).any() & few
 
-    return readable(jax.lax.while_loop(goes_on, step, generation))
+    return readable(loop(goes_on, step, generation, turns=steps))
 
 
 def _choose(

@@ -126,6 +126,13 @@ class Program(Generic[R]):
         with self._mesh(*args, **kwargs):
             return self._shelf.get(key, self._fresh)(*args, **kwargs)
 
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile for these arguments, and run nothing; threads may share the work."""
+        key = self.key(*args, **kwargs)
+        with self._mesh(*args, **kwargs):
+            # JAX calls what was lowered before; `tests/runtime` holds it to that.
+            self._shelf.get(key, self._fresh).lower(*args, **kwargs).compile()
+
     def lower(self, *args: Any, **kwargs: Any) -> jax.stages.Lowered:
         """Trace and lower as `jax.jit(...).lower` does; nothing is kept."""
         with self._mesh(*args, **kwargs):

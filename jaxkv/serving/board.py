@@ -1,9 +1,12 @@
 """The rows of an engine on their device, and what the host knows of their terms."""
 
+import concurrent.futures
 import dataclasses
+import functools
 import itertools
-from collections.abc import Iterator
-from typing import Any
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, get_args
 
 import jax
 import numpy as np
@@ -11,26 +14,32 @@ import numpy as np
 from jaxkv.generation import Running
 from jaxkv.language_model import LanguageModel
 from jaxkv.options import Options
+from jaxkv.runtime.host_waits import asks_the_device
 from jaxkv.runtime.seeds import row_keys
 from jaxkv.sampling import Greedy
 from jaxkv.serving import rows
 from jaxkv.serving.requests import Request
 from jaxkv.serving.rows import Report, Shape, Terms
-from jaxkv.serving.samplers import RowSamplers
+from jaxkv.serving.samplers import Kind, RowSamplers
 from jaxkv.speculation import pace
 from jaxkv.text.planning import bucket
 from jaxkv.text.pricing import Prices
 
 _LONGEST_WAIT = 24  # plain steps that a block may have beyond its own, with drafts
 _ALL = 2**30  # more steps than any output has
+_FILLS = 2048  # prompt tokens that keep a device busy: more are not read together
 
 
 class Board:
     """Rows, and the programs that they take part in. Nothing here waits for a device.
 
+    A GPU's host waits while it hands over what asks the device (`runtime.host_waits`).
+    So blocks have a number of steps there, and a program for each kind of samplers.
+
     Attributes:
       shape: of the rows.
       rows: how many there are.
+      sure: tokens that a row that runs gets in a block, if it does not end.
     """
 
     def __init__(
@@ -40,8 +49,11 @@ class Board:
         *,
         rows: int,
         block: int,
+        stall: int | None,
+        together: int,
         most_stop_ids: int,
         penalties: bool,
+        on_gpu: bool | None = None,
     ):
         """Make free rows.
 
@@ -50,14 +62,24 @@ class Board:
           shape: of the rows.
           rows: how many.
           block: decode steps between two reports.
+          stall: tokens of a part of a prompt, padding included, if all layers were in
+            it; None reads all in one.
+          together: see `Engine`.
           most_stop_ids: of a request.
           penalties: whether requests may have penalties of repetition.
+          on_gpu: whether to do as on a GPU; None is where there is one.
         """
         self._lm, self.shape, self.rows = lm, shape, rows
         self._block, self._most_stop_ids = block, most_stop_ids
+        self._stall, self._together = stall, together
         self._penalties = penalties
         self._most = min(_most_tokens(shape.options, block), shape.max_out)
         drafter = shape.options.speculate
+        if on_gpu is None:
+            on_gpu = jax.default_backend() == "gpu"
+        self.sure = block if drafter is None else 0
+        self._fixed = block if drafter is None and on_gpu else None
+        self._steps = jax.device_put(np.int32(block)) if self._fixed is None else None
         self._prices: np.ndarray | None = None
         if drafter is not None:
             assumed = pace.assumed_prices(drafter, shape.options.accept)
@@ -76,50 +98,69 @@ class Board:
             shape=self.shape,
         )
 
+    @functools.cached_property
+    def ahead(self) -> bool:
+        """Return whether to launch a block before the report of the last one is read.
+
+        Not with drafts: a row that ends is found out one block later, and theirs have
+        many tokens. Nor where the host would wait while it launches.
+        """
+        if self.shape.options.speculate is not None:
+            return False
+        if self._fixed is None:
+            return True
+        return not asks_the_device(
+            lambda params, state, terms: rows.advance(
+                *(self._lm.network, params, state, terms, None, None),
+                shape=self.shape,
+                most=self._most,
+                fixed=self._fixed,
+            ),
+            *(self._lm.params, self._state, self._of_kind(self._terms)),
+        )
+
+    @property
+    def steps(self) -> int | None:
+        """Return how many steps a block has; None where that is for its rows to say."""
+        return self._fixed
+
+    def together(self, size: int) -> int:
+        """Return how many prompts of a padded length are read in one go."""
+        number = min(self._together, self.rows)
+        return number if number * size <= min(self._stall or _FILLS, _FILLS) else 1
+
     def free(self, row: int) -> None:
         """Make a row free; it takes no part in the coming blocks."""
         self._terms.limits[row], self._placed = 0, None
 
-    def limit(self, row: int) -> int:
-        """Return the longest output of a row; 0 if it is free."""
-        return int(self._terms.limits[row])
-
     def parts(
-        self, request: Request, most: int | None
+        self, asked: Sequence[Request]
     ) -> Iterator[tuple[Running, Report] | None]:
-        """Read a prompt by itself, in parts, and choose its first token.
+        """Read prompts by themselves, in parts, and choose their first tokens.
 
         A part is some of the layers, each of which sees all of the prompt. Questions
         about contexts, and prompts that the policy decodes from, have one.
 
         Args:
-          request: whose prompt.
-          most: tokens of a part, padding included, if all layers were in it; None
-            reads all in one.
+          asked: whose prompts, `A` of them; a question is alone.
 
         Yields:
-          None for each part but the last, and then the row and a report.
+          None for each part but the last, and then the rows and a report.
         """
-        tokens = np.zeros((1, bucket(len(request.ids))), np.int32)
-        tokens[0, : len(request.ids)] = request.ids
-        lengths = np.array([len(request.ids)], np.int32)
-        keys, terms = row_keys([request.seed], 1), self._terms_of(request)
-        network, params = self._lm.network, self._lm.params
+        given, keys, terms, keep = self._arguments(asked)
+        (request, *_) = asked
         if request.context is not None:
             # The program is the same whatever has chosen the tokens.
             context = dataclasses.replace(request.context, policy="")
+            network, params, *questions = given
             yield rows.read_questions_jit(
                 *(network, params, context, np.array([request.document], np.int32)),
-                *(tokens, lengths, keys, terms),
+                *(*questions, keys, terms),
                 shape=self.shape,
             )
             return
-        keep: Any = None
-        if request.budget is not None:
-            keep = np.array([request.budget], np.int32)
-        given = (network, params, tokens, lengths)
         part: rows.Part | None = None
-        edges = self._edges(tokens.shape[1], most)
+        edges = self._edges(given[2].shape)
         for first, after in itertools.pairwise(edges[:-1]):
             carried, cache = part or (None, ())
             carried, states = rows.read_layers_jit(
@@ -134,51 +175,68 @@ class Board:
             *(*given, keys, terms, keep, part), shape=self.shape, first=edges[-2]
         )
 
-    def _edges(self, tokens: int, most: int | None) -> list[int]:
-        """Return the layers at which the parts of a prompt begin, and their number."""
-        layers, options = len(self.shape.slots), self.shape.options
-        whole = most is None or (options.budget and options.prefill.sketches)
-        number = 1 if whole else min(-(-tokens // (most or 1)), layers)
+    def _arguments(
+        self, asked: Sequence[Request]
+    ) -> tuple[tuple[Any, ...], jax.Array, Terms, Any]:
+        """Return what `read_layers` takes, and keys, terms, and what may be kept."""
+        lengths = np.array([len(request.ids) for request in asked], np.int32)
+        tokens = np.zeros((len(asked), bucket(int(lengths.max()))), np.int32)
+        for row, request in zip(tokens, asked, strict=True):
+            row[: len(request.ids)] = request.ids
+        budgets = [request.budget for request in asked if request.budget is not None]
+        keep = np.array(budgets, np.int32) if budgets else None
+        keys = row_keys([request.seed for request in asked], len(asked))
+        given = (self._lm.network, self._lm.params, tokens, lengths)
+        return given, keys, self._terms_of(asked), keep
+
+    def _edges(self, shape: tuple[int, int]) -> list[int]:
+        """Return the layers at which the parts of prompts begin, and their number."""
+        number, options = 1, self.shape.options
+        layers, sketches = len(self.shape.slots), options.prefill.sketches
+        if self._stall is not None and not (options.budget and sketches):
+            number = min(-(-shape[0] * shape[1] // self._stall), layers)
         return [layers * part // number for part in range(number + 1)]
 
-    def place(self, row: int, request: Request, new: Running) -> None:
-        """Put a request that has been read into a row."""
-        self._state = rows.insert_jit(self._state, new, np.array([row], np.int32))
-        both = self._terms, self._terms_of(request)
-        for all_rows, one in zip(*map(jax.tree.leaves, both), strict=True):
-            all_rows[row] = one[0]
+    def place(self, at: Sequence[int], asked: Sequence[Request], new: Running) -> None:
+        """Put requests that have been read into rows."""
+        places = np.array(at, np.int32)
+        self._state = rows.insert_jit(self._state, new, places)
+        both = self._terms, self._terms_of(asked)
+        for all_rows, some in zip(*map(jax.tree.leaves, both), strict=True):
+            all_rows[places] = some
         self._placed = None
 
     def launch(self) -> Report:
         """Decode a block in all rows that are not free."""
         if self._placed is None:
             # A device may share memory with the host, where rows change.
-            self._placed = jax.device_put(jax.tree.map(np.copy, self._terms))
+            terms = self._of_kind(jax.tree.map(np.copy, self._terms))
+            self._placed = jax.device_put(terms)
         self._state, report = self._advance(
-            self._state, self._placed, self._block, self._prices
+            self._state, self._placed, self._steps, self._prices
         )
         return report
 
-    def warm_up(self, longest: int, most: int | None) -> None:
+    def warm_up(self, longest: int) -> None:
         """Compile for prompts of all lengths, and measure what drafts take.
 
         All rows become free.
 
         Args:
           longest: tokens of the longest prompt.
-          most: see `parts`.
         """
-        length, state = 1, self._state
-        while length <= longest:
-            request = self._some_request(min(bucket(length), longest))
-            *_, last = self.parts(request, most)
-            assert last is not None
-            new, _ = last
-            for row in range(self.rows):
-                state = rows.insert_jit(state, new, np.array([row], np.int32))
-            length = bucket(length) + 1
         limits = np.full(self.rows, self.shape.max_out, np.int32)
         terms = dataclasses.replace(self._terms, limits=limits)
+        groups = list(self._groups(longest))
+        self._compile(groups, terms)
+        state = self._state
+        for asked in groups:
+            *_, last = self.parts(asked)
+            assert last is not None
+            new, _ = last
+            for row in range(0, self.rows - len(asked) + 1, len(asked)):
+                at = np.arange(row, row + len(asked), dtype=np.int32)
+                state = rows.insert_jit(state, new, at)
         drafter, prices = self.shape.options.speculate, self._prices
         if drafter is not None and drafter.break_even == "auto":
             found = Prices(len(np.asarray(prices)))
@@ -186,13 +244,45 @@ class Board:
             def run(state: Running, until: int, prices: np.ndarray) -> Running:
                 limits = np.full(self.rows, until, np.int32)
                 placed = dataclasses.replace(terms, limits=limits)
-                return self._advance(state, placed, _ALL, prices)[0]
+                return self._advance(state, placed, np.int32(_ALL), prices)[0]
 
             state = found.measure(run, state, self.shape.max_out)
             self._prices = found.array() if found.known else prices
-        state, _ = self._advance(state, terms, 1, self._prices)
+        for placed in self._of_all_kinds(terms):
+            state, _ = self._advance(state, placed, self._steps, self._prices)
         jax.block_until_ready(state)
         self.clear()
+
+    def _groups(self, longest: int) -> Iterator[list[Request]]:
+        """Yield requests of all shapes in which prompts are read."""
+        length = 1
+        while length <= longest:
+            size = bucket(length)
+            for number in sorted({1, self.together(size)}):
+                yield [self._some_request(min(size, longest))] * number
+            length = size + 1
+
+    def _compile(self, groups: Sequence[Sequence[Request]], terms: Terms) -> None:
+        """Compile what stands by itself, side by side."""
+        # While JAX traces, no other thread does; XLA's part is the longer one.
+        how: dict[str, Any] = dict(shape=self.shape)
+        wanted: list[Callable[[], None]] = []
+        for placed in self._of_all_kinds(terms):
+            given = self._state, placed, self._steps, self._prices
+            model = self._lm.network, self._lm.params
+            compile_it = rows.advance_jit.compile
+            wanted.append(
+                functools.partial(compile_it, *model, *given, **self._block_options)
+            )
+        for asked in groups:
+            prompts, keys, own, keep = self._arguments(asked)
+            if len(self._edges(prompts[2].shape)) == 2:  # in one part
+                given = *prompts, keys, own, keep, None
+                compile_it = rows.read_prompts_jit.compile
+                wanted.append(functools.partial(compile_it, *given, **how, first=0))
+        with concurrent.futures.ThreadPoolExecutor(_threads()) as pool:
+            for future in [pool.submit(one) for one in wanted]:
+                future.result()
 
     def _some_request(self, length: int) -> Request:
         """Return a prompt of this length that says nothing."""
@@ -208,26 +298,48 @@ class Board:
         )
 
     def _advance(
-        self, state: Running, terms: Terms, steps: int, prices: Any
+        self, state: Running, terms: Terms, steps: Any, prices: Any
     ) -> tuple[Running, Report]:
         return rows.advance_jit(
-            *(self._lm.network, self._lm.params, state, terms, np.int32(steps)),
-            prices,
-            shape=self.shape,
-            most=self._most,
+            *(self._lm.network, self._lm.params, state, terms, steps, prices),
+            **self._block_options,
         )
 
-    def _terms_of(self, request: Request) -> Terms:
-        stops = np.full((1, self._most_stop_ids), -1, np.int32)
-        stops[0, : len(request.stop_ids)] = request.stop_ids
-        return Terms(
-            limits=np.array([request.max_new_tokens], np.int32),
+    @property
+    def _block_options(self) -> dict[str, Any]:
+        return dict(shape=self.shape, most=self._most, fixed=self._fixed)
+
+    def _of_kind(self, terms: Terms, kind: Kind | None = None) -> Terms:
+        """Return terms for the program of this kind, or of the one that they need."""
+        if self._fixed is None:
+            return terms
+        samplers = terms.samplers
+        samplers = dataclasses.replace(samplers, kind=kind or samplers.needed())
+        return dataclasses.replace(terms, samplers=samplers)
+
+    def _of_all_kinds(self, terms: Terms) -> list[Terms]:
+        if self._fixed is None:
+            return [terms]
+        return [self._of_kind(terms, kind) for kind in get_args(Kind)]
+
+    def _terms_of(self, asked: Sequence[Request]) -> Terms:
+        stops = np.full((len(asked), self._most_stop_ids), -1, np.int32)
+        for row, request in zip(stops, asked, strict=True):
+            row[: len(request.stop_ids)] = request.stop_ids
+        samplers = [request.sampler for request in asked]
+        terms = Terms(
+            limits=np.array([request.max_new_tokens for request in asked], np.int32),
             stops=stops,
-            samplers=RowSamplers.of([request.sampler], penalties=self._penalties),
+            samplers=RowSamplers.of(samplers, penalties=self._penalties),
         )
+        return self._of_kind(terms, "cut")  # once a prompt, what sorts costs nothing
 
 
 def _most_tokens(options: Options, block: int) -> int:
     """Return the most tokens that a row gets in a block."""
     drafter = options.speculate
     return block if drafter is None else block * (1 + drafter.depth) + _LONGEST_WAIT
+
+
+def _threads() -> int:
+    return min(16, os.cpu_count() or 1)

@@ -1,12 +1,14 @@
 """`jaxkv.Engine`: requests come and go; the rows that serve them stay what they are.
 
-    step:  wait for the block in flight       its tokens, and who has ended
+    step:  wait for what was launched first   its tokens, and who has ended
            free the rows of those, and of what was cancelled
            read waiting prompts into free rows, first come first served
-           launch a block                     the device is busy from here on
+           launch a block
            hand out tokens and results
 
-What is done between two steps is done while a block runs.
+A block is launched before the one ahead of it has ended (`Board.ahead`), so that the
+device does not wait for the host. What is done between two steps is done meanwhile. A
+row that ends by a stop id does nothing in the block that was launched already.
 """
 
 import functools
@@ -26,11 +28,12 @@ from jaxkv.policies.base import DecodePolicy, PrefillPolicy
 from jaxkv.sampling import Categorical, Greedy
 from jaxkv.serving import checks, requests
 from jaxkv.serving.board import Board
+from jaxkv.serving.flights import Flights, Lists
 from jaxkv.serving.meter import Counts, Meter
+from jaxkv.serving.places import Places
 from jaxkv.serving.queue import Queue
 from jaxkv.serving.reader import Reader
 from jaxkv.serving.requests import Event, Handle, Reason, Result
-from jaxkv.serving.rows import Report
 from jaxkv.speculation.drafters import Drafter
 from jaxkv.speculation.rules import Rule
 from jaxkv.text import arguments
@@ -63,6 +66,7 @@ class Engine:
         accept: Rule | None = None,
         block: int = 16,
         stall: int | None = 2048,
+        together: int = 4,
         most_stop_ids: int = 8,
         repetition_penalties: bool = False,
         top_logprobs: int | None = None,
@@ -87,6 +91,8 @@ class Engine:
           stall: prompt tokens, padding included, that are read between two blocks while
             rows run: how long these may have to wait. Of a longer prompt some layers
             are read at a time, at least one. None fills all free rows.
+          together: prompts of one padded length that are read in one go, where so many
+            wait and have rows; of not more than `stall` and 2,048 tokens in all.
           most_stop_ids: that a request may have.
           repetition_penalties: whether requests may have them; costs a byte per row and
             entry of the vocabulary.
@@ -119,20 +125,21 @@ class Engine:
             most_stop_ids=most_stop_ids,
             repetition_penalties=repetition_penalties,
         )
-        numbers = dict(rows=rows, block=block, stall=stall)
-        self._meter = Meter()
+        numbers: dict[str, Any] = dict(
+            rows=rows, block=block, stall=stall, together=together
+        )
         self._board = Board(
             lm,
             checks.shape(lm, options, self._limits, **numbers),
-            rows=rows,
-            block=block,
+            **numbers,
             most_stop_ids=most_stop_ids,
             penalties=repetition_penalties,
         )
-        self._queue = Queue()
-        self._reader = Reader(self._queue, self._board, stall)
-        self._handles: list[Handle | None] = [None] * rows
-        self._flight: Report | None = None
+        self._queue, self._places = Queue(), Places(self._board)
+        self._reader, self._flights = (
+            Reader(self._queue, self._board, stall),
+            Flights(Meter()),
+        )
 
     def warm_up(self) -> None:
         """Compile all that requests without contexts need, while there are none.
@@ -145,7 +152,7 @@ class Engine:
         if not self.idle:
             raise ValueError("Engine.warm_up: there are requests; call it before them.")
         with jax.transfer_guard("allow"):
-            self._board.warm_up(self._limits.max_prompt, self._stall)
+            self._board.warm_up(self._limits.max_prompt)
 
     @property
     def waiting(self) -> int:
@@ -155,17 +162,17 @@ class Engine:
     @property
     def running(self) -> int:
         """Return how many requests have a row."""
-        return len(self._live())
+        return len(self._places.live())
 
     @property
     def counts(self) -> Counts:
         """Return what has been done so far."""
-        return self._meter.counts
+        return self._flights.meter.counts
 
     @property
     def idle(self) -> bool:
         """Return whether there is nothing to be done."""
-        return not (len(self._queue) or self._reader.current or self.running)
+        return not (len(self._flights) or self._wanted())
 
     def submit(
         self,
@@ -200,10 +207,7 @@ class Engine:
           ValueError: a bad prompt or options, or more than a row holds.
         """
         request = checks.request(
-            self.lm,
-            self._board.shape,
-            self._limits,
-            prompt,
+            *(self.lm, self._board.shape, self._limits, prompt),
             sampler=Greedy() if sampler is None else sampler,
             stop_ids=stop_ids,
             max_new_tokens=max_new_tokens,
@@ -232,10 +236,12 @@ class Engine:
         """
         # Prompts and tokens are the host's: these transfers are meant.
         with jax.transfer_guard("allow"):
-            events = self._collect() + self._release()
-            read, failed = self._admit()
-            failed += self._launch()
-            return events + failed + self._first_tokens(read)
+            more = self._flights.blocks and not self._full() and self._wanted()
+            events = self._collect() if len(self._flights) and not more else []
+            events += self._release()
+            if not self._full():
+                events += self._admit() + self._launch()
+            return events
 
     def run(self) -> Iterator[Event]:
         """Yield what becomes of requests until there are none."""
@@ -260,37 +266,42 @@ class Engine:
             self.step()
         return handle.result
 
+    def _wanted(self) -> bool:
+        """Return whether there is something to be launched, or told of."""
+        return bool(len(self._queue) or self._reader.current or self.running)
+
+    def _full(self) -> bool:
+        """Return whether as many blocks were launched as may be."""
+        return self._flights.blocks > (1 if self._board.ahead else 0)
+
     def _collect(self) -> list[Event]:
-        """Wait for the block in flight, and note what it has brought."""
-        if self._flight is None:
-            return []
-        self._meter.asked(self._flight)
         try:
-            report: Report = jax.device_get(self._flight)
+            return self._landed()
         except Exception as error:
             return self._lose(error)
-        self._flight = None
-        events = [self._noted(row, h, row, report) for row, h in self._live()]
-        self._meter.came([len(event.tokens) for event in events])
+
+    def _landed(self) -> list[Event]:
+        """Wait for what was launched first, and note what it has brought."""
+        flight, report, late = self._flights.land()
+        rows = [(at, handle) for at, handle in flight.rows if handle.result is None]
+        events = [self._noted(handle, at, report) for at, handle in rows]
+        if flight.block:
+            new = [len(event.tokens) for event in events]
+            self._flights.meter.block(new, self._board.steps, late=late)
         return events
 
-    def _live(self) -> list[tuple[int, Handle]]:
-        """Return the rows that are not free, and whose they are."""
-        return [(row, h) for row, h in enumerate(self._handles) if h is not None]
-
-    def _noted(self, row: int, handle: Handle, at: int, report: Report) -> Event:
-        """Note what a report says of a row at one of its places, and if it ended."""
-        length = int(report.lengths[at])
-        new = report.tokens[at, : length - len(handle.tokens)].tolist()
+    def _noted(self, handle: Handle, at: int, report: Lists) -> Event:
+        """Note what a report says at one of its places, and if the request ended."""
+        length, had = report.lengths[at], requests.count(handle)
         noted = report.logprobs and jax.tree.map(lambda x: x[at], report.logprobs)
-        event = requests.told(handle, new, noted)
+        event = requests.told(handle, report.tokens[at][: length - had], noted)
         if not report.finite[at]:
             said = f"the logits are NaN or infinite; {self._cause}"
-            return self._end(event, "error", said, row)
+            return self._end(event, "error", said)
         if report.done[at]:
-            return self._end(event, "stop", None, row)
-        if length >= self._board.limit(row):
-            return self._end(event, "length", None, row)
+            return self._end(event, "stop", None)
+        if length >= handle.request.max_new_tokens:
+            return self._end(event, "length", None)
         return event
 
     @functools.cached_property
@@ -302,97 +313,85 @@ class Engine:
         event: Event,
         reason: Reason,
         error: str | None,
-        row: int | None,
         *,
         may_retry: bool = False,
     ) -> Event:
         """End a request, and free its row if it has one."""
-        if row is not None:
-            self._handles[row] = None
-            self._board.free(row)
+        self._places.leave(event.handle)
         with self._queue.lock:
             self._queue.forget(event.handle)
-            return requests.ended(
-                event, reason, self.lm.tokenizer, error, may_retry=may_retry
-            )
+            tokenizer = self.lm.tokenizer
+            return requests.ended(event, reason, tokenizer, error, may_retry=may_retry)
 
     def _release(self) -> list[Event]:
         """End what has been cancelled."""
         dropped, cancelled = self._queue.unwanted()
-        at = {handle: row for row, handle in self._live()}
-        ends: list[tuple[Handle, int | None]] = [(handle, None) for handle in dropped]
-        ends += [(handle, at[handle]) for handle in cancelled if handle in at]
         if self._reader.current in cancelled:
-            ends.append((self._reader.current, None))
             self._reader.current = None
         return [
-            self._end(requests.told(handle, [], None), "cancelled", None, row)
-            for handle, row in ends
+            self._end(requests.told(handle, [], None), "cancelled", None)
+            for handle in dropped + cancelled
         ]
 
-    def _admit(self) -> tuple[list[tuple[int, Handle, Any]], list[Event]]:
-        """Read waiting prompts into free rows, as many as the others can wait for.
-
-        Returns:
-          Row, handle and first token of each, and the ends of those that failed.
-        """
-        read: list[tuple[int, Handle, Any]] = []
+    def _admit(self) -> list[Event]:
+        """Read waiting prompts into free rows, as many as the others can wait for."""
         failed: list[Event] = []
         tokens, busy = 0, self.running > 0
-        for row in (r for r, handle in enumerate(self._handles) if handle is None):
-            part = self._reader.read(spent=tokens, busy=busy)
+        free = self._places.free()
+        while free:
+            part = self._reader.read(spent=tokens, busy=busy, rows=len(free))
             if part is None:
                 break
-            handle, tokens = part.handle, tokens + part.tokens
+            self._flights.meter.launches()
+            handles, tokens = part.handles, tokens + part.tokens
             if part.error is not None:
-                failed.append(self._failed(handle, part.error, None))
+                failed += [self._failed(handle, part.error) for handle in handles]
                 continue
             if part.found is None:
                 break  # the rest of it after the next block
-            new, first = part.found
-            self._meter.busy()
-            self._handles[row] = handle
+            new, report = part.found
+            at, free = free[: len(handles)], free[len(handles) :]
             try:
-                self._board.place(row, handle.request, new)
+                self._board.place(at, [handle.request for handle in handles], new)
             except Exception as error:
-                failed += self._lose(error)
-                break
-            read.append((row, handle, first))
-        return read, failed
+                failed += [self._failed(handle, error) for handle in handles]
+                return failed + self._lose(error)
+            self._flights.add(report, list(enumerate(handles)), block=False)
+            self._places.give(at, handles)
+        return failed
 
     def _launch(self) -> list[Event]:
         """Let the device decode a block, and do not wait for it."""
-        if not self.running:
-            self._meter.rests()
+        if not (live := self._places.live()):
+            if not len(self._flights):
+                self._flights.meter.rests()
             return []
+        self._flights.meter.launches()
         try:
-            self._flight = self._board.launch()
+            report = self._board.launch()
         except Exception as error:
             return self._lose(error)
-        self._meter.launched(self.running)
+        self._flights.add(report, live, block=True)
+        self._places.launched()
         return []
 
-    def _first_tokens(self, read: Sequence[tuple[int, Handle, Any]]) -> list[Event]:
-        """Wait for the first tokens of what has been read; the block goes on."""
-        events: list[Event] = []
-        for row, handle, first in read:
-            if self._handles[row] is not handle:
-                continue  # lost
-            try:
-                report = jax.device_get(first)
-            except Exception as error:
-                return events + self._lose(error)
-            events.append(self._noted(row, handle, 0, report))
-        return events
-
-    def _failed(self, handle: Handle, error: Exception, row: int | None) -> Event:
-        said = f"{type(error).__name__}: {error}"
-        event = requests.told(handle, [], None)
-        return self._end(event, "error", said, row, may_retry=True)
+    def _failed(self, handle: Handle, error: Exception) -> Event:
+        said, event = (
+            f"{type(error).__name__}: {error}",
+            requests.told(handle, [], None),
+        )
+        return self._end(event, "error", said, may_retry=True)
 
     def _lose(self, error: Exception) -> list[Event]:
-        """End all requests that have a row, and make the rows anew."""
-        events = [self._failed(handle, error, row) for row, handle in self._live()]
-        self._flight = None
+        """End all requests whose tokens are not there, and make the rows anew."""
+        owners = self._flights.owners() + [h for _, h in self._places.live()]
+        events: list[Event] = []
+        try:
+            while len(self._flights):
+                events += self._landed()
+        except Exception:
+            self._flights.clear()  # what comes behind was made of it
+        left = [h for h in dict.fromkeys(owners) if h.result is None]
+        events += [self._failed(handle, error) for handle in left]
         self._board.clear()
         return events

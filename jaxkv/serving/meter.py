@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from jaxkv.serving.rows import Report
@@ -15,9 +16,10 @@ class Counts:
       blocks: that were launched.
       rows: in use at their launch, summed up over blocks.
       tokens: of outputs, the first ones left out, which come with the prompts.
-      steps: of blocks; with drafts they are tokens of the row that got most.
-      gap: seconds between blocks in which the host had the results of one and had not
-        launched what follows. Where the host came late, they begin when it came.
+      steps: of blocks; where they have no fixed number, and with drafts, they are
+        tokens of the row that got most.
+      gap: seconds in which the device may have had nothing to do while there was
+        something: from when it was last known to work until the host launched more.
       late: blocks whose results were there before the host asked for them.
     """
 
@@ -38,35 +40,43 @@ class Meter:
 
     def __init__(self) -> None:
         self.counts = Counts()
-        self._arrived: float | None = None
+        self._newest: Any = None  # an array of what was launched last
+        self._worked = 0.0  # when the device is known to have worked last
 
-    def asked(self, flight: Report) -> None:
-        """Note whether a block is over that the host is about to wait for."""
-        lengths: Any = flight.lengths
-        if lengths.is_ready():
-            self._add(late=1)
-            self._arrived = time.perf_counter()
+    def asked(self, report: Report) -> bool:
+        """Return whether what the host is about to wait for is there already."""
+        lengths: Any = report.lengths
+        return lengths.is_ready()
 
-    def came(self, tokens: list[int]) -> None:
-        """Note that the results of a block are there: new tokens of each row."""
-        self._add(tokens=sum(tokens), steps=max(tokens, default=0))
-        if self._arrived is None:
-            self._arrived = time.perf_counter()
+    def came(self, *, late: bool) -> None:
+        """Note that what the host has asked for is there."""
+        if not late or not self._over():
+            self._worked = time.perf_counter()
 
-    def busy(self) -> None:
-        """Note that the device has something to do."""
-        if self._arrived is not None:
-            self._add(gap=time.perf_counter() - self._arrived)
-        self._arrived = None
+    def block(self, tokens: Sequence[int], steps: int | None, *, late: bool) -> None:
+        """Note what a block has brought to each row, and its steps if fixed."""
+        steps = max(tokens, default=0) if steps is None else steps
+        self._add(tokens=sum(tokens), steps=steps, late=int(late))
+
+    def launches(self) -> None:
+        """Note that the device is about to get something to do."""
+        now = time.perf_counter()
+        if self._newest is not None and self._over():
+            self._add(gap=now - self._worked)
+        self._worked = now
+
+    def launched(self, report: Report, rows: int | None = None) -> None:
+        """Note what was launched; of a block, with how many rows in use."""
+        self._newest = report.lengths
+        if rows is not None:
+            self._add(blocks=1, rows=rows)
 
     def rests(self) -> None:
         """Note that there is nothing to be done."""
-        self._arrived = None
+        self._newest = None
 
-    def launched(self, rows: int) -> None:
-        """Note that a block was launched with so many rows in use."""
-        self.busy()
-        self._add(blocks=1, rows=rows)
+    def _over(self) -> bool:
+        return self._newest is None or self._newest.is_ready()
 
     def _add(self, **more: float) -> None:
         now = {name: getattr(self.counts, name) + x for name, x in more.items()}

@@ -1,7 +1,9 @@
 """Requests that wait for a row, first come first served; threads share them."""
 
 import collections
+import itertools
 import threading
+from collections.abc import Callable
 
 from jaxkv.serving.requests import Handle, Request
 from jaxkv.text.planning import bucket
@@ -38,19 +40,35 @@ class Queue:
             self._waiting.append(handle)
         return handle
 
-    def take(self, most: int | None) -> tuple[Handle, int] | None:
+    def take(
+        self, most: int | None, *, rows: int, together: Callable[[int], int]
+    ) -> tuple[list[Handle], int] | None:
         """Return the first request and the tokens that are read for it, or None.
+
+        Where as many as are read together are among the first `rows` that wait, with
+        prompts of one padded length, all of these are returned.
 
         Args:
           most: tokens, padding included, that may be read; None is any number.
+          rows: that are free.
+          together: says how many prompts of a padded length are read together.
         """
         with self.lock:
             if not self._waiting:
                 return None
-            size = bucket(len(self._waiting[0].request.ids))
+            size = _size(self._waiting[0])
             if most is not None and size > most:
                 return None
-            return self._waiting.popleft(), size
+            taken, number = [self._waiting[0]], together(size)
+            fits = most is None or number * size <= most
+            if number > 1 and fits and _plain(self._waiting[0]):
+                first = itertools.islice(self._waiting, rows)
+                alike = (h for h in first if _size(h) == size and _plain(h))
+                group = list(itertools.islice(alike, number))
+                taken = group if len(group) == number else taken
+            for handle in taken:
+                self._waiting.remove(handle)
+            return taken, size * len(taken)
 
     def cancel(self, handle: Handle) -> bool:
         """Note that a request is not wanted any more, unless it has ended."""
@@ -73,3 +91,12 @@ class Queue:
     def forget(self, handle: Handle) -> None:
         """Forget that a request was cancelled, because it ends; with the lock held."""
         self._cancelled.discard(handle)
+
+
+def _size(handle: Handle) -> int:
+    """Return the tokens that are read for a request, padding included."""
+    return bucket(len(handle.request.ids))
+
+
+def _plain(handle: Handle) -> bool:
+    return handle.request.context is None

@@ -141,6 +141,11 @@ def read(handle: Handle) -> None:
     handle._read = time.perf_counter()
 
 
+def count(handle: Handle) -> int:
+    """Return how many tokens a request has so far."""
+    return len(handle._tokens)
+
+
 def told(handle: Handle, tokens: list[int], noted: Any) -> Event:
     """Note new tokens of a request.
 

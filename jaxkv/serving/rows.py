@@ -314,11 +314,12 @@ def advance(
     params: Any,
     rows: Running,
     terms: Terms,
-    steps: jax.Array,
+    steps: jax.Array | None,
     prices: jax.Array | None,
     *,
     shape: Shape,
     most: int,
+    fixed: int | None = None,
 ) -> tuple[Running, Report]:
     """Decode a block in all rows that have not ended.
 
@@ -327,16 +328,17 @@ def advance(
       params: its parameters.
       rows: the rows.
       terms: theirs.
-      steps: int32 scalar; see `generation.advance`.
+      steps: int32 scalar, or None with `fixed`; see `generation.advance`.
       prices: float32 `[L]`; see `generation.advance`.
       shape: static.
       most: new tokens of a row that are reported, `M`, static.
+      fixed: steps that are taken whatever the rows do, static, or None.
     """
     options = dataclasses.replace(shape.options.of_the_loop(), sampler=terms.samplers)
     after = generation.advance(
         *(network, params, rows, terms.limits, terms.stops, prices),
         options=options,
-        steps=steps,
+        steps=steps if fixed is None else fixed,
     )
     return after, _report(after, rows.lengths, most)
 
@@ -357,6 +359,6 @@ empty_jit = _jit(implied=_PARAMS, static_argnames=("network", "shape"))(empty)
 insert_jit = _jit(static_argnames=(), donate_argnames="rows")(insert)
 advance_jit = _jit(
     implied=_PARAMS,
-    static_argnames=("network", "shape", "most"),
+    static_argnames=("network", "shape", "most", "fixed"),
     donate_argnames="rows",
 )(advance)

@@ -4,14 +4,16 @@ Axis letters: `R` rows, `V` vocabulary.
 """
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any, Self
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxkv.sampling import Categorical, Greedy, Sampler
+
+Kind = Literal["greedy", "drawn", "cut"]
 
 
 @jax.tree_util.register_dataclass
@@ -27,6 +29,8 @@ class RowSamplers(Sampler):
       top_p: float32 `[R]`.
       min_p: float32 `[R]`.
       penalties: float32 `[R]`, of repetition; None where no row may have one.
+      kind: what the program does for all rows, static: "greedy" draws nothing, "drawn"
+        cuts nothing. None asks the rows at each step, for which a GPU's host waits.
     """
 
     temperature: Any
@@ -34,6 +38,7 @@ class RowSamplers(Sampler):
     top_p: Any
     min_p: Any
     penalties: Any = None
+    kind: Kind | None = dataclasses.field(default=None, metadata={"static": True})
 
     @classmethod
     def of(cls, samplers: Sequence[Greedy | Categorical], *, penalties: bool) -> Self:
@@ -57,6 +62,17 @@ class RowSamplers(Sampler):
             else None,
         )
 
+    def needed(self) -> Kind:
+        """Return the kind of program that these rows need; of NumPy's arrays."""
+        draws = self.temperature > 0
+        if not draws.any():
+            return "greedy"
+        return "cut" if self._cuts().any() else "drawn"
+
+    def _cuts(self) -> Any:
+        few = (self.top_k > 0) | (self.top_p < 1) | (self.min_p > 0)
+        return (self.temperature > 0) & few
+
     @property
     def repetition_penalty(self) -> Any:
         """Of each row, float32 `[R, 1]`, or 1.0."""
@@ -72,14 +88,26 @@ class RowSamplers(Sampler):
         """
         best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
         draws = self.temperature > 0
-        cuts = draws & ((self.top_k > 0) | (self.top_p < 1) | (self.min_p > 0))
 
-        def drawn() -> jax.Array:
+        def drawn(cut: Callable[[jax.Array], jax.Array]) -> jax.Array:
             warm = _tempered(logits, jnp.where(draws, self.temperature, 1)[:, None])
-            kept = jax.lax.cond(cuts.any(), self._cut, lambda x: x, warm)
-            return jax.vmap(jax.random.categorical)(keys, kept).astype(jnp.int32)
+            return jax.vmap(jax.random.categorical)(keys, cut(warm)).astype(jnp.int32)
 
-        return jnp.where(draws, jax.lax.cond(draws.any(), drawn, lambda: best), best)
+        def cut_if_any(warm: jax.Array) -> jax.Array:
+            return jax.lax.cond(self._cuts().any(), self._cut, lambda x: x, warm)
+
+        match self.kind:
+            case "greedy":
+                return best
+            case "drawn":
+                chosen = drawn(lambda x: x)
+            case "cut":
+                chosen = drawn(self._cut)
+            case None:
+                chosen = jax.lax.cond(
+                    draws.any(), lambda: drawn(cut_if_any), lambda: best
+                )
+        return jnp.where(draws, chosen, best)
 
     def _cut(self, logits: jax.Array) -> jax.Array:
         """Return tempered logits `[R, V]` with dropped tokens at minus infinity."""

@@ -1,5 +1,6 @@
 """Programs that are let go of: which, when, and that results are none the worse."""
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import itertools
@@ -14,6 +15,7 @@ from tiny import BY_HAND, language_model, parameters
 import jaxkv
 from jaxkv.runtime import programs
 from jaxkv.runtime.programs import Shelf, bounded_jit, memory_maps
+from jaxkv.text.stopwatch import stopwatch
 
 SMALLEST = dataclasses.replace(BY_HAND, max_positions=256)
 
@@ -62,6 +64,18 @@ def test_without_jit_functions_see_what_they_see_with_it(shelf):
         with context:
             look((host, np.float64(1)), 3, option=(host.shape, 7))
     assert seen[0] == seen[1]
+
+
+def test_what_was_compiled_ahead_is_what_is_called(times, shelf):
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        sizes = [
+            pool.submit(times.compile, {"a": jnp.ones(n)}, factor=2) for n in (3, 4)
+        ]
+        assert all(size.result() is None for size in sizes)
+    with stopwatch() as lap:
+        got = times({"a": jnp.ones(3)}, factor=2)["a"]
+        assert lap().compiling == 0
+    assert got.tolist() == [2, 2, 2] and times.traces == len(shelf) == 2
 
 
 def test_each_shape_type_structure_and_option_has_a_program(times, shelf):

@@ -268,7 +268,7 @@ def test_a_client_that_leaves_frees_its_row_within_a_block(served, stream):
         connection = served.connect()
         connection.sendall(head.encode() + body)
         wait_until(lambda: served.engine.running == 1)
-        before = next(h for h in served.engine._handles if h is not None)
+        ((_, before),) = served.engine._places.live()
         connection.close()
         wait_until(lambda: ended)
     assert served.engine.step.__func__ is step.__func__

@@ -1,5 +1,8 @@
 """An engine's ways in and out: what it refuses, notes, streams and waits for."""
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +14,7 @@ from jaxkv import Categorical, Engine, Greedy, LongFlow, PyramidKV, SnapKV, Tree
 from jaxkv.contexts.context import Context
 from jaxkv.runtime.seeds import row_keys
 from jaxkv.serving import requests
+from jaxkv.serving.board import Board
 from jaxkv.serving.samplers import RowSamplers
 from jaxkv.speculation.rules import TopK
 
@@ -49,6 +53,15 @@ def test_each_row_draws_what_its_own_sampler_draws():
     ]
     assert together.pick(logits, keys).tolist() == want
     assert len(set(want)) > 10
+    # A program for one kind of rows does for them what the one that asks them does.
+    for only, kind in ((slice(1), "greedy"), (slice(3), "drawn"), (None, "cut")):
+        mine = RowSamplers.of(
+            (chosen[:8] if only is None else chosen[only]), penalties=False
+        )
+        assert mine.needed() == kind
+        mine = dataclasses.replace(jax.tree.map(jnp.asarray, mine), kind=kind)
+        rows = len(mine.temperature)
+        assert mine.pick(logits[:rows], keys[:rows]).tolist() == want[:rows]
     one = RowSamplers.of([Categorical(top_k=99)], penalties=False)
     assert one.repetition_penalty == 1.0
     assert one.pick(logits[:1], keys[:1]) == Categorical().pick(logits[:1], keys[:1])
@@ -157,7 +170,8 @@ def test_long_prompts_are_read_layer_by_layer_while_rows_run():
     second, third = engine.submit(long), engine.submit(prompt(1))
     assert not any(event.handle is second for event in engine.step())
     assert (engine.running, engine.waiting) == (1, 1)  # one layer of two has been read
-    assert engine.step()[-1].handle is second and engine.running == 2
+    engine.step(), engine.step()  # the first token and block of the first are there
+    assert engine.running == 2 and second.tokens == ()  # read, and nobody has looked
     list(engine.run())
     assert second.tokens == whole and third.result.finish_reason == "length"
     # One that is cancelled before its last part, and one that nobody waits for.
@@ -170,7 +184,8 @@ def test_long_prompts_are_read_layer_by_layer_while_rows_run():
     assert event.result.finish_reason == "cancelled"
     list(engine.run())
     third = engine.submit(long)
-    assert engine.step()[-1].handle is third
+    engine.step()
+    assert engine.running == 1  # as a whole, in one step
     assert engine.wait(third).tokens == whole
 
 
@@ -184,6 +199,37 @@ def test_a_cancelled_row_goes_no_further(engine):
     now = np.array(engine._board._state.lengths)
     assert sorted(now - before) == [0, 12 - before.max()]
     assert not engine.cancel(handles[0]) and len(handles[1].tokens) == 12
+
+
+def test_a_block_on_a_gpu_asks_its_host_nothing():
+    def ahead(**how):
+        lm, sizes = model(), SMALL | how
+        board = functools.partial(Board, on_gpu=True)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("jaxkv.serving.engine.Board", board)
+            engine = Engine(lm, **sizes)
+        return engine._board.ahead
+
+    assert ahead(budget=8, decode=LongFlow()) and ahead(top_logprobs=2)
+    # What evicts in bulk loops for as long as rows are full, and drafts may be paid.
+    assert not ahead(budget=8, decode=LongFlow(interval=2))
+    assert not ahead(speculate=Tree())
+
+
+def test_rows_are_given_away_before_their_last_tokens_are_read():
+    engine = Engine(model(), **SMALL)
+    first, second, third = (
+        engine.submit(prompt(n), max_new_tokens=new, stop_ids=[])
+        for n, new in enumerate((5, 9, 1))
+    )
+    engine.step()  # the first will have its 5 tokens after this block
+    assert (engine.running, engine.waiting) == (1, 1) and first.result is None
+    engine.step()
+    assert (engine.running, engine.waiting) == (0, 0) and second.result is None
+    assert engine.cancel(first)
+    list(engine.run())
+    assert [len(h.tokens) for h in (first, second, third)] == [1, 9, 1]
+    assert first.result.finish_reason == "cancelled"
 
 
 def test_no_more_is_read_between_blocks_than_rows_may_wait_for():

@@ -4,6 +4,8 @@ Each request gets what `generate` gives it alone; what is cancelled leaves no tr
 every request ends once; nothing compiles after the warm-up.
 """
 
+import functools
+
 import jax
 import pytest
 from hypothesis import settings
@@ -19,6 +21,7 @@ from serving.served import BROKEN, MOST, SAMPLERS, alone, model, prompt
 
 from jaxkv import DapQ, Engine, LongFlow, SnapKV, Tree
 from jaxkv.serving import rows
+from jaxkv.serving.board import Board
 from jaxkv.text.stopwatch import stopwatch
 
 PROMPTS = 5
@@ -28,13 +31,18 @@ KINDS = {
         "prefill": DapQ(window_size=4),
         "decode": LongFlow(),
     },
+    "together, as on a GPU": {"budget": 14, "prefill": SnapKV(window_size=4)},
     "drafts": {
         "budget": 14,
         "prefill": SnapKV(window_size=4),
         "speculate": Tree(num_draft_tokens=3, break_even=0.0),
     },
 }
-STALLS = {"evicting": 32}  # half a prompt, so that they are read in two parts
+SIZES = {
+    "evicting": {"stall": 32},  # half a prompt, so that they are read in two parts
+    "together, as on a GPU": {"together": 2},
+    "drafts": {},
+}
 # Drafts that pass exactly change nothing, so that what is alone needs none.
 ALONE = {
     kind: tuple((name, x) for name, x in options.items() if name != "speculate")
@@ -148,8 +156,12 @@ class Requests(RuleBasedStateMachine):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_requests_end_once_and_as_they_do_alone(kind, monkeypatch):
-    how = dict(stall=STALLS.get(kind, 2048)) | KINDS[kind]
+    if "GPU" in kind:
+        as_there = functools.partial(Board, on_gpu=True)
+        monkeypatch.setattr("jaxkv.serving.engine.Board", as_there)
+    how = SIZES[kind] | KINDS[kind]
     engine = Engine(model(), rows=3, max_prompt=64, max_new_tokens=MOST, block=4, **how)
+    assert engine._board.ahead == (kind != "drafts")
     engine.warm_up()
     monkeypatch.setattr(Requests, "kind", kind)
     monkeypatch.setattr(Requests, "engine", engine)
