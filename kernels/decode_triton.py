@@ -111,13 +111,43 @@ def decode_attention_triton(
     Returns:
       The output `[B, N, H]` and the slots.
     """
+    out, statistic, slots = attend_parts(
+        *(query, token, slots, sink), scale=scale, cap=cap, tiles=tiles
+    )
+    if len(out) == 1:
+        return out.reshape(query.shape), slots
+    return combine(out, statistic, query), slots
+
+
+def attend_parts(
+    query: jax.Array,
+    token: Token,
+    slots: Slots,
+    sink: jax.Array | None = None,
+    *,
+    scale: float,
+    cap: float | None = None,
+    tiles: Tiles | None = None,
+    dtype: jax.typing.DTypeLike | None = None,
+) -> tuple[jax.Array, jax.Array, Slots]:
+    """Do all of `decode_attention_triton` but the joining of parts.
+
+    Arguments are its own, but for this one:
+
+    Args:
+      dtype: of the parts; None is that of the query where there is one part.
+
+    Returns:
+      The parts `[parts, B, N, H]`, what each is worth, float32 `[parts, B, N]`, and the
+      slots; see `combine`.
+    """
     from jaxkv.kernels import decode_triton_body as body
 
     batch, kv_heads, num_slots, head_dim = slots.keys.shape
-    heads, dtype = query.shape[1], slots.keys.dtype
-    sizes = kv_heads, num_slots, head_dim, dtype
+    heads = query.shape[1]
+    sizes = kv_heads, num_slots, head_dim, slots.keys.dtype
     tiles = tiles or choose_tiles(batch, *sizes, num_processors())
-    part_dtype = query.dtype if tiles.parts == 1 else jnp.float32
+    part_dtype = dtype or (query.dtype if tiles.parts == 1 else jnp.float32)
     cache = slots.keys, slots.values, slots.positions
     out, statistic, keys, values, positions = triton_call.call(
         body.attend_split,
@@ -136,9 +166,7 @@ def decode_attention_triton(
         **triton_call.weighing(sink, cap),
     )
     slots = slots._replace(keys=keys, values=values, positions=positions)
-    if tiles.parts == 1:
-        return out.reshape(query.shape), slots
-    return combine(out, statistic, query), slots
+    return out, statistic, slots
 
 
 def combine(parts: jax.Array, statistic: jax.Array, query: jax.Array) -> jax.Array:

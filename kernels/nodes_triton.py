@@ -72,27 +72,58 @@ def attend_nodes_triton(
     Returns:
       `[B, T, N, H]`.
     """
+    out, statistic = attend_parts(
+        *(query, nodes, slots, upcoming, depths, ancestors), scale=scale, tiles=tiles
+    )
+    if len(out) == 1:
+        return out.reshape(query.shape)
+    return decode_triton.combine(out, statistic, query)
+
+
+def attend_parts(
+    query: jax.Array,
+    nodes: Nodes,
+    slots: Slots,
+    upcoming: jax.Array,
+    depths: jax.Array,
+    ancestors: jax.Array,
+    *,
+    scale: float,
+    tiles: Tiles | None = None,
+    dtype: jax.typing.DTypeLike | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Do all of `attend_nodes_triton` but the joining of parts.
+
+    Arguments are its own, but for this one:
+
+    Args:
+      dtype: of the parts; None is that of the query where there is one part.
+
+    Returns:
+      See `decode_triton.combine`.
+    """
     from jaxkv.kernels import nodes_triton_body as body
 
     batch, num_nodes, _, head_dim = query.shape
     kv_heads, num_slots = slots.positions.shape[1:]
-    dtype = slots.keys.dtype
-    tiles = tiles or choose_tiles(batch, kv_heads, num_slots, head_dim, dtype)
+    held = slots.keys.dtype
+    tiles = tiles or choose_tiles(batch, kv_heads, num_slots, head_dim, held)
     constants = attend_constants(
         *(query.shape, upcoming.shape, slots.keys, scale, tiles)
     )
     blocks = -(-num_nodes // constants["AT_ONCE"])
     alone = tiles.parts > 1  # whether the newest tokens have programs of their own
-    new = nodes.key.astype(dtype), nodes.value.astype(slots.values.dtype)
+    new = nodes.key.astype(held), nodes.value.astype(slots.values.dtype)
     shape = (tiles.parts, *query.shape)
-    out, statistic = triton_call.call(
+    part_dtype = dtype or (jnp.float32 if alone else query.dtype)
+    return triton_call.call(
         body.attend_nodes,
         (
             *(query, *new, *slots[:3], upcoming, depths, paths(depths, ancestors)),
             nodes.position,
         ),
         (
-            jax.ShapeDtypeStruct(shape, jnp.float32 if alone else query.dtype),
+            jax.ShapeDtypeStruct(shape, part_dtype),
             jax.ShapeDtypeStruct(shape[:-1], jnp.float32),
         ),
         aliases={},
@@ -104,9 +135,6 @@ def attend_nodes_triton(
         num_stages=tiles.stages,
         **constants,
     )
-    if not alone:
-        return out.reshape(query.shape)
-    return decode_triton.combine(out, statistic, query)
 
 
 def paths(depths: jax.Array, ancestors: jax.Array) -> jax.Array:

@@ -28,8 +28,12 @@ from jaxkv.kernels import decode, dispatch, tree_attention
 from jaxkv.kernels.cache import Nodes, SharedSlots, Slots, Token, write
 from jaxkv.kernels.per_shard import per_shard
 from jaxkv.kernels.shapes import check_groups, checked
+from jaxkv.kernels.shared_triton import (
+    attend_from_token_triton,
+    attend_from_tree_triton,
+)
 
-Implementation = Literal["reference", "xla"]
+Implementation = Literal["reference", "xla", "triton"]
 
 
 @checked
@@ -56,18 +60,20 @@ def attend_from_token(
       scale: see there.
       most: rows of the document that has the most of them, `R`, or more.
       cap: see there.
-      implementation: "reference" (float32, every row with a copy), "xla" (anywhere), or
-        None for the best one that can run.
+      implementation: "reference" (float32, every row with a copy), "xla" (anywhere),
+        "triton" (NVIDIA, through jax-triton), or None for the best one that can run.
+        Triton gives up to 64 tokens in 16 bits, be they rows or nodes, the bits that
+        each has alone.
 
     Returns:
       The output, in the dtype of the query, and the row's own slots with the token.
 
     Raises:
       ValueError: shapes disagree, or the implementation is unknown.
+      NotImplementedError: a named implementation cannot run here.
     """
     check_groups("attend_from_token", query.shape[1], slots.keys.shape[1])
-    how = implementation or "xla"
-    run = dispatch.resolve("attend_from_token", how, _FROM_TOKEN)
+    run = _resolved("attend_from_token", _FROM_TOKEN, implementation, query, shared)
     run = functools.partial(run, scale=scale, most=most, **dispatch.given(cap=cap))
     arrays = query, token, slots, shared, *dispatch.arrays(sink)
     return per_shard(run, attend_from_token)(*arrays)
@@ -103,20 +109,33 @@ def attend_from_tree(
       scale: see there.
       most: see `attend_from_token`.
       cap: see there.
-      implementation: see `attend_from_token`.
+      implementation: see `attend_from_token`; "triton" takes neither sink nor cap.
 
     Returns:
       The output, in the dtype of the query.
 
     Raises:
       ValueError: shapes disagree, or the implementation is unknown.
+      NotImplementedError: a named implementation cannot run here.
     """
     check_groups("attend_from_tree", query.shape[2], slots.keys.shape[1])
-    how = implementation or "xla"
-    run = dispatch.resolve("attend_from_tree", how, _FROM_TREE)
+    run = _resolved(
+        *("attend_from_tree", _FROM_TREE, implementation, query, shared),
+        dispatch.plain_only(sink, cap),
+    )
     run = functools.partial(run, scale=scale, most=most, **dispatch.given(cap=cap))
     arrays = query, nodes, slots, shared, upcoming, depths, ancestors
     return per_shard(run, attend_from_tree)(*arrays, *dispatch.arrays(sink))
+
+
+def _resolved(where, table, implementation, query, shared, others=None):
+    """Return the function that runs, or raise; `others` says what else cannot."""
+    unable = {"triton": tree_attention.unsupported(query, shared.keys)} | (others or {})
+    if implementation is None:
+        on_gpu = jax.default_backend() == "gpu" and not dispatch.triton_unavailable()
+        able = on_gpu and not unable["triton"]
+        implementation = "triton" if able else "xla"
+    return dispatch.resolve(where, implementation, table, unable=unable)
 
 
 class Part(NamedTuple):
@@ -151,6 +170,8 @@ def places(owner: jax.Array, documents: int, most: int) -> tuple[jax.Array, jax.
     """
     batch = owner.shape[0]
     order = jnp.arange(batch, dtype=jnp.int32)
+    if documents == 1 and most == batch:
+        return order[None], order
     before = (owner[:, None] == owner[None]) & (order[None] < order[:, None])
     place = owner * most + before.sum(1, dtype=jnp.int32)
     rows = jnp.full(documents * most, batch, jnp.int32).at[place].set(order)
@@ -250,5 +271,21 @@ def _tree_xla(query, nodes, slots, shared, *arrays, scale, most, cap=None):
     return join(own, theirs).astype(query.dtype)
 
 
-_FROM_TOKEN = {"reference": _token_reference, "xla": _token_xla}
-_FROM_TREE = {"reference": _tree_reference, "xla": _tree_xla}
+def _token_triton(query, token, slots, shared, *sink, most, **how):
+    rows, _ = places(shared.owner, len(shared.keys), most)
+    arrays = query, token, slots, shared, rows, *sink
+    return attend_from_token_triton(*arrays, **how)
+
+
+def _tree_triton(query, nodes, slots, shared, *arrays, scale, most):
+    rows, _ = places(shared.owner, len(shared.keys), most)
+    arrays = query, nodes, slots, shared, *arrays, rows
+    return attend_from_tree_triton(*arrays, scale=scale)
+
+
+_FROM_TOKEN = {
+    "reference": _token_reference,
+    "xla": _token_xla,
+    "triton": _token_triton,
+}
+_FROM_TREE = {"reference": _tree_reference, "xla": _tree_xla, "triton": _tree_triton}

@@ -106,6 +106,36 @@ def tree_attention_triton(
     Returns:
       `[B, T, N, H]`.
     """
+    out, statistic = attend_parts(
+        *(query, nodes, slots, upcoming, depths, ancestors), scale=scale, tiles=tiles
+    )
+    if len(out) == 1:
+        return out.reshape(query.shape)
+    return decode_triton.combine(out, statistic, query)
+
+
+def attend_parts(
+    query: jax.Array,
+    nodes: Nodes,
+    slots: Slots,
+    upcoming: jax.Array,
+    depths: jax.Array,
+    ancestors: jax.Array,
+    *,
+    scale: float,
+    tiles: Tiles | None = None,
+    dtype: jax.typing.DTypeLike | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Do all of `tree_attention_triton` but the joining of parts.
+
+    Arguments are its own, but for this one:
+
+    Args:
+      dtype: of the parts; None is that of the query where there is one part.
+
+    Returns:
+      See `decode_triton.combine`.
+    """
     from jaxkv.kernels import tree_triton_body as body
 
     batch, num_nodes, heads, head_dim = query.shape
@@ -115,11 +145,11 @@ def tree_attention_triton(
         *(batch, heads, kv_heads, num_nodes, num_slots, head_dim, keys.dtype),
         num_processors(),
     )
-    part_dtype = query.dtype if tiles.splits == 1 else jnp.float32
+    part_dtype = dtype or (query.dtype if tiles.splits == 1 else jnp.float32)
     shape = (tiles.splits, *query.shape)
     row_blocks = -(-num_nodes * (heads // kv_heads) // tiles.rows)
     new = nodes.key.astype(keys.dtype), nodes.value.astype(values.dtype)
-    out, statistic = triton_call.call(
+    return triton_call.call(
         body.attend_tree_split,
         (query, *new, keys, values, positions, upcoming, depths, pack(ancestors)),
         (
@@ -132,9 +162,6 @@ def tree_attention_triton(
         num_stages=tiles.stages,
         **attend_constants(query.shape, upcoming.shape, keys, scale, tiles),
     )
-    if tiles.splits == 1:
-        return out.reshape(query.shape)
-    return decode_triton.combine(out, statistic, query)
 
 
 def pack(ancestors: jax.Array) -> jax.Array:

@@ -12,13 +12,17 @@ import jax
 import pytest
 
 from jaxkv.kernels import ahead_triton
-from jaxkv.kernels.cache import Nodes, Slots, Token
+from jaxkv.kernels.cache import Nodes, SharedSlots, Slots, Token
 from jaxkv.kernels.decode_triton import decode_attention_triton
 from jaxkv.kernels.experts import Gate, Weights
 from jaxkv.kernels.experts_triton import experts_triton
 from jaxkv.kernels.longflow_triton import choose_tiles, longflow_attention_triton
 from jaxkv.kernels.pointwise_triton import add_rms_norm_triton, split_and_rotate_triton
 from jaxkv.kernels.project_triton import project_gated_triton, project_triton
+from jaxkv.kernels.shared_triton import (
+    attend_from_token_triton,
+    attend_from_tree_triton,
+)
 from jaxkv.kernels.tree_triton import tree_attention_triton, write_path_triton
 from jaxkv.kernels.window_scores_triton import window_scores_triton
 
@@ -46,6 +50,9 @@ nodes = Nodes(*[of(ROWS, NODES, KV_HEADS, SIZE)] * 2, row)
 upcoming = integers(ROWS, KV_HEADS, STEPS + 1)
 angles = of(ROWS, 1, SIZE // 2, dtype="float32")
 
+documents = [of(1, KV_HEADS, SLOTS, SIZE)] * 2
+shared = SharedSlots(*documents, integers(1, KV_HEADS, SLOTS), row)
+
 # function, arguments, launches, buffers that the launches update in place
 CASES = {
     "decode": (
@@ -71,6 +78,21 @@ CASES = {
             of(ROWS, NODES, NODES, dtype="bool"),
         ),
         *(2, 0),
+    ),
+    "beside shared slots": (
+        functools.partial(attend_from_token_triton, scale=0.1),
+        (*step(ROWS), shared, integers(1, ROWS)),
+        *(3, 3),
+    ),
+    "a tree beside shared slots": (
+        functools.partial(attend_from_tree_triton, scale=0.1),
+        (
+            *(of(ROWS, NODES, 4, SIZE), nodes, slots, shared, upcoming),
+            integers(ROWS, NODES),
+            of(ROWS, NODES, NODES, dtype="bool"),
+            integers(1, ROWS),
+        ),
+        *(3, 0),
     ),
     "path": (
         write_path_triton,
