@@ -2,9 +2,9 @@
 
 A node must see what its ancestors' steps would have left: each of them writes into a
 slot and chooses the one that the next overwrites, from its own attention. So the logits
-of all nodes against all slots are computed once, the tree is walked from the root on
-these logits alone, depth by depth, and the values are multiplied once at the end. Keys
-and values are read once, and nothing is written.
+of all nodes against all slots are computed once, and the tree is walked from the root
+on these logits alone, depth by depth. Keys and values are read once, and nothing is
+written.
 
 Axis letters: `B` batch, `T` nodes, `N` query heads, `K` key/value heads, `G` query
 heads per key/value head, `S` slots, `H` head size, `D` depth of the deepest node.
@@ -19,12 +19,13 @@ from jaxtyping import Array, Float, Int32
 
 from jaxkv.kernels import dispatch, longflow, tree_attention
 from jaxkv.kernels.cache import Nodes, Slots, Token
+from jaxkv.kernels.longflow_tree_triton import longflow_tree_triton
 from jaxkv.kernels.per_shard import DATA, MESH_AXES, devices_per_row, per_shard
 from jaxkv.kernels.scores import Score, value_norms
 from jaxkv.kernels.shapes import check_groups, checked
 from jaxkv.kernels.victims import choose_victim
 
-Implementation = Literal["reference", "xla"]
+Implementation = Literal["reference", "xla", "triton"]
 
 
 class LongFlowTreeOutput(NamedTuple):
@@ -76,8 +77,9 @@ def longflow_tree(
       score: see `longflow_attention`; "deletion" needs each output before the first
         victim, and is not done here.
       shared: one victim for all heads of a row, or one per key/value head.
-      implementation: "reference" (float32, node by node), "xla", or None for the best
-        one that can run.
+      implementation: "reference" (float32, node by node), "xla" (anywhere), "triton"
+        (NVIDIA, through jax-triton), or None for the best one that can run; `choose`
+        says which.
 
     Returns:
       The output, and the slots.
@@ -85,7 +87,8 @@ def longflow_tree(
     Raises:
       ValueError: shapes disagree, the norms are missing, or the implementation is
         unknown.
-      NotImplementedError: the score is "deletion".
+      NotImplementedError: the score is "deletion", or a named implementation cannot run
+        here.
     """
     where = "longflow_tree"
     check_groups(where, query.shape[2], slots.keys.shape[1])
@@ -95,8 +98,12 @@ def longflow_tree(
             f'{where}: score="deletion" cannot be verified in one pass; use another '
             "score, or decode without drafts."
         )
+    unable = {"triton": unsupported(query, slots.keys, shared=shared)}
+    implementation = implementation or choose(
+        jax.default_backend(), query, slots.keys, shared=shared
+    )
     run = functools.partial(
-        dispatch.resolve(where, implementation or "xla", _RUNS),
+        dispatch.resolve(where, implementation, _RUNS, unable=unable),
         n_recent=n_recent,
         depth=depth,
         scale=scale,
@@ -107,6 +114,37 @@ def longflow_tree(
     )
     arrays = query, nodes, slots, oldest, parents, depths, *dispatch.arrays(sink)
     return per_shard(run, longflow_tree)(*arrays)
+
+
+def choose(platform: str, query, keys, *, shared: bool) -> Implementation:
+    """Return the implementation that `None` stands for.
+
+    Args:
+      platform: of the device, as `jax.default_backend()` names it.
+      query: `[B, T, N, H]`, or a `jax.ShapeDtypeStruct`.
+      keys: `[B, K, S, H]`, likewise.
+      shared: one victim for all heads of a row.
+    """
+    if unsupported(query, keys, shared=shared):
+        return "xla"
+    # The two know the same implementations.
+    return tree_attention.choose(platform, query, keys)
+
+
+def unsupported(query, keys, *, shared: bool) -> str:
+    """Return why the Triton version cannot take these arrays, or an empty string.
+
+    Args:
+      query: `[B, T, N, H]`; only shape and dtype are looked at.
+      keys: `[B, K, S, H]`, likewise.
+      shared: one victim for all heads of a row.
+    """
+    if shared and devices_per_row() > 1:
+        return (
+            "chooses from heads that are all on one device, and they lie on "
+            f"{devices_per_row()}; use 'xla' or None."
+        )
+    return tree_attention.unsupported(query, keys)
 
 
 def _reference(
@@ -237,7 +275,12 @@ def _xla(
     return LongFlowTreeOutput(out.astype(query.dtype), written, targets)
 
 
-_RUNS = {"reference": _reference, "xla": _xla}
+def _triton(*arguments, axis, **options):
+    assert axis is None, "heads of a row lie on one device"
+    return LongFlowTreeOutput(*longflow_tree_triton(*arguments, **options))
+
+
+_RUNS = {"reference": _reference, "xla": _xla, "triton": _triton}
 
 
 def _paths(parents, depths, depth):

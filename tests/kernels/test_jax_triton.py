@@ -16,6 +16,7 @@ from jaxkv.kernels.cache import Nodes, SharedSlots, Slots, Token
 from jaxkv.kernels.decode_triton import decode_attention_triton
 from jaxkv.kernels.experts import Gate, Weights
 from jaxkv.kernels.experts_triton import experts_triton
+from jaxkv.kernels.longflow_tree_triton import longflow_tree_triton
 from jaxkv.kernels.longflow_triton import choose_tiles, longflow_attention_triton
 from jaxkv.kernels.pointwise_triton import add_rms_norm_triton, split_and_rotate_triton
 from jaxkv.kernels.project_triton import project_gated_triton, project_triton
@@ -91,6 +92,14 @@ CASES = {
             integers(ROWS, NODES),
             of(ROWS, NODES, NODES, dtype="bool"),
             integers(1, ROWS),
+        ),
+        *(3, 0),
+    ),
+    "tree where LongFlow evicts": (
+        functools.partial(longflow_tree_triton, n_recent=0, depth=STEPS, scale=0.1),
+        (
+            *(of(ROWS, NODES, 4, SIZE), nodes, slots, row),
+            *(integers(ROWS, NODES), integers(ROWS, NODES)),
         ),
         *(3, 0),
     ),

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from packed import packed
 
+from jaxkv.kernels import dispatch
+from jaxkv.kernels import longflow_tree as tree
 from jaxkv.kernels.longflow_tree import longflow_tree
 from jaxkv.kernels.scores import value_norms
 
@@ -108,3 +110,25 @@ def test_bad_arguments():
         longflow_tree(**packed(inputs, depths=inputs["depths"][:, 1:]), **options)
     with pytest.raises(ValueError, match=r"longflow_tree: slots\.norms must be"):
         longflow_tree(**packed(inputs, norms=None), **options)
+
+
+def test_what_triton_cannot_take_is_refused_by_name_and_never_chosen(monkeypatch):
+    inputs = make_inputs(slots=4)
+    inputs["norms"] = value_norms(inputs["values"], "l1")
+    run = functools.partial(
+        longflow_tree,
+        **packed(inputs),
+        **dict(n_recent=0, depth=DEPTH, scale=1.0, implementation="triton"),
+    )
+    with pytest.raises(NotImplementedError, match=r"longflow_tree: .* needs a"):
+        run()
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(dispatch, "triton_unavailable", lambda: "")
+    arrays = inputs["query"], inputs["keys"]
+    assert tree.choose("gpu", *arrays, shared=True) == "triton"
+    assert tree.choose("cpu", *arrays, shared=True) == "xla"
+    monkeypatch.setattr(tree, "devices_per_row", lambda: 2)
+    assert tree.choose("gpu", *arrays, shared=True) == "xla"
+    assert tree.choose("gpu", *arrays, shared=False) == "triton"
+    with pytest.raises(NotImplementedError, match=r"all on one device, .* lie on 2;"):
+        run()
