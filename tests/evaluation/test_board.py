@@ -16,9 +16,17 @@ METHODS = [
 ]
 
 
-def results(folder, *, budgets=("25%", "64"), aware=True, kind="ruler", rows=2):
-    """Write a folder of two tasks with `rows` questions each."""
-    cells = [{"task": t, "length": 4096, "depth": None, "questions": 2} for t in "ab"]
+# The fields that the board's reader must have, and those that it may: it leaves out, in
+# silence, folders with others.
+NEEDED = {"dataset", "data_dir", "model", "device", "press_name", "compression_ratio"}
+KNOWN = NEEDED | {"fraction", "query_aware", "press_init_command", "seed"}
+
+
+def results(
+    folder, *, budgets=("25%", "64"), aware=True, kind="ruler", rows=2, tasks="ab"
+):
+    """Write a folder of two tasks with `rows` questions each, the second right."""
+    cells = [{"task": t, "length": 4096, "depth": None, "questions": 2} for t in tasks]
     config = {
         **{"kind": kind, "model": "meta/Llama", "dtype": "float32", "seed": 1},
         **{"chat": True, "system": None, "query_aware": aware, "samples": 2},
@@ -32,10 +40,11 @@ def results(folder, *, budgets=("25%", "64"), aware=True, kind="ruler", rows=2):
             **{"task": task, "length": 4096, "depth": "", "index": index},
             **{"score": 0.5 * index, "exact": 0, "prompt_tokens": 4000},
             **{"output_tokens": 3, "truncated": 0, "cache_bytes": 10},
-            **{"outputs": json.dumps(["7"]), "prediction": "it is\n7"},
+            **{"outputs": json.dumps(["7A", "8"])},
+            **{"prediction": f"it is\n{'67'[index]}\na "},
         }
         for method, budget, tokens in points
-        for task in "ab"
+        for task in tasks
         for index in range(rows)
     ]
     folder.mkdir()
@@ -58,13 +67,26 @@ def test_a_folder_for_each_method_and_ratio(tmp_path, jaxkv_):
     place = out / "ruler__4096__meta--Llama__streaming_llm__0.75__query_aware"
     with open(place / "predictions.csv", newline="") as file:
         lines = list(csv.DictReader(file))
-    assert len(lines) == 4 and lines[0]["predicted_answer"] == "it is\n7"
+    assert len(lines) == 4 and lines[0]["predicted_answer"] == "it is\n6\na "
+    assert json.loads(lines[0]["answer"].replace("'", '"')) == ["7A", "8"]
     assert {float(line["compression_ratio"]) for line in lines} == {0.75}
     metrics = json.loads((place / "metrics.json").read_text())
     assert metrics == {task: {"string_match": 25.0} for task in "ab"}
     config = yaml.safe_load((place / "config.yaml").read_text())
     assert config["press_name"] == "streaming_llm" and config["query_aware"] is True
-    assert config["compression_ratio"] == 0.75 and config["jaxkv"]["budget"] == "25%"
+    assert config["compression_ratio"] == 0.75 and config["data_dir"] == 4096
+    assert config["press_init_command"].endswith(": streaming-llm")
+    assert set(config) >= NEEDED and set(config) <= KNOWN
+    own = yaml.safe_load((place / "jaxkv.yaml").read_text())
+    assert own["budget"] == "25%" and own["method"]["prefill"] == {"name": "S"}
+
+
+def test_scores_are_those_of_the_boards_scorer(tmp_path):
+    # Half of the wanted strings, once line breaks are out; one of them will do in "qa".
+    folder = results(tmp_path / "run", tasks=("vt", "qa_1"))
+    for place in export(folder, tmp_path / "board"):
+        metrics = json.loads((place / "metrics.json").read_text())
+        assert metrics == {"vt": {"string_match": 25.0}, "qa_1": {"string_match": 50.0}}
 
 
 def test_the_protocol_is_in_the_name(tmp_path):
