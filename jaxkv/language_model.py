@@ -1,5 +1,6 @@
 """A checkpoint in memory, and how it gets there."""
 
+import concurrent.futures
 import dataclasses
 import functools
 import importlib.metadata
@@ -162,17 +163,22 @@ def load(
     check_devices()
     if dtype is None and jax.default_backend() == "cpu":
         dtype = "float32"
-    network, params = read_network(
-        folder, dtype=dtype, follow_links=follow_links, mesh=mesh
-    )
+    header = gguf_header.read_header(folder) if folder.is_file() else None
+    with concurrent.futures.ThreadPoolExecutor(1) as beside:
+        # Mostly imports, while NumPy and the disk are busy with the weights.
+        if header is not None:
+            reading = beside.submit(gguf_tokenizer.read_tokenizer, header)
+        else:
+            reading = beside.submit(hf_tokenizer.read_tokenizer, folder)
+        network, params = read_network(
+            header or folder, dtype=dtype, follow_links=follow_links, mesh=mesh
+        )
     config = limited(network.config, max_positions)
     network = network.clone(config=config)
-    if folder.is_file():
-        header = gguf_header.read_header(folder)
-        tokenizer = gguf_tokenizer.read_tokenizer(header)
-        stop_ids = gguf_config.stop_ids(header, network.config.vocab_size)
+    tokenizer = reading.result()
+    if header is not None:
+        stop_ids = gguf_config.stop_ids(header, config.vocab_size)
     else:
-        tokenizer = hf_tokenizer.read_tokenizer(folder)
         stop_ids = hf_generation.stop_ids(folder)
     return LanguageModel(
         name=str(name),
@@ -233,7 +239,7 @@ def locate(name: str | os.PathLike[str], *, revision: str | None = None) -> Path
 
 
 def read_network(
-    folder: Path,
+    where: Path | gguf_header.Header,
     *,
     dtype: str | None,
     follow_links: bool = False,
@@ -242,7 +248,7 @@ def read_network(
     """Read what `locate` has found.
 
     Args:
-      folder: a folder or a GGUF file.
+      where: a folder, or a GGUF file or its header.
       dtype: of the parameters; None is the checkpoint's own.
       follow_links: see `load`.
       mesh: see `load`.
@@ -253,36 +259,39 @@ def read_network(
     Raises:
       CheckpointError: the checkpoint is damaged, or of an unsupported kind.
     """
-    config = read_config(folder)
+    if isinstance(where, Path) and where.is_file():
+        where = gguf_header.read_header(where)
+    config = read_config(where)
     read: Callable[..., dict[str, Any]]
-    if folder.is_file():
-        header = gguf_header.read_header(folder)
-        read = functools.partial(gguf_weights.read_weights, header, config)
-    elif orbax_copy.is_orbax_copy(folder):
-        read = functools.partial(_orbax, folder)
+    if isinstance(where, gguf_header.Header):
+        read = functools.partial(gguf_weights.read_weights, where, config)
+    elif orbax_copy.is_orbax_copy(where):
+        read = functools.partial(_orbax, where)
     else:
         read = functools.partial(
-            hf_weights.read_weights, folder, config, follow_links=follow_links
+            hf_weights.read_weights, where, config, follow_links=follow_links
         )
-    network, where = _laid_out(config, mesh)
-    return network, read(dtype=dtype, shardings=where, shards=network.shards)
+    network, places = _laid_out(config, mesh)
+    return network, read(dtype=dtype, shardings=places, shards=network.shards)
 
 
-def read_config(folder: Path) -> Config:
+def read_config(where: Path | gguf_header.Header) -> Config:
     """Read the sizes of what `locate` has found, and no weights.
 
     Args:
-      folder: a folder or a GGUF file.
+      where: a folder, or a GGUF file or its header.
 
     Raises:
       CheckpointError: the checkpoint is damaged, or of an unsupported kind.
     """
-    if folder.is_file():
-        return gguf_config.read_config(gguf_header.read_header(folder))
-    if orbax_copy.is_orbax_copy(folder):
-        return orbax_copy.read_orbax_config(folder)
-    checkpoint.check_adapter(folder)
-    return hf_config.read_config(folder)
+    if isinstance(where, Path) and where.is_file():
+        where = gguf_header.read_header(where)
+    if isinstance(where, gguf_header.Header):
+        return gguf_config.read_config(where)
+    if orbax_copy.is_orbax_copy(where):
+        return orbax_copy.read_orbax_config(where)
+    checkpoint.check_adapter(where)
+    return hf_config.read_config(where)
 
 
 def _orbax(folder: Path, **options: Any) -> dict[str, Any]:

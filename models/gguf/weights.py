@@ -35,7 +35,7 @@ from jaxkv.models.parameter_plan import (
 # The types that JAX has, too; all others are quantised.
 _FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
-_CHUNK = 2**22  # numbers that are dequantised at once
+_CHUNK = 2**18  # numbers that are dequantised at once: they stay in the caches
 
 # Names of modules: in a Hugging Face checkpoint, and in a GGUF file.
 _OUTER = {
