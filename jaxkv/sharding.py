@@ -83,10 +83,7 @@ def sizes_of(words: str, config: Config, devices: int) -> dict[str, int]:
       ValueError: the words are no mesh, or there are too few devices.
     """
     if words == "auto":
-        spread = _spreads(config)
-        model = max(
-            n for n in _fitting(config, devices if spread else 1) if devices % n == 0
-        )
+        model = max(n for n in _fitting(config, devices) if devices % n == 0)
         return dict(data=devices // model, model=model)
     pairs = [part.strip().partition("=") for part in words.split(",")]
     sizes = {name: int(size) for name, _, size in pairs if size.isdecimal()}
@@ -103,11 +100,6 @@ def sizes_of(words: str, config: Config, devices: int) -> dict[str, int]:
             "or auto."
         )
     return sizes
-
-
-def _spreads(config: Config) -> bool:
-    """Return whether more than one device can share out a row of the network."""
-    return not config.qk_norm or config.qk_norm_per_head
 
 
 def for_network(mesh: Mesh, config: Config) -> Mesh:
@@ -147,12 +139,6 @@ def check(config: Config, mesh: Any) -> None:
       mesh: from `make_mesh`.
     """
     count, heads = devices_of_a_row(mesh), config.num_kv_heads
-    if count > 1 and not _spreads(config):
-        raise ValueError(
-            "sharding: this network normalises queries and keys over all heads at once "
-            f"(OLMo 2), and does not spread them over model={count} devices; use "
-            "model=1, and data= for rows."
-        )
     others = _columns(config)
     fits = _fitting(config, count)
     if count in fits:

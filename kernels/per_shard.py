@@ -149,6 +149,11 @@ def add_up(parts: jax.Array) -> jax.Array:
     return jax.lax.psum(parts, COLUMNS)
 
 
+def mean_over_heads(part: jax.Array) -> jax.Array:
+    """Return the mean over the devices that share out heads, likewise."""
+    return jax.lax.pmean(part, MODEL)
+
+
 def all_columns(part: jax.Array, *, axis: int) -> jax.Array:
     """Return what all devices of a row hold, side by side along an axis."""
     return jax.lax.all_gather(part, COLUMNS, axis=axis, tiled=True)

@@ -20,7 +20,12 @@ from jaxtyping import Array, Float, Float32
 
 from jaxkv.kernels import dispatch, rotary
 from jaxkv.kernels.cache import Heads
-from jaxkv.kernels.per_shard import devices_per_row, per_shard
+from jaxkv.kernels.per_shard import (
+    along,
+    devices_per_row,
+    mean_over_heads,
+    per_shard,
+)
 from jaxkv.kernels.pointwise_triton import (
     add_rms_norm_triton,
     split_and_rotate_triton,
@@ -148,6 +153,60 @@ def here(ahead: jax.Array | None) -> jax.Array | None:
     return ahead if jax.sharding.get_abstract_mesh().empty else None
 
 
+def norm_of_all_heads(
+    qkv: jax.Array,
+    q_norm: jax.Array,
+    k_norm: jax.Array,
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    eps: float,
+    implementation: Implementation | None = None,
+) -> jax.Array:
+    """Normalise the queries of all heads of a token at once, and the keys (OLMo 2).
+
+    Under a mesh the devices of a row add up what their heads have to the mean square:
+    two numbers a token.
+
+    Args:
+      qkv: `[B, T, (N + 2 K) H]`, laid out as for `split_and_rotate`.
+      q_norm: weight of the queries' norm, `[N H]`.
+      k_norm: of the keys', `[K H]`.
+      num_heads: `N`.
+      num_kv_heads: `K`.
+      eps: added to the mean squares.
+      implementation: as for `add_rms_norm`; over several devices a row "xla" only.
+
+    Returns:
+      `qkv` with normalised queries and keys, as `add_rms_norm` normalises.
+
+    Raises:
+      ValueError: the implementation is unknown.
+      NotImplementedError: a named implementation cannot run here.
+    """
+    width = qkv.shape[-1] // (num_heads + 2 * num_kv_heads)
+    devices = devices_per_row()
+    cuts = [width * n // devices for n in (num_heads, num_heads + num_kv_heads)]
+    if devices == 1:
+        norm = functools.partial(add_rms_norm, eps=eps, implementation=implementation)
+        q, k, v = jnp.split(qkv, cuts, axis=-1)
+        normed = norm(q, None, q_norm)[1], norm(k, None, k_norm)[1]
+        return jnp.concatenate((*normed, v), axis=-1)
+
+    def together(qkv, q_norm, k_norm):
+        q, k, v = jnp.split(qkv, cuts, axis=-1)
+        squares = [jnp.square(x.astype(jnp.float32)).mean(-1) for x in (q, k)]
+        of_q, of_k = mean_over_heads(jnp.stack(squares))[..., None]
+        q, k = _scaled(q, of_q, q_norm, eps), _scaled(k, of_k, k_norm, eps)
+        return jnp.concatenate((q, k, v), axis=-1)
+
+    ways = {"xla": together, "triton": together}
+    unable = {"triton": 'takes no heads of several devices; use "xla".'}
+    how = implementation or "xla"
+    run = dispatch.resolve("norm_of_all_heads", how, ways, unable=unable)
+    return along(run, ("B T Q", "Q", "Q"), "B T Q")(qkv, q_norm, k_norm)
+
+
 def choose(worth: bool) -> Implementation:
     """Return the implementation that `None` stands for.
 
@@ -160,10 +219,14 @@ def choose(worth: bool) -> Implementation:
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     """Normalise the last axis to unit root mean square, then scale by `weight`."""
-    x32 = x.astype(jnp.float32)
-    variance = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
+    square = jnp.mean(jnp.square(x.astype(jnp.float32)), axis=-1, keepdims=True)
+    return _scaled(x, square, weight, eps)
+
+
+def _scaled(x, square, weight, eps):
+    """Return `x` over the root of a mean square, times `weight`."""
     weight = jnp.expand_dims(weight, range(x.ndim - 1))
-    normed = (x32 * jax.lax.rsqrt(variance + eps)).astype(x.dtype)
+    normed = (x.astype(jnp.float32) * jax.lax.rsqrt(square + eps)).astype(x.dtype)
     if weight.dtype == x.dtype:
         return normed * weight
     return (normed.astype(jnp.float32) * weight.astype(jnp.float32)).astype(x.dtype)

@@ -141,10 +141,15 @@ class Layer(nn.Module):
             q_norm = self._norm_weight("q_norm", c.head_dim)
             k_norm = self._norm_weight("k_norm", c.head_dim)
         elif c.qk_norm:
-            qkv = pointwise.join(qkv, x.dtype)
-            q, k, v = jnp.split(qkv, [sum(c.qkv_sizes[:i]) for i in (1, 2)], axis=-1)
-            parts = self._norm("q_norm", q)[1], self._norm("k_norm", k)[1], v
-            qkv = jnp.concatenate(parts, axis=-1)[None]
+            qkv = pointwise.norm_of_all_heads(
+                pointwise.join(qkv, x.dtype),
+                self._norm_weight("q_norm", c.num_heads * c.head_dim),
+                self._norm_weight("k_norm", c.num_kv_heads * c.head_dim),
+                num_heads=c.num_heads,
+                num_kv_heads=c.num_kv_heads,
+                eps=c.rms_norm_eps,
+                implementation=self.implementation,
+            )[None]
         q, k, v = pointwise.split_and_rotate(
             *(qkv, q_norm, k_norm, cos, sin, ahead),
             num_heads=c.num_heads,

@@ -27,6 +27,7 @@ from jaxkv import (
     generation,
     sharding,
 )
+from jaxkv.models.config import Experts
 from jaxkv.models.decoder import Decoder
 from jaxkv.runtime.meshes import mesh_of
 
@@ -74,6 +75,36 @@ METHODS = {
     ),
 }
 FAST = [("longflow", (2, 4)), ("dapq", (1, 8))]
+# OLMo 2's and OLMoE's norms, over all heads at once.
+OVER_HEADS = dict(qk_norm=True, qk_norm_per_head=False)
+OF_ALL_HEADS = {
+    "OLMo 2": dict(OVER_HEADS, pre_norm=False, post_norm=True),
+    "OLMoE": dict(OVER_HEADS, experts=Experts(count=8, per_token=2, size=16)),
+}
+
+
+def check_norms_of_all_heads():
+    """Raise where a mesh changes a token of a network that norms all heads at once."""
+    for name, changes in OF_ALL_HEADS.items():
+        config = dataclasses.replace(CONFIG, **changes)
+        network, params = Decoder(config), uneven(tiny.parameters(config))
+        alone = run(network, params, METHODS["longflow"])
+        for data, model in [(2, 4), (1, 8)]:
+            mesh = sharding.make_mesh(data=data, model=model)
+            spread = sharding.spread(network, params, mesh)
+            case = f"{name} over {data} x {model}"
+            check(mesh_of(spread[1]), *spread, METHODS["longflow"], alone, case)
+
+
+def uneven(params):
+    """Return parameters whose norms weigh each column otherwise."""
+
+    def draw(path, leaf):
+        if not path[-1].key.endswith("norm"):
+            return leaf
+        return leaf * jnp.linspace(0.5, 2, leaf.size, dtype=leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(draw, params)
 
 
 def arguments(network, params):
@@ -155,4 +186,6 @@ if __name__ == "__main__":
         )
     if sys.argv[1] == "fast":
         check_sent(params)
+    else:
+        check_norms_of_all_heads()
     print("equal")

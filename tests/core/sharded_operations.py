@@ -4,6 +4,7 @@ Prints "equal" where a mesh changes no result, nothing is sent but what a shared
 needs, and each device is handed its own part. Takes one argument, fast or slow.
 """
 
+import dataclasses
 import functools
 import re
 import sys
@@ -11,13 +12,15 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tiny
 
 from jaxkv import sharding
-from jaxkv.kernels import decode, dispatch, longflow, longflow_tpu
+from jaxkv.kernels import decode, dispatch, longflow, longflow_tpu, pointwise
 from jaxkv.kernels import window_scores as windows
 from jaxkv.kernels.cache import Slots, Token
 from jaxkv.kernels.per_shard import partition_spec
 from jaxkv.kernels.scores import value_norms, write_norm
+from jaxkv.models import layout
 
 B, N, K, S, H = 4, 8, 4, 12, 32
 RNG = np.random.default_rng(0)
@@ -139,11 +142,34 @@ def compare_windows(mesh, everything):
             compare(mesh, score, letters, arrays, f"window {how} {reduction}", [])
 
 
+def compare_norms(mesh):
+    """Raise where norms over all heads are not those of one device."""
+    config = dataclasses.replace(tiny.CONFIG, num_heads=N, num_kv_heads=K)
+    order = layout.order(config, "qkv", (2, 2))
+    heads = dict(num_heads=N, num_kv_heads=K)
+    size = config.head_dim
+    qkv = normal(B, 3, (N + 2 * K) * size)
+    arrays = qkv, normal(N * size), normal(K * size)
+    function = functools.partial(
+        pointwise.norm_of_all_heads, eps=1e-6, implementation="xla", **heads
+    )
+    alone = jax.jit(function)(*arrays)
+    with jax.set_mesh(mesh):
+        cut = jax.NamedSharding(mesh, partition_spec("B T Q"))
+        spread = jax.device_put(qkv[..., order], cut), *arrays[1:]
+        program = jax.jit(function).lower(*spread).compile()
+        got = np.asarray(program(*spread))[..., np.argsort(order)]
+    np.testing.assert_allclose(got, alone, atol=2e-6)
+    sent = re.findall(r"= (\S+) (all-\w+|collective-\w+)", program.as_text())
+    assert sent == [(f"f32[2,{B // 2},3]{{2,1,0}}", "all-reduce")], sent
+
+
 if __name__ == "__main__":
     stand_in_for_devices()
     mesh = sharding.make_mesh(data=2, model=2)
     compare_longflow(mesh, sys.argv[1] == "slow")
     compare_windows(mesh, sys.argv[1] == "slow")
+    compare_norms(mesh)
     assert SHAPES, "no stand-in was called"
     for alone, spread in zip(SHAPES[::2], SHAPES[1::2], strict=True):
         assert (spread[0], spread[-2]) == (alone[0] / 2, alone[-2] / 2)

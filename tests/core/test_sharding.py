@@ -22,7 +22,7 @@ from jaxtyping import Array, Float
 import jaxkv
 from jaxkv import sharding
 from jaxkv import state as kv
-from jaxkv.kernels import dispatch, project
+from jaxkv.kernels import dispatch, pointwise, project
 from jaxkv.kernels.cache import Token
 from jaxkv.kernels.per_shard import AXES, COLUMNS, partition_spec, per_shard
 from jaxkv.models import layout
@@ -86,7 +86,6 @@ def test_a_state_is_cut_along_rows_and_heads():
             {"num_heads": 5, "num_kv_heads": 1, "head_dim": 2},
             "10 columns of query heads do .* model=1 or 2",
         ),
-        ({"qk_norm": True, "qk_norm_per_head": False}, "OLMo 2.*use model=1, and data"),
     ],
 )
 def test_sizes_must_divide(changes, match):
@@ -172,6 +171,19 @@ def test_triton_takes_each_devices_part(monkeypatch):
             out = jax.eval_shape(run, half((128, 1, 256)), half((256, 512)))
             assert out.shape == (1, 128, 1, 512)
     assert seen == [((64, 1, 256), (256, 256)), ((64, 1, 64), (64, 512))]
+
+
+def test_triton_norms_no_heads_of_several_devices(monkeypatch):
+    monkeypatch.setattr(dispatch, "triton_unavailable", lambda: "")
+    auto = (jax.sharding.AxisType.Auto,) * 3
+    with (
+        jax.sharding.use_abstract_mesh(AbstractMesh((1, 2, 1), AXES, axis_types=auto)),
+        pytest.raises(NotImplementedError, match="no heads of several devices"),
+    ):
+        pointwise.norm_of_all_heads(
+            *(jnp.ones((1, 1, 16)), jnp.ones(8), jnp.ones(4)),
+            **dict(num_heads=4, num_kv_heads=2, eps=1e-6, implementation="triton"),
+        )
 
 
 @pytest.mark.parametrize(
