@@ -113,10 +113,13 @@ def kernels(
     length: int = 8192,
     window: int = 32,
     model: int = 1,
+    cap: float | None = None,
+    sinks: bool = False,
 ) -> Iterator[dict[str, Any]]:
     """Yield a record for each kernel among `parts` and each topology.
 
-    The heads are spread over `model` devices; the bytes are those of one.
+    The heads are spread over `model` devices; the bytes are those of one. Logits may
+    have a bound, and heads a sink.
     """
     sizes = dict(B=batch, N=HEADS, K=KV_HEADS, H=HEAD_DIM, S=slots, W=window)
     for name, topology in topologies.items():
@@ -125,20 +128,21 @@ def kernels(
         prompt = dict(sizes, T=length, B=1)
         rows = [abstract(mesh, f"B T {heads} H", prompt) for heads in ("N", "K", "K")]
         queries = abstract(mesh, "B W N H", prompt)
-        start = abstract(mesh, "B", prompt, jnp.int32)
+        start = count = abstract(mesh, "B", prompt, jnp.int32)
         run = functools.partial
+        sink = [abstract(mesh, "N", sizes)] if sinks else []
         in_place = dict(donate_argnums=2)
         for what, function, arguments, options in (
             (
                 "decode_attention",
                 run(decode_attention, scale=SCALE, implementation="pallas_tpu"),
-                [query, token, slots._replace(norms=None)],
+                [query, token, slots._replace(norms=None), *sink],
                 in_place,
             ),
             (
                 "longflow_attention",
                 run(longflow_attention, scale=SCALE, implementation="pallas_tpu"),
-                [query, token, slots, bound, bound],
+                [query, token, slots, bound, bound, *sink],
                 in_place,
             ),
             (
@@ -149,18 +153,19 @@ def kernels(
                     length=length - window,
                     implementation="pallas_tpu",
                 ),
-                [queries, rows[1], start],
+                [queries, rows[1], start, count, *sink],
                 {},
             ),
             (
                 "causal_attention",
                 run(causal_attention, scale=SCALE, implementation="splash"),
-                rows,
+                [*rows, *sink],
                 {},
             ),
         ):
             if what not in parts:
                 continue
+            function = run(function, cap=cap)
             record = dict(what=what, topology=topology, kind=name, **sizes, T=length)
             yield record | compile_one(function, arguments, mesh, **options)
 

@@ -82,6 +82,24 @@ def test_prefill_of_a_window_against_jax_nn(implementation):
         causal_attention(q, k, v, scale=0.3, window=0)
 
 
+def test_a_window_goes_through_cudnn(monkeypatch):
+    """What it is told of the window; that it does it, a GPU must show."""
+    told = []
+
+    def attend(query, key, value, **options):
+        told.append(options)
+        return query
+
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax.nn, "dot_product_attention", attend)
+    arrays = prompt(6, 2, 40, "bfloat16")
+    for window in (None, 7, 40):
+        causal_attention(*arrays, scale=0.3, window=window)
+    how = dict(scale=0.3, is_causal=True, implementation="cudnn")
+    windows = [None, (6, 0), None]  # to the left, without the token itself
+    assert told == [how | dict(local_window_size=window) for window in windows]
+
+
 def test_prefill_memory_is_linear_in_length():
     def temporaries(length):
         q, k, v = prompt(4, 2, length)

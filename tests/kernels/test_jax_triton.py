@@ -61,6 +61,16 @@ CASES = {
         step(ROWS),
         *(2, 3),
     ),
+    "decode with sink and cap": (
+        functools.partial(decode_attention_triton, scale=0.1, cap=50.0),
+        (*step(ROWS), of(4)),
+        *(2, 3),
+    ),
+    "longflow in rows with sink and cap": (
+        functools.partial(longflow_attention_triton, scale=0.1, cap=50.0),
+        (*step(MANY), integers(MANY), integers(MANY), of(4)),
+        *(2, 6),
+    ),
     "longflow in splits": (
         functools.partial(longflow_attention_triton, scale=0.1),
         (*step(ROWS), row, row),
@@ -111,6 +121,11 @@ CASES = {
     "window scores": (
         functools.partial(window_scores_triton, scale=0.1, length=300),
         (of(ROWS, 8, 4, SIZE), of(ROWS, 300, KV_HEADS, SIZE), integers(ROWS)),
+        *(2, 0),
+    ),
+    "window scores with sink and cap": (
+        functools.partial(window_scores_triton, scale=0.1, length=300, cap=50.0),
+        (of(ROWS, 8, 4, SIZE), of(ROWS, 300, KV_HEADS, SIZE), integers(ROWS), of(4)),
         *(2, 0),
     ),
     "norm": (

@@ -61,6 +61,17 @@ def test_other_kernels_compile_on_every_topology(script, part):
         assert record["temp_bytes"] < (2 * rows if part == "causal_attention" else 2e6)
 
 
+@pytest.mark.slow
+def test_all_kernels_compile_with_sinks_and_caps(script):
+    parts = [part for part in script.PARTS if part != "generate"]
+    only = dict(v5e=script.TOPOLOGIES["v5e"])
+    records = list(script.kernels(parts, only, sinks=True, cap=50.0))
+    assert len(records) == len(parts)
+    for record in records:
+        if record["what"] == "longflow_attention":
+            assert all_in_place(record, cache_bytes(record, 2))
+
+
 SETTINGS = {
     "64 bits": lambda: jax.enable_x64(True),
     "highest": lambda: jax.default_matmul_precision("highest"),

@@ -49,7 +49,7 @@ SLOW = [
 SLOW += [
     (*case, sinks, cap)
     for case, (sinks, cap) in zip(
-        SLOW, itertools.cycle([(True, None), (False, 2.0), (True, 1.0)])
+        SLOW[::5], itertools.cycle([(True, None), (False, 2.0), (True, 1.0)])
     )
 ]
 # Logits are exact in float32; the statistics and exponentials are float32.
