@@ -1,10 +1,13 @@
-"""Check and time decode steps with and without what saves launches, on a GPU.
+"""Check and time decode steps with fewer launches and with more, on a GPU.
 
     python benchmarks/launches_device.py launches.json
 
 Whole steps of LongFlow at 3,200 slots, random bfloat16 weights, in one process, so that
-old and new are timed on one warm machine: `0` fetches nothing ahead, `8` up to 8 MiB
-(`kernels/ahead_triton.py`). All ways must give the same tokens.
+old and new are timed on one warm machine. A way is how layers are done, launch by
+launch ("triton") or "fused" (`kernels/block.py`), and how many MiB are fetched ahead
+(`kernels/ahead_triton.py`). Ways that differ in what they fetch must give the same
+tokens. Before, the fused operations are held against those launch by launch, and rows
+among others against the same row alone, bit for bit.
 """
 
 import gc
@@ -17,7 +20,7 @@ import jax.numpy as jnp
 import typer
 
 from jaxkv.bench import clock, decode_step
-from jaxkv.kernels import ahead_triton
+from jaxkv.kernels import ahead_triton, block
 from jaxkv.models.config import Config
 from jaxkv.models.decoder import Decoder, random_parameters
 from jaxkv.models.public_shapes import SHAPES
@@ -38,6 +41,54 @@ SMOLLM2 = Config(
 BUDGET = 3200
 
 
+def check(config: Config) -> list[str]:
+    """Return what is wrong with the fused operations at the sizes of a network."""
+    c, half = config, config.head_dim // 2
+    keys = iter(jax.random.split(jax.random.key(2), 9))
+
+    def draw(*shape, scale=1.0):
+        return scale * jax.random.normal(next(keys), shape, jnp.bfloat16)
+
+    size, inner = c.num_heads * c.head_dim, c.intermediate_size
+    x, norm = draw(64, 1, c.hidden_size), 1 + draw(c.hidden_size, scale=0.1)
+    of_heads = 1 + draw(c.head_dim, scale=0.1)
+    qkv = draw(c.hidden_size, c.qkv_size, scale=c.hidden_size**-0.5)
+    gate_up = draw(c.hidden_size, 2 * inner, scale=c.hidden_size**-0.5)
+    output, down = draw(size, c.hidden_size), draw(inner, c.hidden_size)
+    out, middle = draw(64, 1, size, scale=size**-0.5), draw(64, 1, inner)
+    angles = jnp.arange(64.0)[:, None, None] * jnp.ones(half)
+
+    def run(rows, how):
+        # The first row comes last.
+        turn = [jnp.roll(a[:rows], -1, 0) for a in (x, out, middle, angles)]
+        options: dict[str, Any] = dict(implementation=how)
+        _, heads = block.read_heads(
+            *(turn[0], None, norm, qkv, of_heads, of_heads),
+            *(jnp.cos(turn[3]), jnp.sin(turn[3])),
+            **dict(num_heads=c.num_heads, num_kv_heads=c.num_kv_heads, eps=1e-6),
+            **options,
+        )
+        _, gated = block.read_gated(turn[0], None, norm, gate_up, eps=1e-6, **options)
+        sums = [
+            block.added(*block.add_product(turn[0], *pair, **options))
+            for pair in ((turn[1], output), (turn[2] * inner**-0.5, down))
+        ]
+        return [a.reshape(rows, -1).astype(jnp.float32) for a in (*heads, gated, *sums)]
+
+    names = "queries", "keys", "values", "gates", "output", "down"
+    want, got, alone = run(64, "triton"), run(64, "fused"), run(1, "fused")
+    failures = []
+    for name, a, b in zip(names, want, got, strict=True):
+        error = float(jnp.abs(a - b).max() / jnp.abs(a).max())
+        print(f"  {name}: off by {error:.5f} of the largest")
+        failures += [f"{name} are off by {error}"] * (not error < 2**-6)
+    for rows in (2, 8, 17, 33, 64):
+        for name, a, b in zip(names, alone, run(rows, "fused"), strict=True):
+            same = bool((a[-1] == b[-1]).all())
+            failures += [f"{name}: other bits among {rows} rows"] * (not same)
+    return failures
+
+
 def time_way(network, params, cache, options, steps, repeats) -> tuple[Any, ...]:
     """Return tokens, milliseconds a step of each call, and the cache."""
     jax.clear_caches()
@@ -56,17 +107,19 @@ def main(
     out: pathlib.Path,
     shapes: str = "smollm2-135m,qwen3-1.7b,qwen3-8b",
     batch: str = "1,8,32",
-    ahead: str = "0,8",
+    ways: str = "triton:0,triton:8,fused:0,fused:8",
     steps: int = 64,
     repeats: int = 5,
 ) -> None:
     """Time steps, in milliseconds, per shape, batch and way."""
     bandwidth = clock.copy_bandwidth(1 << 30)
     report: dict[str, Any] = provenance() | dict(copy=bandwidth, rows=[])
-    options, failed = Options(budget=BUDGET, decode=LongFlow()), False
+    options = Options(budget=BUDGET, decode=LongFlow())
+    failures: list[str] = []
     for shape in shapes.split(","):
         config = SMOLLM2 if shape == "smollm2-135m" else SHAPES[shape]
-        network = Decoder(config)
+        if jax.default_backend() == "gpu":
+            failures += check(config)
         params = random_parameters(config, jax.random.key(0), jnp.bfloat16)
         for rows in map(int, batch.split(",")):
             cache = decode_step.full_cache(
@@ -76,34 +129,33 @@ def main(
                 dtype=jnp.bfloat16,
                 key=jax.random.key(1),
             )
-            size = decode_step.weight_bytes(params, config)
-            size += decode_step.key_value_bytes(cache)
-            floor = decode_step.floor_ms(size, bandwidth)
-            first = None
-            for way in ahead.split(","):
-                ahead_triton.MOST_BYTES = int(way) << 20
+            moved = decode_step.weight_bytes(params, config)
+            moved += decode_step.key_value_bytes(cache)
+            floor = decode_step.floor_ms(moved, bandwidth)
+            first: dict[str, Any] = {}
+            for way in ways.split(","):
+                how, _, size = way.partition(":")
+                ahead_triton.MOST_BYTES = int(size) << 20
+                network = Decoder(config, implementation=how)
                 tokens, calls, cache = time_way(
                     network, params, cache, options, steps, repeats
                 )
-                first = tokens if first is None else first
-                same = bool((tokens == first).all())
-                failed |= not same
+                if not (tokens == first.setdefault(how, tokens)).all():
+                    failures.append(f"{shape} {rows} {way}: other tokens")
                 ms = statistics.median(calls)
-                row = dict(shape=shape, batch=rows, ahead=way, ms=ms, same=same)
-                row |= dict(calls_ms=calls, times_floor=ms / floor)
-                report["rows"].append(row)
-                write_json(out, report)
+                row = dict(shape=shape, batch=rows, way=way, ms=ms, calls_ms=calls)
+                report["rows"].append(row | dict(times_floor=ms / floor))
+                write_json(out, report | dict(failures=failures))
                 print(
-                    f"{shape} {rows}: ahead {way} MiB, {ms:.4f} ms, "
-                    f"{ms / floor:.3f} x floor, {same=}",
+                    f"{shape} {rows} {way}: {ms:.4f} ms, {ms / floor:.3f} x floor",
                     flush=True,
                 )
             del cache
             gc.collect()
         del params
         gc.collect()
-    if failed:
-        raise SystemExit("FAILED")
+    if failures:
+        raise SystemExit("FAILED\n" + "\n".join(failures))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ depends on them.
 From Hopper on a single thread asks for as much as it likes; older GPUs fetch nothing.
 """
 
+from typing import Any
+
 import jax
 
 from jaxkv.kernels.triton_call import fetches_in_bulk, num_processors
@@ -24,7 +26,7 @@ def helpers(ahead: jax.Array | None) -> int:
     return num_processors() if _fetched(ahead) else 0
 
 
-def constants(ahead: jax.Array | None, *, warps: int) -> dict[str, int]:
+def constants(ahead: jax.Array | None, *, warps: int) -> dict[str, Any]:
     """Return the compile-time arguments of `fetch_ahead`.
 
     Args:

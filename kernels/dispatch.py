@@ -35,7 +35,7 @@ def resolve(
             f"{', '.join(table)} or None."
         )
     reason = ""
-    if implementation == "triton":
+    if implementation in ("triton", "fused"):
         reason = triton_unavailable()
     elif implementation == "pallas_tpu":
         reason = tpu_unavailable()

@@ -9,6 +9,7 @@ Axis letters: `P` parts, `B` batch, `T` tokens, `D` depth, `F` columns.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -146,9 +147,14 @@ def project_gated_triton(
     weight: jax.Array,
     *,
     ahead: jax.Array | None = None,
+    norm: jax.Array | None = None,
+    eps: float | None = None,
     tiles: Tiles | None = None,
 ) -> jax.Array:
-    """Do `project.project_gated`, whose arguments these are."""
+    """Do `project.project_gated`, whose arguments these are.
+
+    With `norm` and `eps`, of the RMS norm of `x` with that weight.
+    """
     from jaxkv.kernels import project_triton_body as body
 
     batch, length, depth = x.shape
@@ -156,13 +162,13 @@ def project_gated_triton(
     tiles = tiles or tiles_here(rows, depth, columns, gated=True)
     (out,) = triton_call.call(
         body.project_gated,
-        (x, weight, x if ahead is None else ahead),
+        (x, x if norm is None else norm, weight, x if ahead is None else ahead),
         (jax.ShapeDtypeStruct((batch, length, columns), x.dtype),),
         aliases={},
         grid=(columns // tiles.block,),
         num_warps=tiles.warps,
         num_stages=tiles.stages,
-        **constants(rows, depth, columns, tiles, gated=True, ahead=ahead),
+        **constants(rows, depth, columns, tiles, gated=True, ahead=ahead, eps=eps),
     )
     return out
 
@@ -221,11 +227,16 @@ def constants(
     gated: bool = False,
     transposed: bool = False,
     ahead: jax.Array | None = None,
-) -> dict[str, int]:
-    """Return the compile-time arguments of `project_part`, or of `project_gated`."""
-    parts = dict(PARTS=tiles.parts, TRANSPOSED=transposed)
+    eps: float | None = None,
+) -> dict[str, Any]:
+    """Return the compile-time arguments of `project_part`, or of `project_gated`.
+
+    With `eps`, those of a product with a norm in it.
+    """
+    parts: dict[str, Any] = dict(PARTS=tiles.parts, TRANSPOSED=transposed)
     if gated:
         parts = ahead_triton.constants(ahead, warps=tiles.warps)
+        parts["NORM"], parts["EPS"] = eps is not None, eps or 0.0
     at_once = min(padded(rows), _MOST_AT_ONCE)
     return parts | dict(
         ROWS=rows,

@@ -34,25 +34,24 @@ def store_rows(
 
 
 @triton.jit
-def project_part(
-    x_ptr,  # [ROWS, DEPTH]
-    weight_ptr,  # [DEPTH, COLUMNS], or [COLUMNS, DEPTH] if TRANSPOSED
-    out_ptr,  # [PARTS, ROWS, COLUMNS], output
+def multiply_share(
+    x_ptr,
+    weight_ptr,
+    columns,  # [BLOCK]
+    part,
     ROWS: tl.constexpr,
-    ROW_TILE: tl.constexpr,  # rows of a product of the tensor cores
-    ROW_TILES: tl.constexpr,  # 1 or 2
+    ROW_TILE: tl.constexpr,
+    ROW_TILES: tl.constexpr,
     DEPTH: tl.constexpr,
     COLUMNS: tl.constexpr,
     PARTS: tl.constexpr,
     TRANSPOSED: tl.constexpr,
-    BLOCK: tl.constexpr,  # columns of a tile
+    BLOCK: tl.constexpr,
     BLOCK_DEPTH: tl.constexpr,
 ):
-    """Multiply all rows by a share of the depth of a block of columns."""
-    part = tl.program_id(1)
+    """Return products of a share of the depth: of the first rows, and of the others."""
     SHARE: tl.constexpr = DEPTH // PARTS
     rows = tl.arange(0, ROW_TILE)
-    columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     depth = part * SHARE + tl.arange(0, BLOCK_DEPTH)
     real = (rows < ROWS)[:, None]
     more = (rows + ROW_TILE < ROWS)[:, None]
@@ -84,6 +83,31 @@ def project_part(
         if ROW_TILES == 2:
             x = tl.load(x_ptr + ROW_TILE * DEPTH + start, more, other=0.0)
             second = tl.dot(x, weight, second)
+    return total, second
+
+
+@triton.jit
+def project_part(
+    x_ptr,  # [ROWS, DEPTH]
+    weight_ptr,  # [DEPTH, COLUMNS], or [COLUMNS, DEPTH] if TRANSPOSED
+    out_ptr,  # [PARTS, ROWS, COLUMNS], output
+    ROWS: tl.constexpr,
+    ROW_TILE: tl.constexpr,  # rows of a product of the tensor cores
+    ROW_TILES: tl.constexpr,  # 1 or 2
+    DEPTH: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PARTS: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    BLOCK: tl.constexpr,  # columns of a tile
+    BLOCK_DEPTH: tl.constexpr,
+):
+    """Multiply all rows by a share of the depth of a block of columns."""
+    columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    part = tl.program_id(1)
+    total, second = multiply_share(
+        *(x_ptr, weight_ptr, columns, part, ROWS, ROW_TILE, ROW_TILES, DEPTH, COLUMNS),
+        *(PARTS, TRANSPOSED, BLOCK, BLOCK_DEPTH),
+    )
     out_ptr += part.to(tl.int64) * (ROWS * COLUMNS)
     store_rows(out_ptr, total, 0, columns, ROWS, COLUMNS)
     if ROW_TILES == 2:
@@ -97,8 +121,83 @@ def gate_with(gate, up):
 
 
 @triton.jit
+def scale_by(x, norm_ptr, squares):
+    """Return a tile times the weight of its norm, and the squares with it added.
+
+    The tensor cores square, since they have an order that no layout changes: a row's
+    sum stands where it meets itself.
+    """
+    weight = tl.load(norm_ptr + tl.arange(0, x.shape[1])).to(tl.float32)
+    squares = tl.dot(x, tl.trans(x), squares)
+    return (x.to(tl.float32) * weight[None, :]).to(x.dtype), squares
+
+
+@triton.jit
+def diagonal(squares):
+    """Return the sums of squares of rows `[R]` from the products of all with all."""
+    rows = tl.arange(0, squares.shape[0])
+    return tl.sum(tl.where(rows[:, None] == rows[None, :], squares, 0.0), 1)
+
+
+@triton.jit
+def multiply_pair(
+    x_ptr,
+    norm_ptr,
+    weight_ptr,
+    columns,  # [BLOCK]
+    part,
+    ROWS: tl.constexpr,
+    ROW_TILE: tl.constexpr,
+    ROW_TILES: tl.constexpr,
+    DEPTH: tl.constexpr,
+    PARTS: tl.constexpr,
+    WIDTH: tl.constexpr,  # columns of the matrix
+    APART: tl.constexpr,  # from a column to the one that goes with it
+    BLOCK_DEPTH: tl.constexpr,
+    NORM: tl.constexpr,
+):
+    """Return products with pairs of columns, and sums of squares, of all rows.
+
+    With `NORM`, of rows times the weight of their norm. What is left of the norm is one
+    number a row, which the sum of the squares says.
+    """
+    SHARE: tl.constexpr = DEPTH // PARTS
+    rows = tl.arange(0, ROW_TILE)
+    depth = part * SHARE + tl.arange(0, BLOCK_DEPTH)
+    real = (rows < ROWS)[:, None]
+    more = (rows + ROW_TILE < ROWS)[:, None]
+    x_ptr += rows[:, None] * DEPTH + depth[None, :]
+    norm_ptr += part * SHARE
+    weight_ptr += depth[:, None].to(tl.int64) * WIDTH + columns[None, :]
+    one = tl.zeros([ROW_TILE, columns.shape[0]], tl.float32)
+    other = tl.zeros([ROW_TILE, columns.shape[0]], tl.float32)
+    squares = tl.zeros([ROW_TILE, ROW_TILE], tl.float32)
+    second_one = tl.zeros([ROW_TILE, columns.shape[0]], tl.float32)
+    second_other = tl.zeros([ROW_TILE, columns.shape[0]], tl.float32)
+    second_squares = tl.zeros([ROW_TILE, ROW_TILE], tl.float32)
+    for start in range(0, SHARE, BLOCK_DEPTH):
+        x = tl.load(x_ptr + start, real, other=0.0)
+        if NORM:
+            x, squares = scale_by(x, norm_ptr + start, squares)
+        of_one = tl.load(weight_ptr)
+        one = tl.dot(x, of_one, one)
+        of_other = tl.load(weight_ptr + APART)
+        other = tl.dot(x, of_other, other)
+        if ROW_TILES == 2:
+            x = tl.load(x_ptr + ROW_TILE * DEPTH + start, more, other=0.0)
+            if NORM:
+                x, second_squares = scale_by(x, norm_ptr + start, second_squares)
+            second_one = tl.dot(x, of_one, second_one)
+            second_other = tl.dot(x, of_other, second_other)
+        weight_ptr += BLOCK_DEPTH * WIDTH
+    first = one, other, diagonal(squares)
+    return first, (second_one, second_other, diagonal(second_squares))
+
+
+@triton.jit
 def project_gated(
     x_ptr,  # [ROWS, DEPTH]
+    norm_ptr,  # [DEPTH]; not read without NORM
     weight_ptr,  # [DEPTH, 2, COLUMNS]: gate, up
     ahead_ptr,  # see `ahead_triton`
     out_ptr,  # [ROWS, COLUMNS], output
@@ -109,6 +208,8 @@ def project_gated(
     COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_DEPTH: tl.constexpr,
+    NORM: tl.constexpr,
+    EPS: tl.constexpr,
     AHEAD_CHUNKS: tl.constexpr,
     AHEAD_CHUNK: tl.constexpr,
     AHEAD_SHARES: tl.constexpr,
@@ -119,33 +220,38 @@ def project_gated(
 
     A program that is done asks for what is read next.
     """
-    rows = tl.arange(0, ROW_TILE)
     columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    depth = tl.arange(0, BLOCK_DEPTH)
-    real = (rows < ROWS)[:, None]
-    more = (rows + ROW_TILE < ROWS)[:, None]
-    x_ptr += rows[:, None] * DEPTH + depth[None, :]
-    weight_ptr += depth[:, None].to(tl.int64) * (2 * COLUMNS) + columns[None, :]
-    gate = tl.zeros([ROW_TILE, BLOCK], tl.float32)
-    up = tl.zeros([ROW_TILE, BLOCK], tl.float32)
-    second_gate = tl.zeros([ROW_TILE, BLOCK], tl.float32)
-    second_up = tl.zeros([ROW_TILE, BLOCK], tl.float32)
-    for start in range(0, DEPTH, BLOCK_DEPTH):
-        x = tl.load(x_ptr + start, real, other=0.0)
-        of_gate = tl.load(weight_ptr)
-        gate = tl.dot(x, of_gate, gate)
-        of_up = tl.load(weight_ptr + COLUMNS)
-        up = tl.dot(x, of_up, up)
-        if ROW_TILES == 2:
-            x = tl.load(x_ptr + ROW_TILE * DEPTH + start, more, other=0.0)
-            second_gate = tl.dot(x, of_gate, second_gate)
-            second_up = tl.dot(x, of_up, second_up)
-        weight_ptr += BLOCK_DEPTH * 2 * COLUMNS
-    store_rows(out_ptr, gate_with(gate, up), 0, columns, ROWS, COLUMNS)
+    first, second = multiply_pair(
+        *(x_ptr, norm_ptr, weight_ptr, columns, 0, ROWS, ROW_TILE, ROW_TILES),
+        *(DEPTH, 1, 2 * COLUMNS, COLUMNS, BLOCK_DEPTH, NORM),
+    )
+    store_gated(out_ptr, first, 0, columns, ROWS, DEPTH, COLUMNS, NORM, EPS)
     if ROW_TILES == 2:
-        second = gate_with(second_gate, second_up)
-        store_rows(out_ptr, second, ROW_TILE, columns, ROWS, COLUMNS)
+        store_gated(
+            *(out_ptr, second, ROW_TILE, columns, ROWS, DEPTH, COLUMNS, NORM, EPS)
+        )
     fetch_ahead(
         *(ahead_ptr, tl.program_id(0), tl.num_programs(0)),
         *(AHEAD_CHUNKS, AHEAD_CHUNK, AHEAD_SHARES, AHEAD_STRIDE, LANES),
     )
+
+
+@triton.jit
+def store_gated(
+    out_ptr,
+    found,  # gate, up and sum of squares
+    first,
+    columns,
+    ROWS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    NORM: tl.constexpr,
+    EPS: tl.constexpr,
+):
+    """Finish the norm, gate, and store."""
+    gate, up, squares = found
+    if NORM:
+        scale = tl.rsqrt(squares / DEPTH + EPS)[:, None]
+        gate *= scale
+        up *= scale
+    store_rows(out_ptr, gate_with(gate, up), first, columns, ROWS, COLUMNS)

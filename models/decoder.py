@@ -17,7 +17,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxkv.kernels import pointwise, project
+from jaxkv.kernels import block, pointwise, project
 from jaxkv.kernels.per_shard import no_mesh
 from jaxkv.models import rope
 from jaxkv.models.config import Config, Experts
@@ -53,14 +53,13 @@ class Decoder(nn.Module):
 
     Attributes:
       config: sizes and switches.
-      implementation: of the operations in `kernels.pointwise` and `kernels.project`;
-        None is the best one here.
+      implementation: of the operations in `kernels.block`; None is the best one here.
       shards: over how many devices of a mesh the parameters are laid out: their heads,
         and their feed-forward columns (`layout`).
     """
 
     config: Config
-    implementation: pointwise.Implementation | None = None
+    implementation: block.Implementation | None = None
     shards: tuple[int, int] = (1, 1)
 
     def setup(self):
@@ -111,9 +110,9 @@ class Decoder(nn.Module):
         x, delta = carried or (self._embedded(tokens), None)
         new_cache = []
 
-        def run(kind, experts, variables, x, delta, cos, sin, state):
+        def run(kind, experts, variables, x, delta, cos, sin, state, ahead):
             layer = Layer(c, kind, experts, self.implementation, parent=None)
-            return layer.apply(variables, x, delta, cos, sin, state, attend)
+            return layer.apply(variables, x, delta, cos, sin, state, attend, ahead)
 
         if isinstance(x, jax.core.Tracer):
             # One trace serves all layers of a kind: it is most of what compiling costs
@@ -121,23 +120,25 @@ class Decoder(nn.Module):
             run = jax.jit(run, static_argnums=(0, 1))
         some = slice(first, first + len(cache))
         kinds = c.layer_kinds[some]
-        for layer, kind, state in zip(self.layers[some], kinds, cache, strict=True):
-            cos, sin = tables[kind.rope]
+        head = self.embedding if c.tied else self.head
+        after = self.layers[first + 1 :]
+        for i, (kind, state) in enumerate(zip(kinds, cache, strict=True)):
+            layer, (cos, sin) = self.layers[first + i], tables[kind.rope]
             if self.is_initializing():
                 x, delta, state = layer(x, delta, cos, sin, state, attend)
             else:
+                ahead = after[i].variables["params"]["qkv"] if i < len(after) else head
                 x, delta, state = run(
                     *(kind, layer.experts, layer.variables),
-                    *(x, delta, cos, sin, state),
+                    *(x, delta, cos, sin, state, ahead),
                 )
             new_cache.append(state)
         if some.stop < c.num_layers:
             return (x, delta), tuple(new_cache)
         _, normed = pointwise.add_rms_norm(
-            *(x, delta, scale_of_norm(self.final_norm, c)),
-            self.embedding if c.tied else self.head,
+            *(x, delta, scale_of_norm(self.final_norm, c), head),
             eps=c.rms_norm_eps,
-            implementation=self.implementation,
+            implementation=block.apart(self.implementation),
         )
         return normed, tuple(new_cache)
 
@@ -167,7 +168,7 @@ class Decoder(nn.Module):
             hidden if hidden.ndim == 3 else hidden.reshape(-1, 1, hidden.shape[-1]),
             self.embedding if tied else self.head,
             tied=tied,
-            implementation=self.implementation,
+            implementation=block.apart(self.implementation),
         )
         logits = logits.reshape(*hidden.shape[:-1], -1).astype(jnp.float32)
         if self.config.logit_scale is not None:

@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxkv.kernels import pointwise, project
+from jaxkv.kernels import block, pointwise, project
 from jaxkv.kernels.per_shard import COLUMNS, MODEL
 from jaxkv.kernels.weighing import Weighing
 from jaxkv.models import experts
@@ -64,7 +64,7 @@ class Layer(nn.Module):
     config: Config
     kind: LayerKind
     experts: Experts | None
-    implementation: pointwise.Implementation | None = None
+    implementation: block.Implementation | None = None
 
     @nn.compact
     def __call__(
@@ -75,21 +75,24 @@ class Layer(nn.Module):
         sin: jax.Array,
         state: Any,
         attend: Attend,
-    ) -> tuple[jax.Array, jax.Array, Any]:
+        ahead: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array | None, Any]:
         """Run one layer.
 
         Args:
           x: `[B, T, D]`, the residual stream.
           delta: `[P, B, T, D]`, whose sum over `P` the layer before adds to it; None
-            for the first. It is left to this layer, which adds it and normalises the
-            sum in one launch.
+            for the first, or where it has been added. Else it is left to this layer,
+            which adds it and normalises the sum in one launch.
           cos: of `rotary.table`.
           sin: likewise.
           state: of this layer.
           attend: see `Attend`.
+          ahead: the matrix that is read after this layer.
 
         Returns:
-          The residual stream, what this layer adds to it in parts, and the new state.
+          The residual stream, what is still to be added to it in parts, and the new
+          state.
         """
         c = self.config
         heads = c.num_heads * c.head_dim
@@ -100,9 +103,8 @@ class Layer(nn.Module):
             inner = c.intermediate_size
             gate_up = self._matrix("gate_up", TO_COLUMNS, c.hidden_size, 2 * inner)
             down = self._matrix("down", FROM_COLUMNS, inner, c.hidden_size)
-        # What stands ready before a matrix is read names it, so that it may be fetched.
-        x, normed = self._enter("attention_norm", x, delta, ahead=qkv)
-        q, k, v = self._heads(normed, qkv, cos, sin, ahead=output)
+        # Each operation is told what matrix comes next, so that it may be fetched.
+        x, (q, k, v) = self._heads(x, delta, qkv, cos, sin, ahead=output)
         sink = None
         if c.sinks:
             sink = self.param("sink", zeros(MODEL), (c.num_heads,))
@@ -110,18 +112,97 @@ class Layer(nn.Module):
         with jax.named_scope("attend"):
             out, state = attend(q, k, v, state, weighing)
         out = out.reshape(*x.shape[:2], heads)
-        delta = self._times(out, output, "rows", c.output_bias and "output_bias")
-        delta = self._leave("attention_post_norm", delta, x.dtype)
-        x, normed = self._enter("mlp_norm", x, delta, ahead=gate_up)
-        delta = self._feed_forward(normed, gate_up, down)
-        return x, self._leave("mlp_post_norm", delta, x.dtype), state
+        bias = "output_bias" if c.output_bias else None
+        x, delta = self._add("attention_post_norm", x, out, output, bias, gate_up)
+        x, delta = self._feed_forward(x, delta, gate_up, down, ahead)
+        return x, delta, state
 
-    def _enter(self, name, x, delta, ahead):
+    def _heads(self, x, delta, qkv, cos, sin, ahead):
+        """Return the residual stream; rotated queries and keys, and values."""
+        c = self.config
+        q_norm = k_norm = None
+        if c.qk_norm and c.qk_norm_per_head:
+            q_norm = self._norm_weight("q_norm", c.head_dim)
+            k_norm = self._norm_weight("k_norm", c.head_dim)
+        how: dict[str, Any] = dict(
+            num_heads=c.num_heads, num_kv_heads=c.num_kv_heads, eps=c.rms_norm_eps
+        )
+        if c.pre_norm and not c.qkv_bias and (q_norm is not None or not c.qk_norm):
+            norm = self._norm_weight("attention_norm", c.hidden_size)
+            x, heads = block.read_heads(
+                *(x, delta, norm, qkv, q_norm, k_norm, cos, sin, ahead),
+                **how,
+                implementation=self.implementation,
+            )
+        else:
+            x, normed = self._enter("attention_norm", x, delta, qkv)
+            heads = pointwise.split_and_rotate(
+                *(self._biased_heads(normed, qkv), q_norm, k_norm, cos, sin, ahead),
+                **how,
+                dtype=x.dtype,
+                implementation=block.apart(self.implementation),
+            )
+        q, k, v = heads
+        if c.query_scale is not None:  # beside the attention's own
+            factor = c.query_scale * c.head_dim**0.5
+            q = (factor * q.astype(jnp.float32)).astype(q.dtype)
+        return x, (q, k, v)
+
+    def _biased_heads(self, normed, qkv):
+        """Return a fused projection with its bias, normalised across heads (OLMo 2)."""
+        c = self.config
+        qkv = self._times(normed, qkv, "heads", "qkv_bias" if c.qkv_bias else None)
+        if not c.qk_norm or c.qk_norm_per_head:
+            return qkv
+        return pointwise.norm_of_all_heads(
+            pointwise.join(qkv, normed.dtype),
+            self._norm_weight("q_norm", c.num_heads * c.head_dim),
+            self._norm_weight("k_norm", c.num_kv_heads * c.head_dim),
+            num_heads=c.num_heads,
+            num_kv_heads=c.num_kv_heads,
+            eps=c.rms_norm_eps,
+            implementation=block.apart(self.implementation),
+        )[None]
+
+    def _feed_forward(self, x, delta, gate_up, down, ahead):
+        """Return the residual stream, and what is still to be added to it, in parts."""
+        c, name = self.config, "mlp_post_norm"
+        if self.experts is not None:
+            x, normed = self._enter("mlp_norm", x, delta)
+            delta = experts.feed_forward(self.experts, normed, self._parameter)
+            return x, self._leave(name, delta, x.dtype)
+        if not c.pre_norm:
+            x = block.added(x, delta)
+            inner = project.project_gated(
+                *(x, gate_up, down),
+                activation=c.activation,
+                implementation=block.apart(self.implementation),
+            )
+            return self._add(name, x, inner, down)
+        x, inner = block.read_gated(
+            *(x, delta, self._norm_weight("mlp_norm", c.hidden_size), gate_up, down),
+            activation=c.activation,
+            eps=c.rms_norm_eps,
+            implementation=self.implementation,
+        )
+        return self._add(name, x, inner, down, ahead=ahead)
+
+    def _enter(self, name, x, delta, ahead=None):
         """Add to the residual stream; return the sum, and what a block reads of it."""
         if self.config.pre_norm:
             return self._norm(name, x, delta, ahead)
-        x = x if delta is None else x + pointwise.join(delta, x.dtype)
+        x = block.added(x, delta)
         return x, x
+
+    def _add(self, name, x, inner, weight, bias=None, ahead=None):
+        """Return the residual stream, and what is still to be added to it, in parts."""
+        c = self.config
+        if bias is None and not c.post_norm and c.residual_scale is None:
+            return block.add_product(
+                x, inner, weight, ahead, implementation=self.implementation
+            )
+        delta = self._times(inner, weight, "rows", bias)
+        return x, self._leave(name, delta, x.dtype)
 
     def _leave(self, name, delta, dtype):
         """Return what a block adds to the residual stream, in parts."""
@@ -132,54 +213,13 @@ class Layer(nn.Module):
             return delta
         return (scale * delta.astype(jnp.float32)).astype(delta.dtype)
 
-    def _heads(self, x, qkv, cos, sin, ahead):
-        """Return rotated queries and keys, and values."""
-        c = self.config
-        qkv = self._times(x, qkv, "heads", c.qkv_bias and "qkv_bias")
-        q_norm = k_norm = None
-        if c.qk_norm and c.qk_norm_per_head:
-            q_norm = self._norm_weight("q_norm", c.head_dim)
-            k_norm = self._norm_weight("k_norm", c.head_dim)
-        elif c.qk_norm:
-            qkv = pointwise.norm_of_all_heads(
-                pointwise.join(qkv, x.dtype),
-                self._norm_weight("q_norm", c.num_heads * c.head_dim),
-                self._norm_weight("k_norm", c.num_kv_heads * c.head_dim),
-                num_heads=c.num_heads,
-                num_kv_heads=c.num_kv_heads,
-                eps=c.rms_norm_eps,
-                implementation=self.implementation,
-            )[None]
-        q, k, v = pointwise.split_and_rotate(
-            *(qkv, q_norm, k_norm, cos, sin, ahead),
-            num_heads=c.num_heads,
-            num_kv_heads=c.num_kv_heads,
-            eps=c.rms_norm_eps,
-            dtype=x.dtype,
-            implementation=self.implementation,
-        )
-        if c.query_scale is not None:  # beside the attention's own
-            factor = c.query_scale * c.head_dim**0.5
-            q = (factor * q.astype(jnp.float32)).astype(q.dtype)
-        return q, k, v
-
-    def _feed_forward(self, x, gate_up, down):
-        """Return what the feed-forward adds to the residual stream, in parts."""
-        if self.experts is not None:
-            return experts.feed_forward(self.experts, x, self._parameter)
-        inner = project.project_gated(
-            *(x, gate_up, down),
-            activation=self.config.activation,
-            implementation=self.implementation,
-        )
-        return self._times(inner, down, "rows")
-
     def _matrix(self, name, axes, *shape):
         return self.param(name, matrix(*axes), shape)
 
     def _times(self, x, weight, cut: project.Cut, bias=None):
         """Return a product with a matrix, in parts; add the bias of a name."""
-        parts = project.project(x, weight, cut=cut, implementation=self.implementation)
+        how = block.apart(self.implementation)
+        parts = project.project(x, weight, cut=cut, implementation=how)
         if bias:
             axis = MODEL if cut == "heads" else None
             bias = self.param(bias, zeros(axis), weight.shape[1:])
@@ -191,7 +231,7 @@ class Layer(nn.Module):
         return pointwise.add_rms_norm(
             *(x, delta, self._norm_weight(name, x.shape[-1]), ahead),
             eps=self.config.rms_norm_eps,
-            implementation=self.implementation,
+            implementation=block.apart(self.implementation),
         )
 
     def _norm_weight(self, name, size):

@@ -11,7 +11,7 @@ import re
 import jax
 import pytest
 
-from jaxkv.kernels import ahead_triton
+from jaxkv.kernels import ahead_triton, dispatch
 from jaxkv.kernels.cache import Nodes, SharedSlots, Slots, Token
 from jaxkv.kernels.decode_triton import decode_attention_triton
 from jaxkv.kernels.experts import Gate, Weights
@@ -26,6 +26,8 @@ from jaxkv.kernels.shared_triton import (
 )
 from jaxkv.kernels.tree_triton import tree_attention_triton, write_path_triton
 from jaxkv.kernels.window_scores_triton import window_scores_triton
+from jaxkv.models.config import Config
+from jaxkv.models.decoder import Decoder, parameter_shapes
 
 ROWS, MANY, KV_HEADS, SLOTS, SIZE, NODES, STEPS = 2, 150, 2, 1000, 64, 5, 3
 
@@ -179,6 +181,35 @@ def test_a_kernel_is_lowered_in_place(case, hopper):
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert len(re.findall(r"custom_call @triton_kernel_call", text)) == launches
     assert len(re.findall(r"#stablehlo\.output_operand_alias<", text)) == in_place
+
+
+@pytest.mark.parametrize(("how", "launches"), [("triton", 7), ("fused", 4)])
+def test_a_layer_has_so_many_launches_beside_attention(
+    how, launches, hopper, monkeypatch
+):
+    monkeypatch.setattr(dispatch, "triton_unavailable", lambda: "")
+    config = Config(
+        vocab_size=64,
+        hidden_size=128,
+        intermediate_size=128,
+        num_layers=2,
+        num_heads=2,
+        num_kv_heads=2,
+        head_dim=SIZE,
+        qk_norm=True,
+    )
+    params = jax.tree.map(lambda x: of(*x.shape), parameter_shapes(config))
+
+    def run(params, tokens):
+        network = Decoder(config, implementation=how)
+        where = tokens, tokens, (None, None), lambda q, k, v, state, _: (q, state)
+        return network.apply({"params": params}, *where)[0]
+
+    traced = jax.jit(run).trace(params, integers(ROWS, 1))
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    # All layers and the last norm. JAX may write a layer once, and its calls each time.
+    calls = len(re.findall(r"custom_call @triton_kernel_call", text))
+    assert calls == 2 * launches + 1
 
 
 def test_rows_and_splits_are_both_among_the_cases():
