@@ -8,10 +8,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import itertools
 import random
+import signal
 import sys
 from pathlib import Path
 
@@ -41,6 +43,9 @@ if ON_CPU:
 # Each compiled program maps some memory, and a process that asks for more maps than it
 # may have ends in a segmentation fault. No test comes near it.
 MOST_MAPS = min(memory_maps_allowed() or 65_530, 65_530) // 4
+
+# Of a test, many times what it takes; the machine may be shared.
+MOST_SECONDS = {"fast": 240, "slow": 1500}
 
 # Tests may import the modules beside them, also where pytest imports by path.
 sys.path.append(str(Path(__file__).parent))
@@ -73,6 +78,40 @@ def pytest_runtest_setup(item):
     """Skip tests marked `gpu` where JAX runs on something else."""
     if item.get_closest_marker("gpu") and jax.default_backend() != "gpu":
         pytest.skip("needs a GPU; on a machine with one, set JAX_PLATFORMS=cuda,cpu")
+
+
+@contextlib.contextmanager
+def ends_within(seconds: float, where: str):
+    """Fail where the main thread is, if it is here for longer.
+
+    No `except Exception` catches it; it comes again where something does.
+    """
+
+    def late(*_):
+        pytest.fail(f"{where} has not ended within {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, seconds, 5)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    """Fail a test that does not end: a loop that waits for ever, a lost wake-up."""
+    seconds = MOST_SECONDS["slow" if item.get_closest_marker("slow") else "fast"]
+    with ends_within(seconds, item.nodeid):
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item):
+    """Fail where what a test has started does not end."""
+    with ends_within(MOST_SECONDS["fast"], f"what {item.nodeid} has started"):
+        return (yield)
 
 
 def check_maps(where: str, maps: int, most: int = MOST_MAPS) -> None:

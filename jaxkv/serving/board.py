@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import itertools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, get_args
 
 import jax
@@ -92,6 +92,7 @@ class Board:
             self.rows, stops=self._most_stop_ids, penalties=self._penalties
         )
         self._placed: Terms | None = None
+        self._state: Any = None  # no room for two of them is needed
         self._state = rows.empty_jit(
             *(self._lm.network, self._lm.params, self._terms),
             row_keys(0, self.rows),
@@ -217,18 +218,18 @@ class Board:
         )
         return report
 
-    def warm_up(self, longest: int) -> None:
-        """Compile for prompts of all lengths, and measure what drafts take.
-
-        All rows become free.
+    def warm_up(self, lengths: Iterable[int], *, draws: bool) -> None:
+        """Compile for prompts, and measure what drafts take; all rows become free.
 
         Args:
-          longest: tokens of the longest prompt.
+          lengths: of the prompts.
+          draws: whether rows will draw.
         """
         limits = np.full(self.rows, self.shape.max_out, np.int32)
         terms = dataclasses.replace(self._terms, limits=limits)
-        groups = list(self._groups(longest))
-        self._compile(groups, terms)
+        groups = list(self._groups(lengths))
+        blocks = self._of_all_kinds(terms) if draws else [self._of_kind(terms)]
+        self._compile(groups, blocks)
         state = self._state
         for asked in groups:
             *_, last = self.parts(asked)
@@ -248,26 +249,28 @@ class Board:
 
             state = found.measure(run, state, self.shape.max_out)
             self._prices = found.array() if found.known else prices
-        for placed in self._of_all_kinds(terms):
+        for placed in blocks:
             state, _ = self._advance(state, placed, self._steps, self._prices)
         jax.block_until_ready(state)
+        del state, new
         self.clear()
+        assert self.ahead in (True, False)  # found out now, not at the first request
 
-    def _groups(self, longest: int) -> Iterator[list[Request]]:
-        """Yield requests of all shapes in which prompts are read."""
-        length = 1
-        while length <= longest:
-            size = bucket(length)
+    def _groups(self, lengths: Iterable[int]) -> Iterator[list[Request]]:
+        """Yield requests of all shapes in which prompts of these lengths are read."""
+        longest = {bucket(length): length for length in sorted(lengths)}
+        for size, length in longest.items():
             for number in sorted({1, self.together(size)}):
-                yield [self._some_request(min(size, longest))] * number
-            length = size + 1
+                yield [self._some_request(length)] * number
 
-    def _compile(self, groups: Sequence[Sequence[Request]], terms: Terms) -> None:
+    def _compile(
+        self, groups: Sequence[Sequence[Request]], blocks: Sequence[Terms]
+    ) -> None:
         """Compile what stands by itself, side by side."""
         # While JAX traces, no other thread does; XLA's part is the longer one.
         how: dict[str, Any] = dict(shape=self.shape)
         wanted: list[Callable[[], None]] = []
-        for placed in self._of_all_kinds(terms):
+        for placed in blocks:
             given = self._state, placed, self._steps, self._prices
             model = self._lm.network, self._lm.params
             compile_it = rows.advance_jit.compile

@@ -141,18 +141,23 @@ class Engine:
             Flights(Meter()),
         )
 
-    def warm_up(self) -> None:
-        """Compile all that requests without contexts need, while there are none.
+    def warm_up(
+        self, *, prompts: Sequence[int] | None = None, draws: bool = True
+    ) -> None:
+        """Compile what requests without contexts need, and measure what drafts take.
 
-        Where drafts are on, what steps with them take is measured, too.
+        Args:
+          prompts: their lengths, in tokens; None is all up to `max_prompt`.
+          draws: whether requests will draw; GPUs have programs for that.
 
         Raises:
           ValueError: there are requests.
         """
         if not self.idle:
             raise ValueError("Engine.warm_up: there are requests; call it before them.")
+        lengths = prompts or range(1, self._limits.max_prompt + 1)
         with jax.transfer_guard("allow"):
-            self._board.warm_up(self._limits.max_prompt)
+            self._board.warm_up(lengths, draws=draws)
 
     @property
     def waiting(self) -> int:
@@ -229,10 +234,8 @@ class Engine:
     def step(self) -> list[Event]:
         """Do what there is to be done next, and return what has become of requests.
 
-        What a device fails at ends the requests that it was done for, as "error".
-
-        Returns:
-          New tokens and ends, each once. With nothing to do the list is empty.
+        What a device fails at ends the requests that it was done for, as "error". New
+        tokens and ends are told of once. With nothing to do the list is empty.
         """
         # Prompts and tokens are the host's: these transfers are meant.
         with jax.transfer_guard("allow"):

@@ -2,6 +2,9 @@
 
 import mmap
 import os
+import signal
+import threading
+import time
 
 import conftest
 import pytest
@@ -27,3 +30,21 @@ def test_memory_maps_are_counted():
 def test_programs_are_compiled_quickly():
     flags = os.environ["XLA_FLAGS"].split()
     assert set(conftest.QUICK_TO_COMPILE) <= set(flags)
+
+
+def test_what_does_not_end_is_ended():
+    before = signal.getsignal(signal.SIGALRM)
+    with pytest.raises(
+        pytest.fail.Exception, match=r"a test has not ended within 0\.05 s"
+    ):
+        with conftest.ends_within(0.05, "a test"):
+            threading.Event().wait()
+    with conftest.ends_within(0.05, "a test"):
+        pass
+    time.sleep(0.06)
+    assert signal.getsignal(signal.SIGALRM) is before
+
+
+def test_every_test_is_ended():
+    left, _ = signal.getitimer(signal.ITIMER_REAL)
+    assert 0 < left <= conftest.MOST_SECONDS["fast"]

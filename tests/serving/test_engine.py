@@ -216,6 +216,30 @@ def test_a_block_on_a_gpu_asks_its_host_nothing():
     assert not ahead(speculate=Tree())
 
 
+def test_a_warm_up_compiles_what_is_asked_for(monkeypatch):
+    monkeypatch.setattr(
+        "jaxkv.serving.engine.Board", functools.partial(Board, on_gpu=True)
+    )
+    engine = Engine(model(), **SMALL | {"max_prompt": 128}, together=2, stall=192)
+
+    def asked_for(**how):
+        seen = []
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                Board, "_compile", lambda *given: seen.extend(given[1:]) or 1 / 0
+            )
+            with pytest.raises(ZeroDivisionError):
+                engine.warm_up(**how)
+        groups, blocks = seen
+        kinds = [terms.samplers.kind for terms in blocks]
+        return [[len(request.ids) for request in group] for group in groups], kinds
+
+    every = [[64], [64, 64], [96], [96, 96], [128]]  # two of 128 are more than `stall`
+    assert asked_for() == (every, ["greedy", "drawn", "cut"])
+    few = asked_for(prompts=[3, 97, 9], draws=False)
+    assert few == ([[9], [9, 9], [97]], ["greedy"])
+
+
 def test_rows_are_given_away_before_their_last_tokens_are_read():
     engine = Engine(model(), **SMALL)
     first, second, third = (
