@@ -18,7 +18,7 @@ document, `R` rows of the document that has the most of them.
 """
 
 import functools
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,8 +32,7 @@ from jaxkv.kernels.shared_triton import (
     attend_from_token_triton,
     attend_from_tree_triton,
 )
-
-Implementation = Literal["reference", "xla", "triton"]
+from jaxkv.kernels.tree_attention import Implementation
 
 
 @checked
@@ -128,13 +127,23 @@ def attend_from_tree(
     return per_shard(run, attend_from_tree)(*arrays, *dispatch.arrays(sink))
 
 
+def choose(platform: str, query=None, keys=None) -> Implementation:
+    """Return the implementation that `None` stands for.
+
+    Args:
+      platform: of the device, as `jax.default_backend()` names it.
+      query: `[B, N, H]` or `[B, T, N, H]`, or a `jax.ShapeDtypeStruct`.
+      keys: `[D, K, P, H]`, likewise; without the two, those that every kernel takes.
+    """
+    return tree_attention.choose(platform, query, keys)
+
+
 def _resolved(where, table, implementation, query, shared, others=None):
     """Return the function that runs, or raise; `others` says what else cannot."""
     unable = {"triton": tree_attention.unsupported(query, shared.keys)} | (others or {})
     if implementation is None:
-        on_gpu = jax.default_backend() == "gpu" and not dispatch.triton_unavailable()
-        able = on_gpu and not unable["triton"]
-        implementation = "triton" if able else "xla"
+        implementation = choose(jax.default_backend(), query, shared.keys)
+        implementation = "xla" if unable.get(implementation) else implementation
     return dispatch.resolve(where, implementation, table, unable=unable)
 
 

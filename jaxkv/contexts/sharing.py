@@ -8,6 +8,7 @@ question and output. A row has a copy before it must:
   so does the ring of a layer with a window;
 * rows that several devices share out (`data` of a mesh) would need all documents on
   each of them;
+* a kernel that was named may know no shared slots (`pallas_tpu`);
 * a conversation goes on behind its first answer, and an engine's rows come and go.
 """
 
@@ -24,7 +25,6 @@ from jaxkv.attention import Network
 from jaxkv.contexts.context import Context
 from jaxkv.generation import Running
 from jaxkv.options import Options
-from jaxkv.policies.base import DecodePolicy
 from jaxkv.runtime.meshes import mesh_of
 from jaxkv.runtime.programs import bounded_jit
 from jaxkv.state import Shared
@@ -35,7 +35,7 @@ Layers = tuple[Shared | None, ...]  # what is shared of each layer
 def shared_of(
     context: Context,
     documents: np.ndarray,
-    policy: DecodePolicy,
+    options: Options,
     params: Any,
     *,
     goes_on: bool = False,
@@ -45,14 +45,14 @@ def shared_of(
     Args:
       context: whose arrays these are, uncopied if all of its documents are asked.
       documents: int32 `[B]`, which one each row is about.
-      policy: of decoding.
+      options: the decode policy's, and its kernel's name.
       params: of the network, for the mesh that they are laid out over.
       goes_on: whether more follows behind an output; then nothing is shared.
     """
     mesh = mesh_of(params)
     rows_are_spread = mesh is not None and mesh.shape["data"] > 1
-    able = getattr(policy, "attends_shared", False)
-    if goes_on or rows_are_spread or not able:
+    able = getattr(options.decode, "attends_shared", lambda _: False)
+    if goes_on or rows_are_spread or not able(options.decode_implementation):
         return (None,) * len(context.cache)
     asked, index, counts = np.unique(documents, return_inverse=True, return_counts=True)
     with jax.transfer_guard("allow"):

@@ -4,11 +4,13 @@ Every other policy is measured against it.
 """
 
 import dataclasses
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
 
 from jaxkv import state as kv
+from jaxkv.kernels import shared_slots
 from jaxkv.kernels.weighing import PLAIN
 from jaxkv.policies.base import PlainAttention, Prompt, WholePrompt
 from jaxkv.policies.eviction import attend_and_write, attend_tree_by_depth
@@ -23,7 +25,16 @@ class Full(WholePrompt, PlainAttention):
     evicts = False
     spare = 0
     attends_trees = True
-    attends_shared = True  # to slots of no row's own; many policies know none
+
+    def attends_shared(self, implementation: str | None) -> bool:
+        """Return whether rows may attend to slots that no row owns.
+
+        Policies of one's own that lack this know nothing of such slots.
+
+        Args:
+          implementation: of `attend`; None is the best that knows them.
+        """
+        return implementation in (None, *get_args(shared_slots.Implementation))
 
     def check(self, budget: int) -> None:
         """Accept any budget; the caller sees to it that everything fits."""

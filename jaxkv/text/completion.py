@@ -11,6 +11,7 @@ from jaxkv import state as kv
 from jaxkv.contexts.context import Context
 from jaxkv.generation import Running
 from jaxkv.kernels import prefill as prefill_kernels
+from jaxkv.kernels import shared_slots
 from jaxkv.language_model import LanguageModel
 from jaxkv.sequences import alternatives
 from jaxkv.shown import brief
@@ -28,7 +29,7 @@ class Stats:
       prompt_tokens: of each row.
       cache_bytes: of the whole cache, bookkeeping included.
       window_bytes: those of layers that hold a window, which no budget cuts.
-      slots: of the layer with the largest state.
+      slots: of the layer with the largest state, those that rows share not counted.
       compile_seconds: spent tracing and compiling; 0 once the shapes are known.
       prefill_seconds: until the first token, compilation not counted.
       decode_seconds: for all other tokens, compilation not counted.
@@ -147,7 +148,11 @@ def completion(
             tokens_per_second=decoded / seconds if seconds else 0.0,
             prefill_implementation=prefill,
             decode_implementation=options.decode_implementation
-            or options.decode.default_implementation(backend),
+            or (
+                shared_slots.choose(backend)
+                if any(layer.shared for layer in state.cache)
+                else options.decode.default_implementation(backend)
+            ),
             drafts=None
             if state.speculation is None
             else draft_stats(

@@ -232,9 +232,7 @@ def questions(
             )
     prompt = bucket(max(map(len, ids)))
     max_out = bucket(max_new_tokens if room is None else room)
-    shared = shared_of(
-        *(context, chosen, options.decode, lm.params), goes_on=room is not None
-    )
+    shared = shared_of(*(context, chosen, options, lm.params), goes_on=room is not None)
     plan = Plan(
         options=options,
         bound=None,

@@ -121,7 +121,7 @@ def _weighed(
     budget: int | None,
 ) -> Scores:
     tokens, counts = padded(ids), np.array([len(row) for row in ids], np.int32)
-    shared = shared_of(context, documents, options.decode, lm.params)
+    shared = shared_of(context, documents, options, lm.params)
     slots = slots_of(
         *(context, documents, options.decode, budget),
         more=tokens.shape[1],

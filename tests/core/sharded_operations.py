@@ -15,9 +15,16 @@ import numpy as np
 import tiny
 
 from jaxkv import sharding
-from jaxkv.kernels import decode, dispatch, longflow, longflow_tpu, pointwise
+from jaxkv.kernels import (
+    decode,
+    dispatch,
+    longflow,
+    longflow_tpu,
+    pointwise,
+    shared_slots,
+)
 from jaxkv.kernels import window_scores as windows
-from jaxkv.kernels.cache import Slots, Token
+from jaxkv.kernels.cache import SharedSlots, Slots, Token
 from jaxkv.kernels.per_shard import partition_spec
 from jaxkv.kernels.scores import value_norms, write_norm
 from jaxkv.models import layout
@@ -164,12 +171,41 @@ def compare_norms(mesh):
     assert sent == [(f"f32[2,{B // 2},3]{{2,1,0}}", "all-reduce")], sent
 
 
+def compare_shared(mesh, everything):
+    """Rows of one device are about documents of which every device has its heads."""
+    positions = np.tile(np.arange(S), (B, K, 1))
+    positions[:, :, 7:] = -1
+    slots = Slots(
+        keys=normal(B, K, S, H),
+        values=normal(B, K, S, H),
+        positions=whole(*positions),
+        target=whole(*np.full((B, K), 7)),
+    )
+    both = normal(3, K, 2 * S, H), normal(3, K, 2 * S, H)
+    held = whole(*np.tile(np.arange(2 * S), (3, K, 1)))
+    shared = SharedSlots(*both, held, whole(2, 0, 2, 2))
+    token = Token(normal(B, K, H), normal(B, K, H), whole(7, 7, -1, 7))
+    letters = [
+        "B N H",
+        Token("B K H", "B K H", "B"),
+        Slots("B K S H", "B K S H", "B K S", "B K", None),
+        SharedSlots("D K P H", "D K P H", "D K P", "B"),
+    ]
+    arrays = [normal(B, N, H), token, slots, shared]
+    for how in ("xla",) + ("reference",) * everything:
+        function = functools.partial(
+            shared_slots.attend_from_token, scale=0.3, most=3, implementation=how
+        )
+        compare(mesh, function, letters, arrays, f"shared {how}", [])
+
+
 if __name__ == "__main__":
     stand_in_for_devices()
     mesh = sharding.make_mesh(data=2, model=2)
     compare_longflow(mesh, sys.argv[1] == "slow")
     compare_windows(mesh, sys.argv[1] == "slow")
     compare_norms(mesh)
+    compare_shared(mesh, sys.argv[1] == "slow")
     assert SHAPES, "no stand-in was called"
     for alone, spread in zip(SHAPES[::2], SHAPES[1::2], strict=True):
         assert (spread[0], spread[-2]) == (alone[0] / 2, alone[-2] / 2)

@@ -9,7 +9,7 @@ import pytest
 from packed import packed
 from shared_slots_cases import ABOUT, TOLERANCE, make_inputs, make_tree
 
-from jaxkv.kernels import shared_slots
+from jaxkv.kernels import dispatch, shared_slots
 
 HEADS = {"MHA": (2, 2), "GQA": (4, 2), "MQA": (3, 1)}
 
@@ -95,6 +95,20 @@ def test_a_wrong_input_is_noticed(broken):
     shared = inputs["shared"]._replace(**{broken: wrong})
     (got, _), (want, _) = run(inputs | dict(shared=shared), "xla"), run(inputs, "xla")
     assert not np.allclose(got, want, atol=1e-3)
+
+
+def test_what_none_stands_for(monkeypatch):
+    monkeypatch.setattr(dispatch, "triton_unavailable", lambda: "needs a GPU.")
+    for make in make_inputs, make_tree:
+        with pytest.raises(NotImplementedError, match=r"attend_from_.* needs a GPU"):
+            run(make(4, 2, ABOUT["three"]), "triton")
+    assert [shared_slots.choose(x) for x in ("cpu", "gpu", "tpu")] == ["xla"] * 3
+    monkeypatch.setattr(dispatch, "triton_unavailable", lambda: "")
+    assert shared_slots.choose("gpu") == "triton"
+    wide = jax.ShapeDtypeStruct((1, 2, 9, 288), "bfloat16")
+    assert shared_slots.choose("gpu", wide, wide) == "xla"
+    with pytest.raises(NotImplementedError, match=r"attend_from_tree.* takes no cap"):
+        run(make_tree(4, 2, ABOUT["three"]), "triton", cap=0.7)
 
 
 def test_bad_arguments():

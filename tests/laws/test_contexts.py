@@ -110,7 +110,7 @@ def asked(context, options, rows=(0, 1, 2), seed=4, *, goes_on=False):
     keys, rows = jax.random.split(jax.random.key(0), 3), jnp.asarray(rows)
     about = jnp.asarray(ABOUT, jnp.int32)[rows]
     shared = sharing.shared_of(
-        *(context, np.asarray(about), options.decode, params()), goes_on=goes_on
+        *(context, np.asarray(about), options, params()), goes_on=goes_on
     )
     ended = ask(
         *(params(), context, about, tokens[rows], counts[rows], keys[rows], shared),
@@ -174,20 +174,23 @@ def test_what_is_shared_of_a_context():
     context = compress()
     documents = np.array([1, 1], np.int32)
 
-    def of(policy, context=context):
-        return sharing.shared_of(context, documents, policy, params())
+    def of(context, **options):
+        given = documents, Options(**options), params()
+        return sharing.shared_of(context, *given)
 
-    for state, found in zip(context.cache, of(Full()), strict=True):
+    for state, found in zip(context.cache, of(context), strict=True):
         assert found.most == 2 and found.slots.owner.tolist() == [0, 0]
         np.testing.assert_array_equal(found.slots.keys, state.keys[1:])
     one = context.take([1, 0])
     documents = np.array([1, 0, 1], np.int32)
-    assert of(Full(), one)[0].slots.keys is one.cache[0].keys  # no copy
-    assert not any(of(SMALL_DECODE["longflow"]))
+    assert of(one)[0].slots.keys is one.cache[0].keys  # no copy
+    assert any(of(one, decode_implementation="reference"))
+    assert not any(of(one, decode_implementation="pallas_tpu"))
+    assert not any(of(one, decode=SMALL_DECODE["longflow"]))
     layer, other = context.cache
     ring = dataclasses.replace(layer, window=layer.slots)
     mixed = dataclasses.replace(context, cache=(ring, other))
-    assert [found is None for found in of(Full(), mixed)] == [True, False]
+    assert [found is None for found in of(mixed)] == [True, False]
 
 
 @pytest.mark.parametrize("name", ["full", "longflow"])

@@ -49,6 +49,7 @@ def test_outputs_are_those_of_rows_that_copy(wide_lm, context, monkeypatch):
     for row in range(len(ABOUT)):
         both = got.context.kept_positions(row), want.context.kept_positions(row)
         jax.tree.map(np.testing.assert_array_equal, *both)
+    assert got.stats.decode_implementation == "xla"
     # Two of three documents, and slots for questions and outputs.
     row, document = (kv.num_bytes(x.cache) for x in (got.context.take([0]), context))
     per_slot = row / got.context.cache[0].slots
@@ -71,7 +72,7 @@ def test_rows_that_devices_share_out_have_copies(context, monkeypatch):
     documents = np.array(ABOUT, np.int32)
 
     def shared():
-        return sharing.shared_of(context, documents, jaxkv.Full(), None)
+        return sharing.shared_of(context, documents, jaxkv.Options(), None)
 
     for data, found in ((1, True), (2, False)):
         mesh = types.SimpleNamespace(shape={"data": data, "model": 2})
@@ -104,7 +105,7 @@ def test_the_compiled_programs_hold_a_document_once():
     given = (network, weights, whole, about, np.zeros((rows, 8), np.int32), counts)
     keys, stops = jax.random.split(jax.random.key(0), rows), jnp.array([-1])
 
-    shared = sharing.shared_of(whole, about, jaxkv.Full(), weights)
+    shared = sharing.shared_of(whole, about, jaxkv.Options(), weights)
     how = dict(
         options=jaxkv.Options(), slots=(room,) * config.num_layers, max_out=room - 8
     )
