@@ -29,7 +29,6 @@ from jaxkv.kernels.shapes import checked
 
 Implementation = Literal["gather", "dense", "sorted", "blocks", "ragged", "triton"]
 
-_MOST_FOR_TRITON = 16  # tokens; beyond that most experts are read anyway
 _LEAST_BLOCK, _MOST_BLOCK = 16, 256  # sorted tokens that are multiplied at once
 
 
@@ -152,7 +151,7 @@ def choose(
         return "sorted"
     if tokens > MOST_TOKENS:
         return "ragged" if backend == "tpu" else "blocks"
-    if triton and tokens <= _MOST_FOR_TRITON:
+    if triton:
         return "triton"
     return "gather" if tokens * per_token < count else "dense"
 

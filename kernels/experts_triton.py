@@ -73,7 +73,8 @@ def choose_tiles(
 ) -> Tiles:
     """Return tiles that keep the memory busy with the experts of one token.
 
-    They do not depend on the number of tokens, so that no sum does.
+    They do not depend on the number of tokens, so that no sum does. Measured on an H200
+    for 1 and 8 tokens: wide tiles are better than more programs than processors.
 
     Args:
       depth: of one expert's matrix.
@@ -83,14 +84,17 @@ def choose_tiles(
       num_sms: of the device.
       shared: bytes of shared memory of a program, at most.
     """
-    block = 128 // (1 + gated)
-    while block > 32 and per_token * -(-columns // block) < num_sms:
-        block //= 2
-    wide = block * (1 + gated)
-    tile = 128 if wide <= 64 and depth % 128 == 0 else 64
-    stage = 2 * tile * (wide + _ROWS)
+    block = 64
+    if per_token * -(-columns // block) < num_sms // 2:
+        block = 32
+    tile = 64 if gated or depth % 128 else 128
+    stage = 2 * tile * (block * (1 + gated) + _ROWS)
+    most = 5 if gated else 4
     return Tiles(
-        block=block, depth=tile, warps=4, stages=max(2, min(4, shared // stage))
+        block=block,
+        depth=tile,
+        warps=8 if gated else 4,
+        stages=max(2, min(most, shared // stage)),
     )
 
 

@@ -58,7 +58,7 @@ def _same_products(config, tokens, dtype) -> bool:
     if hidden is None or inner is None:
         return False
     if getattr(config, "experts", None) is not None:
-        return False  # XLA's products, which look at the number of tokens
+        return False  # the router's product is XLA's, which looks at their number
     heads, kv_heads, size = config.num_heads, config.num_kv_heads, config.head_dim
     matrices: list[tuple[int, int, dict[str, bool]]] = [
         (hidden, (heads + 2 * kv_heads) * size, {}),

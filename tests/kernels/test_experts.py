@@ -10,6 +10,7 @@ import pytest
 
 from jaxkv.kernels import experts
 from jaxkv.kernels.experts import Gate, Weights
+from jaxkv.kernels.experts_triton import MOST_TOKENS
 
 CLAMPED = Gate(alpha=1.702, limit=0.6, shift=1.0)  # so low that it acts
 # batch, tokens, experts, experts of a token, biases, activation
@@ -175,9 +176,10 @@ def test_shares_by_hand():
 def test_what_is_best(backend, tokens, best, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     assert experts.choose(tokens, 8, 128) == best
-    kernel = backend == "gpu" and tokens <= 16
-    found = experts.choose(tokens, 8, 128, triton=backend == "gpu")
-    assert found == ("triton" if kernel else best)
+    kernel = backend == "gpu" and tokens <= MOST_TOKENS
+    assert experts.choose(tokens, 8, 128, triton=kernel) == (
+        "triton" if kernel else best
+    )
 
 
 def test_refusals():
