@@ -33,7 +33,6 @@ def read_heads(
     k_norm: Float[Array, " H"] | None,
     cos: Float32[Array, "B T R"],
     sin: Float32[Array, "B T R"],
-    ahead: Float[Array, "X Y"] | None = None,
     *,
     num_heads: int,
     num_kv_heads: int,
@@ -51,7 +50,6 @@ def read_heads(
       k_norm: see there.
       cos: see there.
       sin: see there.
-      ahead: as in `pointwise.split_and_rotate`.
       num_heads: of the queries.
       num_kv_heads: of keys and values.
       eps: of all norms.
@@ -70,16 +68,12 @@ def read_heads(
     if fuses("read_heads", implementation, reason):
         x = added(x, delta)
         arrays = x, norm, weight, q_norm, k_norm, cos, sin
-        return x, block_triton.project_heads_triton(
-            *arrays, **heads, eps=eps, ahead=ahead
-        )
+        return x, block_triton.project_heads_triton(*arrays, **heads, eps=eps)
     how = apart(implementation)
-    x, normed = pointwise.add_rms_norm(
-        x, delta, norm, weight, eps=eps, implementation=how
-    )
+    x, normed = pointwise.add_rms_norm(x, delta, norm, eps=eps, implementation=how)
     qkv = project.project(normed, weight, cut="heads", implementation=how)
     return x, pointwise.split_and_rotate(
-        *(qkv, q_norm, k_norm, cos, sin, ahead),
+        *(qkv, q_norm, k_norm, cos, sin),
         **heads,
         eps=eps,
         dtype=x.dtype,
@@ -93,7 +87,6 @@ def read_gated(
     delta: Float[Array, "P B T D"] | None,
     norm: Float[Array, " D"],
     weight: Float[Array, "D G"],
-    ahead: Float[Array, "X Y"] | None = None,
     *,
     activation: project.Activation = "silu",
     eps: float,
@@ -106,7 +99,6 @@ def read_gated(
       delta: as in `read_heads`.
       norm: weight of the norm.
       weight: as in `project.project_gated`.
-      ahead: see there.
       activation: see there; "fused" computes "silu" alone.
       eps: of the norm.
       implementation: as in `read_heads`.
@@ -123,13 +115,11 @@ def read_gated(
         reason = f'computes no activation="{activation}"; use "xla".'
     if fuses("read_gated", implementation, reason):
         x = added(x, delta)
-        return x, project_gated_triton(x, weight, norm=norm, eps=eps, ahead=ahead)
+        return x, project_gated_triton(x, weight, norm=norm, eps=eps)
     how = apart(implementation)
-    x, normed = pointwise.add_rms_norm(
-        x, delta, norm, weight, eps=eps, implementation=how
-    )
+    x, normed = pointwise.add_rms_norm(x, delta, norm, eps=eps, implementation=how)
     return x, project.project_gated(
-        normed, weight, ahead, activation=activation, implementation=how
+        normed, weight, activation=activation, implementation=how
     )
 
 
@@ -138,7 +128,6 @@ def add_product(
     x: Float[Array, "B T D"],
     inner: Float[Array, "B T F"],
     weight: Float[Array, "F D"],
-    ahead: Float[Array, "X Y"] | None = None,
     *,
     implementation: Implementation | None = None,
 ) -> tuple[jax.Array, jax.Array | None]:
@@ -148,7 +137,6 @@ def add_product(
       x: the residual stream.
       inner: what a block has made of it.
       weight: the matrix, cut along its rows under a mesh.
-      ahead: the matrix that is read next.
       implementation: as in `read_heads`. Only "fused" adds; what reads the stream next
         does it for the others, in the launch of its norm.
 
@@ -160,7 +148,7 @@ def add_product(
       NotImplementedError: a named implementation cannot run here.
     """
     if fuses("add_product", implementation, unfusable(inner, weight)):
-        return block_triton.project_add_triton(x, inner, weight, ahead=ahead), None
+        return block_triton.project_add_triton(x, inner, weight), None
     how = apart(implementation)
     return x, project.project(inner, weight, cut="rows", implementation=how)
 

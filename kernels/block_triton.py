@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxkv.kernels import ahead_triton, project_triton, triton_call
+from jaxkv.kernels import project_triton, triton_call
 from jaxkv.kernels.cache import Heads
 from jaxkv.kernels.project_triton import Tiles, padded
 from jaxkv.kernels.triton_call import num_processors, shared_memory
@@ -90,7 +90,6 @@ def project_add_triton(
     inner: jax.Array,
     weight: jax.Array,
     *,
-    ahead: jax.Array | None = None,
     tiles: Tiles | None = None,
 ) -> jax.Array:
     """Return the residual stream `x [B, T, D]` with `inner @ weight` added."""
@@ -102,7 +101,7 @@ def project_add_triton(
     parts = tiles.parts, rows, columns
     out, _ = triton_call.call(
         body.project_add,
-        (inner, weight, x, _zeros(), x if ahead is None else ahead),
+        (inner, weight, x, _zeros()),
         (
             jax.ShapeDtypeStruct(x.shape, x.dtype),
             jax.ShapeDtypeStruct(parts if tiles.parts > 1 else (1,), jnp.float32),
@@ -111,7 +110,6 @@ def project_add_triton(
         grid=(columns // tiles.block, tiles.parts),
         num_warps=tiles.warps,
         num_stages=tiles.stages,
-        **ahead_triton.constants(ahead, warps=tiles.warps),
         **project_triton.constants(rows, depth, columns, tiles),
     )
     return out
@@ -129,7 +127,6 @@ def project_heads_triton(
     num_heads: int,
     num_kv_heads: int,
     eps: float,
-    ahead: jax.Array | None = None,
     tiles: Tiles | None = None,
 ) -> Heads:
     """Do `block.read_heads` for a residual stream that waits for nothing."""
@@ -150,7 +147,7 @@ def project_heads_triton(
         (
             *(x, norm, weight),
             *(norm if q_norm is None else q_norm, norm if k_norm is None else k_norm),
-            *(cos, sin, _zeros(), x if ahead is None else ahead),
+            *(cos, sin, _zeros()),
         ),
         (*(jax.ShapeDtypeStruct(h, x.dtype) for h in heads), *map(shape, scratch)),
         aliases={},
@@ -160,7 +157,6 @@ def project_heads_triton(
         **heads_constants(
             *(rows, depth, num_heads, num_kv_heads, half, eps, tiles),
             head_norm=q_norm is not None,
-            ahead=ahead,
         ),
     )
     return Heads(q, k, v)
@@ -176,22 +172,17 @@ def heads_constants(
     tiles: Tiles,
     *,
     head_norm: bool,
-    ahead: jax.Array | None = None,
 ) -> dict[str, Any]:
     """Return the compile-time arguments of `project_heads`."""
     shared = project_triton.constants(rows, depth, 0, tiles)
     for name in ("COLUMNS", "TRANSPOSED", "BLOCK"):
         del shared[name]
-    return (
-        shared
-        | ahead_triton.constants(ahead, warps=tiles.warps)
-        | dict(
-            HEADS=num_heads,
-            KV_HEADS=num_kv_heads,
-            HALF=half,
-            EPS=eps,
-            HEAD_NORM=head_norm,
-        )
+    return shared | dict(
+        HEADS=num_heads,
+        KV_HEADS=num_kv_heads,
+        HALF=half,
+        EPS=eps,
+        HEAD_NORM=head_norm,
     )
 
 

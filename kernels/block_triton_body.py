@@ -9,7 +9,6 @@ at zero and left at zero.
 import triton
 import triton.language as tl
 
-from jaxkv.kernels.ahead_triton_body import fetch_ahead
 from jaxkv.kernels.newest_triton_body import add_up
 from jaxkv.kernels.project_triton_body import (
     multiply_pair,
@@ -64,7 +63,6 @@ def project_add(
     weight_ptr,  # [DEPTH, COLUMNS]
     stream_ptr,  # [ROWS, COLUMNS]
     arrivals_ptr,  # [COLUMNS / BLOCK], zeros, and left so
-    ahead_ptr,  # see `ahead_triton`
     out_ptr,  # [ROWS, COLUMNS], output
     parts_ptr,  # [PARTS, ROWS, COLUMNS], output that nobody reads after
     ROWS: tl.constexpr,
@@ -76,11 +74,6 @@ def project_add(
     TRANSPOSED: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_DEPTH: tl.constexpr,
-    AHEAD_CHUNKS: tl.constexpr,
-    AHEAD_CHUNK: tl.constexpr,
-    AHEAD_SHARES: tl.constexpr,
-    AHEAD_STRIDE: tl.constexpr,
-    LANES: tl.constexpr,
 ):
     """Multiply all rows by a share of the depth of a block, and add to the stream."""
     block, part = tl.program_id(0), tl.program_id(1)
@@ -105,10 +98,6 @@ def project_add(
                 real = (rows < ROWS)[:, None] & (columns < COLUMNS)[None, :]
                 whole = load_parts(parts_ptr, at, real, ROWS * COLUMNS, PARTS)
                 store_sum(out_ptr, stream_ptr, whole, first, columns, ROWS, COLUMNS)
-    fetch_ahead(
-        *(ahead_ptr, part * tl.num_programs(0) + block, PARTS * tl.num_programs(0)),
-        *(AHEAD_CHUNKS, AHEAD_CHUNK, AHEAD_SHARES, AHEAD_STRIDE, LANES),
-    )
 
 
 @triton.jit
@@ -228,7 +217,6 @@ def project_heads(
     cos_ptr,  # [ROWS, HALF]
     sin_ptr,  # [ROWS, HALF]
     arrivals_ptr,  # [HEADS + 2 KV_HEADS], zeros, and left so
-    ahead_ptr,  # see `ahead_triton`
     q_ptr,  # [ROWS, HEADS, 2 HALF], output
     k_ptr,  # [ROWS, KV_HEADS, 2 HALF], output
     v_ptr,  # [ROWS, KV_HEADS, 2 HALF], output
@@ -245,11 +233,6 @@ def project_heads(
     HALF: tl.constexpr,
     EPS: tl.constexpr,
     HEAD_NORM: tl.constexpr,
-    AHEAD_CHUNKS: tl.constexpr,
-    AHEAD_CHUNK: tl.constexpr,
-    AHEAD_SHARES: tl.constexpr,
-    AHEAD_STRIDE: tl.constexpr,
-    LANES: tl.constexpr,
 ):
     """Normalise all rows, and make one head of them, or its share of the depth."""
     ALL_HEADS: tl.constexpr = HEADS + 2 * KV_HEADS
@@ -289,7 +272,3 @@ def project_heads(
                     *(q_ptr, k_ptr, v_ptr),
                     *(ROWS, DEPTH, HEADS, KV_HEADS, HALF, EPS, HEAD_NORM),
                 )
-    fetch_ahead(
-        *(ahead_ptr, part * tl.num_programs(0) + head, PARTS * tl.num_programs(0)),
-        *(AHEAD_CHUNKS, AHEAD_CHUNK, AHEAD_SHARES, AHEAD_STRIDE, LANES),
-    )

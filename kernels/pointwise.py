@@ -42,7 +42,6 @@ def add_rms_norm(
     x: Float[Array, "B T D"],
     delta: Float[Array, "P B T D"] | None,
     weight: Float[Array, " D"],
-    ahead: Float[Array, "X Y"] | None = None,
     *,
     eps: float,
     implementation: Implementation | None = None,
@@ -53,8 +52,6 @@ def add_rms_norm(
       x: the residual stream.
       delta: its sum over `P` is added to it, unless it is None.
       weight: of the norm; it may be wider than `x`.
-      ahead: the matrix that is read next. Its beginning may be fetched meanwhile, which
-        changes nothing but time; not under a mesh.
       eps: added to the mean square.
       implementation: "xla" (anywhere), "triton" (NVIDIA), or None for the best one.
 
@@ -70,7 +67,7 @@ def add_rms_norm(
     def run(x, delta, weight):
         how = implementation or choose(x.shape[0] * x.shape[1] <= _MOST_ROWS)
         run = dispatch.resolve("add_rms_norm", how, _NORMS)
-        return run(x, delta, weight, eps=eps, ahead=here(ahead))
+        return run(x, delta, weight, eps=eps)
 
     return per_shard(run, add_rms_norm)(x, delta, weight)
 
@@ -92,7 +89,6 @@ def split_and_rotate(
     k_norm: Float[Array, " H"] | None,
     cos: Float32[Array, "B T R"],
     sin: Float32[Array, "B T R"],
-    ahead: Float[Array, "X Y"] | None = None,
     *,
     num_heads: int,
     num_kv_heads: int,
@@ -109,7 +105,6 @@ def split_and_rotate(
       k_norm: of the keys', likewise; both or none.
       cos: from `rotary.table`, for `R = H / 2` angles.
       sin: likewise.
-      ahead: as in `add_rms_norm`, of what is read after attention.
       num_heads: `N`.
       num_kv_heads: `K`.
       eps: of the norms.
@@ -142,15 +137,9 @@ def split_and_rotate(
             num_kv_heads=heads[1],
             eps=eps,
             dtype=dtype,
-            ahead=here(ahead),
         )
 
     return per_shard(run, split_and_rotate)(qkv, q_norm, k_norm, cos, sin)
-
-
-def here(ahead: jax.Array | None) -> jax.Array | None:
-    """Return what is to be fetched ahead; None under a mesh, where it is in parts."""
-    return ahead if jax.sharding.get_abstract_mesh().empty else None
 
 
 def norm_of_all_heads(
@@ -232,16 +221,14 @@ def _scaled(x, square, weight, eps):
     return (normed.astype(jnp.float32) * weight.astype(jnp.float32)).astype(x.dtype)
 
 
-def _add_rms_norm_xla(x, delta, weight, *, eps, ahead=None):
-    del ahead  # XLA fetches nothing before it is read
+def _add_rms_norm_xla(x, delta, weight, *, eps):
     total = x if delta is None else x + join(delta, x.dtype)
     return total, rms_norm(total, weight, eps)
 
 
 def _split_and_rotate_xla(
-    qkv, q_norm, k_norm, cos, sin, *, num_heads, num_kv_heads, eps, dtype, ahead=None
+    qkv, q_norm, k_norm, cos, sin, *, num_heads, num_kv_heads, eps, dtype
 ):
-    del ahead
     heads = join(qkv, dtype).reshape(*cos.shape[:2], -1, 2 * cos.shape[2])
     q, k, v = jnp.split(heads, [num_heads, num_heads + num_kv_heads], axis=2)
     if q_norm is not None:

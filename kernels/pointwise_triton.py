@@ -4,45 +4,31 @@ One program a row for `add_rms_norm`, one a head for `split_and_rotate`: with fe
 it is the launch that costs, not the bytes.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
-from jaxkv.kernels import ahead_triton, triton_call
+from jaxkv.kernels import triton_call
 from jaxkv.kernels.cache import Heads
 from jaxkv.kernels.triton_call import next_power_of_2
 
-# With more rows, the keys and values that are read before the next matrix would push it
-# out of the second-level cache.
-_FEW_ROWS = 4
-
 
 def add_rms_norm_triton(
-    x: jax.Array,
-    delta: jax.Array | None,
-    weight: jax.Array,
-    *,
-    eps: float,
-    ahead: jax.Array | None = None,
+    x: jax.Array, delta: jax.Array | None, weight: jax.Array, *, eps: float
 ) -> tuple[jax.Array, jax.Array]:
     """Do `pointwise.add_rms_norm`, whose arguments these are."""
     from jaxkv.kernels import pointwise_triton_body as body
 
     size = x.shape[-1]
-    constants = norm_constants(
-        size, eps, parts=0 if delta is None else len(delta), ahead=ahead
-    )
     out = jax.ShapeDtypeStruct(x.shape, x.dtype)
     total, normed = triton_call.call(
         body.add_rms_norm,
-        (x, x if delta is None else delta, weight, x if ahead is None else ahead),
+        (x, x if delta is None else delta, weight),
         (out, out),
         aliases={},
-        grid=(x.size // size + constants["HELPERS"],),
+        grid=(x.size // size,),
         num_warps=norm_warps(size),
         num_stages=1,
-        **constants,
+        **norm_constants(size, eps, parts=0 if delta is None else len(delta)),
     )
     return total, normed
 
@@ -58,17 +44,12 @@ def split_and_rotate_triton(
     num_kv_heads: int,
     eps: float,
     dtype: jax.typing.DTypeLike,
-    ahead: jax.Array | None = None,
 ) -> Heads:
     """Do `pointwise.split_and_rotate`, whose arguments these are."""
     from jaxkv.kernels import pointwise_triton_body as body
 
     batch, length, half = cos.shape
-    rows, norm = batch * length, q_norm is not None
-    heads = num_heads, num_kv_heads
-    constants = rotate_constants(
-        *heads, half, eps, norm=norm, parts=len(qkv), rows=rows, ahead=ahead
-    )
+    norm = q_norm is not None
     none = jnp.zeros(1, dtype)
     shapes = [
         (batch, length, heads, 2 * half)
@@ -77,16 +58,15 @@ def split_and_rotate_triton(
     return Heads(
         *triton_call.call(
             body.split_and_rotate,
-            (
-                *(qkv, q_norm if norm else none, k_norm if norm else none, cos, sin),
-                none if ahead is None else ahead,
-            ),
+            (qkv, q_norm if norm else none, k_norm if norm else none, cos, sin),
             tuple(jax.ShapeDtypeStruct(shape, dtype) for shape in shapes),
             aliases={},
-            grid=(rows, num_heads + 2 * num_kv_heads + constants["HELPERS"]),
+            grid=(batch * length, num_heads + 2 * num_kv_heads),
             num_warps=1,
             num_stages=1,
-            **constants,
+            **rotate_constants(
+                *(num_heads, num_kv_heads, half, eps), norm=norm, parts=len(qkv)
+            ),
         )
     )
 
@@ -99,34 +79,16 @@ def norm_warps(size: int) -> int:
     return max(1, min(32, next_power_of_2(size) // 128))
 
 
-def norm_constants(
-    size: int, eps: float, *, parts: int, ahead: jax.Array | None = None
-) -> dict[str, Any]:
+def norm_constants(size: int, eps: float, *, parts: int) -> dict[str, object]:
     """Return the compile-time arguments of `add_rms_norm`."""
-    fetched = ahead_triton.constants(ahead, warps=norm_warps(size))
-    return fetched | dict(
-        SIZE=size,
-        SIZE_PAD=next_power_of_2(size),
-        EPS=eps,
-        PARTS=parts,
-        HELPERS=ahead_triton.helpers(ahead),
-    )
+    return dict(SIZE=size, SIZE_PAD=next_power_of_2(size), EPS=eps, PARTS=parts)
 
 
 def rotate_constants(
-    num_heads: int,
-    num_kv_heads: int,
-    half: int,
-    eps: float,
-    *,
-    norm: bool,
-    parts: int,
-    rows: int = 1,
-    ahead: jax.Array | None = None,
-) -> dict[str, Any]:
+    num_heads: int, num_kv_heads: int, half: int, eps: float, *, norm: bool, parts: int
+) -> dict[str, object]:
     """Return the compile-time arguments of `split_and_rotate`."""
-    ahead = ahead if rows <= _FEW_ROWS else None
-    return ahead_triton.constants(ahead, warps=1) | dict(
+    return dict(
         HEADS=num_heads,
         KV_HEADS=num_kv_heads,
         HALF=half,
@@ -134,5 +96,4 @@ def rotate_constants(
         EPS=eps,
         NORM=norm,
         PARTS=parts,
-        HELPERS=-(-ahead_triton.helpers(ahead) // rows),
     )

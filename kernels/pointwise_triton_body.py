@@ -3,8 +3,6 @@
 import triton
 import triton.language as tl
 
-from jaxkv.kernels.ahead_triton_body import fetch_ahead
-
 
 @triton.jit
 def load_sum(parts_ptr, at, real, stride, PARTS: tl.constexpr):
@@ -20,42 +18,8 @@ def add_rms_norm(
     x_ptr,  # [rows, D]
     delta_ptr,  # [PARTS, rows, D]; not read without parts
     weight_ptr,  # [D]
-    ahead_ptr,  # see `ahead_triton`
     sum_ptr,  # [rows, D], output
     normed_ptr,  # [rows, D], output
-    SIZE: tl.constexpr,
-    SIZE_PAD: tl.constexpr,
-    EPS: tl.constexpr,
-    PARTS: tl.constexpr,
-    HELPERS: tl.constexpr,
-    AHEAD_CHUNKS: tl.constexpr,
-    AHEAD_CHUNK: tl.constexpr,
-    AHEAD_SHARES: tl.constexpr,
-    AHEAD_STRIDE: tl.constexpr,
-    LANES: tl.constexpr,
-):
-    """Add and normalise one row, or help to fetch ahead."""
-    num_rows = tl.num_programs(0) - HELPERS
-    if tl.program_id(0) < num_rows:
-        add_rms_norm_row(
-            *(x_ptr, delta_ptr, weight_ptr, sum_ptr, normed_ptr, num_rows),
-            *(SIZE, SIZE_PAD, EPS, PARTS),
-        )
-    else:
-        fetch_ahead(
-            *(ahead_ptr, tl.program_id(0) - num_rows, HELPERS),
-            *(AHEAD_CHUNKS, AHEAD_CHUNK, AHEAD_SHARES, AHEAD_STRIDE, LANES),
-        )
-
-
-@triton.jit
-def add_rms_norm_row(
-    x_ptr,
-    delta_ptr,
-    weight_ptr,
-    sum_ptr,
-    normed_ptr,
-    num_rows,
     SIZE: tl.constexpr,
     SIZE_PAD: tl.constexpr,
     EPS: tl.constexpr,
@@ -69,7 +33,7 @@ def add_rms_norm_row(
     x = tl.load(x_ptr + at, real, other=0.0)
     if PARTS:
         # In the stream's own dtype, as the plain sum is.
-        stride = num_rows.to(tl.int64) * SIZE
+        stride = tl.num_programs(0).to(tl.int64) * SIZE
         delta = load_sum(delta_ptr, at, real, stride, PARTS)
         x = (x.to(tl.float32) + delta).to(x_ptr.dtype.element_ty)
     tl.store(sum_ptr + at, x, real)
@@ -88,52 +52,12 @@ def split_and_rotate(
     k_norm_ptr,  # [H]; not read without NORM
     cos_ptr,  # [rows, H / 2]
     sin_ptr,  # [rows, H / 2]
-    ahead_ptr,  # see `ahead_triton`
     q_ptr,  # [rows, N, H], output
     k_ptr,  # [rows, K, H], output
     v_ptr,  # [rows, K, H], output
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HALF: tl.constexpr,  # H / 2
-    HALF_PAD: tl.constexpr,
-    EPS: tl.constexpr,
-    NORM: tl.constexpr,
-    PARTS: tl.constexpr,
-    HELPERS: tl.constexpr,  # of each row
-    AHEAD_CHUNKS: tl.constexpr,
-    AHEAD_CHUNK: tl.constexpr,
-    AHEAD_SHARES: tl.constexpr,
-    AHEAD_STRIDE: tl.constexpr,
-    LANES: tl.constexpr,
-):
-    """Take one head of one row to where it belongs, or help to fetch ahead."""
-    helper = tl.program_id(1) - (HEADS + 2 * KV_HEADS)
-    if helper < 0:
-        turn_head(
-            *(qkv_ptr, q_norm_ptr, k_norm_ptr, cos_ptr, sin_ptr, q_ptr, k_ptr, v_ptr),
-            *(HEADS, KV_HEADS, HALF, HALF_PAD, EPS, NORM, PARTS),
-        )
-    else:
-        fetch_ahead(
-            *(ahead_ptr, tl.program_id(0) * HELPERS + helper),
-            tl.num_programs(0) * HELPERS,
-            *(AHEAD_CHUNKS, AHEAD_CHUNK, AHEAD_SHARES, AHEAD_STRIDE, LANES),
-        )
-
-
-@triton.jit
-def turn_head(
-    qkv_ptr,
-    q_norm_ptr,
-    k_norm_ptr,
-    cos_ptr,
-    sin_ptr,
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    HEADS: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    HALF: tl.constexpr,
     HALF_PAD: tl.constexpr,
     EPS: tl.constexpr,
     NORM: tl.constexpr,

@@ -30,7 +30,7 @@ from jaxkv.kernels.per_shard import (
     first_of_shard,
     per_shard,
 )
-from jaxkv.kernels.pointwise import Implementation, choose, here, join
+from jaxkv.kernels.pointwise import Implementation, choose, join
 from jaxkv.kernels.project_triton import (
     project_gated_triton,
     project_triton,
@@ -81,7 +81,6 @@ def project(
 def project_gated(
     x: Float[Array, "B T D"],
     weight: Float[Array, "D G"],
-    ahead: Float[Array, "X Y"] | None = None,
     *,
     activation: Activation = "silu",
     implementation: Implementation | None = None,
@@ -92,7 +91,6 @@ def project_gated(
       x: tokens.
       weight: gate beside up, `G = 2 F` columns. Under a mesh each device's columns of
         gate lie beside those of up, one device after the other.
-      ahead: the matrix that is read next, as in `pointwise.add_rms_norm`.
       activation: of the gate. "gelu_tanh" is GELU by its formula with tanh, which
         "xla" alone computes.
       implementation: as in `project`.
@@ -109,7 +107,7 @@ def project_gated(
         raise ValueError(
             f"{where}: weight holds gate beside up, but has {weight.shape[1]} columns."
         )
-    run = functools.partial(_run, where, implementation, _GATED, ahead=here(ahead))
+    run = functools.partial(_run, where, implementation, _GATED)
     if activation != "silu":
         reason = f'computes no activation="{activation}"; use "xla".'
         dispatch.resolve(
@@ -212,8 +210,7 @@ def _project_xla(x, weight):
     return _product(x, weight)[None]
 
 
-def _project_gated_xla(x, weight, *, activation: Activation = "silu", ahead=None):
-    del ahead
+def _project_gated_xla(x, weight, *, activation: Activation = "silu"):
     gate, up = jnp.split(_product(x, weight), 2, axis=-1)
     return (jax.nn.silu(gate) if activation == "silu" else jax.nn.gelu(gate)) * up
 

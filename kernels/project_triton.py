@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxkv.kernels import ahead_triton, triton_call
+from jaxkv.kernels import triton_call
 from jaxkv.kernels.triton_call import next_power_of_2, num_processors, shared_memory
 
 MOST_ROWS = 64  # beyond that XLA's products are as good
@@ -146,7 +146,6 @@ def project_gated_triton(
     x: jax.Array,
     weight: jax.Array,
     *,
-    ahead: jax.Array | None = None,
     norm: jax.Array | None = None,
     eps: float | None = None,
     tiles: Tiles | None = None,
@@ -162,13 +161,13 @@ def project_gated_triton(
     tiles = tiles or tiles_here(rows, depth, columns, gated=True)
     (out,) = triton_call.call(
         body.project_gated,
-        (x, x if norm is None else norm, weight, x if ahead is None else ahead),
+        (x, x if norm is None else norm, weight),
         (jax.ShapeDtypeStruct((batch, length, columns), x.dtype),),
         aliases={},
         grid=(columns // tiles.block,),
         num_warps=tiles.warps,
         num_stages=tiles.stages,
-        **constants(rows, depth, columns, tiles, gated=True, ahead=ahead, eps=eps),
+        **constants(rows, depth, columns, tiles, gated=True, eps=eps),
     )
     return out
 
@@ -226,7 +225,6 @@ def constants(
     *,
     gated: bool = False,
     transposed: bool = False,
-    ahead: jax.Array | None = None,
     eps: float | None = None,
 ) -> dict[str, Any]:
     """Return the compile-time arguments of `project_part`, or of `project_gated`.
@@ -235,8 +233,7 @@ def constants(
     """
     parts: dict[str, Any] = dict(PARTS=tiles.parts, TRANSPOSED=transposed)
     if gated:
-        parts = ahead_triton.constants(ahead, warps=tiles.warps)
-        parts["NORM"], parts["EPS"] = eps is not None, eps or 0.0
+        parts = dict(NORM=eps is not None, EPS=eps or 0.0)
     at_once = min(padded(rows), _MOST_AT_ONCE)
     return parts | dict(
         ROWS=rows,

@@ -19,8 +19,6 @@ many rows there are.
 import triton
 import triton.language as tl
 
-from jaxkv.kernels.ahead_triton_body import fetch_ahead
-
 
 @triton.jit
 def store_rows(
@@ -199,7 +197,6 @@ def project_gated(
     x_ptr,  # [ROWS, DEPTH]
     norm_ptr,  # [DEPTH]; not read without NORM
     weight_ptr,  # [DEPTH, 2, COLUMNS]: gate, up
-    ahead_ptr,  # see `ahead_triton`
     out_ptr,  # [ROWS, COLUMNS], output
     ROWS: tl.constexpr,
     ROW_TILE: tl.constexpr,
@@ -210,16 +207,8 @@ def project_gated(
     BLOCK_DEPTH: tl.constexpr,
     NORM: tl.constexpr,
     EPS: tl.constexpr,
-    AHEAD_CHUNKS: tl.constexpr,
-    AHEAD_CHUNK: tl.constexpr,
-    AHEAD_SHARES: tl.constexpr,
-    AHEAD_STRIDE: tl.constexpr,
-    LANES: tl.constexpr,
 ):
-    """Multiply all rows by a block of gates and of what they gate, and gate it.
-
-    A program that is done asks for what is read next.
-    """
+    """Multiply all rows by a block of gates and of what they gate, and gate it."""
     columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     first, second = multiply_pair(
         *(x_ptr, norm_ptr, weight_ptr, columns, 0, ROWS, ROW_TILE, ROW_TILES),
@@ -230,10 +219,6 @@ def project_gated(
         store_gated(
             *(out_ptr, second, ROW_TILE, columns, ROWS, DEPTH, COLUMNS, NORM, EPS)
         )
-    fetch_ahead(
-        *(ahead_ptr, tl.program_id(0), tl.num_programs(0)),
-        *(AHEAD_CHUNKS, AHEAD_CHUNK, AHEAD_SHARES, AHEAD_STRIDE, LANES),
-    )
 
 
 @triton.jit

@@ -80,12 +80,6 @@ def shared_memory() -> int:
     return 1024 * large.get(str(capability), 99)
 
 
-def fetches_in_bulk() -> bool:
-    """Return whether a thread of the default GPU can ask for many bytes at once."""
-    capability = getattr(jax.local_devices()[0], "compute_capability", "0")
-    return float(capability) >= 9
-
-
 def next_power_of_2(number: int) -> int:
     """Return the least power of two that is not below `number`, which is positive."""
     return 1 << (number - 1).bit_length()

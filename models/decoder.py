@@ -110,9 +110,9 @@ class Decoder(nn.Module):
         x, delta = carried or (self._embedded(tokens), None)
         new_cache = []
 
-        def run(kind, experts, variables, x, delta, cos, sin, state, ahead):
+        def run(kind, experts, variables, x, delta, cos, sin, state):
             layer = Layer(c, kind, experts, self.implementation, parent=None)
-            return layer.apply(variables, x, delta, cos, sin, state, attend, ahead)
+            return layer.apply(variables, x, delta, cos, sin, state, attend)
 
         if isinstance(x, jax.core.Tracer):
             # One trace serves all layers of a kind: it is most of what compiling costs
@@ -120,23 +120,20 @@ class Decoder(nn.Module):
             run = jax.jit(run, static_argnums=(0, 1))
         some = slice(first, first + len(cache))
         kinds = c.layer_kinds[some]
-        head = self.embedding if c.tied else self.head
-        after = self.layers[first + 1 :]
-        for i, (kind, state) in enumerate(zip(kinds, cache, strict=True)):
-            layer, (cos, sin) = self.layers[first + i], tables[kind.rope]
+        for layer, kind, state in zip(self.layers[some], kinds, cache, strict=True):
+            cos, sin = tables[kind.rope]
             if self.is_initializing():
                 x, delta, state = layer(x, delta, cos, sin, state, attend)
             else:
-                ahead = after[i].variables["params"]["qkv"] if i < len(after) else head
                 x, delta, state = run(
                     *(kind, layer.experts, layer.variables),
-                    *(x, delta, cos, sin, state, ahead),
+                    *(x, delta, cos, sin, state),
                 )
             new_cache.append(state)
         if some.stop < c.num_layers:
             return (x, delta), tuple(new_cache)
         _, normed = pointwise.add_rms_norm(
-            *(x, delta, scale_of_norm(self.final_norm, c), head),
+            *(x, delta, scale_of_norm(self.final_norm, c)),
             eps=c.rms_norm_eps,
             implementation=block.apart(self.implementation),
         )

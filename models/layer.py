@@ -75,7 +75,6 @@ class Layer(nn.Module):
         sin: jax.Array,
         state: Any,
         attend: Attend,
-        ahead: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array | None, Any]:
         """Run one layer.
 
@@ -88,7 +87,6 @@ class Layer(nn.Module):
           sin: likewise.
           state: of this layer.
           attend: see `Attend`.
-          ahead: the matrix that is read after this layer.
 
         Returns:
           The residual stream, what is still to be added to it in parts, and the new
@@ -103,8 +101,7 @@ class Layer(nn.Module):
             inner = c.intermediate_size
             gate_up = self._matrix("gate_up", TO_COLUMNS, c.hidden_size, 2 * inner)
             down = self._matrix("down", FROM_COLUMNS, inner, c.hidden_size)
-        # Each operation is told what matrix comes next, so that it may be fetched.
-        x, (q, k, v) = self._heads(x, delta, qkv, cos, sin, ahead=output)
+        x, (q, k, v) = self._heads(x, delta, qkv, cos, sin)
         sink = None
         if c.sinks:
             sink = self.param("sink", zeros(MODEL), (c.num_heads,))
@@ -113,11 +110,11 @@ class Layer(nn.Module):
             out, state = attend(q, k, v, state, weighing)
         out = out.reshape(*x.shape[:2], heads)
         bias = "output_bias" if c.output_bias else None
-        x, delta = self._add("attention_post_norm", x, out, output, bias, gate_up)
-        x, delta = self._feed_forward(x, delta, gate_up, down, ahead)
+        x, delta = self._add("attention_post_norm", x, out, output, bias)
+        x, delta = self._feed_forward(x, delta, gate_up, down)
         return x, delta, state
 
-    def _heads(self, x, delta, qkv, cos, sin, ahead):
+    def _heads(self, x, delta, qkv, cos, sin):
         """Return the residual stream; rotated queries and keys, and values."""
         c = self.config
         q_norm = k_norm = None
@@ -130,14 +127,14 @@ class Layer(nn.Module):
         if c.pre_norm and not c.qkv_bias and (q_norm is not None or not c.qk_norm):
             norm = self._norm_weight("attention_norm", c.hidden_size)
             x, heads = block.read_heads(
-                *(x, delta, norm, qkv, q_norm, k_norm, cos, sin, ahead),
+                *(x, delta, norm, qkv, q_norm, k_norm, cos, sin),
                 **how,
                 implementation=self.implementation,
             )
         else:
-            x, normed = self._enter("attention_norm", x, delta, qkv)
+            x, normed = self._enter("attention_norm", x, delta)
             heads = pointwise.split_and_rotate(
-                *(self._biased_heads(normed, qkv), q_norm, k_norm, cos, sin, ahead),
+                *(self._biased_heads(normed, qkv), q_norm, k_norm, cos, sin),
                 **how,
                 dtype=x.dtype,
                 implementation=block.apart(self.implementation),
@@ -164,7 +161,7 @@ class Layer(nn.Module):
             implementation=block.apart(self.implementation),
         )[None]
 
-    def _feed_forward(self, x, delta, gate_up, down, ahead):
+    def _feed_forward(self, x, delta, gate_up, down):
         """Return the residual stream, and what is still to be added to it, in parts."""
         c, name = self.config, "mlp_post_norm"
         if self.experts is not None:
@@ -174,32 +171,32 @@ class Layer(nn.Module):
         if not c.pre_norm:
             x = block.added(x, delta)
             inner = project.project_gated(
-                *(x, gate_up, down),
+                *(x, gate_up),
                 activation=c.activation,
                 implementation=block.apart(self.implementation),
             )
             return self._add(name, x, inner, down)
         x, inner = block.read_gated(
-            *(x, delta, self._norm_weight("mlp_norm", c.hidden_size), gate_up, down),
+            *(x, delta, self._norm_weight("mlp_norm", c.hidden_size), gate_up),
             activation=c.activation,
             eps=c.rms_norm_eps,
             implementation=self.implementation,
         )
-        return self._add(name, x, inner, down, ahead=ahead)
+        return self._add(name, x, inner, down)
 
-    def _enter(self, name, x, delta, ahead=None):
+    def _enter(self, name, x, delta):
         """Add to the residual stream; return the sum, and what a block reads of it."""
         if self.config.pre_norm:
-            return self._norm(name, x, delta, ahead)
+            return self._norm(name, x, delta)
         x = block.added(x, delta)
         return x, x
 
-    def _add(self, name, x, inner, weight, bias=None, ahead=None):
+    def _add(self, name, x, inner, weight, bias=None):
         """Return the residual stream, and what is still to be added to it, in parts."""
         c = self.config
         if bias is None and not c.post_norm and c.residual_scale is None:
             return block.add_product(
-                x, inner, weight, ahead, implementation=self.implementation
+                x, inner, weight, implementation=self.implementation
             )
         delta = self._times(inner, weight, "rows", bias)
         return x, self._leave(name, delta, x.dtype)
@@ -226,10 +223,10 @@ class Layer(nn.Module):
             parts = (pointwise.join(parts, x.dtype) + bias[None, None])[None]
         return parts
 
-    def _norm(self, name, x, delta=None, ahead=None):
+    def _norm(self, name, x, delta=None):
         """Return a sum, and the sum normalised."""
         return pointwise.add_rms_norm(
-            *(x, delta, self._norm_weight(name, x.shape[-1]), ahead),
+            *(x, delta, self._norm_weight(name, x.shape[-1])),
             eps=self.config.rms_norm_eps,
             implementation=block.apart(self.implementation),
         )

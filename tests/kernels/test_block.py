@@ -14,7 +14,6 @@ import pytest
 import triton_on_cpu
 
 from jaxkv.kernels import (
-    ahead_triton,
     block,
     block_triton,
     dispatch,
@@ -243,7 +242,6 @@ def launches(rows, depth, heads, kv_heads, size, inner):
     for length in (heads * size, inner):
         tiles = choose_tiles(rows, length, depth)
         constants = project_triton.constants(rows, length, depth, tiles)
-        constants |= ahead_triton.constants(None, warps=tiles.warps)
         yield block_triton_body.project_add, constants, tiles
     tiles = project_triton.choose_tiles(rows, depth, inner, gated=True)
     constants = project_triton.constants(rows, depth, inner, tiles, gated=True, eps=EPS)

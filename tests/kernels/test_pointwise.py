@@ -205,7 +205,6 @@ def check_interpreted(swap=False) -> list[str]:
             tensor(x, dtype),
             tensor(delta if parts else x, part_dtype(parts, dtype)),
             tensor(weight, dtype),
-            tensor(weight, dtype),
             *out,
             **wrapper.norm_constants(size, EPS, parts=parts),
         )
@@ -231,7 +230,6 @@ def check_interpreted(swap=False) -> list[str]:
             tensor(qkv, part_dtype(parts, dtype)),
             *(tensor(a, dtype) for a in weights),
             *(tensor(f(angles), "float32") for f in (np.cos, np.sin)),
-            tensor(weights[0], dtype),
             *out,
             **wrapper.rotate_constants(
                 *(heads, kv_heads, head_dim // 2, EPS), norm=norm, parts=parts

@@ -229,7 +229,7 @@ def test_shipped_tiles_compile_without_spills(shape, capability, record_property
     shared = 1024 * (163 if capability == 80 else 227)
     tiles = choose_tiles(rows, depth, columns, gated=gated, shared=shared)
     kernel = body.project_gated if gated else body.project_part
-    dtypes = dict.fromkeys(("x_ptr", "norm_ptr", "weight_ptr", "ahead_ptr"), "bfloat16")
+    dtypes = dict.fromkeys(("x_ptr", "norm_ptr", "weight_ptr"), "bfloat16")
     usage = triton_on_cpu.usage(
         kernel,
         dtypes | dict(out_ptr="bfloat16" if gated else "float32"),
