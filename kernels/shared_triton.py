@@ -81,7 +81,8 @@ def choose_tiles(
     rows = 16 if wide else 64
     block = max(16, min(16 if wide else 32, next_power_of_2(sizes.slots)))
     programs = sizes.kv_heads
-    if sizes.batch * sizes.nodes > NEWEST:
+    many = sizes.batch * sizes.nodes > NEWEST
+    if many:
         per_document = sizes.most * sizes.nodes * sizes.heads // sizes.kv_heads
         programs *= sizes.documents * -(-per_document // rows)
     splits = min(_MOST_SPLITS, num_sms // programs, -(-sizes.slots // block) // 4)
@@ -89,7 +90,7 @@ def choose_tiles(
         rows=rows,
         splits=max(1, splits),
         block=block,
-        warps=8 if wide or sizes.head_dim > 128 else 4,
+        warps=8 if wide or many or sizes.head_dim > 128 else 4,
         stages=2 if wide or sizes.head_dim > 128 else 3,
     )
 
