@@ -8,9 +8,10 @@ old and new are timed on one warm machine: layers launch by launch ("triton") or
 launch, and rows among others against the same row alone, bit for bit.
 """
 
+import dataclasses
 import gc
+import itertools
 import pathlib
-import statistics
 from typing import Any
 
 import jax
@@ -87,17 +88,6 @@ def check(config: Config) -> list[str]:
     return failures
 
 
-def time_way(network, params, cache, options, steps, repeats) -> tuple[Any, ...]:
-    """Return milliseconds a step of each call, and the cache, which it writes to."""
-    jax.clear_caches()
-    where: dict[str, Any] = dict(steps=steps, context=BUDGET, policy=options.decode)
-    state = decode_step.rewind(cache, **where)
-    program, _ = decode_step.compile_steps(network, params, state, options=options)
-    return decode_step.time_calls(
-        program, params, state.cache, repeats=repeats, **where
-    )
-
-
 def main(
     out: pathlib.Path,
     shapes: str = "smollm2-135m,qwen3-1.7b,qwen3-8b",
@@ -105,8 +95,9 @@ def main(
     ways: str = "triton,fused",
     steps: int = 64,
     repeats: int = 5,
+    profile: bool = True,
 ) -> None:
-    """Time steps, in milliseconds, per shape, batch and way."""
+    """Time steps, in milliseconds, per shape, batch and way, each from a new cache."""
     bandwidth = clock.copy_bandwidth(1 << 30)
     report: dict[str, Any] = provenance() | dict(copy=bandwidth, rows=[])
     options = Options(budget=BUDGET, decode=LongFlow())
@@ -116,29 +107,28 @@ def main(
         if jax.default_backend() == "gpu":
             failures += check(config)
         params = random_parameters(config, jax.random.key(0), jnp.bfloat16)
-        for rows in map(int, batch.split(",")):
-            cache = decode_step.full_cache(
-                config,
+        for rows, way in itertools.product(map(int, batch.split(",")), ways.split(",")):
+            timing = decode_step.time_decode(
+                Decoder(config, implementation=way),
+                params,
                 batch=rows,
-                slots=BUDGET,
-                dtype=jnp.bfloat16,
-                key=jax.random.key(1),
+                context=BUDGET,
+                steps=steps,
+                repeats=repeats,
+                options=options,
+                bandwidth=bandwidth,
+                profile=profile,
             )
-            moved = decode_step.weight_bytes(params, config)
-            moved += decode_step.key_value_bytes(cache)
-            floor = decode_step.floor_ms(moved, bandwidth)
-            for way in ways.split(","):
-                network = Decoder(config, implementation=way)
-                calls, cache = time_way(network, params, cache, options, steps, repeats)
-                ms = statistics.median(calls)
-                row = dict(shape=shape, batch=rows, way=way, ms=ms, calls_ms=calls)
-                report["rows"].append(row | dict(times_floor=ms / floor))
-                write_json(out, report | dict(failures=failures))
-                print(
-                    f"{shape} {rows} {way}: {ms:.4f} ms, {ms / floor:.3f} x floor",
-                    flush=True,
-                )
-            del cache
+            row = dict(shape=shape, way=way) | dataclasses.asdict(timing)
+            report["rows"].append(row)
+            write_json(out, report | dict(failures=failures))
+            print(
+                f"{shape} {rows} {way}: {timing.step_ms:.4f} ms, "
+                f"{timing.ratio_to_floor:.3f} x floor",
+                flush=True,
+            )
+            for name, kernel in timing.kernels.items():
+                print(f"  {name}: {kernel.us:.1f} us, {kernel.launches:.0f} launches")
             gc.collect()
         del params
         gc.collect()

@@ -59,7 +59,7 @@ def choose_tiles(
 ) -> Tiles:
     """Return tiles, whose parts and sizes do not depend on `rows`.
 
-    Not measured yet. Matrices of few columns are cut finely and not shared out, which
+    Matrices of few columns are cut finely and not shared out, which
     saves the joining; others as in `project_triton.choose_tiles`.
 
     Args:
