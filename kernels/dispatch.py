@@ -60,14 +60,6 @@ def counterpart(implementation: str | None, names: Any) -> Any:
     return implementation if implementation in get_args(names) else None
 
 
-def plain_only(sink: Any, cap: float | None) -> dict[str, str]:
-    """Return why kernels that know neither sinks nor caps cannot run; see `decode`."""
-    if sink is None and cap is None:
-        return {}
-    what = "no cap on logits" if sink is None else "no sink"
-    return dict.fromkeys(("triton", "pallas_tpu"), f'takes {what}; use "xla".')
-
-
 def given(**options: Any) -> dict[str, Any]:
     """Return the options that are not None: what leaves them out need not know them."""
     return {name: value for name, value in options.items() if value is not None}

@@ -52,8 +52,10 @@ def attend_nodes_triton(
     upcoming: jax.Array,
     depths: jax.Array,
     ancestors: jax.Array,
+    sink: jax.Array | None = None,
     *,
     scale: float,
+    cap: float | None = None,
     tiles: Tiles | None = None,
 ) -> jax.Array:
     """Do `tree_attention.tree_attention`, whose arguments these are.
@@ -65,7 +67,9 @@ def attend_nodes_triton(
       upcoming: int32 `[B, K, D + 1]`.
       depths: int32 `[B, T]`.
       ancestors: bool `[B, T, T]`.
+      sink: `[N]`, or None.
       scale: factor on the logits.
+      cap: bound of the logits, or None.
       tiles: those of `decode_triton`, whose bits these are to be; None is what it
         chooses itself.
 
@@ -73,7 +77,8 @@ def attend_nodes_triton(
       `[B, T, N, H]`.
     """
     out, statistic = attend_parts(
-        *(query, nodes, slots, upcoming, depths, ancestors), scale=scale, tiles=tiles
+        *(query, nodes, slots, upcoming, depths, ancestors, sink),
+        **dict(scale=scale, cap=cap, tiles=tiles),
     )
     if len(out) == 1:
         return out.reshape(query.shape)
@@ -87,8 +92,10 @@ def attend_parts(
     upcoming: jax.Array,
     depths: jax.Array,
     ancestors: jax.Array,
+    sink: jax.Array | None = None,
     *,
     scale: float,
+    cap: float | None = None,
     tiles: Tiles | None = None,
     dtype: jax.typing.DTypeLike | None = None,
 ) -> tuple[jax.Array, jax.Array]:
@@ -120,7 +127,7 @@ def attend_parts(
         body.attend_nodes,
         (
             *(query, *new, *slots[:3], upcoming, depths, paths(depths, ancestors)),
-            nodes.position,
+            *(nodes.position, sink),
         ),
         (
             jax.ShapeDtypeStruct(shape, part_dtype),
@@ -134,6 +141,7 @@ def attend_parts(
         num_warps=tiles.warps,
         num_stages=tiles.stages,
         **constants,
+        **triton_call.weighing(sink, cap),
     )
 
 

@@ -28,6 +28,7 @@ from jaxkv.kernels.decode_triton_body import (
 )
 from jaxkv.kernels.newest_triton_body import add_up, attend_newest, find_newest
 from jaxkv.kernels.tree_triton_body import until_written
+from jaxkv.kernels.weighing_triton_body import pay_sink
 
 
 @triton.jit
@@ -50,6 +51,7 @@ def attend_older_tokens(
     DEPTHS_PAD: tl.constexpr,
     HEAD_PAD: tl.constexpr,
     PRECISION: tl.constexpr,
+    CAP: tl.constexpr,
 ):
     """Attend to every `SPLITS`-th tile: maximum, totals and accumulator."""
     columns = tl.arange(0, HEAD_PAD)  # [H]
@@ -86,7 +88,7 @@ def attend_older_tokens(
             slots[:, None] * HEAD_DIM + columns[None, :],
             read[:, None] & (columns < HEAD_DIM)[None, :],
             (depth[:, None] < until[None, :]) & older,
-            *(maximum, total, acc, SCALE, PRECISION),
+            *(maximum, total, acc, SCALE, PRECISION, CAP),
         )
     return maximum, add_up(total), acc
 
@@ -119,6 +121,7 @@ def attend_newest_tokens(
     DEPTHS_PAD: tl.constexpr,
     HEAD_PAD: tl.constexpr,
     PRECISION: tl.constexpr,
+    CAP: tl.constexpr,
 ):
     """Return the softmax of one node with its newest tokens added."""
     order = tl.arange(0, DEPTHS_PAD)
@@ -143,7 +146,7 @@ def attend_newest_tokens(
         maximum, total, acc = attend_newest(
             *(q, keys_ptr, values_ptr, slots, key_ptr, value_ptr),
             tl.where(above >= 0, above * KV_HEADS, -1),
-            *(maximum, total, acc, SCALE, HEAD_DIM, HEAD_PAD, PRECISION),
+            *(maximum, total, acc, SCALE, HEAD_DIM, HEAD_PAD, PRECISION, CAP),
         )
     return maximum, total, acc
 
@@ -161,6 +164,7 @@ def attend_nodes(
     depths_ptr,  # [B, T]
     paths_ptr,  # [B, T, NEWEST], the node so many above each, or -1
     position_ptr,  # [B]
+    sink_ptr,  # [N], or a constant
     # Outputs.
     out_ptr,  # [PARTS, B, T, K, G, H], normalised within the part
     statistic_ptr,  # [PARTS, B, T, K, G], log2 of the part's sum of exponentials
@@ -186,6 +190,9 @@ def attend_nodes(
     DEPTHS_PAD: tl.constexpr,
     HEAD_PAD: tl.constexpr,
     PRECISION: tl.constexpr,
+    # What is not usual about the softmax.
+    SINK: tl.constexpr,
+    CAP: tl.constexpr,
 ):
     """Attend from a few nodes to a share of the older tokens, or from one to others."""
     NODE_BLOCKS: tl.constexpr = (NODES + AT_ONCE - 1) // AT_ONCE
@@ -225,7 +232,7 @@ def attend_nodes(
             tl.load(depths_ptr + nodes, row_real, other=0),
             *(keys_ptr, values_ptr, positions_ptr, upcoming, position, split),
             *(SCALE, DEPTHS, SLOTS, HEAD_DIM, SPLITS, BLOCK, NEWEST, DEPTHS_PAD),
-            *(HEAD_PAD, PRECISION),
+            *(HEAD_PAD, PRECISION, CAP),
         )
         if PARTS == 1:
             maximum, total, acc = older
@@ -245,8 +252,14 @@ def attend_nodes(
             *(values_ptr, positions_ptr, upcoming_ptr, depths_ptr),
             *(paths_ptr + batch * (NODES * NEWEST), upcoming, position),
             *(maximum, total, acc, SCALE, KV_HEADS, DEPTHS, SLOTS, HEAD_DIM),
-            *(NEWEST, NEWEST_BLOCK, CHUNK, DEPTHS_PAD, HEAD_PAD, PRECISION),
+            *(NEWEST, NEWEST_BLOCK, CHUNK, DEPTHS_PAD, HEAD_PAD, PRECISION, CAP),
         )
+        if SINK:
+            group = tl.arange(0, GROUP_PAD)
+            maximum, total, acc = pay_sink(
+                *(maximum, total, acc, sink_ptr, kv_head * GROUP + group),
+                group < GROUP,
+            )
         store_part(
             *(out_ptr + at * HEAD_DIM, statistic_ptr + at, 0, maximum, total, acc),
             *(GROUP, HEAD_DIM, GROUP_PAD, HEAD_PAD),

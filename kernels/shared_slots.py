@@ -108,7 +108,7 @@ def attend_from_tree(
       scale: see there.
       most: see `attend_from_token`.
       cap: see there.
-      implementation: see `attend_from_token`; "triton" takes neither sink nor cap.
+      implementation: see `attend_from_token`.
 
     Returns:
       The output, in the dtype of the query.
@@ -118,10 +118,7 @@ def attend_from_tree(
       NotImplementedError: a named implementation cannot run here.
     """
     check_groups("attend_from_tree", query.shape[2], slots.keys.shape[1])
-    run = _resolved(
-        *("attend_from_tree", _FROM_TREE, implementation, query, shared),
-        dispatch.plain_only(sink, cap),
-    )
+    run = _resolved("attend_from_tree", _FROM_TREE, implementation, query, shared)
     run = functools.partial(run, scale=scale, most=most, **dispatch.given(cap=cap))
     arrays = query, nodes, slots, shared, upcoming, depths, ancestors
     return per_shard(run, attend_from_tree)(*arrays, *dispatch.arrays(sink))
@@ -138,12 +135,11 @@ def choose(platform: str, query=None, keys=None) -> Implementation:
     return tree_attention.choose(platform, query, keys)
 
 
-def _resolved(where, table, implementation, query, shared, others=None):
-    """Return the function that runs, or raise; `others` says what else cannot."""
-    unable = {"triton": tree_attention.unsupported(query, shared.keys)} | (others or {})
+def _resolved(where, table, implementation, query, shared):
+    """Return the function that runs, or raise."""
+    unable = {"triton": tree_attention.unsupported(query, shared.keys)}
     if implementation is None:
         implementation = choose(jax.default_backend(), query, shared.keys)
-        implementation = "xla" if unable.get(implementation) else implementation
     return dispatch.resolve(where, implementation, table, unable=unable)
 
 
@@ -286,10 +282,12 @@ def _token_triton(query, token, slots, shared, *sink, most, **how):
     return attend_from_token_triton(*arrays, **how)
 
 
-def _tree_triton(query, nodes, slots, shared, *arrays, scale, most):
+def _tree_triton(
+    query, nodes, slots, shared, upcoming, depths, ancestors, *sink, most, **how
+):
     rows, _ = places(shared.owner, len(shared.keys), most)
-    arrays = query, nodes, slots, shared, *arrays, rows
-    return attend_from_tree_triton(*arrays, scale=scale)
+    arrays = query, nodes, slots, shared, upcoming, depths, ancestors, rows, *sink
+    return attend_from_tree_triton(*arrays, **how)
 
 
 _FROM_TOKEN = {

@@ -143,8 +143,10 @@ def attend_from_tree_triton(
     depths: jax.Array,
     ancestors: jax.Array,
     rows: jax.Array,
+    sink: jax.Array | None = None,
     *,
     scale: float,
+    cap: float | None = None,
     tiles: Tiles | None = None,
     own_tiles: Any = None,
 ) -> jax.Array:
@@ -159,22 +161,25 @@ def attend_from_tree_triton(
       depths: int32 `[B, T]`.
       ancestors: bool `[B, T, T]`.
       rows: see `attend_from_token_triton`.
+      sink: `[N]`, or None.
       scale: factor on the logits.
+      cap: bound of the logits, or None.
       tiles: of the documents; None chooses by shape and device.
       own_tiles: of the rows' own slots; likewise.
 
     Returns:
       `[B, T, N, H]`.
     """
+    how: dict[str, Any] = dict(scale=scale, cap=cap)
     few = nodes_triton.takes(query.shape[0], query.shape[1], query.dtype)
     attend = (nodes_triton if few else tree_triton).attend_parts
     out, total = attend(
-        *(query, nodes, slots, upcoming, depths, ancestors),
-        scale=scale,
+        *(query, nodes, slots, upcoming, depths, ancestors, sink),
+        **how,
         tiles=own_tiles,
         dtype=jnp.float32,
     )
-    parts, statistic = attend_documents(query, shared, rows, scale=scale, tiles=tiles)
+    parts, statistic = attend_documents(query, shared, rows, **how, tiles=tiles)
     return join(out, total, parts, statistic, query)
 
 

@@ -53,8 +53,7 @@ def tree_attention(
       cap: see `decode.decode_attention`.
       implementation: "reference" (float32, writes node by node), "xla" (anywhere),
         "triton" (NVIDIA, through jax-triton), or None for the best one that can run.
-        Triton gives up to 64 nodes in 16 bits the bits of plain decoding, and takes
-        neither sink nor cap.
+        Triton gives up to 64 nodes in 16 bits the bits of plain decoding.
 
     Returns:
       The output, in the dtype of the query.
@@ -65,10 +64,9 @@ def tree_attention(
     """
     where = "tree_attention"
     check_groups(where, query.shape[2], slots.keys.shape[1])
-    unable = {"triton": unsupported(query, slots.keys)} | dispatch.plain_only(sink, cap)
+    unable = {"triton": unsupported(query, slots.keys)}
     if implementation is None:
         implementation = choose(jax.default_backend(), query, slots.keys)
-        implementation = "xla" if unable.get(implementation) else implementation
     run = dispatch.resolve(where, implementation, _RUNS, unable=unable)
     run = functools.partial(run, scale=scale, **dispatch.given(cap=cap))
     arrays = query, nodes, slots, upcoming, depths, ancestors, *dispatch.arrays(sink)

@@ -87,8 +87,10 @@ def tree_attention_triton(
     upcoming: jax.Array,
     depths: jax.Array,
     ancestors: jax.Array,
+    sink: jax.Array | None = None,
     *,
     scale: float,
+    cap: float | None = None,
     tiles: Tiles | None = None,
 ) -> jax.Array:
     """Do `tree_attention.tree_attention`, whose arguments these are.
@@ -100,14 +102,17 @@ def tree_attention_triton(
       upcoming: int32 `[B, K, D + 1]`.
       depths: int32 `[B, T]`.
       ancestors: bool `[B, T, T]`.
+      sink: `[N]`, or None.
       scale: factor on the logits.
+      cap: bound of the logits, or None.
       tiles: how to cut the work; None chooses by shape and device.
 
     Returns:
       `[B, T, N, H]`.
     """
     out, statistic = attend_parts(
-        *(query, nodes, slots, upcoming, depths, ancestors), scale=scale, tiles=tiles
+        *(query, nodes, slots, upcoming, depths, ancestors, sink),
+        **dict(scale=scale, cap=cap, tiles=tiles),
     )
     if len(out) == 1:
         return out.reshape(query.shape)
@@ -121,8 +126,10 @@ def attend_parts(
     upcoming: jax.Array,
     depths: jax.Array,
     ancestors: jax.Array,
+    sink: jax.Array | None = None,
     *,
     scale: float,
+    cap: float | None = None,
     tiles: Tiles | None = None,
     dtype: jax.typing.DTypeLike | None = None,
 ) -> tuple[jax.Array, jax.Array]:
@@ -151,7 +158,10 @@ def attend_parts(
     new = nodes.key.astype(keys.dtype), nodes.value.astype(values.dtype)
     return triton_call.call(
         body.attend_tree_split,
-        (query, *new, keys, values, positions, upcoming, depths, pack(ancestors)),
+        (
+            *(query, *new, keys, values, positions, upcoming, depths),
+            *(pack(ancestors), sink),
+        ),
         (
             jax.ShapeDtypeStruct(shape, part_dtype),
             jax.ShapeDtypeStruct(shape[:-1], jnp.float32),
@@ -161,6 +171,7 @@ def attend_parts(
         num_warps=tiles.warps,
         num_stages=tiles.stages,
         **attend_constants(query.shape, upcoming.shape, keys, scale, tiles),
+        **triton_call.weighing(sink, cap),
     )
 
 

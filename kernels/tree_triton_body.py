@@ -28,6 +28,7 @@ import triton
 import triton.language as tl
 
 from jaxkv.kernels.decode_triton_body import _LOWEST
+from jaxkv.kernels.weighing_triton_body import capped, pay_sink
 
 
 @triton.jit
@@ -50,11 +51,12 @@ def attend_columns(
     acc,  # [M, H]
     SCALE: tl.constexpr,
     PRECISION: tl.constexpr,
+    CAP: tl.constexpr,
 ):
     """Return the softmax with one tile of keys and values added."""
     k = tl.load(keys_ptr + offsets, real, other=0.0)
     logits = SCALE * tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    logits = tl.where(visible, logits, float("-inf"))
+    logits = tl.where(visible, capped(logits, CAP), float("-inf"))
     new_maximum = tl.maximum(maximum, tl.max(logits, 1))
     weights = tl.exp2(logits - new_maximum[:, None])
     rescale = tl.exp2(maximum - new_maximum)
@@ -78,6 +80,7 @@ def attend_tree_split(
     upcoming_ptr,  # [B, K, DEPTHS]
     depths_ptr,  # [B, T]
     ancestors_ptr,  # [B, T, WORDS], 32 nodes a word
+    sink_ptr,  # [N], or a constant
     # Outputs.
     out_ptr,  # [SPLITS, B, T, K, G, H], normalised within the split
     statistic_ptr,  # [SPLITS, B, T, K, G], log2 of the split's sum of exponentials
@@ -98,6 +101,9 @@ def attend_tree_split(
     DEPTHS_PAD: tl.constexpr,  # powers of two
     HEAD_PAD: tl.constexpr,
     PRECISION: tl.constexpr,
+    # What is not usual about the softmax.
+    SINK: tl.constexpr,
+    CAP: tl.constexpr,
 ):
     """Attend from a block of rows to one split's share of the tiles."""
     ROW_BLOCKS: tl.constexpr = (NODES * GROUP + ROWS - 1) // ROWS
@@ -153,7 +159,7 @@ def attend_tree_split(
             slots[:, None] * HEAD_DIM + columns[None, :],
             (until > 0)[:, None] & (columns < HEAD_DIM)[None, :],
             depth[:, None] < until[None, :],
-            *(maximum, total, acc, SCALE, PRECISION),
+            *(maximum, total, acc, SCALE, PRECISION, CAP),
         )
 
     own = tl.arange(0, 32)
@@ -178,9 +184,14 @@ def attend_tree_split(
             node_head[:, None] * HEAD_DIM + columns[None, :],
             node_real[:, None] & (columns < HEAD_DIM)[None, :],
             is_ancestor & (depth[:, None] < until[None, :]),
-            *(maximum, total, acc, SCALE, PRECISION),
+            *(maximum, total, acc, SCALE, PRECISION, CAP),
         )
 
+    if SINK:
+        maximum, total, acc = pay_sink(
+            *(maximum, total, acc, sink_ptr, kv_head * GROUP + rows % GROUP),
+            row_real & (rows < tl.where(split == 0, NODES * GROUP, 0)),
+        )
     # A split in which a row sees nothing has total 0; all others have at least 1.
     total = tl.maximum(total, 1e-30)
     out = (acc / total[:, None]).to(out_ptr.dtype.element_ty)

@@ -110,13 +110,20 @@ def one_by_one(arguments, parents):
     return flat(query), token, Slots(k, v, p, target)
 
 
-def check_bits(case, seed, tiles=None, change=lambda arguments: arguments) -> list[str]:
-    """Compare a tree's output with plain decoding's, bit for bit."""
+def check_bits(
+    case, seed, tiles=None, change=lambda arguments: arguments, weighs=False
+) -> list[str]:
+    """Compare a tree's output with plain decoding's, bit for bit.
+
+    With `weighs` both have sinks and a cap.
+    """
     arguments, parents = make_case(case, seed)
+    sink = jnp.linspace(-1, 4, case[1]).astype(case[5]) if weighs else None
+    how = dict(sink=sink, cap=1.5 if weighs else None, scale=SCALE, tiles=tiles)
     want, _ = decode_triton.decode_attention_triton(
-        *one_by_one(arguments, parents), scale=SCALE, tiles=tiles
+        *one_by_one(arguments, parents), **how
     )
-    got = nodes_triton.attend_nodes_triton(*change(arguments), scale=SCALE, tiles=tiles)
+    got = nodes_triton.attend_nodes_triton(*change(arguments), **how)
     got = got.reshape(want.shape)
     if got.dtype != want.dtype or not np.isfinite(np.asarray(got, np.float32)).all():
         return [f"{case}: {got.dtype}, or not finite"]
@@ -211,6 +218,7 @@ def test_shipped_tiles_compile_without_spills(shape, capability):
     arrays = ("query", "key", "value", "keys", "values")
     dtypes |= {f"{name}_ptr": "bfloat16" for name in arrays}
     dtypes |= dict(statistic_ptr="float32", out_ptr="float32")
+    constants |= triton_on_cpu.PLAIN
     usage = triton_on_cpu.usage(body.attend_nodes, dtypes, constants, tiles, capability)
     print(f"sm_{capability} {shape} {tiles} {usage}")
     assert usage["stack"] == 0 and usage["local"] == 0
@@ -223,7 +231,7 @@ def test_shipped_tiles_compile_without_spills(shape, capability):
 def test_on_a_gpu_drafts_have_the_bits_of_plain_decoding(shape, kind):
     _, nodes, heads, kv_heads, slots, head_dim = shape
     case = (nodes, heads, kv_heads, slots, head_dim, "bfloat16", kind)
-    failures = check_bits(case, 0)
+    failures = check_bits(case, 0) + check_bits(case, 0, weighs=True)
     assert not failures, "\n".join(failures)
 
 
@@ -242,6 +250,8 @@ if __name__ == "__main__":
         failures += check_bits(case, seed, tiles)
         if seed < 2:
             failures += check_tree(case, seed, tiles)
+        else:
+            failures += check_bits(case, seed, tiles, weighs=True)
     failures += check_rows([7, 33])
 
     def deeper(arguments):

@@ -9,6 +9,7 @@ import json
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import triton_on_cpu
@@ -28,26 +29,30 @@ SLOW = [
     (make_tree, 3, 1, "one document", "float16", 24, TILES, None),
     (make_inputs, 3, 1, "one document", "bfloat16", 16, None, None),
     (make_tree, 4, 2, "three", "float32", 16, TILES, None),
+    (make_tree, 4, 2, "three", "float32", 16, TILES, None, True),
+    (make_tree, 3, 1, "one document", "float16", 24, TILES, None, True),
 ]
 # rows, nodes, heads, KV heads, documents, most, slots, head size: as shipped
 SHIPPED = [(64, 1, 16, 8, 1, 64, 16384, 128), (64, 1, 9, 3, 1, 64, 4096, 64)]
 MORE = [(1, 1, 8, 4, 1, 1, 4096, 256), (64, 32, 16, 8, 1, 64, 4096, 128)]
 
 
-def run(inputs, tiles=None, own_tiles=None):
+def run(inputs, tiles=None, own_tiles=None, **weighing):
     """Return the output of the rows that go on, and the slots of a token."""
     given = packed(inputs)
     owner = inputs["shared"].owner
     most = int(np.bincount(np.asarray(owner)).max())
     rows, _ = shared_slots.places(owner, len(inputs["shared"].keys), most)
-    how = dict(scale=0.3, tiles=tiles, own_tiles=own_tiles)
+    how = dict(scale=0.3, tiles=tiles, own_tiles=own_tiles) | weighing
     if inputs["query"].ndim == 3:
         return shared_triton.attend_from_token_triton(**given, rows=rows, **how)
     return shared_triton.attend_from_tree_triton(**given, rows=rows, **how), None
 
 
-def check(make, heads, kv_heads, about, dtype, head_dim, tiles, own_tiles) -> list[str]:
-    """Compare outputs and slots with the reference's."""
+def check(
+    make, heads, kv_heads, about, dtype, head_dim, tiles, own_tiles, weighs=False
+) -> list[str]:
+    """Compare outputs and slots with the reference's; `weighs` adds a sink."""
     case = f"{make.__name__} {heads}/{kv_heads} {about} {dtype} {head_dim}"
     options = dict(dtype=dtype, head_dim=head_dim)
     inputs = make(heads, kv_heads, ABOUT[about], **options)
@@ -57,8 +62,10 @@ def check(make, heads, kv_heads, about, dtype, head_dim, tiles, own_tiles) -> li
         else shared_slots.attend_from_tree
     )
     how = dict(scale=0.3, most=4, implementation="reference")
-    want = jax.jit(functools.partial(operation, **how))(**packed(inputs))
-    got, slots = run(inputs, tiles, own_tiles)
+    weighing = dict(sink=jnp.linspace(-1, 3, heads), cap=0.7) if weighs else {}
+    want = functools.partial(operation, **how, **weighing)
+    want = jax.jit(want)(**packed(inputs))
+    got, slots = run(inputs, tiles, own_tiles, **weighing)
     failures = []
     if slots is not None:
         want, wanted = want

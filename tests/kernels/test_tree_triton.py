@@ -3,6 +3,7 @@
 Run as a script, this file is its own worker; `triton_on_cpu` says why.
 """
 
+import functools
 import itertools
 import json
 import sys
@@ -18,7 +19,8 @@ from jaxkv.kernels.cache import Nodes, Slots
 from jaxkv.kernels.tree_triton import Tiles, attend_constants, choose_tiles
 
 # nodes, heads, KV heads, slots, head size, dtype, kind of tree, rows, splits, block;
-# a fourth number of tiles: whether nodes have a split of their own
+# a fourth number of tiles: whether nodes have a split of their own; then of some,
+# whether there are sinks, and the cap
 FAST = [
     (7, 4, 2, 37, 64, "float32", "random", 16, 2, 16),
     (5, 8, 2, 50, 64, "float32", "chain", 32, 1, 16),
@@ -27,6 +29,8 @@ FAST = [
     (9, 3, 1, 33, 96, "float16", "random", 16, 2, 32, True),
     (35, 2, 2, 48, 64, "float32", "random", 16, 3, 16, True),  # two words of ancestors
     (4, 16, 1, 40, 256, "bfloat16", "random", 64, 2, 16),
+    (7, 4, 2, 37, 64, "float32", "random", 16, 2, 16, False, True, 1.5),
+    (5, 6, 2, 40, 64, "float16", "chain", 32, 1, 16, False, True, None),
 ]
 SLOW = [
     (nodes, kv_heads * group, kv_heads, slots, *rest, rows, splits, 32)
@@ -39,6 +43,7 @@ SLOW = [
         [1, 3],
     )
 ]
+REST = (None,) * 10 + (False, False, None)  # of a case that ends sooner
 # As in test_decode_triton.
 TOLERANCE = {"float32": 5e-6, "bfloat16": 2**-6, "float16": 2**-10}
 
@@ -95,6 +100,8 @@ def compile_usage(kernel, dtype, writes_parts, constants, tiles, capability):
     dtypes = dict.fromkeys(kernel.arg_names, "int32")
     arrays = ("query", "key", "value", "keys", "values")
     dtypes |= {f"{name}_ptr": dtype for name in arrays}
+    if kernel is tree_triton_body.attend_tree_split:
+        constants |= triton_on_cpu.PLAIN
     dtypes["statistic_ptr"] = "float32"
     dtypes["out_ptr"] = "float32" if writes_parts else dtype
     return triton_on_cpu.usage(kernel, dtypes, constants, tiles, capability)
@@ -184,7 +191,19 @@ def packed(args):
 
 
 def oracle(
-    query, key, value, keys, values, positions, upcoming, depths, ancestors, *, scale
+    query,
+    key,
+    value,
+    keys,
+    values,
+    positions,
+    upcoming,
+    depths,
+    ancestors,
+    sink=None,
+    *,
+    scale,
+    cap=None,
 ):
     """Write each path into a copy of a head's slots, and attend in float64.
 
@@ -211,8 +230,14 @@ def oracle(
         seen_keys, seen_values = map(np.stack, zip(*held.values(), strict=True))
         mine = slice(k * group, (k + 1) * group)
         logits = scale * query[b, t, mine] @ seen_keys.T
-        weights = np.exp(logits - logits.max(1, keepdims=True))
-        weights /= weights.sum(1, keepdims=True)
+        if cap is not None:
+            logits = cap * np.tanh(logits / cap)
+        own = np.full((group, 1), -np.inf)
+        if sink is not None:
+            own[:, 0] = np.asarray(sink, np.float32)[mine]
+        top = np.maximum(logits.max(1, keepdims=True), own)
+        weights = np.exp(logits - top)
+        weights /= weights.sum(1, keepdims=True) + np.exp(own - top)
         out[b, t, mine] = weights @ seen_values
         magnitude[b, t, mine] = weights @ abs(seen_values)
     return out, magnitude
@@ -221,14 +246,13 @@ def oracle(
 def check_attention(case, seed, mutate=lambda args: args) -> list[str]:
     """Run one case under the interpreter and return what is wrong with it."""
     (args, _), dtype, head_dim = make_case(case, seed), case[5], case[4]
-    rows, splits, block, *apart = case[7:]
-    tiles = Tiles(
-        rows=rows, splits=splits, block=block, warps=4, stages=3, apart=any(apart)
-    )
-    scale = head_dim**-0.5
-    want, magnitude = oracle(*args, scale=scale)
+    rows, splits, block, apart, has_sink, cap = (*case[7:], *REST[len(case) :])
+    tiles = Tiles(rows=rows, splits=splits, block=block, warps=4, stages=3, apart=apart)
+    sink = jnp.linspace(-1, 4, case[1]).astype(dtype) if has_sink else None
+    how = dict(scale=head_dim**-0.5, cap=cap)
+    want, magnitude = oracle(*args, sink, **how)
     got = tree_triton.tree_attention_triton(
-        *packed(mutate(args)), scale=scale, tiles=tiles
+        *packed(mutate(args)), sink, **how, tiles=tiles
     )
     if (got.shape, got.dtype) != (args[0].shape, args[0].dtype):
         return [f"{case}: out is {got.dtype}{got.shape}"]
@@ -307,4 +331,8 @@ if __name__ == "__main__":
 
             if not check_attention(FAST[1], 1, mutate):
                 failures.append(f"{name}: a change went unnoticed")
+        oracle = functools.partial(lambda run, *x, cap, **y: run(*x[:9], **y), oracle)
+        for case in FAST[-2:]:
+            if not check_attention(case, 3):
+                failures.append(f"{case}: sink or cap: went unnoticed")
     print(json.dumps(failures))
