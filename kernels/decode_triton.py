@@ -219,7 +219,7 @@ def attend_constants(
         SPLITS=tiles.splits,
         BLOCK=tiles.block,
         GROUP_PAD=max(16, next_power_of_2(group)),
-        HEAD_PAD=next_power_of_2(head_dim),
+        HEAD_PAD=max(16, next_power_of_2(head_dim)),  # what tensor cores take
         PRECISION="ieee" if jnp.dtype(dtype) == jnp.float32 else "tf32",
     )
 

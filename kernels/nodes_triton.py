@@ -78,7 +78,9 @@ def attend_nodes_triton(
     """
     out, statistic = attend_parts(
         *(query, nodes, slots, upcoming, depths, ancestors, sink),
-        **dict(scale=scale, cap=cap, tiles=tiles),
+        scale=scale,
+        cap=cap,
+        tiles=tiles,
     )
     if len(out) == 1:
         return out.reshape(query.shape)

@@ -107,8 +107,6 @@ def test_what_none_stands_for(monkeypatch):
     assert shared_slots.choose("gpu") == "triton"
     wide = jax.ShapeDtypeStruct((1, 2, 9, 288), "bfloat16")
     assert shared_slots.choose("gpu", wide, wide) == "xla"
-    with pytest.raises(NotImplementedError, match=r"attend_from_tree.* takes no cap"):
-        run(make_tree(4, 2, ABOUT["three"]), "triton", cap=0.7)
 
 
 def test_bad_arguments():
