@@ -2,8 +2,13 @@
 
 import contextlib
 import logging
+import threading
 from collections.abc import Iterator
 from types import ModuleType
+
+# A thread that imports transformers while another one does gets half of a module, and
+# there is one log level.
+_ALONE = threading.RLock()
 
 
 @contextlib.contextmanager
@@ -12,6 +17,7 @@ def quiet_transformers() -> Iterator[ModuleType]:
 
     It warns that torch is missing, which jaxkv does not need, and about the classes
     of tokenizers, which jaxkv checks itself. Its log level is as before afterwards.
+    One thread at a time is within.
 
     Yields:
       The package `transformers`.
@@ -21,16 +27,17 @@ def quiet_transformers() -> Iterator[ModuleType]:
     def is_error(record: logging.LogRecord) -> bool:
         return record.levelno >= logging.ERROR
 
-    # The import sets the level, so that only a filter can hold back what it says.
-    logger.addFilter(is_error)
-    try:
-        import transformers
-
-        level = logger.level
-        logger.setLevel(max(level, logging.ERROR))  # of the loggers below it, too
+    with _ALONE:
+        # The import sets the level, so that only a filter can hold back what it says.
+        logger.addFilter(is_error)
         try:
-            yield transformers
+            import transformers
+
+            level = logger.level
+            logger.setLevel(max(level, logging.ERROR))  # of the loggers below it, too
+            try:
+                yield transformers
+            finally:
+                logger.setLevel(level)
         finally:
-            logger.setLevel(level)
-    finally:
-        logger.removeFilter(is_error)
+            logger.removeFilter(is_error)

@@ -1,8 +1,13 @@
 """What a tokenizer is held against, and how its libraries' errors are told."""
 
+import concurrent.futures
+import logging
+import time
+
 import pytest
 from hf_checkpoints import raises
 
+from jaxkv.models.quiet import quiet_transformers
 from jaxkv.models.tokenizer_checks import check, damage_named, one_line
 
 
@@ -55,3 +60,23 @@ def test_long_messages_are_cut():
     assert one_line(ValueError("a\n b")) == "a b"
     assert one_line(ValueError("a" * 300)).endswith("a ...")
     assert one_line(ValueError()) == "ValueError"
+
+
+def test_one_thread_at_a_time_uses_transformers():
+    """Where two import it, one gets half of it; and they share a log level."""
+    within: list[int] = []
+    with quiet_transformers():
+        pass
+    before = logging.getLogger("transformers").level
+
+    def use(_):
+        with quiet_transformers() as transformers:
+            assert transformers.PreTrainedTokenizerFast
+            within.append(1)
+            assert len(within) == 1
+            time.sleep(0.01)
+            within.pop()
+
+    with concurrent.futures.ThreadPoolExecutor(4) as threads:
+        list(threads.map(use, range(8)))
+    assert logging.getLogger("transformers").level == before
