@@ -1,13 +1,14 @@
 """Keeps what transformers says to users of transformers from users of jaxkv."""
 
 import contextlib
+import importlib
 import logging
+import sys
 import threading
 from collections.abc import Iterator
 from types import ModuleType
 
-# A thread that imports transformers while another one does gets half of a module, and
-# there is one log level.
+# There is one log level.
 _ALONE = threading.RLock()
 
 
@@ -31,8 +32,10 @@ def quiet_transformers() -> Iterator[ModuleType]:
         # The import sets the level, so that only a filter can hold back what it says.
         logger.addFilter(is_error)
         try:
-            import transformers
-
+            importlib.import_module("transformers")
+            # It puts another module in its place while it is imported. A thread that
+            # waits for one which imports it is handed the first.
+            transformers = sys.modules["transformers"]
             level = logger.level
             logger.setLevel(max(level, logging.ERROR))  # of the loggers below it, too
             try:

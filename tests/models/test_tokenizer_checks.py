@@ -1,7 +1,11 @@
 """What a tokenizer is held against, and how its libraries' errors are told."""
 
+import builtins
 import concurrent.futures
+import importlib
 import logging
+import sys
+import threading
 import time
 
 import pytest
@@ -62,8 +66,36 @@ def test_long_messages_are_cut():
     assert one_line(ValueError()) == "ValueError"
 
 
+_REPLACED = """
+import sys, time, types
+from builtins import started
+started.set()
+time.sleep(0.2)
+whole = types.ModuleType(__name__)
+whole.__spec__, whole.is_whole = __spec__, True
+sys.modules[__name__] = whole
+"""
+
+
+def test_an_import_of_another_thread_is_waited_for(tmp_path, monkeypatch):
+    """While transformers is imported, it puts another module in its place."""
+    (tmp_path / "transformers.py").write_text(
+        f"from builtins import started{_REPLACED}"
+    )
+    monkeypatch.setattr(builtins, "started", threading.Event(), raising=False)
+    monkeypatch.delitem(sys.modules, "transformers", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    other = threading.Thread(target=importlib.import_module, args=["transformers"])
+    other.start()
+    builtins.started.wait()
+    with quiet_transformers() as transformers:
+        assert transformers.is_whole
+    other.join()
+    sys.modules.pop("transformers")  # what was there before comes back
+
+
 def test_one_thread_at_a_time_uses_transformers():
-    """Where two import it, one gets half of it; and they share a log level."""
+    """They share a log level."""
     within: list[int] = []
     with quiet_transformers():
         pass
