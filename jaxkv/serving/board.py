@@ -15,6 +15,7 @@ from jaxkv.generation import Running
 from jaxkv.language_model import LanguageModel
 from jaxkv.options import Options
 from jaxkv.runtime.host_waits import asks_the_device
+from jaxkv.runtime.meshes import under_mesh_of
 from jaxkv.runtime.seeds import row_keys
 from jaxkv.sampling import Greedy
 from jaxkv.serving import rows
@@ -110,15 +111,14 @@ class Board:
             return False
         if self._fixed is None:
             return True
-        return not asks_the_device(
-            lambda params, state, terms: rows.advance(
-                *(self._lm.network, params, state, terms, None, None),
-                shape=self.shape,
-                most=self._most,
-                fixed=self._fixed,
-            ),
-            *(self._lm.params, self._state, self._of_kind(self._terms)),
-        )
+
+        def block(params: Any, state: Running, terms: Terms) -> Any:
+            given = self._lm.network, params, state, terms, None, None
+            return rows.advance(*given, **self._block_options)
+
+        given = self._lm.params, self._state, self._of_kind(self._terms)
+        with under_mesh_of(self._lm.params):
+            return not asks_the_device(block, *given)
 
     @property
     def steps(self) -> int | None:

@@ -210,6 +210,13 @@ def test_experts_stay_on_their_devices(tmp_path, which):
     assert over_devices(4, tmp_path, "sharded_experts.py", which) == "equal"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("which", ["fast", "slow"])
+def test_an_engine_over_four_devices(tmp_path, which):
+    """Tokens of one device, as requests come and go."""
+    assert over_devices(4, tmp_path, "sharded_engine.py", which) == "equal"
+
+
 def test_loading_over_eight_devices(tmp_path):
     """Each reads its own part of each kind of file, and rows need not divide."""
     assert over_devices(8, tmp_path, "sharded_loading.py") == "equal"
