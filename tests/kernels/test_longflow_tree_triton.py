@@ -246,7 +246,8 @@ def check(case, seed, mutate=lambda arrays: arrays) -> list[str]:
     )
     tiles = Tiles(
         **dict(rows=16, splits=case.splits, block=16, warps=4, stages=3),
-        **dict(apart=case.apart, chunk=32, listed=case.listed, heads=1),
+        **dict(apart=case.apart and case.splits > 1, chunk=32, heads=1),
+        listed=case.listed,
     )
     got = longflow_tree_triton.longflow_tree_triton(
         **mutate(arrays), **options, tiles=tiles
