@@ -27,7 +27,7 @@ from jaxkv.models.config import Config
 from jaxkv.options import Options
 from jaxkv.policies.base import DecodePolicy
 from jaxkv.ring import of_layer
-from jaxkv.runtime.meshes import mesh_of
+from jaxkv.runtime.meshes import everywhere, mesh_of
 from jaxkv.runtime.seeds import row_keys
 from jaxkv.sequences import Generation
 from jaxkv.state import Cache
@@ -112,6 +112,13 @@ def key_value_bytes(cache: Cache) -> int:
 def floor_ms(num_bytes: float, bandwidth: float) -> float:
     """Return the milliseconds that moving `num_bytes` takes at bytes per second."""
     return 1e3 * num_bytes / bandwidth
+
+
+def shares_of(mesh: jax.sharding.Mesh | None) -> tuple[int, int]:
+    """Return over how many devices weights lie, and keys and values."""
+    if mesh is None:
+        return 1, 1
+    return sharding.devices_of_a_row(mesh), mesh.shape["model"] * mesh.shape["data"]
 
 
 def full_cache(
@@ -216,8 +223,7 @@ def rewind(
     states = tuple(
         jax.device_put(x, sharding.state_shardings(x, mesh)) for x in begun.cache
     )
-    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    rest = jax.device_put(dataclasses.replace(begun, cache=()), everywhere)
+    rest = everywhere(dataclasses.replace(begun, cache=()), mesh)
     return dataclasses.replace(rest, cache=states)
 
 
@@ -276,15 +282,7 @@ def time_decode(
     median = statistics.median(calls)
     weights = weight_bytes(params, config, batch=batch)
     kv_bytes = key_value_bytes(cache)
-    # Each device reads its own share.
-    shares = (
-        (1, 1)
-        if mesh is None
-        else (
-            sharding.devices_of_a_row(mesh),
-            mesh.shape["model"] * mesh.shape["data"],
-        )
-    )
+    shares = shares_of(mesh)
     floor = floor_ms(weights / shares[0] + kv_bytes / shares[1], bandwidth)
     return DecodeTiming(
         batch=batch,

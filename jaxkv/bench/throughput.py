@@ -15,13 +15,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxkv import generation
+from jaxkv import generation, sharding
 from jaxkv import state as kv
 from jaxkv.attention import Network
 from jaxkv.bench import clock, compiling, decode_step
 from jaxkv.models.config import Config
 from jaxkv.options import Options
+from jaxkv.runtime.meshes import mesh_of
 from jaxkv.runtime.seeds import row_keys
 from jaxkv.text.planning import bucket
 
@@ -225,20 +227,28 @@ def time_generation(
       bandwidth: of a copy, bytes per second.
       prefill_seconds: of all rows.
     """
-    config, dtype = network.config, params["embedding"].dtype
+    config, dtype, mesh = network.config, params["embedding"].dtype, mesh_of(params)
     slots = options.num_slots(work.prompt, work.new)
     before = clock.device_memory("peak_bytes_in_use")
     shapes = _state_shapes(config, work, options, dtype, batch=batch)
+    if mesh is not None:
+        shapes = _laid_out(shapes, mesh)
     # Before the cache is made, because compiling tries out kernels and needs memory.
     program, seconds = decode_step.compile_steps(
         network, params, shapes, options=options
     )
     cache = decode_step.full_cache(
-        config, batch=batch, slots=slots, dtype=dtype, key=jax.random.key(1)
+        config,
+        batch=batch,
+        slots=slots,
+        dtype=dtype,
+        key=jax.random.key(1),
+        mesh=mesh,
     )
     state_bytes = kv.num_bytes(shapes.cache)
     weights = decode_step.weight_bytes(params, config, batch=batch)
     per_slot = decode_step.key_value_bytes(cache) / slots
+    shares = decode_step.shares_of(mesh)
     ranges, records = split(work, slots), []
     for part in ranges:
         calls, cache = decode_step.time_calls(
@@ -252,7 +262,8 @@ def time_generation(
             filled=part.filled,
         )
         occupied = min(part.filled + work.steps / 2, slots)
-        floor = decode_step.floor_ms(weights + per_slot * occupied, bandwidth)
+        read = weights / shares[0] + per_slot * occupied / shares[1]
+        floor = decode_step.floor_ms(read, bandwidth)
         record = dataclasses.asdict(part) | {"step_ms": statistics.median(calls)}
         records.append(record | {"calls_ms": calls, "floor_ms": floor})
     decode = whole_seconds(ranges, [record["step_ms"] for record in records])
@@ -326,3 +337,19 @@ def _state_shapes(config, work, options, dtype, *, batch):
         )
 
     return jax.eval_shape(make)
+
+
+def _laid_out(shapes, mesh):
+    """Return the shapes of a state with where each lies, as `rewind` leaves it."""
+
+    def at(shape, where):
+        return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=where)
+
+    cache = tuple(
+        jax.tree.map(at, layer, sharding.state_shardings(layer, mesh))
+        for layer in shapes.cache
+    )
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    rest = dataclasses.replace(shapes, cache=())
+    rest = jax.tree.map(lambda shape: at(shape, everywhere), rest)
+    return dataclasses.replace(rest, cache=cache)

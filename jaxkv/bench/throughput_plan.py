@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import gc
 import itertools
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -11,11 +12,12 @@ from typing import Any
 import jax
 
 from jaxkv.attention import Network
-from jaxkv.bench import clock, throughput
+from jaxkv.bench import clock, decode_step, throughput
 from jaxkv.bench import throughput_report as report
 from jaxkv.bench.throughput import Work
 from jaxkv.models.config import Config
 from jaxkv.options import Options
+from jaxkv.runtime.meshes import mesh_of
 
 
 def plan_cells(
@@ -40,12 +42,14 @@ def plan_cells(
     """
     limit = clock.device_memory("bytes_limit")
     dtype = params["embedding"].dtype
-    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    mesh = mesh_of(params)
+    share = decode_step.shares_of(mesh)[1]
+    weights = sum(map(_bytes_of_a_device, jax.tree.leaves(params)))
     columns = []
     for method, option in options.items():
         largest = None
         if limit is not None:
-            room = int(throughput.USABLE * limit) - weights
+            room = share * (int(throughput.USABLE * limit) - weights)
             largest = throughput.largest_batch(config, work, option, dtype, room=room)
         batches = (
             throughput.automatic_batches(largest or 0) if wanted is None else wanted
@@ -59,6 +63,10 @@ def plan_cells(
         columns.append(column)
     turns = itertools.zip_longest(*columns)
     return [cell for turn in turns for cell in turn if cell is not None]
+
+
+def _bytes_of_a_device(leaf: jax.Array) -> int:
+    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
 
 
 class Timer:

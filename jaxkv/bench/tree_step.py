@@ -17,6 +17,7 @@ from jaxkv.attention import Network
 from jaxkv.bench import clock, decode_step, throughput
 from jaxkv.bench.matcher import time_matcher
 from jaxkv.options import Options
+from jaxkv.runtime.meshes import everywhere, mesh_of
 from jaxkv.speculation import loop as speculation
 from jaxkv.speculation.drafters import Aligned, Drafter, PromptLookup, Tree
 from jaxkv.speculation.matching import Context
@@ -151,6 +152,7 @@ def time_steps(
         slots=options.num_slots(context - steps, steps),
         dtype=params["embedding"].dtype,
         key=jax.random.key(1),
+        mesh=mesh_of(params),
     )
     options = dataclasses.replace(options, speculate=drafter)
 
@@ -167,6 +169,7 @@ def time_steps(
         )
         # One buffer in two places cannot be donated.
         begun = jax.tree.map(lambda x: jnp.array(x, copy=True), begun)
+        begun = everywhere(begun, mesh_of(params))
         return dataclasses.replace(state, speculation=begun)
 
     def steps_of(state):

@@ -77,6 +77,7 @@ def batch(
     ] = None,
     dtype: flags.Dtype = None,
     follow_links: flags.FollowLinks = False,
+    mesh: flags.Mesh = None,
     batch_size: flags.BatchSize = 8,
     kernels: flags.Kernels,
 ) -> None:
@@ -91,6 +92,7 @@ def batch(
         document=document,
         dtype=dtype,
         follow_links=follow_links,
+        mesh=mesh,
         arguments={
             "max_new_tokens": max_new_tokens,
             "stop_ids": stop_id or None,
@@ -109,6 +111,11 @@ def batch(
     flags.check({**job.arguments, "sampler": sampling.sampler})
     if ray is None and ray_workers is not None:
         raise ValueError("--ray-workers does nothing without --ray.")
+    if ray is not None and mesh is not None:
+        raise ValueError(
+            "--mesh spreads one engine over the devices of this machine, and --ray "
+            "makes one for each GPU; pass one of them."
+        )
     check_files(source, out)
     with contextlib.ExitStack() as stack:
         total = count_lines(source)

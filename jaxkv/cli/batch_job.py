@@ -32,6 +32,7 @@ class Job:
       document: which one of it.
       dtype: of `jaxkv.load`.
       follow_links: of `jaxkv.load`.
+      mesh: of `jaxkv.load`.
       arguments: of `jaxkv.generate`.
       sampling: the flags of the sampler.
       rows: of the engine.
@@ -48,6 +49,7 @@ class Job:
     document: int
     dtype: str | None
     follow_links: bool
+    mesh: str | None
     arguments: Mapping[str, Any]
     sampling: Sampling
     rows: int
@@ -60,7 +62,7 @@ class Job:
     @property
     def settings(self) -> dict[str, Any]:
         """What answers depend on, by flags, ready for JSON."""
-        fields = ("model", "dtype", "max_prompt", "seed", "chat", "system")
+        fields = ("model", "dtype", "mesh", "max_prompt", "seed", "chat", "system")
         told = {name: getattr(self, name) for name in fields}
         told |= {"context": self.context and str(self.context)}
         told |= {"document": self.document}
@@ -76,6 +78,7 @@ class Answerer:
         self._lm, self._context = flags.load_model_and_context(
             *(job.model, job.dtype, job.context, job.document),
             follow_links=job.follow_links,
+            mesh=job.mesh,
         )
         stop_ids(self._lm, job.arguments["stop_ids"])  # or each line would fail
         self._sampler = job.sampling.sampler_of(self._lm)

@@ -23,11 +23,11 @@ from jaxkv.cli.bench_flags import (
     batches_of,
     copy_bytes,
     header_of,
+    mesh_sizes,
 )
 from jaxkv.cli.groups import grouped
 from jaxkv.cli.terminal import right_aligned
 from jaxkv.models.decoder import Decoder
-from jaxkv.runtime.meshes import mesh_of
 from jaxkv.text.planning import bucket
 
 
@@ -58,7 +58,6 @@ def decode(
     bandwidth = clock.copy_bandwidth(copy_bytes(copy_gib))
     with console.status("weights"):
         name, network, params = source.load(decoding.dtype, mesh=mesh)
-    laid = mesh_of(params)
     rows = []
     for rows_of_batch in batches:
         with console.status(f"batch {rows_of_batch}"):
@@ -77,7 +76,7 @@ def decode(
             )
     result = header_of("decode", name, options, params["embedding"].dtype) | {
         "context": context,
-        "mesh": None if laid is None else dict(laid.shape),
+        "mesh": mesh_sizes(params),
         "copy_bytes_per_second": bandwidth,
         "rows": [dataclasses.asdict(row) for row in rows],
     }

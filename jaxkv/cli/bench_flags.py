@@ -19,6 +19,7 @@ from jaxkv.models.decoder import Decoder, random_parameters
 from jaxkv.models.public_shapes import SHAPES
 from jaxkv.options import Options
 from jaxkv.provenance import provenance, write_json
+from jaxkv.runtime.meshes import mesh_of
 
 Dtype = Annotated[
     Literal["float32", "bfloat16", "float16"] | None,
@@ -173,6 +174,12 @@ def header_of(
         | decoding_of(options)
         | provenance()
     )
+
+
+def mesh_sizes(params: Any) -> dict[str, int] | None:
+    """Return the mesh that parameters are laid out over, ready for JSON, or None."""
+    mesh = mesh_of(params)
+    return None if mesh is None else dict(mesh.shape)
 
 
 def decoding_of(options: Options) -> dict[str, str]:

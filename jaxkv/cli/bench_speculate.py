@@ -7,8 +7,15 @@ import typer
 from rich.table import Table
 
 from jaxkv.bench.tree_step import TreeWork, full_tree, time_batch, time_prefill
-from jaxkv.cli import parsing
-from jaxkv.cli.bench_flags import Decoding, Output, Source, batches_of, header_of
+from jaxkv.cli import flags, parsing
+from jaxkv.cli.bench_flags import (
+    Decoding,
+    Output,
+    Source,
+    batches_of,
+    header_of,
+    mesh_sizes,
+)
 from jaxkv.cli.groups import grouped
 from jaxkv.speculation.drafters import MOST_NODES
 
@@ -30,6 +37,7 @@ def speculate(
     steps: Annotated[int, typer.Option(min=1, help="Steps of one timed call.")] = 32,
     repeats: Annotated[int, typer.Option(min=1, help="Timed calls.")] = 5,
     decoding: Decoding,
+    mesh: flags.Mesh = None,
     output: Output,
 ) -> None:
     """Time a step with a full tree against a plain one, matching, and prefill.
@@ -48,7 +56,7 @@ def speculate(
     for size in sizes:
         dataclasses.replace(options, speculate=full_tree(size)).check()
     with console.status("weights"):
-        name, network, params = source.load(decoding.dtype)
+        name, network, params = source.load(decoding.dtype, mesh=mesh)
     work = TreeWork(
         nodes=tuple(sizes),
         **dict(context=context, prompt=prompt, steps=steps, repeats=repeats),
@@ -63,6 +71,7 @@ def speculate(
         prefill = time_prefill(network, params, prompt=prompt, repeats=repeats)
     result = header_of("speculate", name, options, params["embedding"].dtype) | {
         "context": context,
+        "mesh": mesh_sizes(params),
         "steps": steps,
         "prompt": prompt,
         "rows": rows,

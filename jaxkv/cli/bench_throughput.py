@@ -57,6 +57,7 @@ def throughput(
     ] = 8,
     dtype: bench_flags.Dtype = None,
     decode_implementation: flags.DecodeImplementation = None,
+    mesh: flags.Mesh = None,
     copy_gib: bench_flags.CopyGib = None,
     seconds: Annotated[
         float | None, typer.Option(help="Start nothing new after so long.")
@@ -89,7 +90,7 @@ def throughput(
     # Before the weights, which may leave no room for it.
     bandwidth = clock.copy_bandwidth(bench_flags.copy_bytes(copy_gib))
     with console.status("weights"):
-        name, network, params = source.load(dtype)
+        name, network, params = source.load(dtype, mesh=mesh)
     result = _header(name, params, work, budget, options, bandwidth)
     if theirs is not None:
         report.add_transformers(result, theirs)
@@ -178,6 +179,7 @@ def _header(
             | {"slots": option.num_slots(work.prompt, work.new)}
             for method, option in options.items()
         },
+        "mesh": bench_flags.mesh_sizes(params),
         "copy_bytes_per_second": bandwidth,
         "memory_limit_bytes": clock.device_memory("bytes_limit"),
         "parameter_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(params)),

@@ -4,7 +4,7 @@ import contextlib
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 
 def mesh_of(tree: Any) -> Mesh | None:
@@ -18,6 +18,13 @@ def mesh_of(tree: Any) -> Mesh | None:
             return sharding.mesh
         return None
     return None
+
+
+def everywhere(tree: Any, mesh: Mesh | None) -> Any:
+    """Return a tree of which each device of a mesh has all; None is as it is."""
+    if mesh is None:
+        return tree
+    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
 
 
 def under_mesh_of(tree: Any) -> contextlib.AbstractContextManager[Any]:

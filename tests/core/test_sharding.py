@@ -247,6 +247,19 @@ def test_the_command_line_takes_a_mesh(jaxkv_):
     assert code and "model=2 takes 2 devices, but there are 1" in err
 
 
+@pytest.mark.slow
+def test_commands_over_four_devices(tmp_path):
+    hf_checkpoints.write_checkpoint(hf_checkpoints.write_config(tmp_path))
+    printed = over_devices(4, tmp_path, "sharded_commands.py")
+    assert printed.splitlines()[-1] == "equal"
+
+
+def test_a_cluster_takes_no_mesh(jaxkv_, tmp_path):
+    ask = ("batch", tmp_path / "in", tmp_path / "out", "--ray=local", "--mesh=auto")
+    code, _, err = jaxkv_(*ask)
+    assert code == 2 and "makes one for each GPU; pass one of them" in err
+
+
 def test_words_that_are_no_mesh():
     with pytest.raises(ValueError, match="expected auto, or numbers of devices"):
         sharding.resolve("model=0", CONFIG)
