@@ -168,7 +168,7 @@ def test_shares_by_hand():
     [
         *(("cpu", tokens, "sorted") for tokens in (1, 64, 65)),
         *(("gpu", *case) for case in [(15, "gather"), (16, "dense"), (64, "dense")]),
-        ("gpu", 65, "blocks"),
+        *(("gpu", *case) for case in [(1024, "dense"), (1025, "blocks")]),
         ("tpu", 1, "gather"),
         ("tpu", 65, "ragged"),
     ],
