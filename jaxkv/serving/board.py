@@ -79,7 +79,9 @@ class Board:
         if on_gpu is None:
             on_gpu = jax.default_backend() == "gpu"
         self.sure = block if drafter is None else 0
-        self._fixed = block if drafter is None and on_gpu else None
+        # No output is longer than that: what is beyond brings nothing.
+        few = min(block, shape.max_out)
+        self._fixed = few if drafter is None and on_gpu else None
         self._steps = jax.device_put(np.int32(block)) if self._fixed is None else None
         self._prices: np.ndarray | None = None
         if drafter is not None:
@@ -133,6 +135,7 @@ class Board:
     def free(self, row: int) -> None:
         """Make a row free; it takes no part in the coming blocks."""
         self._terms.limits[row], self._placed = 0, None
+        self._terms.samplers.temperature[row] = 0  # nor does a block draw for it
 
     def parts(
         self, asked: Sequence[Request]
@@ -230,6 +233,16 @@ class Board:
         groups = list(self._groups(lengths))
         blocks = self._of_all_kinds(terms) if draws else [self._of_kind(terms)]
         self._compile(groups, blocks)
+        try:
+            self._try_out(groups, blocks, terms)
+        finally:
+            self.clear()  # programs take the state with them, also if broken off
+        assert self.ahead in (True, False)  # found out now, not at the first request
+
+    def _try_out(
+        self, groups: Sequence[Sequence[Request]], blocks: Sequence[Terms], terms: Terms
+    ) -> None:
+        """Run what was compiled, and compile what takes what others return."""
         state = self._state
         for asked in groups:
             *_, last = self.parts(asked)
@@ -252,9 +265,6 @@ class Board:
         for placed in blocks:
             state, _ = self._advance(state, placed, self._steps, self._prices)
         jax.block_until_ready(state)
-        del state, new
-        self.clear()
-        assert self.ahead in (True, False)  # found out now, not at the first request
 
     def _groups(self, lengths: Iterable[int]) -> Iterator[list[Request]]:
         """Yield requests of all shapes in which prompts of these lengths are read."""

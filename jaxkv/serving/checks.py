@@ -1,7 +1,7 @@
 """What engines and their requests are checked for, before anything costs time."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,8 @@ from jaxkv.text import arguments, questions
 from jaxkv.text.documents import encode_questions, speaking_of
 from jaxkv.text.planning import bucket
 from jaxkv.text.prompts import encode
+
+_MAY_BE_NONE = ("budget", "stall")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,7 +42,7 @@ def shape(
       lm: the model.
       options: of the engine, without a budget.
       limits: of its requests.
-      **numbers: other arguments of `Engine`, None for those that may be left out.
+      **numbers: other arguments of `Engine`; its `stall` may be None.
 
     Raises:
       ValueError: they are no numbers above 0, or at odds with each other.
@@ -50,7 +52,9 @@ def shape(
         sizes |= {"max_new_tokens": limits.max_new_tokens} | numbers
         sizes |= {"most_stop_ids": limits.most_stop_ids}
         for name, number in sizes.items():
-            if number is not None and arguments.integer(name, number) < 1:
+            if number is None and name in _MAY_BE_NONE:
+                continue
+            if arguments.integer(name, number) < 1:
                 raise ValueError(f"generate: {name} must be >= 1, got {number}.")
         options.check(None if limits.budget is None else [limits.budget])
         most = lm.config.max_positions
@@ -119,6 +123,25 @@ def request(
             context=context,
             document=document,
         )
+
+
+def prompt_lengths(prompts: Iterable[int] | None, limits: Limits) -> Sequence[int]:
+    """Return the lengths of prompts to compile for; None is all that may come.
+
+    Raises:
+      ValueError: they are none, no numbers, or beyond those of the engine.
+    """
+    most = limits.max_prompt
+    if prompts is None:
+        return range(1, most + 1)
+    with speaking_of("Engine.warm_up", "prompt"):
+        lengths = arguments.integers("prompts", prompts)
+        if not lengths or not 1 <= min(lengths) <= max(lengths) <= most:
+            raise ValueError(
+                f"generate: prompts= takes lengths between 1 and {most}, the engine's "
+                f"max_prompt, at least one; got {arguments.brief(lengths)}."
+            )
+    return lengths
 
 
 def prompt_tokens(request: Request) -> int:

@@ -12,7 +12,7 @@ row that ends by a stop id does nothing in the block that was launched already.
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -142,7 +142,7 @@ class Engine:
         )
 
     def warm_up(
-        self, *, prompts: Sequence[int] | None = None, draws: bool = True
+        self, *, prompts: Iterable[int] | None = None, draws: bool = True
     ) -> None:
         """Compile what requests without contexts need, and measure what drafts take.
 
@@ -151,11 +151,11 @@ class Engine:
           draws: whether requests will draw; GPUs have programs for that.
 
         Raises:
-          ValueError: there are requests.
+          ValueError: there are requests, or prompts of such lengths cannot be.
         """
         if not self.idle:
             raise ValueError("Engine.warm_up: there are requests; call it before them.")
-        lengths = prompts or range(1, self._limits.max_prompt + 1)
+        lengths = checks.prompt_lengths(prompts, self._limits)
         with jax.transfer_guard("allow"):
             self._board.warm_up(lengths, draws=draws)
 
@@ -261,11 +261,13 @@ class Engine:
                 shown = len(tokens)
             if ended:
                 return
+            requests.check_awaited(handle, idle=self.idle)
             self.step()
 
     def wait(self, handle: Handle) -> Result:
         """Return how a request ends, after as many steps as it takes."""
         while handle.result is None:
+            requests.check_awaited(handle, idle=self.idle)
             self.step()
         return handle.result
 
@@ -379,10 +381,8 @@ class Engine:
         return []
 
     def _failed(self, handle: Handle, error: Exception) -> Event:
-        said, event = (
-            f"{type(error).__name__}: {error}",
-            requests.told(handle, [], None),
-        )
+        said = f"{type(error).__name__}: {error}"
+        event = requests.told(handle, [], None)
         return self._end(event, "error", said, may_retry=True)
 
     def _lose(self, error: Exception) -> list[Event]:

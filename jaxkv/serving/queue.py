@@ -3,7 +3,7 @@
 import collections
 import itertools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from jaxkv.serving.requests import Handle, Request
 from jaxkv.text.planning import bucket
@@ -39,6 +39,16 @@ class Queue:
             self._number += 1
             self._waiting.append(handle)
         return handle
+
+    def put_back(self, handles: Sequence[Handle]) -> None:
+        """Let requests that were taken wait again, before all others."""
+        with self.lock:
+            for handle in reversed(handles):
+                if handle in self._cancelled:
+                    self._cancelled.discard(handle)
+                    self._dropped.append(handle)
+                else:
+                    self._waiting.appendleft(handle)
 
     def take(
         self, most: int | None, *, rows: int, together: Callable[[int], int]

@@ -72,6 +72,9 @@ class Reader:
                 found = next(self._parts)
         except Exception as error:
             return Read(handles, 0, None, error)
+        except BaseException:  # Ctrl-C, which may come while a program is compiled
+            self._queue.put_back(handles)
+            raise
         if found is None:
             (self.current,) = handles
         return Read(handles, min(self._size, self._stall or self._size), found)

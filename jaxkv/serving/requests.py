@@ -141,6 +141,19 @@ def read(handle: Handle) -> None:
     handle._read = time.perf_counter()
 
 
+def check_awaited(handle: Handle, *, idle: bool) -> None:
+    """Check that an engine will end a request: one that is idle ends nothing.
+
+    Raises:
+      ValueError: nobody would ever.
+    """
+    if idle:
+        raise ValueError(
+            f"Engine: {handle!r} is no request of this engine, or was lost in a step "
+            "that was broken off; submit it here."
+        )
+
+
 def count(handle: Handle) -> int:
     """Return how many tokens a request has so far."""
     return len(handle._tokens)

@@ -13,7 +13,7 @@ import jaxkv
 from jaxkv import Categorical, Engine, Greedy, LongFlow, PyramidKV, SnapKV, Tree
 from jaxkv.contexts.context import Context
 from jaxkv.runtime.seeds import row_keys
-from jaxkv.serving import requests
+from jaxkv.serving import requests, rows
 from jaxkv.serving.board import Board
 from jaxkv.serving.samplers import RowSamplers
 from jaxkv.speculation.rules import TopK
@@ -236,8 +236,60 @@ def test_a_warm_up_compiles_what_is_asked_for(monkeypatch):
 
     every = [[64], [64, 64], [96], [96, 96], [128]]  # two of 128 are more than `stall`
     assert asked_for() == (every, ["greedy", "drawn", "cut"])
-    few = asked_for(prompts=[3, 97, 9], draws=False)
+    few = asked_for(prompts=np.array([3, 97, 9]), draws=False)
     assert few == ([[9], [9, 9], [97]], ["greedy"])
+    for bad in ([], [0], [129], ["3"], "3", 3):
+        with pytest.raises(ValueError, match=r"Engine\.warm_up: prompts"):
+            engine.warm_up(prompts=bad)
+
+
+def test_a_row_that_has_ended_has_no_say_in_how_blocks_are_drawn(monkeypatch):
+    monkeypatch.setattr(
+        "jaxkv.serving.engine.Board", functools.partial(Board, on_gpu=True)
+    )
+    engine = Engine(model(), **SMALL | {"rows": 2, "block": 999})
+    assert engine._board.steps < 999  # no output is longer
+    engine = Engine(model(), **SMALL | {"rows": 2, "block": 2})
+    kinds, launch = [], engine._board.launch
+
+    def noted():
+        report = launch()
+        kinds.append(engine._board._placed.samplers.kind)
+        return report
+
+    monkeypatch.setattr(engine._board, "launch", noted)
+    engine.submit(prompt(0), max_new_tokens=9, stop_ids=[])
+    drawn = Categorical(temperature=0.7, top_k=20)
+    engine.submit(prompt(1), sampler=drawn, max_new_tokens=3, stop_ids=[])
+    list(engine.run())
+    assert kinds == ["cut", "greedy", "greedy", "greedy"]
+
+
+def test_what_is_broken_off_loses_no_request(monkeypatch):
+    def ctrl_c(*_, **__):
+        raise KeyboardInterrupt
+
+    engine = Engine(model(), **SMALL)
+    with monkeypatch.context() as patch:
+        patch.setattr(jax, "block_until_ready", ctrl_c)
+        with pytest.raises(KeyboardInterrupt):
+            engine.warm_up(prompts=[64])
+    kept, unwanted = engine.submit(prompt(0)), engine.submit(prompt(1))
+    with monkeypatch.context() as patch:
+        patch.setattr(rows, "read_prompts_jit", ctrl_c)
+        with pytest.raises(KeyboardInterrupt):
+            engine.step()
+    assert engine.waiting == 2 and engine.cancel(unwanted)
+    assert engine.wait(kept).finish_reason == "length"
+    assert unwanted.result.finish_reason == "cancelled" and engine.idle
+
+
+def test_what_no_engine_would_end_is_not_waited_for():
+    engine, other = Engine(model(), **SMALL), Engine(model(), **SMALL)
+    handle = other.submit(prompt(0))
+    for wait in (engine.wait, lambda asked: list(engine.stream(asked))):
+        with pytest.raises(ValueError, match="is no request of this engine"):
+            wait(handle)
 
 
 def test_rows_are_given_away_before_their_last_tokens_are_read():
@@ -277,6 +329,8 @@ def test_no_more_is_read_between_blocks_than_rows_may_wait_for():
     [
         (dict(rows=0), "Engine: rows must be >= 1, got 0"),
         (dict(block="8"), "Engine: block must be a whole number, got '8'"),
+        (dict(together=None), "Engine: together must be a whole number, got None"),
+        (dict(max_prompt=None), "Engine: max_prompt must be a whole number, got None"),
         (dict(max_prompt=500, max_new_tokens=13), "more than the 512 positions"),
         (dict(decode=LongFlow()), "LongFlow evicts while decoding and needs a budget"),
         (dict(accept=TopK()), "does nothing without drafts"),
