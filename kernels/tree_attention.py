@@ -108,21 +108,25 @@ def _reference(
     query, nodes, slots, upcoming, depths, ancestors, sink=None, *, scale, cap=None
 ):
     """Write each node's path into a copy of the cache; attend in float32."""
-    outs = []
     finished = jnp.full(query.shape[:1], -1, jnp.int32)
-    for node in range(query.shape[1]):
-        held = slots
-        for depth in range(upcoming.shape[2]):
-            on_path = ancestors[:, node] & (depths == depth)
+
+    # Loops, not as many copies of the program as there are nodes times depths.
+    def of_node(node):
+        above = ancestors[:, node]
+
+        def write_at(depth, held):
+            on_path = above & (depths == depth)
             writes = on_path.any(-1)
             at = jnp.argmax(on_path, axis=-1).astype(jnp.int32)
             at = at[:, None, None, None]
             token = Token(
                 jnp.take_along_axis(nodes.key, at, axis=1)[:, 0],
                 jnp.take_along_axis(nodes.value, at, axis=1)[:, 0],
-                jnp.where(writes, depth, -1),  # any position: here it only means "held"
+                jnp.where(writes, depth, -1),  # any position: here it means "held"
             )
-            held = write(token, held._replace(target=upcoming[:, :, depth]))
+            return write(token, held._replace(target=upcoming[:, :, depth]))
+
+        held = jax.lax.fori_loop(0, upcoming.shape[2], write_at, slots)
         nothing = Token(nodes.key[:, node], nodes.value[:, node], finished)
         out, _ = decode.decode_attention(
             *(query[:, node], nothing, held, sink),
@@ -130,8 +134,10 @@ def _reference(
             cap=cap,
             implementation="reference",
         )
-        outs.append(out)
-    return jnp.stack(outs, axis=1)
+        return out
+
+    every = jnp.arange(query.shape[1], dtype=jnp.int32)
+    return jnp.moveaxis(jax.lax.map(of_node, every), 0, 1)
 
 
 def group(query, kv_heads):

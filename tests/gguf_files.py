@@ -1,6 +1,6 @@
 """GGUF files, written by package gguf as llama.cpp's converter would.
 
-The names of the tensors come from package gguf, independently of `models.gguf_weights`.
+The names of the tensors come from package gguf, independently of `models.gguf.weights`.
 """
 
 import contextlib

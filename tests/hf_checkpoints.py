@@ -1,6 +1,6 @@
 """Checkpoints as Hugging Face writes them, for the tests that read them.
 
-The names of the tensors are listed anew here, independently of `models.hf_weights`.
+The names of the tensors are listed anew here, independently of `models.hf.weights`.
 """
 
 import dataclasses

@@ -12,6 +12,7 @@ from tiny import BY_HAND
 from jaxkv import Options, generation, trees
 from jaxkv.kernels import dispatch, longflow_tree, tree_write
 from jaxkv.kernels import tree_attention as tree
+from jaxkv.kernels.cache import Nodes, Slots
 from jaxkv.kernels.tree_attention import tree_attention
 from jaxkv.kernels.tree_write import write_path
 from jaxkv.models.decoder import Decoder, random_parameters
@@ -285,3 +286,21 @@ def test_ancestors_and_paths_of_a_tree():
     ]
     assert [path[: len(w)] for path, w in zip(paths, want, strict=True)] == want
     assert not any(any(p[len(w) :]) for p, w in zip(paths, want, strict=True))
+
+
+def test_the_reference_is_no_longer_a_program_for_more_nodes():
+    """Behind a context blocks of up to 32 tokens pass, whose program must compile."""
+
+    def length(nodes):
+        def shape(*sizes, dtype="float32"):
+            return jax.ShapeDtypeStruct((1, *sizes), dtype)
+
+        heads = shape(nodes, 2, 8)
+        integers = functools.partial(shape, dtype="int32")
+        held = Slots(shape(2, 64, 8), shape(2, 64, 8), integers(2, 64), integers(2))
+        arrays = heads, Nodes(heads, heads, integers()), held, integers(2, nodes)
+        above = shape(nodes, nodes, dtype="bool")
+        run = functools.partial(tree_attention, scale=0.3, implementation="reference")
+        return str(jax.make_jaxpr(run)(*arrays, integers(nodes), above)).count("\n")
+
+    assert length(32) == length(2)
