@@ -60,10 +60,13 @@ def shared_of(
         if len(asked) < len(context):
             context = context.take(asked.tolist())
 
+    # A power of two, so that few programs serve all shares of questions.
+    most = min(len(documents), 1 << (int(counts.max()) - 1).bit_length())
+
     def layer(state: kv.KVState) -> Shared | None:
         if state.window is not None:
             return None
-        return kv.share(state, owner, most=int(counts.max()))
+        return kv.share(state, owner, most=most)
 
     return tuple(map(layer, context.cache))
 
