@@ -19,7 +19,12 @@ Guarantee = Literal["bit-exact", "exact in float32", "lossy"]
 
 
 def guarantee(
-    config: Any, options: Options, *, rows: int, dtype: jax.typing.DTypeLike
+    config: Any,
+    options: Options,
+    *,
+    rows: int,
+    dtype: jax.typing.DTypeLike,
+    devices: int = 1,
 ) -> Guarantee:
     """Return what is promised of an output with drafts.
 
@@ -29,6 +34,8 @@ def guarantee(
       options: with a drafter.
       rows: of the batch.
       dtype: of the weights.
+      devices: over which a row lies. Over several no bits are promised, since what is
+        left of a matrix may be a product of XLA's.
 
     Returns:
       "bit-exact": the logits and tokens are those of plain decoding of the same batch,
@@ -43,6 +50,7 @@ def guarantee(
     decode = decode or options.decode.default_implementation(jax.default_backend())
     same = (
         decode == "triton"
+        and devices == 1
         and pointwise.choose(True) == "triton"
         and isinstance(options.decode, Full | StreamingLLM)
         and nodes_triton.takes(rows, nodes, dtype)

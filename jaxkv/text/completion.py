@@ -7,12 +7,14 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
+from jaxkv import sharding
 from jaxkv import state as kv
 from jaxkv.contexts.context import Context
 from jaxkv.generation import Running
 from jaxkv.kernels import prefill as prefill_kernels
 from jaxkv.kernels import shared_slots
 from jaxkv.language_model import LanguageModel
+from jaxkv.runtime.meshes import mesh_of
 from jaxkv.sequences import alternatives
 from jaxkv.shown import brief
 from jaxkv.speculation.counts import DraftStats, draft_stats
@@ -126,7 +128,7 @@ def completion(
     if lm.tokenizer is not None:
         texts = tuple(lm.tokenizer.decode(t, skip_special_tokens=True) for t in tokens)
     options, prompts = plan.options, [len(row) for row in ids]
-    backend = jax.default_backend()
+    backend, mesh = jax.default_backend(), mesh_of(lm.params)
     prefill = options.prefill_implementation or prefill_kernels.choose(
         backend, lm.dtype, length=plan.prompt, head_dim=lm.config.head_dim
     )
@@ -157,7 +159,12 @@ def completion(
             if state.speculation is None
             else draft_stats(
                 *(state.speculation.counts, lengths, prompts),
-                guarantee=guarantee(lm.config, options, rows=len(ids), dtype=lm.dtype),
+                guarantee=guarantee(
+                    *(lm.config, options),
+                    rows=len(ids),
+                    dtype=lm.dtype,
+                    devices=1 if mesh is None else sharding.devices_of_a_row(mesh),
+                ),
             ),
         ),
         logprobs=noted

@@ -82,6 +82,11 @@ def test_what_is_promised_on_a_gpu(options, rows, dtype, config, promised, on_a_
     assert guarantee(config, options, rows=rows, dtype=dtype) == promised
 
 
+def test_over_several_devices_no_bits_are_promised(on_a_gpu):
+    found = guarantee(CONFIG, CHAIN, rows=1, dtype="bfloat16", devices=2)
+    assert found == "exact in float32"
+
+
 def test_without_a_gpu_no_bits_are_promised():
     found = guarantee(CONFIG, CHAIN, rows=1, dtype="bfloat16")
     assert found == "exact in float32"
