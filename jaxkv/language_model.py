@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import importlib.metadata
 import logging
+import operator
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxkv import sharding
+from jaxkv.expected import brief, check_kind, check_path, check_truth
 from jaxkv.fields import check_types
 from jaxkv.identity import Identity, of_network, of_tokenizer
 from jaxkv.models import checkpoint, orbax_copy
@@ -123,6 +125,17 @@ class LanguageModel:
         )
 
 
+def check_model(call: str, lm: Any) -> None:
+    """Raise ValueError for what is no model, such as the name of one.
+
+    Args:
+      call: the function that was called.
+      lm: what it was given.
+    """
+    hint = f"write jaxkv.load({lm!r})" if isinstance(lm, str) else ""
+    check_kind(call, "lm", lm, LanguageModel, "a model from jaxkv.load", hint=hint)
+
+
 def load(
     name: str | os.PathLike[str] = NEEDLE,
     *,
@@ -157,8 +170,10 @@ def load(
       CheckpointError: the checkpoint is missing, damaged, or of an unsupported kind;
         the message names the file, tensor or key.
       ValueError: JAX has no device to put it on, the mesh does not divide it, or
-        `max_positions` is more than the checkpoint was made for.
+        `max_positions` is more than the checkpoint was made for; or an argument is of
+        another kind.
     """
+    check_truth("load", follow_links=follow_links)
     folder = locate(name, revision=revision)
     check_devices()
     if dtype is None and jax.default_backend() == "cpu":
@@ -198,12 +213,13 @@ def limited(config: Config, max_positions: int | None) -> Config:
     """
     if max_positions is None:
         return config
-    if not 1 <= max_positions <= config.max_positions:
+    whole = hasattr(max_positions, "__index__") and not isinstance(max_positions, bool)
+    if not whole or not 1 <= max_positions <= config.max_positions:
         raise ValueError(
             f"max_positions must be between 1 and {config.max_positions}, which the "
-            f"checkpoint was made for, found {max_positions}."
+            f"checkpoint was made for, found {brief(max_positions)}."
         )
-    return dataclasses.replace(config, max_positions=max_positions)
+    return dataclasses.replace(config, max_positions=operator.index(max_positions))
 
 
 def locate(name: str | os.PathLike[str], *, revision: str | None = None) -> Path:
@@ -316,8 +332,10 @@ def save(lm: LanguageModel, folder: str | os.PathLike[str], **options: Any) -> N
       **options: of `jaxkv.models.orbax_copy.save_orbax`.
 
     Raises:
-      ValueError: the model is laid out over a mesh.
+      ValueError: the model is laid out over a mesh, or is none.
     """
+    check_model("save", lm)
+    check_path("save", folder=folder)
     if lm.network.shards != (1, 1):
         raise ValueError(
             f"save: {lm.name} is laid out over a mesh, its columns in another order; "

@@ -8,6 +8,7 @@ import numpy as np
 
 from jaxkv import state as kv
 from jaxkv.contexts.context import Context
+from jaxkv.expected import check_truth
 from jaxkv.fields import MOST_SEED
 from jaxkv.language_model import LanguageModel
 from jaxkv.options import Options
@@ -47,6 +48,7 @@ def shape(
     Raises:
       ValueError: they are no numbers above 0, or at odds with each other.
     """
+    check_truth("Engine", repetition_penalties=limits.repetition_penalties)
     with speaking_of("Engine", "prompt"):
         sizes = {"max_prompt": limits.max_prompt, "budget": limits.budget}
         sizes |= {"max_new_tokens": limits.max_new_tokens} | numbers
@@ -110,6 +112,11 @@ def request(
         keep = _budget(shape.options, limits, budget, context)
         given: dict[str, Any] = dict(budget=keep, new=new, limits=limits)
         if context is None:
+            if arguments.integer("document", document) != 0:
+                raise ValueError(
+                    f"generate: {document=} goes with context=, which holds documents, "
+                    "but there is none; pass the context, or leave the document out."
+                )
             ids = _prompt(lm, shape, prompt, **given)
         else:
             ids = _question(lm, shape, prompt, context, document, **given)
@@ -125,23 +132,39 @@ def request(
         )
 
 
-def prompt_lengths(prompts: Iterable[int] | None, limits: Limits) -> Sequence[int]:
+def alternatives(lm: LanguageModel, number: int | None) -> int | None:
+    """Return how many alternatives to each token are noted, None for nothing.
+
+    Raises:
+      ValueError: there are no so many tokens.
+    """
+    with speaking_of("Engine", "prompt"):
+        return None if number is None else arguments.alternatives(lm, True, number)
+
+
+def lengths(
+    prompts: Iterable[int] | None, limits: Limits, *, draws: bool, idle: bool
+) -> Sequence[int]:
     """Return the lengths of prompts to compile for; None is all that may come.
 
     Raises:
-      ValueError: they are none, no numbers, or beyond those of the engine.
+      ValueError: they are none, no numbers, or beyond those of the engine; or it has
+        requests.
     """
+    check_truth("Engine.warm_up", draws=draws)
+    if not idle:
+        raise ValueError("Engine.warm_up: there are requests; call it before them.")
     most = limits.max_prompt
     if prompts is None:
         return range(1, most + 1)
     with speaking_of("Engine.warm_up", "prompt"):
-        lengths = arguments.integers("prompts", prompts)
-        if not lengths or not 1 <= min(lengths) <= max(lengths) <= most:
+        found = arguments.integers("prompts", prompts)
+        if not found or not 1 <= min(found) <= max(found) <= most:
             raise ValueError(
                 f"generate: prompts= takes lengths between 1 and {most}, the engine's "
-                f"max_prompt, at least one; got {arguments.brief(lengths)}."
+                f"max_prompt, at least one; got {arguments.brief(found)}."
             )
-    return lengths
+    return found
 
 
 def prompt_tokens(request: Request) -> int:

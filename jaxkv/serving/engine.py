@@ -23,7 +23,7 @@ from jaxkv.contexts.context import Context
 from jaxkv.kernels import decode as decode_kernels
 from jaxkv.kernels import prefill as prefill_kernels
 from jaxkv.kernels import window_scores
-from jaxkv.language_model import LanguageModel
+from jaxkv.language_model import LanguageModel, check_model
 from jaxkv.policies.base import DecodePolicy, PrefillPolicy
 from jaxkv.sampling import Categorical, Greedy
 from jaxkv.serving import checks, requests
@@ -105,6 +105,7 @@ class Engine:
         Raises:
           ValueError: options of wrong types, or at odds with each other.
         """
+        check_model("Engine", lm)
         options = arguments.static_options(
             prefill=prefill,
             decode=decode,
@@ -113,9 +114,7 @@ class Engine:
             prefill_implementation=prefill_implementation,
             decode_implementation=decode_implementation,
             scores_implementation=scores_implementation,
-            top_logprobs=None
-            if top_logprobs is None
-            else arguments.alternatives(lm, True, top_logprobs),
+            top_logprobs=checks.alternatives(lm, top_logprobs),
         )
         self.lm, self.rows, self._stall = lm, rows, stall
         self._limits = checks.Limits(
@@ -136,10 +135,8 @@ class Engine:
             penalties=repetition_penalties,
         )
         self._queue, self._places = Queue(), Places(self._board)
-        self._reader, self._flights = (
-            Reader(self._queue, self._board, stall),
-            Flights(Meter()),
-        )
+        self._reader = Reader(self._queue, self._board, stall)
+        self._flights = Flights(Meter())
 
     def warm_up(
         self, *, prompts: Iterable[int] | None = None, draws: bool = True
@@ -153,9 +150,7 @@ class Engine:
         Raises:
           ValueError: there are requests, or prompts of such lengths cannot be.
         """
-        if not self.idle:
-            raise ValueError("Engine.warm_up: there are requests; call it before them.")
-        lengths = checks.prompt_lengths(prompts, self._limits)
+        lengths = checks.lengths(prompts, self._limits, draws=draws, idle=self.idle)
         with jax.transfer_guard("allow"):
             self._board.warm_up(lengths, draws=draws)
 
@@ -228,6 +223,9 @@ class Engine:
 
         Returns:
           Whether it had not ended yet.
+
+        Raises:
+          ValueError: it is no request of this engine.
         """
         return self._queue.cancel(handle)
 
@@ -253,6 +251,7 @@ class Engine:
 
     def stream(self, handle: Handle) -> Iterator[tuple[int, ...]]:
         """Yield a request's new tokens until it ends; all others go on meanwhile."""
+        self._queue.check(handle)
         shown = 0
         while True:
             ended, tokens = handle.result is not None, handle.tokens
@@ -266,6 +265,7 @@ class Engine:
 
     def wait(self, handle: Handle) -> Result:
         """Return how a request ends, after as many steps as it takes."""
+        self._queue.check(handle)
         while handle.result is None:
             requests.check_awaited(handle, idle=self.idle)
             self.step()

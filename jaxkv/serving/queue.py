@@ -4,7 +4,9 @@ import collections
 import itertools
 import threading
 from collections.abc import Callable, Sequence
+from typing import Any
 
+from jaxkv.expected import check_kind
 from jaxkv.serving.requests import Handle, Request
 from jaxkv.text.planning import bucket
 
@@ -35,7 +37,7 @@ class Queue:
     def put(self, request: Request, prompt_tokens: int) -> Handle:
         """Let a request wait behind all others."""
         with self.lock:
-            handle = Handle(self._number, request, prompt_tokens)
+            handle = Handle(self._number, request, prompt_tokens, self)
             self._number += 1
             self._waiting.append(handle)
         return handle
@@ -80,8 +82,25 @@ class Queue:
                 self._waiting.remove(handle)
             return taken, size * len(taken)
 
+    def check(self, handle: Any) -> None:
+        """Raise ValueError for what is no request that was put here.
+
+        What another engine's handles are told here, that engine would tell them, too.
+        """
+        check_kind("Engine", "handle", handle, Handle, "what Engine.submit returns")
+        if handle.queue is not self:
+            raise ValueError(
+                f"Engine: {handle!r} is no request of this engine, but of another one; "
+                "hand it to the engine that it was submitted to."
+            )
+
     def cancel(self, handle: Handle) -> bool:
-        """Note that a request is not wanted any more, unless it has ended."""
+        """Note that a request is not wanted any more, unless it has ended.
+
+        Raises:
+          ValueError: it is no request that was put here.
+        """
+        self.check(handle)
         with self.lock:
             if handle.result is not None or handle in self._dropped:
                 return False

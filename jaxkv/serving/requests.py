@@ -86,11 +86,12 @@ class Handle:
       number: of the request, in the order of submission, from 0.
       request: what was asked.
       prompt_tokens: see `Result`.
+      queue: where it waits or has waited, which tells one engine from another.
     """
 
-    def __init__(self, number: int, request: Request, prompt_tokens: int):
+    def __init__(self, number: int, request: Request, prompt_tokens: int, queue: Any):
         self.number, self.prompt_tokens = number, prompt_tokens
-        self.request = request
+        self.request, self.queue = request, queue
         self._tokens: list[int] = []
         self._logprobs: list[float] = []
         self._top: list[dict[int, float]] = []
@@ -149,8 +150,8 @@ def check_awaited(handle: Handle, *, idle: bool) -> None:
     """
     if idle:
         raise ValueError(
-            f"Engine: {handle!r} is no request of this engine, or was lost in a step "
-            "that was broken off; submit it here."
+            f"Engine: {handle!r} was lost in a step that was broken off; submit it "
+            "again."
         )
 
 

@@ -1,12 +1,12 @@
 """Checks of what callers hand to `jaxkv.generate`, before anything costs time."""
 
 import operator
-import reprlib
 from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 
+from jaxkv.expected import brief, check_truth
 from jaxkv.fields import MOST, MOST_SEED
 from jaxkv.language_model import LanguageModel
 from jaxkv.options import Options
@@ -88,13 +88,6 @@ def is_collection(values: Any) -> TypeGuard[Sequence[Any]]:
     return ordered and hasattr(values, "__len__") and is_iterable(values)
 
 
-def brief(value: Any) -> str:
-    """Return what a value looks like, in one line; an array may be large."""
-    words = reprlib.Repr()
-    words.maxstring = words.maxother = words.maxlong = 60
-    return " ".join(words.repr(value).split())
-
-
 def static_options(**given: Any) -> Options:
     """Return the static options that `generate` was given, None being the default.
 
@@ -161,8 +154,9 @@ def alternatives(lm: Any, logprobs: bool, top_logprobs: int) -> int | None:
     """Return how many alternatives to each token are noted, None for none of them.
 
     Raises:
-      ValueError: there are no such numbers of tokens.
+      ValueError: there are no such numbers of tokens, or `logprobs` is no truth value.
     """
+    check_truth("generate", logprobs=logprobs)
     number = integer("top_logprobs", top_logprobs)
     most = lm.config.vocab_size if isinstance(lm, LanguageModel) else MOST
     if not 0 <= number <= most:
@@ -191,6 +185,7 @@ def stop_ids(lm: LanguageModel, given: Sequence[int] | None) -> np.ndarray:
       ValueError: one that was given is no token id of the model.
     """
     stops = lm.stop_ids if given is None else integers("stop_ids", given)
+    stops = tuple(dict.fromkeys(stops))  # one that is given twice ends rows once
     for stop in () if given is None else stops:
         if not 0 <= stop < lm.config.vocab_size:
             raise ValueError(

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from jaxkv.fields import MOST
-from jaxkv.language_model import LanguageModel
+from jaxkv.language_model import LanguageModel, check_model
 from jaxkv.models.hf import tokenizer as hf_tokenizer
 from jaxkv.text.arguments import (
     TEXTS,
@@ -50,10 +50,7 @@ def encode(lm: LanguageModel, prompts: Prompts, *, behind: bool = False) -> list
     Returns:
       The ids of each prompt, in a list or an array.
     """
-    if not isinstance(lm, LanguageModel):
-        raise ValueError(
-            f"generate: the first argument is a model from jaxkv.load, got {brief(lm)}."
-        )
+    check_model("generate", lm)
     ids = []
     given = _listed(lm, prompts)
     texts = iter(_text_ids(lm, given, behind=behind))

@@ -287,9 +287,27 @@ def test_what_is_broken_off_loses_no_request(monkeypatch):
 def test_what_no_engine_would_end_is_not_waited_for():
     engine, other = Engine(model(), **SMALL), Engine(model(), **SMALL)
     handle = other.submit(prompt(0))
-    for wait in (engine.wait, lambda asked: list(engine.stream(asked))):
-        with pytest.raises(ValueError, match="is no request of this engine"):
-            wait(handle)
+    for ask in (engine.wait, engine.cancel, lambda asked: list(engine.stream(asked))):
+        with pytest.raises(ValueError, match="is no request of this engine, but of an"):
+            ask(handle)
+        with pytest.raises(ValueError, match="takes what Engine.submit returns, got 5"):
+            ask(5)
+    assert engine.step() == [] and other.wait(handle).finish_reason == "length"
+
+
+def test_what_was_lost_is_not_waited_for(monkeypatch):
+    def ctrl_c(*_, **__):
+        raise KeyboardInterrupt
+
+    engine = Engine(model(), **SMALL)
+    handle = engine.submit(prompt(0))
+    with monkeypatch.context() as patch:
+        patch.setattr(Board, "place", ctrl_c)
+        with pytest.raises(KeyboardInterrupt):
+            engine.step()
+    list(engine.run())  # the first token is told of
+    with pytest.raises(ValueError, match="was lost in a step that was broken off"):
+        engine.wait(handle)
 
 
 def test_rows_are_given_away_before_their_last_tokens_are_read():
@@ -334,11 +352,14 @@ def test_no_more_is_read_between_blocks_than_rows_may_wait_for():
         (dict(max_prompt=500, max_new_tokens=13), "more than the 512 positions"),
         (dict(decode=LongFlow()), "LongFlow evicts while decoding and needs a budget"),
         (dict(accept=TopK()), "does nothing without drafts"),
+        (dict(top_logprobs=-1), "Engine: top_logprobs must be between 0"),
+        (dict(repetition_penalties="no"), "repetition_penalties= takes True or False"),
+        (dict(lm="needle"), r"lm= takes a model .*, got 'needle'; write jaxkv\.load"),
     ],
 )
 def test_engines_that_cannot_be(options, said):
     with pytest.raises(ValueError, match=said):
-        Engine(model(), **options)
+        Engine(**{"lm": model()} | options)
 
 
 @pytest.mark.parametrize(
@@ -353,6 +374,8 @@ def test_engines_that_cannot_be(options, said):
         (dict(sampler=print), "sampler= takes Greedy.. or Categorical"),
         (dict(sampler=Categorical(top_p=2.0)), "top_p"),
         (dict(seed=0.5), "seed must be a whole number"),
+        (dict(document=5), "document=5 goes with context=, .* but there is none"),
+        (dict(document="a"), "submit: document must be a whole number, got 'a'"),
         (dict(budget=4), "budget=4 of a request goes with an engine that has a budget"),
     ],
 )
@@ -360,6 +383,12 @@ def test_requests_that_cannot_be(engine, asked, said):
     asked = {"prompt": [1, 2]} | asked
     with pytest.raises(ValueError, match=said):
         engine.submit(asked.pop("prompt"), **asked)
+
+
+def test_a_stop_id_counts_once(engine):
+    handle = engine.submit([1, 2], stop_ids=[3, 3, 4] * 9)
+    assert handle.request.stop_ids == (3, 4) and engine.cancel(handle)
+    assert [event.handle for event in engine.run()] == [handle]
 
 
 def test_samplers_that_the_engine_was_not_made_for():

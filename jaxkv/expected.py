@@ -1,0 +1,62 @@
+"""What public functions were handed, against what they take: refused in one line."""
+
+import os
+import reprlib
+from typing import Any
+
+import numpy as np
+
+TRUTH = (bool, np.bool_)
+PATH = (str, os.PathLike)
+
+
+def brief(value: Any) -> str:
+    """Return what a value looks like, in one line; an array may be large."""
+    words = reprlib.Repr()
+    words.maxstring = words.maxother = words.maxlong = 60
+    return " ".join(words.repr(value).split())
+
+
+def check_kind(
+    call: str,
+    name: str,
+    value: Any,
+    kinds: type | tuple[type, ...],
+    words: str,
+    *,
+    hint: str = "",
+) -> None:
+    """Raise ValueError for an argument that is not of the kind that is expected.
+
+    Args:
+      call: the function that was called.
+      name: of its argument.
+      value: what was given.
+      kinds: as `isinstance` takes them.
+      words: what is expected.
+      hint: what to do, where the words do not say it.
+    """
+    if not isinstance(value, kinds):
+        more = f"; {hint}" if hint else ""
+        raise ValueError(f"{call}: {name}= takes {words}, got {brief(value)}{more}.")
+
+
+def check_truth(call: str, **given: Any) -> None:
+    """Raise ValueError for arguments, by name, that are neither true nor false.
+
+    A number or a word is somebody's mistake: the word "no" is as true as any other.
+    """
+    for name, value in given.items():
+        check_kind(call, name, value, TRUTH, "True or False")
+
+
+def check_text(call: str, **given: Any) -> None:
+    """Raise ValueError for arguments, by name, that are no texts."""
+    for name, value in given.items():
+        check_kind(call, name, value, str, "a text")
+
+
+def check_path(call: str, **given: Any) -> None:
+    """Raise ValueError for arguments, by name, that are no paths."""
+    for name, value in given.items():
+        check_kind(call, name, value, PATH, "a path, as text or a pathlib.Path")
