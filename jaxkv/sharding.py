@@ -31,6 +31,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxkv.expected import brief
 from jaxkv.kernels.per_shard import AXES, COPIES, DATA, MODEL, partition_spec
 from jaxkv.models import layout, placing
 from jaxkv.models.config import Config
@@ -63,16 +64,21 @@ def resolve(mesh: Mesh | str, config: Config) -> Mesh:
       config: of the network.
 
     Raises:
-      ValueError: the words are no mesh, there are too few devices, or it does not
-        divide the network.
+      ValueError: it is no mesh of `make_mesh` and no words for one, there are too few
+        devices, or it does not divide the network.
     """
     if isinstance(mesh, str):
         mesh = make_mesh(**sizes_of(mesh, config, jax.device_count()))
+    if not isinstance(mesh, Mesh) or mesh.axis_names != AXES:
+        raise ValueError(
+            "mesh: expected a mesh from jaxkv.sharding.make_mesh, or words such as "
+            f"data=2,model=4 or auto, got {brief(mesh)}."
+        )
     return for_network(mesh, config)
 
 
 def sizes_of(words: str, config: Config, devices: int) -> dict[str, int]:
-    """Return what `make_mesh` takes, for words as `resolve` takes them.
+    """Return what `make_mesh` takes, for words as `resolve` takes them; both sizes.
 
     Args:
       words: see `resolve`.
@@ -86,9 +92,9 @@ def sizes_of(words: str, config: Config, devices: int) -> dict[str, int]:
         model = max(n for n in _fitting(config, devices) if devices % n == 0)
         return dict(data=devices // model, model=model)
     pairs = [part.strip().partition("=") for part in words.split(",")]
-    sizes = {name: int(size) for name, _, size in pairs if size.isdecimal()}
-    known = sizes.keys() <= {DATA, MODEL} and all(sizes.values())
-    if not known or len(sizes) < len(pairs):
+    named = {name: int(size) for name, _, size in pairs if size.isdecimal()}
+    sizes = {DATA: 1, MODEL: 1} | named
+    if len(sizes) > 2 or not all(sizes.values()) or len(named) < len(pairs):
         raise ValueError(
             f"mesh: expected auto, or numbers of devices such as data=2,model=4, got "
             f"{words!r}."

@@ -90,7 +90,7 @@ def mesh_for(config: Config, words: str, devices: int) -> AbstractMesh:
       ValueError: as `sharding.resolve` does.
     """
     sizes = sharding.sizes_of(words, config, devices)
-    data, model = (sizes.get(axis, 1) for axis in (DATA, MODEL))
+    data, model = sizes[DATA], sizes[MODEL]
     sharding.check(config, AbstractMesh((data, model, 1), AXES))
     heads = min(model, config.num_kv_heads)
     return AbstractMesh((data, heads, model // heads), AXES)

@@ -5,14 +5,17 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from jaxkv.cli import flags, prompts
 from jaxkv.cli.generate import Sampling
 from jaxkv.contexts.context import Context
-from jaxkv.language_model import LanguageModel
+from jaxkv.language_model import LanguageModel, locate, read_config
 from jaxkv.options import described
 from jaxkv.serving.engine import Engine
 from jaxkv.serving.feeding import Outcome, answers
 from jaxkv.serving.lines import Line
+from jaxkv.sharding import sizes_of
 from jaxkv.tasks.records import read_record
 from jaxkv.text.arguments import stop_ids
 from jaxkv.text.planning import row_budgets
@@ -62,12 +65,20 @@ class Job:
     @property
     def settings(self) -> dict[str, Any]:
         """What answers depend on, by flags, ready for JSON."""
-        fields = ("model", "dtype", "mesh", "max_prompt", "seed", "chat", "system")
-        told = {name: getattr(self, name) for name in fields}
+        fields = ("model", "dtype", "max_prompt", "seed", "chat", "system")
+        told = {name: getattr(self, name) for name in fields} | {"mesh": self._sizes}
         told |= {"context": self.context and str(self.context)}
         told |= {"document": self.document}
         told |= dataclasses.asdict(self.sampling) | described(self.arguments)
         return {f"--{name.replace('_', '-')}": value for name, value in told.items()}
+
+    @property
+    def _sizes(self) -> dict[str, int] | None:
+        """The sizes of the mesh, which may be said in several words."""
+        if self.mesh is None:
+            return None
+        config = read_config(locate(flags.model_name(self.model, self.context)))
+        return sizes_of(self.mesh, config, jax.device_count())
 
 
 class Answerer:

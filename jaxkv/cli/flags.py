@@ -163,6 +163,13 @@ def load_model(
     return load(model, dtype=dtype, follow_links=follow_links, mesh=mesh)
 
 
+def model_name(model: str | None, folder: Path | None) -> str:
+    """Return the model of the flags, else that of the context, else needle."""
+    if model is None and folder is not None:
+        return read_identity(folder).name
+    return model or NEEDLE
+
+
 def load_model_and_context(
     model: str | None,
     dtype: str | None,
@@ -185,17 +192,15 @@ def load_model_and_context(
     Raises:
       ValueError: they do not go together.
     """
-    if folder is None:
-        if document:
-            raise ValueError("--document does nothing without --context.")
-        lm = load_model(model or NEEDLE, dtype, follow_links=follow_links, mesh=mesh)
-        return lm, None
-    identity = read_identity(folder)
+    if folder is None and document:
+        raise ValueError("--document does nothing without --context.")
+    if folder is not None:
+        dtype = dtype or read_identity(folder).dtype
     lm = load_model(
-        *(model or identity.name, dtype or identity.dtype),
-        follow_links=follow_links,
-        mesh=mesh,
+        model_name(model, folder), dtype, follow_links=follow_links, mesh=mesh
     )
+    if folder is None:
+        return lm, None
     context = load_context(folder, lm)
     if document >= len(context):
         raise ValueError(

@@ -35,7 +35,8 @@ def read(path):
 def test_a_file_is_answered_and_gone_on_with(jaxkv_, tiny, tiny_lm, lines, tmp_path):
     out = tmp_path / "out.jsonl"
     command = ["batch", lines, out, tiny, *FLAGS, "--ordered"]
-    err = jaxkv_(*command)
+    meshes = "--mesh=model=1, data=1", "--mesh=auto"  # two words for one mesh
+    err = jaxkv_(*command, meshes[0])
     assert err[:2] == (2, "")
     *said, last = err[2].splitlines()
     assert "3 of 11 lines of" in last and "Traceback" not in err[2]
@@ -58,10 +59,10 @@ def test_a_file_is_answered_and_gone_on_with(jaxkv_, tiny, tiny_lm, lines, tmp_p
     # Killed in the middle of a line, and the command once more.
     kept = out.read_bytes().splitlines(keepends=True)
     out.write_bytes(b"".join(kept[:5]) + kept[5][:9])
-    assert jaxkv_(*command)[0] == 2
+    assert jaxkv_(*command, meshes[1])[0] == 2
     assert read(out) == whole
     error = jaxkv_.error(*command, "--seed=1")
-    assert "other settings (--seed);" in error
+    assert "other settings (--mesh, --seed);" in error
 
 
 def test_a_share_of_each_prompt_may_be_removed(jaxkv_, tiny, tmp_path):

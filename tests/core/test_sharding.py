@@ -265,6 +265,18 @@ def test_words_that_are_no_mesh():
         sharding.resolve("model=0", CONFIG)
     with pytest.raises(ValueError, match="takes 64 devices, but there are"):
         sharding.resolve("data=64", CONFIG)
+    with pytest.raises(ValueError, match=r"expected a mesh from .*, got 5"):
+        sharding.resolve(5, CONFIG)
+    with pytest.raises(ValueError, match="expected a mesh from"):
+        sharding.resolve(jax.make_mesh((1,), ("x",)), CONFIG)
+
+
+def test_words_in_any_order_are_one_mesh():
+    sizes = {
+        tuple(sharding.sizes_of(words, CONFIG, 2).items())
+        for words in ("data=2,model=1", "model=1, data=2", "data=2")
+    }
+    assert sizes == {(("data", 2), ("model", 1))}
 
 
 def test_what_is_laid_out_is_not_saved(tmp_path):
