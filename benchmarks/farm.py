@@ -4,11 +4,11 @@
     python benchmarks/farm.py JOBS LOGS --gpus 0 --per-gpu 2
 
 A line of JOBS is a shell command; it may begin with a time in seconds that it is
-thought to take, and `# ` begins a comment. The longest start first. A job sees one GPU
-and its share of that GPU's memory. Its output is LOGS/NUMBER.log, and LOGS/farm.json
-says of each how it ended. Nothing starts that would not end in time; a job that has not
-ended by then is stopped. Commands of `jaxkv eval` go on from what their folders hold,
-so that the same jobs can be run again.
+thought to take, and `# ` begins a comment. The longest start first, on one GPU after
+the other. A job sees one GPU and its share of that GPU's memory. Its output is
+LOGS/NUMBER.log, and LOGS/farm.json says of each how it ended. Nothing starts that would
+not end in time; a job that has not ended by then is stopped. Commands of `jaxkv eval`
+go on from what their folders hold, so that the same jobs can be run again.
 """
 
 import os
@@ -131,7 +131,7 @@ def main(
     """Run many commands side by side on the GPUs of one machine."""
     logs.mkdir(parents=True, exist_ok=True)
     share = 0.9 / per_gpu
-    places = [Place(gpu, share) for gpu in gpus.split(",") for _ in range(per_gpu)]
+    places = [Place(gpu, share) for _ in range(per_gpu) for gpu in gpus.split(",")]
     ends = run(read(jobs), places, logs, seconds)
     for end in ends:
         print(f"{end['end']!s:>12} {end.get('seconds', 0):7.1f} s  {end['command']}")

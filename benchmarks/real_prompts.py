@@ -11,14 +11,12 @@ programs compile before any is timed; with `--lock` several processes compile si
 side, and are timed one after the other.
 """
 
-import contextlib
-import fcntl
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import typer
+from turns import Lock, alone
 
 import jaxkv
 from jaxkv import registry
@@ -37,16 +35,6 @@ Out = Annotated[Path, typer.Option(help="File for the result.")]
 Batch = Annotated[str, typer.Option(help="Rows, with commas.")]
 Length = Annotated[int, typer.Option(help="Tokens of a prompt.")]
 Repeats = Annotated[int, typer.Option(help="Timed calls of each variant.")]
-Lock = Annotated[Path | None, typer.Option(help="A file that processes wait for.")]
-
-
-@contextlib.contextmanager
-def alone(lock: Path | None) -> Iterator[None]:
-    """Wait until no other process is timed."""
-    with open(lock, "w") if lock else contextlib.nullcontext() as file:
-        if file is not None:
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def drawn_prompts(lm: jaxkv.LanguageModel, rows: int, length: int) -> list[list[int]]:
