@@ -119,15 +119,15 @@ def gate_with(gate, up):
 
 
 @triton.jit
-def scale_by(x, norm_ptr, squares):
+def scale_by(x, weight, squares):
     """Return a tile times the weight of its norm, and the squares with it added.
 
     The tensor cores square, since they have an order that no layout changes: a row's
     sum stands where it meets itself.
     """
-    weight = tl.load(norm_ptr + tl.arange(0, x.shape[1])).to(tl.float32)
     squares = tl.dot(x, tl.trans(x), squares)
-    return (x.to(tl.float32) * weight[None, :]).to(x.dtype), squares
+    scaled = x.to(tl.float32) * weight.to(tl.float32)[None, :]
+    return scaled.to(x.dtype), squares
 
 
 @triton.jit
@@ -165,7 +165,7 @@ def multiply_pair(
     real = (rows < ROWS)[:, None]
     more = (rows + ROW_TILE < ROWS)[:, None]
     x_ptr += rows[:, None] * DEPTH + depth[None, :]
-    norm_ptr += part * SHARE
+    norm_ptr += part * SHARE + tl.arange(0, BLOCK_DEPTH)
     weight_ptr += depth[:, None].to(tl.int64) * WIDTH + columns[None, :]
     one = tl.zeros([ROW_TILE, columns.shape[0]], tl.float32)
     other = tl.zeros([ROW_TILE, columns.shape[0]], tl.float32)
@@ -173,10 +173,16 @@ def multiply_pair(
     second_one = tl.zeros([ROW_TILE, columns.shape[0]], tl.float32)
     second_other = tl.zeros([ROW_TILE, columns.shape[0]], tl.float32)
     second_squares = tl.zeros([ROW_TILE, ROW_TILE], tl.float32)
+    # So few numbers are not fetched ahead by Triton; a tile would wait for them.
+    if NORM:
+        norm = tl.load(norm_ptr)
     for start in range(0, SHARE, BLOCK_DEPTH):
         x = tl.load(x_ptr + start, real, other=0.0)
         if NORM:
-            x, squares = scale_by(x, norm_ptr + start, squares)
+            norm_ptr += BLOCK_DEPTH
+            there = start + BLOCK_DEPTH + tl.arange(0, BLOCK_DEPTH) < SHARE
+            coming = tl.load(norm_ptr, there, other=0.0)
+            x, squares = scale_by(x, norm, squares)
         of_one = tl.load(weight_ptr)
         one = tl.dot(x, of_one, one)
         of_other = tl.load(weight_ptr + APART)
@@ -184,9 +190,11 @@ def multiply_pair(
         if ROW_TILES == 2:
             x = tl.load(x_ptr + ROW_TILE * DEPTH + start, more, other=0.0)
             if NORM:
-                x, second_squares = scale_by(x, norm_ptr + start, second_squares)
+                x, second_squares = scale_by(x, norm, second_squares)
             second_one = tl.dot(x, of_one, second_one)
             second_other = tl.dot(x, of_other, second_other)
+        if NORM:
+            norm = coming
         weight_ptr += BLOCK_DEPTH * WIDTH
     first = one, other, diagonal(squares)
     return first, (second_one, second_other, diagonal(second_squares))
