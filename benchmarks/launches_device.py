@@ -6,20 +6,30 @@ Whole steps of LongFlow at 3,200 slots, random bfloat16 weights, in one process,
 old and new are timed on one warm machine: layers launch by launch ("triton") or "fused"
 (`kernels/block.py`). Before, the fused operations are held against those launch by
 launch, and rows among others against the same row alone, bit for bit.
+
+    python benchmarks/launches_device.py tiles.json --shapes qwen3-1.7b --batch 1,8 \
+        --layers 8 --ways triton,fused,deep,narrow,half,two,thin
+
+Other ways than these two are "fused" with other tiles (`CHANGES`), and are checked
+likewise. With `--layers` the step has fewer of them, and compiles sooner.
 """
 
+import contextlib
 import dataclasses
 import gc
-import itertools
 import pathlib
+import time
+from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import typer
 
 from jaxkv.bench import clock, decode_step
-from jaxkv.kernels import block
+from jaxkv.kernels import block, block_triton, project_triton
+from jaxkv.kernels.project_triton import Tiles
 from jaxkv.models.config import Config
 from jaxkv.models.decoder import Decoder, random_parameters
 from jaxkv.models.public_shapes import SHAPES
@@ -27,17 +37,62 @@ from jaxkv.options import Options
 from jaxkv.policies.longflow import LongFlow
 from jaxkv.provenance import provenance, write_json
 
-SMOLLM2 = Config(
-    vocab_size=49_152,
-    hidden_size=576,
-    intermediate_size=1536,
-    num_layers=30,
-    num_heads=9,
-    num_kv_heads=3,
-    head_dim=64,
-    tied=True,
-)
 BUDGET = 3200
+# What a way cuts otherwise than "fused": of heads, of what is added, of gates.
+CHANGES: dict[str, dict[str, dict[str, int]]] = {
+    # Half as many rounds, and the norm's weights come four bytes a thread.
+    "deep": {"gates": dict(depth=256), "heads": dict(depth=256)},
+    # Sums that are not shared out need no joining.
+    "narrow": {"adds": dict(block=16, parts=1, depth=256)},
+    # Two parts to be joined instead of four.
+    "half": {"adds": dict(block=32, parts=2, depth=128)},
+    "two": {"heads": dict(parts=2), "adds": dict(block=32, parts=2, depth=128)},
+    # More programs than processors.
+    "thin": {"gates": dict(block=32)},
+    # All that seems to help.
+    "deep+narrow": {
+        "gates": dict(depth=256),
+        "heads": dict(depth=256),
+        "adds": dict(block=16, parts=1, depth=256),
+    },
+}
+
+
+def changed(
+    tiles: Tiles, changes: dict[str, int], rows: int, depth: int, of_column: int
+) -> Tiles:
+    """Return tiles with changes, as far as shared memory lets them fetch ahead."""
+    tiles = dataclasses.replace(tiles, **changes)
+    while depth // tiles.parts % tiles.depth:
+        tiles = dataclasses.replace(tiles, depth=tiles.depth // 2)
+    width = tiles.block * of_column + project_triton.padded(rows)
+    stages = project_triton.shared_memory() // (2 * tiles.depth * width)
+    return dataclasses.replace(tiles, stages=max(2, min(4, stages)))
+
+
+@contextlib.contextmanager
+def cut(way: str) -> Iterator[str]:
+    """Let "fused" use the tiles of a way; the name of the implementation comes out."""
+    changes = CHANGES.get(way, {})
+    of_block, of_gates = block_triton.choose_tiles, project_triton.choose_tiles
+
+    def choose_block(rows, depth, columns, *, pairs=0, **sizes):
+        tiles = of_block(rows, depth, columns, pairs=pairs, **sizes)
+        found = changes.get("heads" if pairs else "adds")
+        return changed(tiles, found, rows, depth, 1) if found else tiles
+
+    def choose_gates(rows, depth, columns, *, gated=False, **sizes):
+        tiles = of_gates(rows, depth, columns, gated=gated, **sizes)
+        found = changes.get("gates") if gated else None
+        return changed(tiles, found, rows, depth, 2) if found else tiles
+
+    jax.clear_caches()  # which know nothing of tiles
+    with (
+        mock.patch.object(block_triton, "choose_tiles", choose_block),
+        mock.patch.object(project_triton, "choose_tiles", choose_gates),
+    ):
+        yield "fused" if way in CHANGES else way
+    jax.clear_caches()
 
 
 def check(config: Config) -> list[str]:
@@ -93,47 +148,86 @@ def main(
     shapes: str = "smollm2-135m,qwen3-1.7b,qwen3-8b",
     batch: str = "1,8,32",
     ways: str = "triton,fused",
+    layers: int | None = None,
     steps: int = 64,
     repeats: int = 5,
     profile: bool = True,
+    seconds: float = 600.0,
 ) -> None:
-    """Time steps, in milliseconds, per shape, batch and way, each from a new cache."""
+    """Time steps, in milliseconds, per shape, batch and way, each from a new cache.
+
+    What is not begun after `seconds` is left out. A way that fails says why.
+    """
+    deadline = time.perf_counter() + seconds
     bandwidth = clock.copy_bandwidth(1 << 30)
     report: dict[str, Any] = provenance() | dict(copy=bandwidth, rows=[])
-    options = Options(budget=BUDGET, decode=LongFlow())
-    failures: list[str] = []
+    report |= dict(changes=CHANGES, failures={})
     for shape in shapes.split(","):
-        config = SMOLLM2 if shape == "smollm2-135m" else SHAPES[shape]
-        if jax.default_backend() == "gpu":
-            failures += check(config)
+        config = SHAPES[shape]
+        if layers:
+            config = dataclasses.replace(config, num_layers=layers)
         params = random_parameters(config, jax.random.key(0), jnp.bfloat16)
-        for rows, way in itertools.product(map(int, batch.split(",")), ways.split(",")):
-            timing = decode_step.time_decode(
-                Decoder(config, implementation=way),
-                params,
-                batch=rows,
-                context=BUDGET,
-                steps=steps,
-                repeats=repeats,
-                options=options,
-                bandwidth=bandwidth,
-                profile=profile,
-            )
-            row = dict(shape=shape, way=way) | dataclasses.asdict(timing)
-            report["rows"].append(row)
-            write_json(out, report | dict(failures=failures))
-            print(
-                f"{shape} {rows} {way}: {timing.step_ms:.4f} ms, "
-                f"{timing.ratio_to_floor:.3f} x floor",
-                flush=True,
-            )
-            for name, kernel in timing.kernels.items():
-                print(f"  {name}: {kernel.us:.1f} us, {kernel.launches:.0f} launches")
-            gc.collect()
+        for way in ways.split(","):
+            with cut(way) as how:
+                if jax.default_backend() == "gpu" and how == "fused":
+                    found = attempt(check, config)
+                    if found:
+                        report["failures"][f"{shape}, {way}"] = found
+                for rows in map(int, batch.split(",")):
+                    if time.perf_counter() > deadline:
+                        break
+                    row = attempt(
+                        *(time_way, config, how, params, rows, bandwidth),
+                        **dict(steps=steps, repeats=repeats, profile=profile),
+                    )
+                    if isinstance(row, str):
+                        report["failures"][f"{shape}, {way}, {rows}"] = row
+                    else:
+                        row = dict(shape=shape, way=way, layers=config.num_layers) | row
+                        report["rows"].append(row)
+                        show(row)
+                    write_json(out, report)
+                    gc.collect()
         del params
         gc.collect()
-    if failures:
-        raise SystemExit("FAILED\n" + "\n".join(failures))
+    if report["failures"]:
+        raise SystemExit(f"FAILED\n{report['failures']}")
+
+
+def attempt(function: Any, *arguments: Any, **options: Any) -> Any:
+    """Return what a function does, or why it does not."""
+    try:
+        return function(*arguments, **options)
+    except Exception as error:  # other ways go on
+        return f"{type(error).__name__}: {str(error)[:400]}"
+
+
+def time_way(
+    config: Config, how: str, params: Any, rows: int, bandwidth: float, **options: Any
+) -> dict[str, Any]:
+    """Time one way at one batch size."""
+    timing = decode_step.time_decode(
+        Decoder(config, implementation=how),
+        params,
+        batch=rows,
+        context=BUDGET,
+        options=Options(budget=BUDGET, decode=LongFlow()),
+        bandwidth=bandwidth,
+        **options,
+    )
+    return dataclasses.asdict(timing)
+
+
+def show(row: dict[str, Any]) -> None:
+    """Print a row."""
+    print(
+        f"{row['shape']} {row['batch']} {row['way']}: {row['step_ms']:.4f} ms, "
+        f"{row['ratio_to_floor']:.3f} x floor, "
+        f"{1e3 * row['step_ms'] / row['layers']:.1f} us a layer",
+        flush=True,
+    )
+    for name, kernel in row["kernels"].items():
+        print(f"  {name}: {kernel['us']:.1f} us, {kernel['launches']:.0f} launches")
 
 
 if __name__ == "__main__":

@@ -44,6 +44,7 @@ PARAMETERS = {  # of the Hub's model cards
     "glm-4-9b": 9_400_279_040,  # this and what follows: of transformers' networks
     "seed-oss-36b": 36_151_104_512,
     "granite-3.1-8b": 8_170_848_256,
+    "smollm2-135m": 134_515_008,
     "smollm3-3b": 3_075_098_624,
     "phi-4-mini": 3_836_021_760,
 }
