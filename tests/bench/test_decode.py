@@ -271,6 +271,36 @@ def test_kernels_of_a_trace(monkeypatch):
     assert kernels["copy"] == kernel_trace.Kernel(us=0.5, launches=0.5)
 
 
+def test_a_timeline_says_when_the_first_device_was_idle(monkeypatch):
+    def event(name, begin, end, grid):
+        details = {"kernel_details": f"regs:32 grid:{grid},1,1 block:128,1,1"}
+        return types.SimpleNamespace(
+            name=name, start_ns=begin, duration_ns=end - begin, stats=details.items()
+        )
+
+    lines = [
+        types.SimpleNamespace(
+            name="Stream #1",
+            events=[event("product", 1e3, 3e3, 64), event("product", 4e3, 7e3, 96)],
+        ),
+        types.SimpleNamespace(name="Stream #2", events=[event("sum", 2e3, 3500, 1)]),
+    ]
+    other = [types.SimpleNamespace(name="Stream #1", events=[event("x", 0, 9e3, 1)])]
+    planes = [
+        types.SimpleNamespace(name="/device:GPU:0", lines=lines),
+        types.SimpleNamespace(name="/device:GPU:1", lines=other),
+    ]
+    profile = types.SimpleNamespace(planes=planes)
+    monkeypatch.setattr(jax.profiler.ProfileData, "from_file", lambda file: profile)
+    line, _ = kernel_trace.trace_timeline(lambda: jnp.ones(2), 2)
+    assert (line.span_us, line.idle_us) == (3, 0.25)
+    assert line.kernels == {
+        "product grid:96,1,1": kernel_trace.Kernel(us=1.5, launches=0.5),
+        "product grid:64,1,1": kernel_trace.Kernel(us=1, launches=0.5),
+        "sum grid:1,1,1": kernel_trace.Kernel(us=0.75, launches=0.5),
+    }
+
+
 def test_compile_json(run, tiny_shape):
     result = run(
         *("compile", "--shape", "qwen3-8b", "--prompt", 60, "--new", 8, "--json")
