@@ -22,6 +22,7 @@ Not supported: cutting the slots or the layers.
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -295,13 +296,17 @@ def random_parameters(
     keys = jax.random.split(key, len(jax.tree.leaves(shapes)))
     keys = jax.tree.unflatten(jax.tree.structure(shapes), list(keys))
 
-    def draw(path, leaf, where, key):
+    @functools.cache  # one program serves all layers
+    def maker(shape, norm, where):
         def make(key):
-            if path[-1].key.endswith("norm"):
-                return jnp.ones(leaf.shape, dtype)
-            return 0.02 * jax.random.normal(key, leaf.shape, dtype)
+            if norm:
+                return jnp.ones(shape, dtype)
+            return 0.02 * jax.random.normal(key, shape, dtype)
 
-        return jax.jit(make, out_shardings=where)(key)
+        return jax.jit(make, out_shardings=where)
+
+    def draw(path, leaf, where, key):
+        return maker(leaf.shape, path[-1].key.endswith("norm"), where)(key)
 
     params = jax.tree_util.tree_map_with_path(
         draw, shapes, parameter_shardings(shapes, mesh), keys
