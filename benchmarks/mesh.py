@@ -94,7 +94,10 @@ class Report:
             for key in keys if one and "error" not in row else ():
                 if key in row:
                     row["ratio_to_one_device"] = row[key] / one[key]
-                    named = {k: row.get(k) for k in ("what", "method", "data", "model")}
+                    named = {
+                        k: row.get(k)
+                        for k in ("way", "what", "method", "data", "model")
+                    }
                     print(named, row["batch"], row["ratio_to_one_device"])
         self._write()
 
