@@ -14,8 +14,10 @@ template. Each output has `--new` tokens, stop ids or not. Variants of a batch:
 * `never`: told that all do, so that drafts are watched and never fed;
 * `failing`: `auto` with drafts of which each token is changed to another one.
 
-A first round compiles and measures, and is left out. Then the variants take turns, and
-each is compared with `plain` of its own round, since a machine has other work at times.
+A first round compiles, another measures prices, and both are left out. Then the
+variants take turns, and each is compared with `plain` of its own round, since a machine
+has other work at times. With `--lock` several processes compile side by side on one
+GPU, and measure one after the other.
 Where it has much, the processor's time says more than the clock: of all threads of the
 process, prefill included (`work_against_plain`). On a GPU it means nothing.
 """
@@ -32,6 +34,7 @@ import numpy as np
 import typer
 from real_prompts import drawn_prompts
 from speculation_prompts import chosen_prompts
+from turns import Lock, alone, forget_prices
 
 import jaxkv
 from jaxkv.options import described
@@ -94,6 +97,7 @@ def rounds(
     *,
     repeats: int,
     warm: int,
+    lock: Path | None,
     **arguments: Any,
 ) -> tuple[list[Round], dict[jaxkv.Drafter, pricing.Prices]]:
     """Return what each variant gives in each round, and the prices of each drafter."""
@@ -112,11 +116,15 @@ def rounds(
     for name in names:
         drafter, prices = VARIANTS[name]
         if prices is None:
-            for _ in range(warm):
-                call(name)
+            call(name)
             if drafter:
                 found[drafter] = pricing.LEDGER.known()[-1]
-    return [{name: call(name) for name in names} for _ in range(repeats)], found
+    with alone(lock):
+        forget_prices()
+        for name in names:
+            for _ in range(warm if VARIANTS[name][1] is None else 0):
+                call(name)
+        return [{name: call(name) for name in names} for _ in range(repeats)], found
 
 
 def summary(
@@ -163,7 +171,8 @@ def main(
     new: Annotated[int, typer.Option(help="Tokens of each output.")] = 256,
     variants: Annotated[str, typer.Option(help="With commas.")] = ",".join(VARIANTS),
     repeats: Annotated[int, typer.Option(help="Rounds that count.")] = 3,
-    warm: Annotated[int, typer.Option(help="Calls before; each may measure.")] = 1,
+    warm: Annotated[int, typer.Option(help="Calls that measure, before.")] = 1,
+    lock: Lock = None,
     dtype: Annotated[str | None, typer.Option(help="Default: the device's.")] = None,
 ) -> None:
     """Measure, print a line for each variant, and write JSON."""
@@ -177,6 +186,7 @@ def main(
         "variants": {n: described({"speculate": VARIANTS[n][0]}) for n in names},
     }
     counts: dict[str, Any] = dict(max_new_tokens=new, repeats=repeats, warm=warm)
+    counts |= dict(lock=lock)
     rows: list[dict[str, Any]] = []
     for size in map(int, batch.split(",")):
         for kind in kinds.split(",") if file else ["documentation"]:

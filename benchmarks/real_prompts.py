@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
-from turns import Lock, alone
+from turns import Lock, alone, forget_prices
 
 import jaxkv
 from jaxkv import registry
@@ -68,7 +68,10 @@ def timed(
         call(arguments)
     rows = []
     with alone(lock):
+        forget_prices()
         for name, arguments in variants.items():
+            if "speculate" in arguments:
+                call(arguments)
             outs = [call(arguments) for _ in range(repeats)]
             stats = [out.stats for out in outs]
             drafts = stats[0].drafts
@@ -86,11 +89,23 @@ def timed(
                     ),
                     "cache_bytes": stats[0].cache_bytes,
                     "mal": drafts and drafts.mal_with_bonus,
+                    "steps": drafts and drafts.steps,
+                    "steps_with_draft": drafts and drafts.steps_with_draft,
                     "compile_seconds": sum(s.compile_seconds for s in stats),
                 }
             )
             print(rows[-1], flush=True)
     return rows
+
+
+def drafter_of(name: str) -> jaxkv.Drafter:
+    """Return a drafter by its kind and how many tokens it drafts."""
+    kind, _, count = name.partition(":")
+    if kind == "lookup":
+        return jaxkv.PromptLookup(num_draft_tokens=int(count))
+    if kind == "tree":
+        return jaxkv.Tree(num_draft_tokens=int(count), depth=min(10, int(count)))
+    raise SystemExit(f"real_prompts: --drafts takes tree:N and lookup:N, got {name}.")
 
 
 @app.command()
@@ -101,6 +116,9 @@ def table(
     length: Length = 4096,
     new: Annotated[int, typer.Option(help="Tokens of each output.")] = 256,
     budget: Annotated[int, typer.Option(help="Of prompt and output.")] = 1024,
+    drafts: Annotated[
+        str, typer.Option(help="As tree:15,lookup:10: how many tokens; or by batch.")
+    ] = "",
     repeats: Repeats = 3,
     lock: Lock = None,
 ) -> None:
@@ -109,22 +127,15 @@ def table(
     rows, used = [], {}
     for size in map(int, batch.split(",")):
         nodes = max(4, 16 // max(1, size // 4))
-        draft = {
-            "speculate": jaxkv.Tree(
-                num_draft_tokens=nodes - 1, depth=min(10, nodes - 1)
-            )
-        }
         evict: dict[str, Any] = {
             "budget": budget,
             "prefill": jaxkv.DapQ(),
             "decode": jaxkv.LongFlow(),
         }
-        variants = {
-            "plain": {},
-            "eviction": evict,
-            "speculation": draft,
-            "both": evict | draft,
-        }
+        variants: dict[str, dict[str, Any]] = {"plain": {}, "eviction": evict}
+        for name in (drafts or f"tree:{nodes - 1}").split(","):
+            draft = {"speculate": drafter_of(name)}
+            variants |= {f"speculation, {name}": draft, f"both, {name}": evict | draft}
         used[size] = {name: described(v) for name, v in variants.items()}
         prompts = drawn_prompts(lm, size, length)
         rows += timed(lm, prompts, variants, new=new, repeats=repeats, lock=lock)

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from jaxkv.text import pricing
+
 Lock = Annotated[Path | None, typer.Option(help="A file that processes wait for.")]
 
 
@@ -18,3 +20,12 @@ def alone(lock: Path | None) -> Iterator[None]:
         if file is not None:
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def forget_prices() -> None:
+    """Let the coming generations time their steps again.
+
+    What others on the GPU did in between must not decide whether drafts are fed.
+    """
+    for prices in pricing.LEDGER.known():
+        prices.timed.clear()
