@@ -10,7 +10,8 @@ compile.
 Every variant gets the same prompts in the same order; its first batch runs twice, since
 the first call compiles. What a step with drafts costs is a constant here, so that
 acceptance does not depend on the machine; `drafts_auto.py` has what is measured. A
-variant is on the disk as soon as it is measured.
+variant is on the disk as soon as it is measured. With `--lock` processes compile side
+by side on one GPU and are timed in turns.
 
 Quality is what the network itself says of an output (`log_likelihood`, nats a token,
 mean over tokens, all in one pass over prompt and output), and how much of plain
@@ -28,6 +29,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 from speculation_needle import differences, drafts_of
+from turns import Lock, alone
 
 import jaxkv
 from jaxkv.evaluation.likelihood import losses
@@ -188,6 +190,7 @@ def measure(
     batch: int,
     new: int,
     plain: list[tuple[int, ...]] | None,
+    lock: Path | None = None,
     **arguments: Any,
 ) -> tuple[dict[str, Any], list[tuple[int, ...]]]:
     """Generate for all prompts, and return what it came to, and the tokens."""
@@ -195,12 +198,13 @@ def measure(
     jaxkv.generate(lm, groups[0], max_new_tokens=new, **arguments)
     tokens: list[tuple[int, ...]] = []
     stats, wall = [], 0.0
-    for group in groups:
-        begin = time.perf_counter()
-        out = jaxkv.generate(lm, group, max_new_tokens=new, **arguments)
-        wall += time.perf_counter() - begin - out.stats.compile_seconds
-        stats.append(out.stats)
-        tokens += out.tokens
+    with alone(lock):
+        for group in groups:
+            begin = time.perf_counter()
+            out = jaxkv.generate(lm, group, max_new_tokens=new, **arguments)
+            wall += time.perf_counter() - begin - out.stats.compile_seconds
+            stats.append(out.stats)
+            tokens += out.tokens
     decoded = sum(len(row) for row in tokens) - len(tokens)
     seconds = sum(s.decode_seconds for s in stats)
     mean, half = log_likelihood(lm, prompts, tokens)
@@ -240,6 +244,7 @@ def main(
         bool, typer.Option(help="Prompts that none report.")
     ] = False,
     dtype: Annotated[str | None, typer.Option(help="Default: the device's.")] = None,
+    lock: Lock = None,
 ) -> None:
     """Measure, print a line per variant, and write JSON."""
     lm = jaxkv.load(model, dtype=dtype)
@@ -268,6 +273,7 @@ def main(
                     batch=size,
                     new=new,
                     plain=plain,
+                    lock=lock,
                     **arguments,
                 )
                 if name == "plain":
