@@ -10,7 +10,7 @@ import typer
 from jaxkv.cli import flags, parsing
 from jaxkv.cli.progress import shown
 from jaxkv.cli.sweep import print_markdown
-from jaxkv.evaluation import digests, position_study
+from jaxkv.evaluation import digests, perplexity, position_study
 from jaxkv.evaluation.folder import check_writable
 from jaxkv.evaluation.methods import parse_budgets
 from jaxkv.evaluation.position_study import Study
@@ -21,9 +21,12 @@ from jaxkv.evaluation.questions import (
     RETRIEVAL,
     Cell,
     draw_questions,
+    of_text,
 )
 from jaxkv.language_model import NEEDLE
 from jaxkv.provenance import provenance, write_json
+
+TASK = "niah_multikey_uuid"
 
 app = typer.Typer(help="Look into a model.")
 
@@ -39,8 +42,16 @@ def _study(context: typer.Context) -> None:
 def positions(
     model: flags.Model = NEEDLE,
     task: Annotated[
-        str, typer.Option(help="What the prompts are made of.")
-    ] = "niah_multikey_uuid",
+        str | None,
+        typer.Option(help=f"What the prompts are made of; default: {TASK}."),
+    ] = None,
+    text: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Windows of this file instead of a task; may be repeated. "
+            f"{perplexity.PYDOC}: Python's own documentation."
+        ),
+    ] = None,
     length: Annotated[int, typer.Option(min=64, help="Tokens of a sample.")] = 4096,
     samples: Annotated[int, typer.Option(min=1, help="Prompts.")] = 16,
     tokens: Annotated[int, typer.Option(min=1, help="True queries of each.")] = 32,
@@ -67,7 +78,7 @@ def positions(
     json_: flags.Json = False,
 ) -> None:
     """Compare queries by content and by position, as DapQ's observation study does."""
-    _check(task, out)
+    _check(task, text, out)
     study = Study(
         tokens=tokens,
         sizes=sorted(parsing.positive("--sizes", sizes)),
@@ -75,24 +86,30 @@ def positions(
         seed=seed,
     )
     lm = flags.load_model(model, dtype, follow_links=follow_links, mesh=mesh)
-    drawn = DEVELOPMENT_SEED if development else REPORT_SEED
-    cell = Cell(task=task, length=length)
-    questions = draw_questions(lm, [cell], samples=samples, seed=drawn)
+    if text:
+        windows = perplexity.chosen_windows(
+            *(lm, perplexity.read_texts(text)), length=length, development=development
+        )
+        questions = of_text(windows[:samples])
+    else:
+        drawn = DEVELOPMENT_SEED if development else REPORT_SEED
+        cell = Cell(task=task or TASK, length=length)
+        questions = draw_questions(lm, [cell], samples=samples, seed=drawn)
     done = itertools.count(1)
     with shown("answers") as show:
         found = position_study.measure(
             *(lm, questions, study),
             batch_size=batch_size,
-            advance=lambda: show("prompts", next(done), samples),
+            advance=lambda: show("prompts", next(done), len(questions)),
         )
     config = {
         "model": lm.name,
         "dtype": lm.dtype.name,
         **digests.of_model(lm),
         "questions": digests.of_questions(questions),
-        "task": task,
+        "task": questions[0].cell.task,
         "length": length,
-        "samples": samples,
+        "samples": len(questions),
         "tokens": tokens,
         "sizes": list(study.sizes),
         "budgets": [budget.name for budget in study.budgets],
@@ -102,10 +119,12 @@ def positions(
     _tell({"config": config, **found, "run_meta": provenance()}, out=out, json_=json_)
 
 
-def _check(task: str, out: Path | None) -> None:
+def _check(task: str | None, text: list[str] | None, out: Path | None) -> None:
     """Raise ValueError or OSError before the work, not after it."""
     known = RETRIEVAL + QUOTING
-    if task not in known:
+    if task and text:
+        raise ValueError("prompts are made of a --task or of a --text; give one.")
+    if task is not None and task not in known:
         raise ValueError(f"--task takes one of {', '.join(known)}, got {task!r}.")
     if out is not None:
         if out.is_dir():

@@ -181,6 +181,24 @@ def _drawn(
     ]
 
 
+def of_text(tokens: np.ndarray) -> list[Question]:
+    """Return windows of a text, int32 `[B, T]`, which ask nothing."""
+    sample = Sample(
+        task="text", segments=(("", False), ("", True)), outputs=(), max_new_tokens=0
+    )
+    return [
+        Question(
+            cell=Cell(task=sample.task, length=len(row)),
+            index=index,
+            ids=row,
+            sample=sample,
+            answer_tokens=0,
+            by_lines=False,
+        )
+        for index, row in enumerate(tokens)
+    ]
+
+
 def as_chat(
     lm: LanguageModel, questions: Sequence[Question], *, system: str | None = None
 ) -> list[Question]:

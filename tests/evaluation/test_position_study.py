@@ -211,6 +211,14 @@ def test_the_command(jaxkv_, tiny, tmp_path, monkeypatch, found):
     assert "--task takes one of niah_single_1" in error and "got 'ledger'" in error
     error = jaxkv_.error("study", "positions", tiny, "--task=vt,quote")
     assert "got 'vt,quote'" in error
+    text = tmp_path / "text.txt"
+    text.write_text("A long text is of other words than a task. " * 200)
+    given = ("--text", text, "--json")
+    _, shown, _ = jaxkv_("study", "positions", tiny, *flags, *given)
+    config = json.loads(shown)["config"]
+    assert config["task"] == "text" and config["length"] == len(asked[3]) == 300
+    error = jaxkv_.error("study", "positions", tiny, "--task=vt", "--text=pydoc")
+    assert "of a --task or of a --text" in error
     seen = len(asked)
     error = jaxkv_.error("study", "positions", tiny, *flags, "--out", tmp_path)
     assert "--out takes a file" in error
