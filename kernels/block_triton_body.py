@@ -58,7 +58,9 @@ def store_sum(
 
 
 @triton.jit
-def project_add(
+def add_tile(
+    block,
+    part,
     x_ptr,  # [ROWS, DEPTH]
     weight_ptr,  # [DEPTH, COLUMNS]
     stream_ptr,  # [ROWS, COLUMNS]
@@ -74,13 +76,13 @@ def project_add(
     TRANSPOSED: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_DEPTH: tl.constexpr,
+    STAGES: tl.constexpr = None,
 ):
     """Multiply all rows by a share of the depth of a block, and add to the stream."""
-    block, part = tl.program_id(0), tl.program_id(1)
     columns = block * BLOCK + tl.arange(0, BLOCK)
     total, second = multiply_share(
         *(x_ptr, weight_ptr, columns, part, ROWS, ROW_TILE, ROW_TILES, DEPTH, COLUMNS),
-        *(PARTS, TRANSPOSED, BLOCK, BLOCK_DEPTH),
+        *(PARTS, TRANSPOSED, BLOCK, BLOCK_DEPTH, STAGES),
     )
     if PARTS == 1:
         store_sum(out_ptr, stream_ptr, total, 0, columns, ROWS, COLUMNS)
@@ -98,6 +100,32 @@ def project_add(
                 real = (rows < ROWS)[:, None] & (columns < COLUMNS)[None, :]
                 whole = load_parts(parts_ptr, at, real, ROWS * COLUMNS, PARTS)
                 store_sum(out_ptr, stream_ptr, whole, first, columns, ROWS, COLUMNS)
+
+
+@triton.jit
+def project_add(
+    x_ptr,
+    weight_ptr,
+    stream_ptr,
+    arrivals_ptr,
+    out_ptr,
+    parts_ptr,
+    ROWS: tl.constexpr,
+    ROW_TILE: tl.constexpr,
+    ROW_TILES: tl.constexpr,
+    DEPTH: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PARTS: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_DEPTH: tl.constexpr,
+):
+    """Do one `add_tile`, whose arguments these are, per program."""
+    add_tile(
+        *(tl.program_id(0), tl.program_id(1), x_ptr, weight_ptr, stream_ptr),
+        *(arrivals_ptr, out_ptr, parts_ptr, ROWS, ROW_TILE, ROW_TILES, DEPTH, COLUMNS),
+        *(PARTS, TRANSPOSED, BLOCK, BLOCK_DEPTH),
+    )
 
 
 @triton.jit
@@ -208,7 +236,9 @@ def load_pair(
 
 
 @triton.jit
-def project_heads(
+def heads_tile(
+    head,
+    part,
     x_ptr,  # [ROWS, DEPTH]
     norm_ptr,  # [DEPTH]
     weight_ptr,  # [DEPTH, HEADS + 2 KV_HEADS, 2, HALF]
@@ -233,15 +263,15 @@ def project_heads(
     HALF: tl.constexpr,
     EPS: tl.constexpr,
     HEAD_NORM: tl.constexpr,
+    STAGES: tl.constexpr = None,
 ):
     """Normalise all rows, and make one head of them, or its share of the depth."""
     ALL_HEADS: tl.constexpr = HEADS + 2 * KV_HEADS
     COLUMNS: tl.constexpr = ALL_HEADS * 2 * HALF
-    head, part = tl.program_id(0), tl.program_id(1)
     columns = head * (2 * HALF) + tl.arange(0, HALF)
     found, second = multiply_pair(
         *(x_ptr, norm_ptr, weight_ptr, columns, part, ROWS, ROW_TILE, ROW_TILES),
-        *(DEPTH, PARTS, COLUMNS, HALF, BLOCK_DEPTH, True),
+        *(DEPTH, PARTS, COLUMNS, HALF, BLOCK_DEPTH, True, STAGES),
     )
     if PARTS == 1:
         turn_rows(
@@ -272,3 +302,40 @@ def project_heads(
                     *(q_ptr, k_ptr, v_ptr),
                     *(ROWS, DEPTH, HEADS, KV_HEADS, HALF, EPS, HEAD_NORM),
                 )
+
+
+@triton.jit
+def project_heads(
+    x_ptr,
+    norm_ptr,
+    weight_ptr,
+    q_norm_ptr,
+    k_norm_ptr,
+    cos_ptr,
+    sin_ptr,
+    arrivals_ptr,
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    parts_ptr,
+    squares_ptr,
+    ROWS: tl.constexpr,
+    ROW_TILE: tl.constexpr,
+    ROW_TILES: tl.constexpr,
+    DEPTH: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK_DEPTH: tl.constexpr,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+    EPS: tl.constexpr,
+    HEAD_NORM: tl.constexpr,
+):
+    """Do one `heads_tile`, whose arguments these are, per program."""
+    heads_tile(
+        *(tl.program_id(0), tl.program_id(1), x_ptr, norm_ptr, weight_ptr),
+        *(q_norm_ptr, k_norm_ptr, cos_ptr, sin_ptr, arrivals_ptr),
+        *(q_ptr, k_ptr, v_ptr, parts_ptr, squares_ptr),
+        *(ROWS, ROW_TILE, ROW_TILES, DEPTH, PARTS, BLOCK_DEPTH),
+        *(HEADS, KV_HEADS, HALF, EPS, HEAD_NORM),
+    )

@@ -84,6 +84,71 @@ def choose_victim(
 
 
 @triton.jit
+def choose_tile(
+    row,
+    block,
+    num_heads,  # of all rows
+    logits_ptr,  # [ROWS, HEADS, STRIDE]
+    statistic_ptr,  # [SPLITS, ROWS, HEADS]
+    norms_ptr,  # [ROWS, TARGETS, SLOTS]
+    positions_ptr,  # [ROWS, TARGETS, SLOTS]
+    target_ptr,  # [B, K]
+    position_ptr,  # [B]
+    oldest_ptr,  # [B]
+    newest_ptr,  # [B]
+    arrivals_ptr,  # [ROWS]
+    minima_ptr,  # [ROWS, BLOCKS, 2], output
+    HEADS: tl.constexpr,
+    HEADS_PAD: tl.constexpr,
+    TARGETS: tl.constexpr,
+    TARGETS_PAD: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    STRIDE: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SPLITS_PAD: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    BLOCKS_PAD: tl.constexpr,
+):
+    """Weigh a block of slots, whose last program chooses the row's victim."""
+    splits = tl.arange(0, SPLITS_PAD)
+    heads = tl.arange(0, HEADS_PAD)
+    parts = tl.load(
+        statistic_ptr
+        + splits[:, None].to(tl.int64) * num_heads
+        + (row * HEADS + heads)[None, :],
+        (splits < SPLITS)[:, None] & (heads < HEADS)[None, :],
+        other=_LOWEST,
+    )
+    slots = block * CHUNK + tl.arange(0, CHUNK)
+    batch = row * TARGETS // KV_HEADS
+    oldest = tl.load(oldest_ptr + batch)
+    newest = tl.load(newest_ptr + batch)
+    real = (heads < HEADS)[:, None] & (slots < SLOTS)[None, :]
+    logits = tl.load(
+        logits_ptr + row * (HEADS * STRIDE) + heads[:, None] * STRIDE + slots[None, :],
+        real,
+        other=float("-inf"),
+        eviction_policy="evict_first",
+    )
+    held = row * (TARGETS * SLOTS) + (heads // (HEADS // TARGETS))[:, None] * SLOTS
+    norms = tl.load(norms_ptr + held + slots[None, :], real, other=0.0)
+    positions = tl.load(positions_ptr + held + slots[None, :], real, other=-1)
+    maximum = tl.max(parts, 0)
+    statistic = maximum + tl.log2(tl.sum(tl.exp2(parts - maximum[None, :]), 0))
+    importance, is_free, protected = weigh_slots(
+        logits, statistic, norms, positions, oldest, newest
+    )
+    order = slot_order(importance, is_free, protected, slots < SLOTS)
+    choose_victim(
+        *(order, slots, target_ptr, position_ptr, arrivals_ptr),
+        *(minima_ptr, row, block),
+        *(TARGETS, TARGETS_PAD, KV_HEADS, BLOCKS, BLOCKS_PAD),
+    )
+
+
+@triton.jit
 def finish_splits(
     logits_ptr,  # [ROWS, HEADS, STRIDE]
     parts_ptr,  # [SPLITS, ROWS, HEADS, H]
@@ -121,42 +186,12 @@ def finish_splits(
     block = tl.program_id(1)
     num_heads = tl.num_programs(0) * HEADS
     if block < BLOCKS:
-        splits = tl.arange(0, SPLITS_PAD)
-        heads = tl.arange(0, HEADS_PAD)
-        parts = tl.load(
-            statistic_ptr
-            + splits[:, None].to(tl.int64) * num_heads
-            + (row * HEADS + heads)[None, :],
-            (splits < SPLITS)[:, None] & (heads < HEADS)[None, :],
-            other=_LOWEST,
-        )
-        slots = block * CHUNK + tl.arange(0, CHUNK)
-        batch = row * TARGETS // KV_HEADS
-        oldest = tl.load(oldest_ptr + batch)
-        newest = tl.load(newest_ptr + batch)
-        real = (heads < HEADS)[:, None] & (slots < SLOTS)[None, :]
-        logits = tl.load(
-            logits_ptr
-            + row * (HEADS * STRIDE)
-            + heads[:, None] * STRIDE
-            + slots[None, :],
-            real,
-            other=float("-inf"),
-            eviction_policy="evict_first",
-        )
-        held = row * (TARGETS * SLOTS) + (heads // (HEADS // TARGETS))[:, None] * SLOTS
-        norms = tl.load(norms_ptr + held + slots[None, :], real, other=0.0)
-        positions = tl.load(positions_ptr + held + slots[None, :], real, other=-1)
-        maximum = tl.max(parts, 0)
-        statistic = maximum + tl.log2(tl.sum(tl.exp2(parts - maximum[None, :]), 0))
-        importance, is_free, protected = weigh_slots(
-            logits, statistic, norms, positions, oldest, newest
-        )
-        order = slot_order(importance, is_free, protected, slots < SLOTS)
-        choose_victim(
-            *(order, slots, target_ptr, position_ptr, arrivals_ptr),
-            *(minima_ptr, row, block),
-            *(TARGETS, TARGETS_PAD, KV_HEADS, BLOCKS, BLOCKS_PAD),
+        choose_tile(
+            *(row, block, num_heads, logits_ptr, statistic_ptr, norms_ptr),
+            *(positions_ptr, target_ptr, position_ptr, oldest_ptr, newest_ptr),
+            *(arrivals_ptr, minima_ptr),
+            *(HEADS, HEADS_PAD, TARGETS, TARGETS_PAD, KV_HEADS, SLOTS, STRIDE),
+            *(SPLITS, SPLITS_PAD, CHUNK, BLOCKS, BLOCKS_PAD),
         )
     else:
         combine_head(

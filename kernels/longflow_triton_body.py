@@ -83,6 +83,7 @@ def score_row(
     STRIDE: tl.constexpr,
     SINK: tl.constexpr,
     CAP: tl.constexpr,
+    STAGES: tl.constexpr = None,
 ):
     """Do as `attend_split` for one row and split, and leave the logits of its slots."""
     keys_ptr += row * (SLOTS * HEAD_DIM)
@@ -112,7 +113,7 @@ def score_row(
 
     first = split * BLOCK + tl.arange(0, BLOCK)
     next_positions = tl.load(positions_ptr + first, first < SLOTS, other=-1)
-    for start in range(0, SLOTS, SPLITS * BLOCK):
+    for start in tl.range(0, SLOTS, SPLITS * BLOCK, num_stages=STAGES):
         slots = start + first  # [S]
         # A finished row reads no slot: nobody asks for its output or victim.
         positions = tl.where(unfinished, next_positions, -1)

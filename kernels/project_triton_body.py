@@ -46,6 +46,7 @@ def multiply_share(
     TRANSPOSED: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_DEPTH: tl.constexpr,
+    STAGES: tl.constexpr = None,
 ):
     """Return products of a share of the depth: of the first rows, and of the others."""
     SHARE: tl.constexpr = DEPTH // PARTS
@@ -62,7 +63,7 @@ def multiply_share(
         weight_ptr += depth[:, None].to(tl.int64) * COLUMNS + columns[None, :]
     total = tl.zeros([ROW_TILE, BLOCK], tl.float32)
     second = tl.zeros([ROW_TILE, BLOCK], tl.float32)
-    for start in range(0, SHARE, BLOCK_DEPTH):
+    for start in tl.range(0, SHARE, BLOCK_DEPTH, num_stages=STAGES):
         x = tl.load(x_ptr + start, real, other=0.0)
         if TRANSPOSED:
             if COLUMNS % BLOCK:
@@ -153,6 +154,7 @@ def multiply_pair(
     APART: tl.constexpr,  # from a column to the one that goes with it
     BLOCK_DEPTH: tl.constexpr,
     NORM: tl.constexpr,
+    STAGES: tl.constexpr = None,
 ):
     """Return products with pairs of columns, and sums of squares, of all rows.
 
@@ -176,7 +178,7 @@ def multiply_pair(
     # So few numbers are not fetched ahead by Triton; a tile would wait for them.
     if NORM:
         norm = tl.load(norm_ptr)
-    for start in range(0, SHARE, BLOCK_DEPTH):
+    for start in tl.range(0, SHARE, BLOCK_DEPTH, num_stages=STAGES):
         x = tl.load(x_ptr + start, real, other=0.0)
         if NORM:
             norm_ptr += BLOCK_DEPTH
@@ -201,7 +203,8 @@ def multiply_pair(
 
 
 @triton.jit
-def project_gated(
+def gated_tile(
+    block,
     x_ptr,  # [ROWS, DEPTH]
     norm_ptr,  # [DEPTH]; not read without NORM
     weight_ptr,  # [DEPTH, 2, COLUMNS]: gate, up
@@ -215,18 +218,42 @@ def project_gated(
     BLOCK_DEPTH: tl.constexpr,
     NORM: tl.constexpr,
     EPS: tl.constexpr,
+    STAGES: tl.constexpr = None,
 ):
     """Multiply all rows by a block of gates and of what they gate, and gate it."""
-    columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    columns = block * BLOCK + tl.arange(0, BLOCK)
     first, second = multiply_pair(
         *(x_ptr, norm_ptr, weight_ptr, columns, 0, ROWS, ROW_TILE, ROW_TILES),
-        *(DEPTH, 1, 2 * COLUMNS, COLUMNS, BLOCK_DEPTH, NORM),
+        *(DEPTH, 1, 2 * COLUMNS, COLUMNS, BLOCK_DEPTH, NORM, STAGES),
     )
     store_gated(out_ptr, first, 0, columns, ROWS, DEPTH, COLUMNS, NORM, EPS)
     if ROW_TILES == 2:
         store_gated(
             *(out_ptr, second, ROW_TILE, columns, ROWS, DEPTH, COLUMNS, NORM, EPS)
         )
+
+
+@triton.jit
+def project_gated(
+    x_ptr,
+    norm_ptr,
+    weight_ptr,
+    out_ptr,
+    ROWS: tl.constexpr,
+    ROW_TILE: tl.constexpr,
+    ROW_TILES: tl.constexpr,
+    DEPTH: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_DEPTH: tl.constexpr,
+    NORM: tl.constexpr,
+    EPS: tl.constexpr,
+):
+    """Do one `gated_tile`, whose arguments these are, per program."""
+    gated_tile(
+        *(tl.program_id(0), x_ptr, norm_ptr, weight_ptr, out_ptr),
+        *(ROWS, ROW_TILE, ROW_TILES, DEPTH, COLUMNS, BLOCK, BLOCK_DEPTH, NORM, EPS),
+    )
 
 
 @triton.jit
