@@ -118,11 +118,7 @@ def choose_tiles(
     def product(depth, columns, *, wide=1, block=None, parts=1):
         if block is None:
             block = next(b for b in (64, 32, 16) if columns // b >= _FEW or b == 16)
-        sizes = [size for size in (256, 128, 64) if depth // parts % size == 0]
-        tile = next(size for size in sizes if size * wide * block <= 128 * 128)
-        stage = 2 * tile * (wide * block + padded(rows))
-        stages = max(2, min(8, room // stage))
-        return Tiles(parts=parts, block=block, depth=tile, warps=warps, stages=stages)
+        return product_tiles(rows, depth, block, parts, warps, room, wide=wide)
 
     block = min(64, max(16, 8192 // head_dim))
     num_tiles = -(-slots // block)
@@ -143,6 +139,34 @@ def choose_tiles(
         gates=product(hidden, inner, wide=2),
         down=product(inner, hidden),
     )
+
+
+def product_tiles(
+    rows: int,
+    depth: int,
+    block: int,
+    parts: int,
+    warps: int,
+    room: int,
+    *,
+    wide: int = 1,
+) -> Tiles:
+    """Return tiles that fetch much at once, of blocks and parts that were chosen.
+
+    Args:
+      rows: tokens.
+      depth: of the matrix.
+      block: columns of a tile.
+      parts: in which the depth is shared out.
+      warps: of a program.
+      room: bytes of shared memory.
+      wide: tiles of the matrix that are fetched together: 2 for gates.
+    """
+    sizes = [size for size in (256, 128, 64) if depth // parts % size == 0]
+    tile = next(size for size in sizes if size * wide * block <= 128 * 128)
+    stage = 2 * tile * (wide * block + padded(rows))
+    stages = max(2, min(8, room // stage))
+    return Tiles(parts=parts, block=block, depth=tile, warps=warps, stages=stages)
 
 
 def run_layer_triton(
@@ -204,7 +228,8 @@ def run_layer_triton(
     )
     w = weights
     q_norm, k_norm = (w.norm if n is None else n for n in (w.q_norm, w.k_norm))
-    cache = slots.keys, slots.values, slots.positions, slots.norms, slots.target
+    norms: Any = slots.norms
+    cache = slots.keys, slots.values, slots.positions, norms, slots.target
     arrays = (
         *(x, w.norm, w.qkv, q_norm, k_norm, cos, sin),
         *(w.output, w.mlp_norm, w.gate_up, w.down),
