@@ -29,7 +29,9 @@ from jaxkv.evaluation.questions import (
     Question,
     apart,
     as_chat,
-    draw_questions,
+    as_prompts,
+    draw,
+    with_chat_words,
 )
 from jaxkv.evaluation.reports import write_report
 from jaxkv.evaluation.sweep import Batch
@@ -218,7 +220,7 @@ def run_experiment(
     with one_writer(folder):
         config = experiment.decided(lm)
         refuse_other(folder, config)  # before any question is made
-        questions = _questions(lm, experiment, show)
+        questions = questions_of(lm, experiment, show)
         config["cells"] = _cells(questions)
         clock.lap("questions")
         predictions = Predictions(folder, config)
@@ -252,44 +254,40 @@ def run_experiment(
     )
 
 
-def _questions(
+def questions_of(
     lm: LanguageModel, experiment: Experiment, show: Progress
 ) -> list[Question]:
+    """Return what is asked, tokenised once, in the way in which it is asked."""
     chat, system = experiment.chat, experiment.system
-    questions = _whole_questions(lm, experiment, show)
-    if experiment.protocol == AWARE:
-        return questions
-    for method in experiment.methods:
-        if method.decode.evicts:
-            raise ValueError(
-                f"{method.name} evicts while decoding, but --protocol {AGNOSTIC} cuts "
-                "documents only; leave one of them out."
-            )
-    return apart(lm, questions, chat=chat, system=system)
-
-
-def _whole_questions(
-    lm: LanguageModel, experiment: Experiment, show: Progress
-) -> list[Question]:
-    """Return questions as prompts, with what they are about."""
+    if experiment.protocol == AGNOSTIC:
+        for method in experiment.methods:
+            if method.decode.evicts:
+                raise ValueError(
+                    f"{method.name} evicts while decoding, but --protocol {AGNOSTIC} "
+                    "cuts documents only; leave one of them out."
+                )
     if experiment.file is not None:
-        return read_task_file(
+        questions = read_task_file(
             *(lm, experiment.file),
             max_new_tokens=experiment.max_new_tokens,
-            chat=experiment.chat,
-            system=experiment.system,
+            chat=chat,
+            system=system,
         )
+        if experiment.protocol == AWARE:
+            return questions
+        return apart(lm, questions, chat=chat, system=system)
     total = experiment.samples * len(experiment.cells)
-    questions = draw_questions(
+    drawn = draw(
         lm,
         experiment.cells,
         samples=experiment.samples,
         seed=experiment.seed,
         advance=lambda done: show("samples", done, total),
     )
-    if not experiment.chat:
-        return questions
-    return as_chat(lm, questions, system=experiment.system)
+    if experiment.protocol == AGNOSTIC:
+        asked = with_chat_words(drawn) if chat else drawn
+        return apart(lm, asked, chat=chat, system=system)
+    return as_chat(lm, drawn, system=system) if chat else as_prompts(lm, drawn)
 
 
 def _plan(

@@ -15,7 +15,7 @@ import numpy as np
 from jaxkv.language_model import LanguageModel
 from jaxkv.models.hf import tokenizer as hf_tokenizer
 from jaxkv.tasks import TASKS, Sample, make, reasoning, score_all
-from jaxkv.text.chat import encode_chat, encode_document, encode_question
+from jaxkv.text.chat import encode_chats, encode_documents, encode_question
 from jaxkv.text.prompts import encode
 
 Match = Literal["all", "any"]
@@ -46,6 +46,10 @@ REPORT_SEED = 2_000_003
 
 CHAT_WORDS = 32  # tokens that an answer in a conversation may begin with
 
+# Texts that a tokenizer reads in one call, on all cores; until it ends they take some
+# hundred bytes a token.
+_TOGETHER = 128
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cell:
@@ -71,7 +75,7 @@ class Question:
     Attributes:
       cell: the task and length that it belongs to.
       index: its number within the cell.
-      ids: int32 `[P]`, the prompt.
+      ids: int32 `[P]`, the prompt; `[0]` of one that is not tokenised yet.
       sample: the text it was made of, and what is wanted.
       answer_tokens: of the gold answer; 0 where none is known.
       by_lines: whether the answer must be right line by line, instead of containing
@@ -137,7 +141,31 @@ def draw_questions(
       cells: what to ask.
       samples: per cell.
       seed: of the samples.
-      advance: called with the number of questions that are made.
+      advance: called with the number of questions that are drawn.
+
+    Raises:
+      ValueError: as `draw`.
+    """
+    drawn = draw(lm, cells, samples=samples, seed=seed, advance=advance)
+    return as_prompts(lm, drawn)
+
+
+def draw(
+    lm: LanguageModel,
+    cells: Sequence[Cell],
+    *,
+    samples: int,
+    seed: int,
+    advance: Callable[[int], Any] = lambda done: None,
+) -> list[Question]:
+    """Draw the samples of all cells, for one of the functions below to tokenise.
+
+    Args:
+      lm: a model with a tokenizer.
+      cells: what to ask.
+      samples: per cell.
+      seed: of the samples.
+      advance: called with the number of questions that are drawn.
 
     Raises:
       ValueError: the model has no tokenizer, or a cell is longer than its positions or
@@ -151,33 +179,34 @@ def draw_questions(
             f"samples of {longest} tokens exceed the {lm.config.max_positions} "
             f"positions that {lm.name} was made for; ask for shorter ones."
         )
-    # In one process: 4 ms a sample of 4,096 tokens, while another process would take
+    # In one process: 2 ms a sample of 4,096 tokens, while another process would take
     # longer to import JAX and transformers than it could save.
+    count_tokens = counter(lm.tokenizer)
     questions = []
     for cell in cells:
-        questions += _drawn(lm.tokenizer, cell, range(samples), seed)
+        for index in range(samples):
+            sample = draw_sample(cell, count_tokens, seed=seed, index=index)
+            questions.append(
+                Question(
+                    cell=cell,
+                    index=index,
+                    ids=np.zeros(0, np.int32),
+                    sample=sample,
+                    answer_tokens=count_tokens(sample.answer),
+                    by_lines=cell.task in REASONING,
+                )
+            )
         advance(len(questions))
     return questions
 
 
-def _drawn(
-    tokenizer: Any, cell: Cell, indices: Sequence[int], seed: int
-) -> list[Question]:
-    count_tokens = counter(tokenizer)
-    samples = [
-        draw_sample(cell, count_tokens, seed=seed, index=index) for index in indices
-    ]
-    rows = _encode(tokenizer, [sample.prompt for sample in samples])
+def as_prompts(lm: LanguageModel, questions: Sequence[Question]) -> list[Question]:
+    """Return questions as texts, without a chat template."""
+    texts = [question.sample.prompt for question in questions]
+    rows = _in_parts(lambda some: hf_tokenizer.encode(lm.tokenizer, some), texts)
     return [
-        Question(
-            cell=cell,
-            index=index,
-            ids=ids,
-            sample=sample,
-            answer_tokens=count_tokens(sample.answer),
-            by_lines=cell.task in REASONING,
-        )
-        for index, ids, sample in zip(indices, rows, samples, strict=True)
+        dataclasses.replace(question, ids=np.array(ids, np.int32))
+        for question, ids in zip(questions, rows, strict=True)
     ]
 
 
@@ -209,18 +238,25 @@ def as_chat(
 
     Args:
       lm: a model whose tokenizer has a chat template.
-      questions: from `draw_questions`.
+      questions: from `draw`; they need not be tokenised.
       system: what the system says first; None leaves it to the template.
 
     Raises:
       ValueError: there is no template, or it fails.
     """
+    said = [turns(question.sample.prompt, system) for question in questions]
+    rows = _in_parts(lambda some: encode_chats(lm, some), said)
+    return [
+        dataclasses.replace(question, ids=np.array(ids, np.int32))
+        for question, ids in zip(with_chat_words(questions), rows, strict=True)
+    ]
+
+
+def with_chat_words(questions: Sequence[Question]) -> list[Question]:
+    """Return questions whose outputs may have `CHAT_WORDS` tokens more."""
     return [
         dataclasses.replace(
             question,
-            ids=np.array(
-                encode_chat(lm, turns(question.sample.prompt, system)), np.int32
-            ),
             sample=dataclasses.replace(
                 question.sample,
                 max_new_tokens=question.sample.max_new_tokens + CHAT_WORDS,
@@ -241,33 +277,45 @@ def apart(
 
     Args:
       lm: a model with a tokenizer.
-      questions: from `draw_questions` or `read_task_file`.
+      questions: from `draw`, `as_chat` or `read_task_file`; they need not be tokenised.
       chat: whether document and question are a user's turn in the chat template.
       system: what the system says first, in a chat.
 
     Raises:
       ValueError: nothing tells a question from its document.
     """
-    found = []
+    documents, asked = [], []
     for question in questions:
         sample = question.sample
-        asked, prefix = sample.question, sample.answer_prefix
-        document = sample.prompt.removesuffix(asked + prefix)
-        if not asked or not document:
+        behind = sample.question + sample.answer_prefix
+        document = sample.prompt.removesuffix(behind)
+        if not sample.question or not document:
             raise ValueError(
                 f"question {question.index} of {question.cell.task}: nothing tells it "
                 'from what it is about; write "context" and "question" in the file, or '
                 "take --protocol query-aware."
             )
-        if chat:
-            head = encode_document(lm, document, system=system)
-            tail = encode_question(lm, asked, between="", answer_prefix=prefix)
-        else:
-            (head,) = encode(lm, [document])
-            (tail,) = encode(lm, [asked + prefix], behind=True)
-        ids = np.array([*head, *tail], np.int32)
-        found.append(dataclasses.replace(question, ids=ids, document=len(head)))
-    return found
+        documents.append(document)
+        asked.append(behind)
+    if chat:
+        heads = _in_parts(
+            lambda some: encode_documents(lm, some, system=system), documents
+        )
+        tails = [
+            encode_question(lm, s.question, between="", answer_prefix=s.answer_prefix)
+            for s in (question.sample for question in questions)
+        ]
+    else:
+        heads = _in_parts(lambda some: encode(lm, some), documents)
+        tails = _in_parts(lambda some: encode(lm, some, behind=True), asked)
+    return [
+        dataclasses.replace(
+            question,
+            ids=np.array([*head, *tail], np.int32),
+            document=len(head),
+        )
+        for question, head, tail in zip(questions, heads, tails, strict=True)
+    ]
 
 
 def turns(text: str, system: str | None) -> list[dict[str, str]]:
@@ -302,5 +350,11 @@ def need_tokenizer(lm: LanguageModel) -> None:
         raise ValueError(f"{lm.name} has no tokenizer, and the tasks are made of text.")
 
 
-def _encode(tokenizer: Any, prompts: Sequence[str]) -> list[np.ndarray]:
-    return [np.array(ids, np.int32) for ids in hf_tokenizer.encode(tokenizer, prompts)]
+def _in_parts(
+    encode: Callable[[list[Any]], Sequence[Any]], texts: Sequence[Any]
+) -> list[Any]:
+    """Return the token ids of texts or conversations, `_TOGETHER` of them a call."""
+    found: list[Any] = []
+    for first in range(0, len(texts), _TOGETHER):
+        found += encode(list(texts[first : first + _TOGETHER]))
+    return found

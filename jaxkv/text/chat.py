@@ -37,7 +37,27 @@ def encode_chat(
     Raises:
       ValueError: there is no template, it fails, or it leaves a message out.
     """
-    return _encode(lm, _render(lm, messages) + answer_prefix)
+    return encode_chats(lm, [messages], answer_prefix=answer_prefix)[0]
+
+
+def encode_chats(
+    lm: LanguageModel,
+    conversations: Sequence[Sequence[Mapping[str, str]]],
+    *,
+    answer_prefix: str = "",
+) -> list[list[int]]:
+    """Return what `encode_chat` does of each, tokenised in one call, on all cores.
+
+    Args:
+      lm: a model whose tokenizer has a chat template.
+      conversations: the messages of each.
+      answer_prefix: text that each of the assistant's turns begins with.
+
+    Raises:
+      ValueError: as `encode_chat`.
+    """
+    texts = [_render(lm, messages) + answer_prefix for messages in conversations]
+    return _encode(lm, texts)
 
 
 def encode_addition(
@@ -66,7 +86,7 @@ def encode_addition(
     after = _render(lm, [*messages, spoken, *new])
     for said in (answer, answer.strip()):  # most templates strip
         if after.startswith(before + said):
-            return _encode(lm, after.removeprefix(before + said))
+            return _encode(lm, [after.removeprefix(before + said)])[0]
     return None
 
 
@@ -74,22 +94,28 @@ _BREAK = "\n\n"  # between a document and what is asked about it
 _CUT = "\ue000jaxkv\ue000"  # where rendered texts are cut; no text has it
 
 
-def encode_document(
-    lm: LanguageModel, document: str, *, system: str | None = None
-) -> list[int]:
-    """Return the beginning of a conversation, up to a document in the user's message.
+def encode_documents(
+    lm: LanguageModel, documents: Sequence[str], *, system: str | None = None
+) -> list[list[int]]:
+    """Return beginnings of conversations, up to a document in the user's message.
 
     Args:
       lm: a model whose tokenizer has a chat template.
-      document: what the user's message begins with.
+      documents: what the user's message of each begins with.
       system: what the system says first.
+
+    Returns:
+      The token ids of each, tokenised in one call.
 
     Raises:
       ValueError: there is no template, it fails, or it leaves a message out.
     """
     said = [] if system is None else [{"role": "system", "content": system}]
-    said.append({"role": "user", "content": document + _CUT})
-    return _encode(lm, _render(lm, said).partition(_CUT)[0])
+    texts = [
+        _render(lm, [*said, {"role": "user", "content": document + _CUT}])
+        for document in documents
+    ]
+    return _encode(lm, [text.partition(_CUT)[0] for text in texts])
 
 
 def encode_question(
@@ -112,17 +138,21 @@ def encode_question(
         {"role": roles[number % 2], "content": turn}
         for number, turn in enumerate((_CUT + between + turns[0], *turns[1:]))
     ]
-    return _encode(lm, _render(lm, said).partition(_CUT)[2] + answer_prefix)
+    return _encode(lm, [_render(lm, said).partition(_CUT)[2] + answer_prefix])[0]
 
 
-def _encode(lm: LanguageModel, text: str) -> list[int]:
+def _encode(lm: LanguageModel, texts: Sequence[str]) -> list[list[int]]:
+    """Return the token ids of rendered texts, or raise ValueError for a long one."""
     most = lm.config.max_positions
-    if too_long(lm.tokenizer, text, most):
-        raise ValueError(
-            f"a conversation of {len(text)} characters has more than {most} tokens, "
-            f"but {lm.name} was made for {most}; shorten it."
-        )
-    return lm.tokenizer(text, add_special_tokens=False)["input_ids"]
+    for text in texts:
+        if too_long(lm.tokenizer, text, most):
+            raise ValueError(
+                f"a conversation of {len(text)} characters has more than {most} "
+                f"tokens, but {lm.name} was made for {most}; shorten it."
+            )
+    if not texts:
+        return []
+    return lm.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
 
 
 def _render(lm: LanguageModel, messages: Sequence[Mapping[str, str]]) -> str:

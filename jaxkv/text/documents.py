@@ -18,7 +18,7 @@ from jaxkv.language_model import LanguageModel
 from jaxkv.policies.base import PrefillPolicy
 from jaxkv.speculation.drafters import Drafter
 from jaxkv.text import arguments, planning
-from jaxkv.text.chat import encode_document, encode_question
+from jaxkv.text.chat import encode_documents, encode_question
 from jaxkv.text.planning import Plan, bucket
 from jaxkv.text.prompts import Prompts, encode
 
@@ -155,7 +155,7 @@ def _in_chat(lm: LanguageModel, documents: Any, system: str | None) -> list[Any]
             "generate: chat=True takes a list of texts, got "
             f"{arguments.brief(documents)}."
         )
-    return [encode_document(lm, text, system=system) for text in texts]
+    return encode_documents(lm, texts, system=system)
 
 
 def _asked(

@@ -97,7 +97,7 @@ def too_long(tokenizer: Any, text: str, most: int) -> bool:
     Returns:
       True if it certainly has more; False if it must be counted.
     """
-    characters = 4 * most
+    characters = 8 * most
     while characters < len(text):
         begins = tokenizer(text[:characters], add_special_tokens=False)["input_ids"]
         if len(begins) > 2 * most + 64:

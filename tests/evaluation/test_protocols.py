@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 import jaxkv
-from jaxkv.evaluation import tables
-from jaxkv.evaluation.experiment import Experiment, run_experiment
+from jaxkv.evaluation import questions, tables
+from jaxkv.evaluation.experiment import Experiment, questions_of, run_experiment
 from jaxkv.evaluation.methods import parse_budgets, parse_prefill_methods
 from jaxkv.evaluation.questions import AGNOSTIC, Cell, apart, as_chat, draw_questions
 from jaxkv.text.chat import encode_chat
@@ -35,6 +35,24 @@ def test_documents_and_questions_are_the_prompt(wide_lm):
             {"role": "user", "content": question.sample.prompt},
         ]
         assert question.ids.tolist() == encode_chat(wide_lm, said)
+
+
+@pytest.mark.parametrize("chat", [False, True])
+@pytest.mark.parametrize("protocol", ["query-aware", AGNOSTIC])
+def test_questions_are_the_same_however_many_are_tokenised_together(
+    wide_lm, monkeypatch, protocol, chat
+):
+    asked = experiment(protocol=protocol, chat=chat)
+    whole = drawn(wide_lm)
+    if chat:
+        whole = as_chat(wide_lm, whole)
+    if protocol == AGNOSTIC:
+        whole = apart(wide_lm, whole, chat=chat)
+    monkeypatch.setattr(questions, "_TOGETHER", 1)
+    found = questions_of(wide_lm, asked, lambda *done: None)
+    for one, other in zip(found, whole, strict=True):
+        np.testing.assert_array_equal(one.ids, other.ids)
+        assert (one.document, one.sample) == (other.document, other.sample)
 
 
 def experiment(methods="full,snapkv:window_size=4", budgets="50%,100%", **options):
