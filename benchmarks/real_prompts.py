@@ -1,14 +1,12 @@
-"""Eviction and drafts on long real prompts: speed by batch, and time to first token.
+"""Eviction and drafts on long real prompts: speed by batch.
 
     python benchmarks/real_prompts.py table --out table.json
-    python benchmarks/real_prompts.py first-token --out first_token.json
 
 The prompts are windows of Python's own documentation with the wish for a summary, in
 the model's chat template. `table` crosses batch sizes with {plain, eviction,
 speculation, both}: eviction is DapQ on the prompt and LongFlow on the output, drafts
-are a tree that shrinks with the batch. `first-token` times prefill by method. All
-programs compile before any is timed; with `--lock` several processes compile side by
-side, and are timed one after the other.
+are a tree that shrinks with the batch. All programs compile before any is timed; with
+`--lock` several processes compile side by side, and are timed one after the other.
 """
 
 from pathlib import Path
@@ -19,14 +17,12 @@ import typer
 from turns import Lock, alone, forget_prices
 
 import jaxkv
-from jaxkv import registry
 from jaxkv.evaluation.perplexity import PYDOC, read_texts
 from jaxkv.options import described
 from jaxkv.provenance import provenance, write_json
 from jaxkv.text.chat import encode_chat
 
 WISH = "Summarize this documentation in a few paragraphs:\n\n"
-METHODS = "full;snapkv;dapq;laq;laq:recommended"
 
 app = typer.Typer()
 
@@ -140,31 +136,6 @@ def table(
         prompts = drawn_prompts(lm, size, length)
         rows += timed(lm, prompts, variants, new=new, repeats=repeats, lock=lock)
         write_json(out, provenance() | {"variants": used, "rows": rows})
-
-
-@app.command()
-def first_token(
-    out: Out,
-    model: Model = "smollm2",
-    batch: Batch = "1,8",
-    length: Length = 4096,
-    budget: Annotated[int, typer.Option(help="Of the prompt.")] = 256,
-    methods: Annotated[str, typer.Option(help="With semicolons.")] = METHODS,
-    repeats: Repeats = 5,
-    lock: Lock = None,
-) -> None:
-    """Time prefill and the first token by method."""
-    lm = jaxkv.load(model)
-    variants: dict[str, dict[str, Any]] = {}
-    for name in methods.split(";"):
-        policy = registry.parse(name, registry.PREFILL, flag="--methods")
-        evicts = policy != jaxkv.Full()
-        variants[name] = {"prefill": policy, "budget": budget} if evicts else {}
-    rows = []
-    for size in map(int, batch.split(",")):
-        prompts = drawn_prompts(lm, size, length)
-        rows += timed(lm, prompts, variants, new=2, repeats=repeats, lock=lock)
-        write_json(out, provenance() | {"budget": budget, "rows": rows})
 
 
 if __name__ == "__main__":
