@@ -34,7 +34,7 @@ from jaxkv.kernels.scores import ProductScore
 
 _LANES = body.LANES
 _MAX_BLOCK_BYTES = 1 << 20  # of keys; as much of values, and both are double-buffered
-_MAX_VMEM_BYTES = 48 << 20  # the smallest chip of those supported has 64 MiB
+MAX_VMEM_BYTES = 48 << 20  # the smallest chip of those supported has 64 MiB
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -148,11 +148,11 @@ def unsupported(query, keys, *, chooses: bool = True, block: int | None = None) 
     if reason:
         return reason
     need = _plan(query, keys, chooses=chooses, block=block).vmem_bytes()
-    if need <= _MAX_VMEM_BYTES:
+    if need <= MAX_VMEM_BYTES:
         return ""
     return (
         f"{keys.shape[2]} slots of {keys.shape[1]} heads need {need >> 20} MiB of "
-        f"on-chip memory, but {_MAX_VMEM_BYTES >> 20} MiB are there; use fewer slots, "
+        f"on-chip memory, but {MAX_VMEM_BYTES >> 20} MiB are there; use fewer slots, "
         'or "xla".'
     )
 

@@ -25,7 +25,7 @@ from jaxkv.kernels.scores import Score, value_norms
 from jaxkv.kernels.shapes import check_groups, checked
 from jaxkv.kernels.victims import choose_victim
 
-Implementation = Literal["reference", "xla", "triton"]
+Implementation = Literal["reference", "xla", "triton", "pallas_tpu"]
 
 
 class LongFlowTreeOutput(NamedTuple):
@@ -78,8 +78,8 @@ def longflow_tree(
         victim, and is not done here.
       shared: one victim for all heads of a row, or one per key/value head.
       implementation: "reference" (float32, node by node), "xla" (anywhere), "triton"
-        (NVIDIA, through jax-triton), or None for the best one that can run; `choose`
-        says which.
+        (NVIDIA, through jax-triton), "pallas_tpu" (TPU), or None for the best one that
+        can run; `choose` says which.
 
     Returns:
       The output, and the slots.
@@ -98,10 +98,11 @@ def longflow_tree(
             f'{where}: score="deletion" cannot be verified in one pass; use another '
             "score, or decode without drafts."
         )
-    unable = {"triton": unsupported(query, slots.keys, shared=shared)}
     implementation = implementation or choose(
         jax.default_backend(), query, slots.keys, shared=shared
     )
+    reason = unsupported(implementation, query, slots.keys, shared=shared)
+    unable: dict[str, str] = {implementation: reason}
     run = functools.partial(
         dispatch.resolve(where, implementation, _RUNS, unable=unable),
         n_recent=n_recent,
@@ -125,26 +126,34 @@ def choose(platform: str, query, keys, *, shared: bool) -> Implementation:
       keys: `[B, K, S, H]`, likewise.
       shared: one victim for all heads of a row.
     """
-    if unsupported(query, keys, shared=shared):
+    best: dict[str, Implementation] = {"gpu": "triton", "tpu": "pallas_tpu"}
+    name = best.get(platform, "xla")
+    if name == "triton" and dispatch.triton_unavailable():
         return "xla"
-    # The two know the same implementations.
-    return tree_attention.choose(platform, query, keys)
+    return "xla" if unsupported(name, query, keys, shared=shared) else name
 
 
-def unsupported(query, keys, *, shared: bool) -> str:
-    """Return why the Triton version cannot take these arrays, or an empty string.
+def unsupported(implementation: str, query, keys, *, shared: bool) -> str:
+    """Return why an implementation cannot take these arrays, or an empty string.
 
     Args:
+      implementation: by name.
       query: `[B, T, N, H]`; only shape and dtype are looked at.
       keys: `[B, K, S, H]`, likewise.
       shared: one victim for all heads of a row.
     """
+    if implementation not in ("triton", "pallas_tpu"):
+        return ""
     if shared and devices_per_row() > 1:
         return (
             "chooses from heads that are all on one device, and they lie on "
             f"{devices_per_row()}; use 'xla' or None."
         )
-    return tree_attention.unsupported(query, keys)
+    if implementation == "triton":
+        return tree_attention.unsupported(query, keys)
+    from jaxkv.kernels import longflow_tree_tpu
+
+    return longflow_tree_tpu.unsupported(query, keys, shared=shared)
 
 
 def _reference(
@@ -280,7 +289,19 @@ def _triton(*arguments, axis, **options):
     return LongFlowTreeOutput(*longflow_tree_triton(*arguments, **options))
 
 
-_RUNS = {"reference": _reference, "xla": _xla, "triton": _triton}
+def _pallas_tpu(*arguments, axis, **options):
+    from jaxkv.kernels import longflow_tree_tpu as tpu
+
+    assert axis is None, "heads of a row lie on one device"
+    return LongFlowTreeOutput(*tpu.longflow_tree_tpu(*arguments, **options))
+
+
+_RUNS = {
+    "reference": _reference,
+    "xla": _xla,
+    "triton": _triton,
+    "pallas_tpu": _pallas_tpu,
+}
 
 
 def _paths(parents, depths, depth):

@@ -178,7 +178,7 @@ def test_what_goes_with_a_kernel_of_plain_decoding():
     found = [
         dispatch.counterpart(name, longflow_tree.Implementation) for name in decodes
     ]
-    assert found == ["reference", "xla", "triton", None, None]
+    assert found == ["reference", "xla", "triton", "pallas_tpu", None]
 
 
 @pytest.mark.parametrize("implementation", [None, "xla", "reference"])
