@@ -124,7 +124,7 @@ def choose_tiles(
     num_tiles = -(-slots // block)
     turns = -(-num_tiles * rows * kv_heads // programs)
     splits = max(1, -(-num_tiles // turns))
-    stages = max(2, min(5, room // (4 * block * head_dim) - 1))
+    stages = max(2, min(5, room // (4 * block * head_dim)))
     all_heads = heads + 2 * kv_heads
     parts = 2 if hidden % (2 * _UNIT) == 0 and hidden >= 1024 else 1
     return LayerTiles(
@@ -163,8 +163,10 @@ def product_tiles(
       wide: tiles of the matrix that are fetched together: 2 for gates.
     """
     sizes = [size for size in (256, 128, 64) if depth // parts % size == 0]
-    tile = next(size for size in sizes if size * wide * block <= 128 * 128)
-    stage = 2 * tile * (wide * block + padded(rows))
+    row = 2 * (wide * block + padded(rows))
+    most = min(2**15 // (2 * wide * block), room // (4 * row))
+    tile = next((size for size in sizes if size <= most), _UNIT)
+    stage = tile * row
     stages = max(2, min(8, room // stage))
     return Tiles(parts=parts, block=block, depth=tile, warps=warps, stages=stages)
 
