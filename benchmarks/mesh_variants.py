@@ -205,11 +205,12 @@ def sums(
     out: Out,
     model: Model = 2,
     seconds: Annotated[float, typer.Option(help="For the first; others have 12.")] = 60,
+    dtypes: Text = "bfloat16",
     symmetric: Annotated[bool, typer.Option("--symmetric")] = False,
     tiny: Tiny = False,
 ) -> None:
     """Time one sum in every way, and in every environment of NCCL."""
-    first = dict(ways=",".join(ALONE), sizes="8,64,1", dtypes="bfloat16,float32")
+    first = dict(ways=",".join(ALONE), sizes="8,64,1", dtypes=dtypes)
     others = dict(ways="recorded,gathered", sizes="8,64", dtypes="bfloat16")
     common: dict[str, Any] = dict(model=model, turns=LOOPS, told="{}")
     if tiny:

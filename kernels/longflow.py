@@ -19,8 +19,9 @@ from jaxkv.kernels import decode, dispatch
 from jaxkv.kernels.cache import Slots, Token, write
 from jaxkv.kernels.decode import Implementation
 from jaxkv.kernels.longflow_triton import (
+    choose_told_triton,
     longflow_attention_triton,
-    longflow_importance_triton,
+    tell_triton,
 )
 from jaxkv.kernels.per_shard import MESH_AXES, devices_per_row, per_shard
 from jaxkv.kernels.scores import Score, value_norms, write_norm
@@ -280,12 +281,11 @@ def _choose(importance, token, slots, oldest, newest, *, shared, axis):
 def _triton(*arguments, axis, shared, **options):
     if axis is None:
         return longflow_attention_triton(*arguments, shared=shared, **options)
-    # The second launch would choose, and cannot ask other devices about their heads.
-    out, importance, slots = longflow_importance_triton(*arguments, **options)
-    _, token, _, oldest, newest, *_ = arguments
-    return out, _choose(
-        *(importance, token, slots, oldest, newest), shared=shared, axis=axis
-    )
+    # The other devices are asked at the end. Nothing else in the step waits for their
+    # answer, so that XLA makes one exchange of those of all layers.
+    out, told, arrivals, slots = tell_triton(*arguments, **options)
+    told = jax.lax.all_gather(told, axis)
+    return out, choose_told_triton(told, arrivals, arguments[1], slots)
 
 
 def _pallas_tpu(*arguments, **options):

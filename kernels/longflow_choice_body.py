@@ -84,6 +84,54 @@ def choose_victim(
 
 
 @triton.jit
+def weigh_block(
+    logits_ptr,
+    statistic_ptr,
+    norms_ptr,
+    positions_ptr,
+    oldest_ptr,
+    newest_ptr,
+    slots,  # [CHUNK]
+    row,
+    num_heads,
+    HEADS: tl.constexpr,
+    HEADS_PAD: tl.constexpr,
+    TARGETS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    STRIDE: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SPLITS_PAD: tl.constexpr,
+):
+    """Return of some slots of a row what `weigh_slots` does, from what splits left."""
+    splits = tl.arange(0, SPLITS_PAD)
+    heads = tl.arange(0, HEADS_PAD)
+    parts = tl.load(
+        statistic_ptr
+        + splits[:, None].to(tl.int64) * num_heads
+        + (row * HEADS + heads)[None, :],
+        (splits < SPLITS)[:, None] & (heads < HEADS)[None, :],
+        other=_LOWEST,
+    )
+    batch = row * TARGETS // KV_HEADS
+    oldest = tl.load(oldest_ptr + batch)
+    newest = tl.load(newest_ptr + batch)
+    real = (heads < HEADS)[:, None] & (slots < SLOTS)[None, :]
+    logits = tl.load(
+        logits_ptr + row * (HEADS * STRIDE) + heads[:, None] * STRIDE + slots[None, :],
+        real,
+        other=float("-inf"),
+        eviction_policy="evict_first",
+    )
+    held = row * (TARGETS * SLOTS) + (heads // (HEADS // TARGETS))[:, None] * SLOTS
+    norms = tl.load(norms_ptr + held + slots[None, :], real, other=0.0)
+    positions = tl.load(positions_ptr + held + slots[None, :], real, other=-1)
+    maximum = tl.max(parts, 0)
+    statistic = maximum + tl.log2(tl.sum(tl.exp2(parts - maximum[None, :]), 0))
+    return weigh_slots(logits, statistic, norms, positions, oldest, newest)
+
+
+@triton.jit
 def choose_tile(
     row,
     block,
@@ -112,33 +160,11 @@ def choose_tile(
     BLOCKS_PAD: tl.constexpr,
 ):
     """Weigh a block of slots, whose last program chooses the row's victim."""
-    splits = tl.arange(0, SPLITS_PAD)
-    heads = tl.arange(0, HEADS_PAD)
-    parts = tl.load(
-        statistic_ptr
-        + splits[:, None].to(tl.int64) * num_heads
-        + (row * HEADS + heads)[None, :],
-        (splits < SPLITS)[:, None] & (heads < HEADS)[None, :],
-        other=_LOWEST,
-    )
     slots = block * CHUNK + tl.arange(0, CHUNK)
-    batch = row * TARGETS // KV_HEADS
-    oldest = tl.load(oldest_ptr + batch)
-    newest = tl.load(newest_ptr + batch)
-    real = (heads < HEADS)[:, None] & (slots < SLOTS)[None, :]
-    logits = tl.load(
-        logits_ptr + row * (HEADS * STRIDE) + heads[:, None] * STRIDE + slots[None, :],
-        real,
-        other=float("-inf"),
-        eviction_policy="evict_first",
-    )
-    held = row * (TARGETS * SLOTS) + (heads // (HEADS // TARGETS))[:, None] * SLOTS
-    norms = tl.load(norms_ptr + held + slots[None, :], real, other=0.0)
-    positions = tl.load(positions_ptr + held + slots[None, :], real, other=-1)
-    maximum = tl.max(parts, 0)
-    statistic = maximum + tl.log2(tl.sum(tl.exp2(parts - maximum[None, :]), 0))
-    importance, is_free, protected = weigh_slots(
-        logits, statistic, norms, positions, oldest, newest
+    importance, is_free, protected = weigh_block(
+        *(logits_ptr, statistic_ptr, norms_ptr, positions_ptr),
+        *(oldest_ptr, newest_ptr, slots, row, num_heads),
+        *(HEADS, HEADS_PAD, TARGETS, KV_HEADS, SLOTS, STRIDE, SPLITS, SPLITS_PAD),
     )
     order = slot_order(importance, is_free, protected, slots < SLOTS)
     choose_victim(
@@ -202,8 +228,54 @@ def finish_splits(
 
 
 @triton.jit
+def tell_splits(
+    logits_ptr,  # [B, HEADS, STRIDE]
+    parts_ptr,  # [SPLITS, B, HEADS, H]
+    statistic_ptr,  # [SPLITS, B, HEADS]
+    norms_ptr,  # [B, KV_HEADS, SLOTS]
+    positions_ptr,  # [B, KV_HEADS, SLOTS]
+    oldest_ptr,  # [B]
+    newest_ptr,  # [B]
+    # Outputs.
+    out_ptr,  # [B, HEADS, H]
+    told_ptr,  # [B, STRIDE]; see `victims.told`
+    HEADS: tl.constexpr,
+    HEADS_PAD: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    STRIDE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEAD_PAD: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SPLITS_PAD: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    """Do `finish_splits`, but say what it would choose from instead of choosing."""
+    row = tl.program_id(0).to(tl.int64)
+    block = tl.program_id(1)
+    num_heads = tl.num_programs(0) * HEADS
+    if block < BLOCKS:
+        slots = block * CHUNK + tl.arange(0, CHUNK)
+        importance, is_free, protected = weigh_block(
+            *(logits_ptr, statistic_ptr, norms_ptr, positions_ptr),
+            *(oldest_ptr, newest_ptr, slots, row, num_heads),
+            *(HEADS, HEADS_PAD, KV_HEADS, KV_HEADS, SLOTS, STRIDE, SPLITS, SPLITS_PAD),
+        )
+        told = tl.where(protected, -importance, importance)  # -0.0, too
+        told = tl.where(is_free, float("inf"), told)
+        tl.store(told_ptr + row * STRIDE + slots, told, slots < SLOTS)
+    else:
+        combine_head(
+            *(parts_ptr, statistic_ptr, out_ptr),
+            *(row * HEADS + block - BLOCKS, num_heads),
+            *(HEAD_DIM, SPLITS, SPLITS_PAD, HEAD_PAD),
+        )
+
+
+@triton.jit
 def choose_victims(
-    importance_ptr,  # [ROWS, TARGETS, STRIDE]
+    importance_ptr,  # [ROWS, PARTS, STRIDE], or [PARTS, ROWS, STRIDE]
     target_ptr,  # [B, K]
     position_ptr,  # [B]
     arrivals_ptr,  # [ROWS]
@@ -212,6 +284,9 @@ def choose_victims(
     # See `triton_call.call`.
     _target_out_ptr,
     _arrivals_out_ptr,
+    PARTS: tl.constexpr,  # key/value heads that share the victim, or devices
+    PARTS_PAD: tl.constexpr,
+    PARTS_FIRST: tl.constexpr,
     TARGETS: tl.constexpr,
     TARGETS_PAD: tl.constexpr,
     KV_HEADS: tl.constexpr,
@@ -221,14 +296,17 @@ def choose_victims(
     BLOCKS: tl.constexpr,
     BLOCKS_PAD: tl.constexpr,
 ):
-    """Choose the victim from importance per key/value head, `BLOCKS` programs a row."""
+    """Choose the victim from what several `told`, `BLOCKS` programs a row."""
     row = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1)
     slots = block * CHUNK + tl.arange(0, CHUNK)
-    kv_heads = tl.arange(0, TARGETS_PAD)
+    parts = tl.arange(0, PARTS_PAD)
+    at = row * PARTS + parts
+    if PARTS_FIRST:
+        at = parts * tl.num_programs(0).to(tl.int64) + row
     importance = tl.load(
-        importance_ptr + (row * TARGETS + kv_heads)[:, None] * STRIDE + slots[None, :],
-        (kv_heads < TARGETS)[:, None] & (slots < SLOTS)[None, :],
+        importance_ptr + at[:, None] * STRIDE + slots[None, :],
+        (parts < PARTS)[:, None] & (slots < SLOTS)[None, :],
         other=float("inf"),
     )
     protected = tl.max((importance.to(tl.int32, bitcast=True) < 0).to(tl.int32), 0) > 0

@@ -12,7 +12,6 @@ key/value head, `S` slots, `H` head size.
 """
 
 import dataclasses
-import math
 from typing import Any
 
 import jax
@@ -23,6 +22,7 @@ from jaxkv.kernels.cache import Slots, Token
 from jaxkv.kernels.decode_triton import attend_constants
 from jaxkv.kernels.scores import ProductScore
 from jaxkv.kernels.triton_call import next_power_of_2, num_processors
+from jaxkv.kernels.victims import heard, told
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -165,7 +165,7 @@ def longflow_attention_triton(
     return out, slots._replace(target=target)
 
 
-def longflow_importance_triton(
+def tell_triton(
     query: jax.Array,
     token: Token,
     slots: Slots,
@@ -177,32 +177,79 @@ def longflow_importance_triton(
     cap: float | None = None,
     score: ProductScore = "l1",
     tiles: Tiles | None = None,
-) -> tuple[jax.Array, jax.Array, Slots]:
-    """Do the first launch alone, for devices that choose a victim together.
+) -> tuple[jax.Array, jax.Array, jax.Array, Slots]:
+    """Do all but the choice, for devices that share a row's victim.
 
     Arguments are those of `longflow_attention_triton`.
 
     Returns:
-      The output `[B, N, H]`; the importance of the slots, float32 `[B, K, S]`, whose
-      numbers for free slots and finished rows mean nothing; the slots, whose target is
-      as it was.
+      The output `[B, N, H]`; of each slot what `victims.told` has of these heads, `[B,
+      1, S]` and some more; and for `choose_told_triton` a counter, and the slots.
     """
+    from jaxkv.kernels import longflow_choice_body as choice
+
     batch, kv_heads, num_slots, head_dim = slots.keys.shape
     sizes = query.shape[1], kv_heads, num_slots, head_dim
     tiles = tiles or choose_tiles(batch, *sizes, slots.keys.dtype, num_processors())
-    parts, statistic, scores, _, slots = _attend(
+    parts, statistic, scores, arrivals, slots = _attend(
         *(query, token, slots, oldest, newest, sink),
         **dict(scale=scale, cap=cap, score=score, shared=True, tiles=tiles),
     )
     if tiles.programs:
-        return parts.reshape(query.shape), jnp.abs(scores[..., :num_slots]), slots
-    out = decode_triton.combine(parts, statistic, query)
-    # In base 2, as the kernel leaves them.
-    whole = jax.nn.logsumexp(statistic * math.log(2), axis=0) / math.log(2)
-    logits = scores.reshape(batch, kv_heads, -1, scores.shape[-1])[..., :num_slots]
-    weights = jnp.exp2(logits - whole.reshape(*logits.shape[:3], 1))
-    norms: Any = slots.norms
-    return out, weights.mean(axis=2) * norms, slots
+        return parts.reshape(query.shape), told(*heard(scores)), arrivals, slots
+    constants = tell_constants(*sizes, tiles)
+    out, found = triton_call.call(
+        choice.tell_splits,
+        (scores, parts, statistic, slots.norms, slots.positions, oldest, newest),
+        (
+            jax.ShapeDtypeStruct(query.shape, query.dtype),
+            jax.ShapeDtypeStruct((batch, 1, score_stride(num_slots)), jnp.float32),
+        ),
+        aliases={},
+        grid=(batch, constants["BLOCKS"] + query.shape[1]),
+        **dict(num_warps=4, num_stages=1),
+        **constants,
+    )
+    return out, found, arrivals, slots
+
+
+def choose_told_triton(
+    found: jax.Array,
+    arrivals: jax.Array,
+    token: Token,
+    slots: Slots,
+    *,
+    chunk: int = 1024,
+) -> Slots:
+    """Choose the victims of all heads from what several devices have told.
+
+    Args:
+      found: float32 `[D, B, 1, S]` and some more, of `D` devices.
+      arrivals: of `tell_triton`.
+      token: as there.
+      slots: of `tell_triton`, of this device's heads.
+      chunk: numbers that a program reads, a power of two.
+
+    Returns the slots with the next target; that of a finished row stays.
+    """
+    from jaxkv.kernels import longflow_choice_body as choice
+
+    batch, kv_heads, num_slots, head_dim = slots.keys.shape
+    sizes = kv_heads, kv_heads, num_slots, head_dim
+    tiles = Tiles(splits=1, block=64, warps=4, stages=1, programs=1, chunk=chunk)
+    constants = choose_constants(*sizes, True, tiles, len(found))
+    grid = batch, constants["BLOCKS"]
+    shapes = (*grid, 2), slots.target.shape, arrivals.shape
+    _, target, _ = triton_call.call(
+        choice.choose_victims,
+        (found, slots.target, token.position, arrivals),
+        tuple(jax.ShapeDtypeStruct(shape, jnp.int32) for shape in shapes),
+        aliases={1: 1, 3: 2},
+        grid=grid,
+        **dict(num_warps=4, num_stages=1),
+        **constants,
+    )
+    return slots._replace(target=target)
 
 
 def _attend(
@@ -303,12 +350,22 @@ def score_constants(
 
 
 def choose_constants(
-    heads: int, kv_heads: int, slots: int, head_dim: int, shared: bool, tiles: Tiles
+    heads: int,
+    kv_heads: int,
+    slots: int,
+    head_dim: int,
+    shared: bool,
+    tiles: Tiles,
+    parts: int | None = None,
 ) -> dict[str, Any]:
-    """Return the compile-time arguments of `finish_splits`, or of `choose_victims`."""
+    """Return the compile-time arguments of `finish_splits`, or of `choose_victims`.
+
+    The latter chooses from what so many devices have told, or all targets if None.
+    """
     targets = kv_heads if shared else 1
+    of_devices, parts = parts is not None, parts or targets
     row_heads = score_heads(heads, kv_heads, shared)
-    pad = next_power_of_2(targets if tiles.programs else row_heads)
+    pad = next_power_of_2(parts if tiles.programs else row_heads)
     chunk = _slots_at_once(pad, slots, tiles)
     blocks = -(-slots // chunk)
     constants = dict(
@@ -321,10 +378,21 @@ def choose_constants(
         BLOCKS=blocks,
         BLOCKS_PAD=next_power_of_2(blocks),
     )
-    if not tiles.programs:
+    if tiles.programs:
+        constants |= dict(PARTS=parts, PARTS_PAD=pad, PARTS_FIRST=of_devices)
+    else:
         constants |= dict(HEADS=row_heads, HEADS_PAD=pad)
         constants |= decode_triton.combine_constants(head_dim, tiles.splits)
     return constants
+
+
+def tell_constants(
+    heads: int, kv_heads: int, slots: int, head_dim: int, tiles: Tiles
+) -> dict[str, Any]:
+    """Return the compile-time arguments of `tell_splits`."""
+    constants = choose_constants(heads, kv_heads, slots, head_dim, True, tiles)
+    of_choice = "TARGETS", "TARGETS_PAD", "BLOCKS_PAD"
+    return {name: x for name, x in constants.items() if name not in of_choice}
 
 
 def _slots_at_once(heads_pad: int, slots: int, tiles: Tiles) -> int:

@@ -69,7 +69,10 @@ def choose_victim(
     if shared:
         importance = _mean_over_heads(importance, positions)
     if shared and axis is not None:
-        importance, free, evictable = _agree(importance, free, evictable, axis)
+        mine = told(importance, free, evictable)
+        importance, free, evictable = heard(
+            jax.lax.all_gather(mine, axis, axis=1, tiled=True)
+        )
     candidate = evictable | ~evictable.any(-1, keepdims=True)
     order = jnp.where(candidate, importance, jnp.inf)
     order = jnp.where(free, -jnp.inf, order)
@@ -77,25 +80,33 @@ def choose_victim(
     return jnp.broadcast_to(slot[:, :1] if shared else slot, shape)
 
 
-def _agree(
-    importance: jax.Array, free: jax.Array, evictable: jax.Array, axis: str
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return what the devices of a row hold together of its slots, all `[B, 1, S]`.
+def told(importance: jax.Array, free: jax.Array, evictable: jax.Array) -> jax.Array:
+    """Return in one float32 a slot what devices tell each other of it.
 
-    Each sends its mean: negative, -0.0 too, where a slot is protected, infinite where
-    it is free.
+    Args:
+      importance: float32, not negative; what free slots hold does not matter.
+      free: bool, likewise shaped.
+      evictable: bool.
+
+    Returns:
+      The importance: negative, -0.0 too, where a slot is protected, infinite where it
+      is free.
     """
     bits = jax.lax.bitcast_convert_type(importance, jnp.int32)
-    infinity = jax.lax.bitcast_convert_type(jnp.float32(jnp.inf), jnp.int32)
-    lowest = jnp.iinfo(jnp.int32).min  # the sign
-    bits = jnp.where(evictable, bits, bits | lowest)
-    bits = jnp.where(free, infinity, bits)
-    bits = jax.lax.all_gather(bits, axis, axis=1, tiled=True)
-    absent = bits == infinity
-    importance = jax.lax.bitcast_convert_type(bits & ~lowest, jnp.float32)
-    importance = jnp.where(absent, 0, importance).mean(axis=1, keepdims=True)
+    bits = jnp.where(evictable, bits, bits | jnp.iinfo(jnp.int32).min)  # the sign
+    return jnp.where(free, jnp.inf, jax.lax.bitcast_convert_type(bits, jnp.float32))
+
+
+def heard(told: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return what several, who have `told` `[B, D, S]`, hold together of each slot.
+
+    Returns:
+      The mean importance, and whether a slot is free and evictable, all `[B, 1, S]`.
+    """
+    absent = told == jnp.inf
+    importance = jnp.where(absent, 0, jnp.abs(told)).mean(axis=1, keepdims=True)
     free = absent.all(axis=1, keepdims=True)
-    barred = (~absent & (bits < 0)).any(axis=1, keepdims=True)
+    barred = (~absent & jnp.signbit(told)).any(axis=1, keepdims=True)
     return importance, free, ~barred & ~free
 
 

@@ -167,7 +167,7 @@ def check_sent(params):
     }
     # And of LongFlow a number a slot, for each layer.
     found = sent(network, params, METHODS["longflow"])
-    assert found == common | {("all-gather", "s32[2,4,8]{2,0,1}"): 2}, found
+    assert found == common | {("all-gather", "f32[2,4,8]{2,0,1}"): 2}, found
 
 
 if __name__ == "__main__":

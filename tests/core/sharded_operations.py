@@ -22,6 +22,7 @@ from jaxkv.kernels import (
     longflow_tpu,
     pointwise,
     shared_slots,
+    victims,
 )
 from jaxkv.kernels import window_scores as windows
 from jaxkv.kernels.cache import SharedSlots, Slots, Token
@@ -51,16 +52,33 @@ def stand_in_for_devices():
     longflow.longflow_attention_triton = stand_in(
         functools.partial(longflow._xla, axis=None)
     )
-    longflow.longflow_importance_triton = stand_in(importance)
+    longflow.tell_triton = stand_in(tell)
+    longflow.choose_told_triton = choose_told
     windows._RUNS["triton"] = stand_in(windows._xla)
 
 
-def importance(query, token, slots, oldest, newest, *, scale, score):
-    """Do the first launch of LongFlow's kernel, which chooses no victim."""
+def tell(query, token, slots, oldest, newest, *, scale, score):
+    """Do all of LongFlow's kernels but the choice."""
     norms = write_norm(token, slots, score)
     out, slots = decode._xla(query, token, slots, scale=scale)
     weights = decode.decode_weights(query, slots.keys, slots.positions, scale=scale)
-    return out, weights.mean(axis=2) * norms, slots._replace(norms=norms)
+    held = slots.positions
+    importance = jnp.where(held >= 0, weights.mean(axis=2) * norms, 0)
+    told = victims.told(
+        importance.mean(axis=1, keepdims=True),
+        *victims.classes(held, oldest, newest, shared=True),
+    )
+    return out, told, jnp.zeros(len(query), jnp.int32), slots._replace(norms=norms)
+
+
+def choose_told(told, arrivals, token, slots):
+    """Do the choice from what all devices have told."""
+    told = jnp.moveaxis(told[:, :, 0], 0, 1)
+    importance, free, evictable = victims.heard(told)
+    rank = jnp.where(free, 0, jnp.where(evictable, 1, 2))
+    target = jnp.lexsort((importance, rank), axis=-1)[..., 0].astype(jnp.int32)
+    target = jnp.where(token.position[:, None] < 0, slots.target, target)
+    return slots._replace(target=target)
 
 
 def compare(mesh, function, letters, arrays, name, collectives):

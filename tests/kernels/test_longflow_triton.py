@@ -7,6 +7,7 @@ import itertools
 import json
 import sys
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from jaxkv.kernels.longflow_triton import (
     choose_constants,
     choose_tiles,
     score_constants,
+    tell_constants,
 )
 from jaxkv.kernels.scores import value_norms
 
@@ -94,13 +96,17 @@ def test_shipped_tiles_compile_without_spills(shape, capability, record_property
     first |= triton_on_cpu.PLAIN
     second = choose_constants(*sizes, True, tiles)
     small = Tiles(splits=1, block=16, warps=4, stages=1)
-    launches = {
-        True: [(body.score_rows, first, tiles), (choice.choose_victims, second, small)],
-        False: [
-            (body.score_split, first, tiles),
-            (choice.finish_splits, second, small),
-        ],
-    }[tiles.programs > 0]
+    launches = [
+        (body.score_split, first, tiles),
+        (choice.finish_splits, second, small),
+    ]
+    if tiles.programs:
+        launches = [
+            (body.score_rows, first, tiles),
+            (choice.choose_victims, second, small),
+        ]
+    else:
+        launches.append((choice.tell_splits, tell_constants(*sizes, tiles), small))
     for kernel, constants, launch in launches:
         name = kernel.__name__
         dtypes = dict.fromkeys(kernel.arg_names, "int32")
@@ -111,6 +117,7 @@ def test_shipped_tiles_compile_without_spills(shape, capability, record_property
         dtypes |= dict.fromkeys(
             ["statistic_ptr", "logits_ptr", "importance_ptr", "parts_ptr"], "float32"
         )
+        dtypes |= dict(told_ptr="float32")
         dtypes |= dict(norms_ptr="float32", _norms_out_ptr="float32")
         dtypes["out_ptr"] = "float32" if name == "score_split" else dtype
         usage = triton_on_cpu.usage(kernel, dtypes, constants, launch, capability)
@@ -263,9 +270,9 @@ def check_interpreted(
         **weighing,
     )
     failures = []
-    if shared and dtype == "float32":
+    if shared and dtype == "float32" and case[1] == 2:
         args = mutate(args)
-        failures += check_importance(args, case, tiles, out, want_cache, weighted)
+        failures += check_together(args, case, tiles, out, want_cache, weighted)
     error = np.abs(exact(out) - want_out)[position >= 0]
     error = (error / magnitude[position >= 0]).max()
     if not (error <= TOLERANCE[dtype] and np.isfinite(exact(out)).all()):
@@ -297,23 +304,57 @@ def check_interpreted(
     return failures
 
 
-def check_importance(args, case, tiles, want_out, cache, weighted) -> list[str]:
-    """Run the first launch alone; return what is wrong with what it leaves."""
-    out, found, _ = longflow_triton.longflow_importance_triton(
-        *packed(args),
-        **dict(scale=case[3] ** -0.5, score=case[5], tiles=tiles),
-        **weighing_of(case),
-    )
+def check_together(args, case, tiles, want_out, cache, weighted) -> list[str]:
+    """Let two devices with half of the heads each choose; return what is wrong."""
+    q, *rest = packed(args)
+    token, slots, oldest, newest = rest
+    devices = 2
+    weighing = weighing_of(case)
+    sinks = weighing.pop("sink")
+
+    def part(tree, device, axis=1):
+        return jax.tree.map(
+            lambda x: jnp.split(x, devices, axis)[device] if x.ndim > 1 else x, tree
+        )
+
+    outs, founds, rests = [], [], []
+    for device in range(devices):
+        sink = None if sinks is None else jnp.split(sinks, devices)[device]
+        out, found, arrivals, held = longflow_triton.tell_triton(
+            *(part(q, device), part(token, device), part(slots, device)),
+            *(oldest, newest, sink),
+            **dict(scale=case[3] ** -0.5, score=case[5], tiles=tiles),
+            **weighing,
+        )
+        outs.append(out)
+        founds.append(found)
+        rests.append((arrivals, part(token, device), held))
     failures = []
-    if not np.array_equal(out, want_out):
-        failures.append(f"{case}: out of the first launch differs")
-    held = (cache[2] >= 0) & (np.asarray(args[8]) >= 0)[:, None, None]
-    want = weighted.reshape(*held.shape[:2], -1, held.shape[2])
-    # Of whole rows it is the sum over the heads, which orders alike.
-    want = want.sum(2) if tiles.programs else want.mean(2)
-    error = np.abs(np.where(held, found - want, 0)).max(-1) / want.max(-1).clip(1e-9)
-    if not (error <= (1e-5 if case[4] == "float32" else 5e-3)).all():
-        failures.append(f"{case}: importance is off by {error.max():.3g}")
+    if not np.allclose(jnp.concatenate(outs, 1), want_out, rtol=0, atol=2e-6):
+        failures.append(f"{case}: out of those who choose together differs")
+    found = jnp.stack(founds)
+    alive = np.asarray(token.position) >= 0
+    length = cache[2].shape[2]
+    told = np.where(np.isinf(found), 0, np.abs(found))[:, alive, 0, :length].sum(0)
+    if tiles.programs:  # a mean over the heads of keys and values
+        told = told * (cache[2].shape[1] // devices)
+    want = weighted[alive].sum(1)
+    if not np.allclose(told, want, rtol=1e-5, atol=1e-5 * want.max()):
+        failures.append(f"{case}: importance of those who choose together differs")
+    chosen = [
+        longflow_triton.choose_told_triton(found, *held, chunk=32).target
+        for held in rests
+    ]
+    for b, target in enumerate(np.concatenate(chosen, 1)):
+        if np.asarray(token.position)[b] < 0:
+            same = np.array_equal(target, np.asarray(slots.target)[b])
+            wrong = "" if same else "of a finished row"
+        else:
+            bounds = np.asarray(oldest)[b], np.asarray(newest)[b], 2e-6
+            wrong = wrong_victim(target[0], weighted[b], cache[2][b], *bounds)
+            wrong = wrong or ("" if len(set(target)) == 1 else "differs among heads")
+        if wrong:
+            failures.append(f"{case}: together, victims {target} of {b}: {wrong}")
     return failures
 
 
@@ -325,7 +366,7 @@ MUTATIONS = {  # name: change of the arguments, score of the oracle, what must b
     ),
     "mask shifted": (lambda x: (*x[:5], jnp.roll(x[5], 1, -1), *x[6:]), None, "victim"),
     "norm dropped": (lambda x: x, "attention", "victim"),
-    "norm dropped in what is shared": (lambda x: x, "attention", "importance"),
+    "norm dropped in what is shared": (lambda x: x, "attention", "together"),
     "norms shifted": (lambda x: (*x[:6], jnp.roll(x[6], 1, -1), *x[7:]), None, "norms"),
     "protection shifted": (
         lambda x: (*x[:9], x[9] - 18, x[10] - 18),
@@ -342,7 +383,7 @@ if __name__ == "__main__":
     failures = [f for i, case in enumerate(cases) for f in check_interpreted(case, i)]
     if sys.argv[1] == "FAST":
         for name, (mutate, score, said) in MUTATIONS.items():
-            case = FAST[1 if said == "importance" else 3]
+            case = FAST[1 if said == "together" else 3]
             if not any(said in f for f in check_interpreted(case, 3, mutate, score)):
                 failures.append(f"{name}: went unnoticed")
         for case in FAST[-3:]:
@@ -350,5 +391,5 @@ if __name__ == "__main__":
             if "out is off" not in untold:
                 failures.append(f"{case}: sink or cap: went unnoticed")
         if "importance" not in " ".join(check_interpreted(FAST[-2], 3, told=False)):
-            failures.append("the sink's share of importance: went unnoticed")
+            failures.append("the sinks of those who choose together: went unnoticed")
     print(json.dumps(failures))
