@@ -7,11 +7,11 @@
 
 JAX itself runs on the CPU; the real XLA:TPU and Mosaic compilers work for a described
 topology. Nothing is run, so there is nothing here about speed. The parts are the
-kernels (decode_attention, longflow_attention, window_scores and causal_attention, which
-is JAX's "splash"), for one device each of v5e, v6e, v5p and tpu7x, at the attention
-shape of Qwen3-8B; and generate: prefill and the decode loop of Qwen3-8B as one program
-for a v5e slice of 8 chips, rows over 2 and heads over 4, with the policies that the
-flags name.
+kernels (decode_attention, longflow_attention, longflow_tree, window_scores and
+causal_attention, which is JAX's "splash"), for one device each of v5e, v6e, v5p and
+tpu7x, at the attention shape of Qwen3-8B; and generate: prefill and the decode loop of
+Qwen3-8B as one program for a v5e slice of 8 chips, rows over 2 and heads over 4, with
+the policies that the flags name.
 """
 
 import dataclasses
@@ -34,9 +34,10 @@ from jax.experimental.topologies import get_topology_desc
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxkv import Options, generation, registry, sharding
-from jaxkv.kernels.cache import Slots, Token
+from jaxkv.kernels.cache import Nodes, Slots, Token
 from jaxkv.kernels.decode import decode_attention
 from jaxkv.kernels.longflow import longflow_attention
+from jaxkv.kernels.longflow_tree import longflow_tree
 from jaxkv.kernels.per_shard import partition_spec
 from jaxkv.kernels.prefill import causal_attention
 from jaxkv.kernels.window_scores import window_scores
@@ -53,6 +54,7 @@ TOPOLOGIES = {
 PARTS = (
     "decode_attention",
     "longflow_attention",
+    "longflow_tree",
     "window_scores",
     "causal_attention",
     "generate",
@@ -84,6 +86,15 @@ def decode_inputs(mesh: Mesh, sizes: dict[str, int], dtype=jnp.bfloat16):
     return array("B N H"), token, Slots(*held, norms), integers("B")
 
 
+def tree_inputs(mesh: Mesh, sizes: dict[str, int], dtype=jnp.bfloat16):
+    """Return query, nodes and slots, a bound of what may go, parents and depths."""
+    array = functools.partial(abstract, mesh, sizes=sizes, dtype=dtype)
+    tree = [abstract(mesh, "B T", sizes, jnp.int32)] * 2
+    _, _, slots, bound = decode_inputs(mesh, sizes, dtype)
+    nodes = Nodes(array("B T K H"), array("B T K H"), bound)
+    return array("B T N H"), nodes, slots, bound, *tree
+
+
 def compile_one(function, arguments, mesh: Mesh, **jit) -> dict[str, Any]:
     """Compile and return seconds and bytes per device."""
     with jax.set_mesh(mesh):
@@ -112,6 +123,7 @@ def kernels(
     slots: int = 3200,
     length: int = 8192,
     window: int = 32,
+    nodes: int = 16,
     model: int = 1,
     cap: float | None = None,
     sinks: bool = False,
@@ -144,6 +156,16 @@ def kernels(
                 run(longflow_attention, scale=SCALE, implementation="pallas_tpu"),
                 [query, token, slots, bound, bound, *sink],
                 in_place,
+            ),
+            (
+                "longflow_tree",
+                run(
+                    longflow_tree,
+                    **dict(n_recent=0, depth=nodes - 1, scale=SCALE),
+                    implementation="pallas_tpu",
+                ),
+                [*tree_inputs(mesh, sizes | dict(T=nodes)), *sink],
+                {},
             ),
             (
                 "window_scores",

@@ -50,7 +50,7 @@ def test_longflow_compiles_in_place_on_every_topology(script, model):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "part", ["decode_attention", "window_scores", "causal_attention"]
+    "part", ["decode_attention", "longflow_tree", "window_scores", "causal_attention"]
 )
 def test_other_kernels_compile_on_every_topology(script, part):
     for record in script.kernels([part]):
@@ -81,8 +81,9 @@ SETTINGS = {
 @pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
 def test_all_kernels_compile_under_other_settings_of_jax(script, setting):
     parts = [part for part in script.PARTS if part != "generate"]
+    only = dict(v5e=script.TOPOLOGIES["v5e"])
     with setting():
-        records = list(script.kernels(parts, dict(v5e=script.TOPOLOGIES["v5e"])))
+        records = list(script.kernels(parts, only, nodes=3))
     assert len(records) == len(parts)
 
 
@@ -114,6 +115,38 @@ def test_longflow_compiles_at_odd_sizes(
     cache = kv_heads * slots * 3 * (2 * head_dim * jnp.dtype(dtype).itemsize + 8)
     assert record["alias_bytes"] >= cache  # odd sizes are padded
     assert record["temp_bytes"] < 2e6
+
+
+# Qwen3-8B's heads, and smollm2's, with the largest trees that drafters make.
+TREES = [
+    (32, 8, 16, 128, True),
+    (32, 8, 64, 128, True),
+    (32, 8, 16, 128, False),
+    (9, 3, 16, 64, True),
+    (9, 3, 64, 64, False),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["v5e", "v6e"])
+@pytest.mark.parametrize(("heads", "kv_heads", "nodes", "head_dim", "shared"), TREES)
+def test_trees_compile_in_the_memory_that_is_planned(
+    script, kind, heads, kv_heads, nodes, head_dim, shared
+):
+    from jaxkv.kernels.longflow_tree_tpu import longflow_tree_tpu
+
+    mesh = script.sharding.make_mesh(
+        devices=script.devices(script.TOPOLOGIES[kind])[:1]
+    )
+    sizes = dict(B=8, N=heads, K=kv_heads, S=3200, H=head_dim, T=nodes)
+    how = dict(n_recent=0, depth=nodes - 1, scale=0.1, shared=shared)
+    record = script.compile_one(
+        lambda *arrays: longflow_tree_tpu(*arrays, **how),
+        script.tree_inputs(mesh, sizes),
+        mesh,
+    )
+    # Queries and outputs may be turned, keys and values not copied.
+    assert record["temp_bytes"] < 8 * nodes * 2 * (heads + 2 * kv_heads) * 128 * 2
 
 
 @pytest.mark.parametrize(
