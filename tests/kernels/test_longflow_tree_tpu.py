@@ -4,6 +4,7 @@ Interpreting costs seconds per compiled program and nothing per call, so each ca
 drawn several times.
 """
 
+import dataclasses
 import functools
 import itertools
 
@@ -21,10 +22,13 @@ from longflow_tree_cases import (
     make_case,
     options_of,
 )
+from small_policies import DECODE
+from tiny import CONFIG, prompts
 
-from jaxkv.kernels import attend_tpu, dispatch, longflow_tree_tpu
+from jaxkv.kernels import attend_tpu, dispatch, longflow_tpu, longflow_tree_tpu
 from jaxkv.kernels import longflow_tree as tree
 from jaxkv.kernels.longflow_tree_tpu import _plan, unsupported
+from jaxkv.laws import lawbook, programs
 
 # Beside the cases of all kernels, with the slots of a block; None chooses.
 ODD = [
@@ -123,6 +127,33 @@ def test_the_simulation_sees_no_race(shared, interpreted, capfd):
     case = Case(5, 6, 2, 256, 128, shared=shared)
     check(interpreted(case, interpret=simulated, block=128), case, 1)
     assert "RACE" not in capfd.readouterr().out.upper()
+
+
+@pytest.mark.slow
+def test_exact_speculation_equals_plain(monkeypatch):
+    """With the kernels that a TPU would run, interpreted, and drafts under LongFlow."""
+    monkeypatch.setattr(dispatch, "tpu_unavailable", lambda: "")
+    ran = []
+
+    def interpreting(kernel):
+        def run(*arrays, **options):
+            ran.append(kernel)
+            return kernel(*arrays, **options, interpret=True)
+
+        return run
+
+    kernels = {"longflow_attention_tpu": longflow_tpu}
+    kernels |= {"longflow_tree_tpu": longflow_tree_tpu}
+    for name, module in kernels.items():
+        monkeypatch.setattr(module, name, interpreting(getattr(module, name)))
+    heads = dict(head_dim=32, sinks=True, attention_cap=4.0)
+    network = dataclasses.replace(CONFIG, **heads)
+    monkeypatch.setattr(programs, "current", programs.compiled(network))
+    options = programs.with_budget(DECODE["longflow"], 9)
+    options = dataclasses.replace(options, decode_implementation="pallas_tpu")
+    prompted = prompts(6, programs.LENGTHS, programs.PROMPT)
+    lawbook.exact_speculation_equals_plain(options, *prompted, 6)
+    assert {kernel.__name__ for kernel in ran} == set(kernels)
 
 
 def of(*shape, dtype="bfloat16"):
