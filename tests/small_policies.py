@@ -107,6 +107,7 @@ PREFILL = {
         pooling="none",
         granularity="query_head",
     ),
+    "adakv, mixed": AdaKV.paper(policy=SnapKV(window_size=2, kernel_size=3), most=1.5),
     "snapkv, turned ahead": SnapKV(window_size=4, kernel_size=3, offset=4),
     "snapkv, all but one": SnapKV(window_size=10, kernel_size=3),
     "h2o, windowed": H2O(window_size=4),

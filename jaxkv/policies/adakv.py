@@ -33,8 +33,9 @@ class AdaKV(Wrapper):
     whatever it scores, SnapKV's window, counts in the share: with budgets not far above
     the window, nothing else of a head is safe. The authors' code (`share="mixed"`)
     leaves it out of all shares, and mixes: of other tokens a head keeps `safeguard`
-    times an equal split, and `1 - safeguard` times what it wins; fractions are dropped
-    here, and rounded there.
+    times an equal split, and `1 - safeguard` times what it wins. Each head's share is
+    rounded there, so that a layer may keep a few tokens more or less than its budget;
+    here the largest fractions are rounded up, as many as spend the budget.
 
     Slots: all heads of a state have equally many, so that shapes are static. A head
     has `most` times the budget, fills as many as it is given, and leaves the others
@@ -154,7 +155,8 @@ def mixed_budgets(
       bound: see `head_budgets`.
 
     Returns:
-      Numbers whose sum over the heads is at most that of `keep`.
+      Numbers whose sum over the heads is that of `keep`, or all tokens there are. Of
+      equal fractions that of the first head is rounded up.
     """
     index = jnp.arange(scores.shape[2], dtype=jnp.int32)[None]
     anyway = jnp.isposinf(scores) & (index < lengths[:, None])[:, None]
@@ -167,4 +169,8 @@ def mixed_budgets(
         bound=bound,
     )
     more = (won - base).astype(jnp.float32) * (1.0 - safeguard)
-    return apart + base + jnp.floor(more).astype(jnp.int32)
+    whole = jnp.floor(more)
+    order = jnp.argsort(whole - more, axis=-1, stable=True)
+    place = jnp.argsort(order, axis=-1).astype(jnp.float32)
+    left = jnp.round((more - whole).sum(-1, keepdims=True))
+    return apart + base + jnp.where(place < left, whole + 1, whole).astype(jnp.int32)

@@ -124,7 +124,7 @@ def test_budgets_of_heads(most, safeguard, keep, length, want):
         # Beside a token that is kept anyway, 3 of 4 others are the first head's.
         (0.0, 2.0, 3, 5, [5, 1]),
         (0.5, 2.0, 3, 5, [4, 2]),
-        (0.25, 2.0, 3, 5, [4, 1]),  # 2 + 1.5 and 2 - 1.5, fractions dropped
+        (0.25, 2.0, 3, 5, [5, 1]),  # 3 + 1.5 and 3 - 1.5: the first is rounded up
         (1.0, 2.0, 3, 5, [3, 3]),
         (0.0, 1.5, 3, 5, [4, 2]),
         (0.3, 2.0, 5, 5, [5, 5]),  # a prompt that fits is kept whole
