@@ -43,7 +43,8 @@ def shared_of(
     """Return what the rows of a batch share of each layer; None is nothing.
 
     Args:
-      context: whose arrays these are, uncopied if all of its documents are asked.
+      context: whose arrays these are, uncopied if so many of its documents are asked
+        that the next power of two has all of them.
       documents: int32 `[B]`, which one each row is about.
       options: the decode policy's, and its kernel's name.
       params: of the network, for the mesh that they are laid out over.
@@ -55,13 +56,16 @@ def shared_of(
     if goes_on or rows_are_spread or not able(options.decode_implementation):
         return (None,) * len(context.cache)
     asked, index, counts = np.unique(documents, return_inverse=True, return_counts=True)
+    # Powers of two, so that few programs serve all shares of questions.
+    number, most = (1 << (int(x) - 1).bit_length() for x in (len(asked), counts.max()))
+    most = min(len(documents), most)
     with jax.transfer_guard("allow"):
+        if number < len(context):
+            fill = [asked[0]] * (number - len(asked))  # which no row asks about
+            context = context.take([*asked, *fill])
+        else:
+            index = documents
         owner = jnp.asarray(index, jnp.int32)
-        if len(asked) < len(context):
-            context = context.take(asked.tolist())
-
-    # A power of two, so that few programs serve all shares of questions.
-    most = min(len(documents), 1 << (int(counts.max()) - 1).bit_length())
 
     def layer(state: kv.KVState) -> Shared | None:
         if state.window is not None:

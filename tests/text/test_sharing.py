@@ -11,7 +11,7 @@ import tiny
 
 import jaxkv
 from jaxkv import state as kv
-from jaxkv.contexts import asking, sharing
+from jaxkv.contexts import asking, candidates, sharing
 from jaxkv.models.decoder import Decoder
 from jaxkv.text import questions as doors
 
@@ -59,13 +59,33 @@ def test_outputs_are_those_of_rows_that_copy(wide_lm, context, monkeypatch):
 
 
 def test_scores_are_those_of_rows_that_copy(wide_lm, context, monkeypatch):
+    asked = dict(context=context.join(context), documents=[5, 0, 2, 2])  # 3 of 6
+
     def scores():
-        return jaxkv.score(wide_lm, None, QUESTIONS, context=context, documents=ABOUT)
+        return jaxkv.score(wide_lm, None, QUESTIONS, **asked)
 
     got = scores()
     monkeypatch.setattr("jaxkv.text.scores.shared_of", copied)
     for one, two in zip(got.logprobs, scores().logprobs, strict=True):
         np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-4)
+
+
+def test_few_programs_serve_all_numbers_of_documents(wide_lm, context, monkeypatch):
+    several, keys, held = context.join(context), set(), []
+
+    def noted(*args, **kwargs):
+        keys.add(candidates.weigh_jit.key(*args, **kwargs))
+        held.append(len(kwargs["shared"][0].slots.keys))
+        raise InterruptedError
+
+    monkeypatch.setattr("jaxkv.text.scores.weigh_jit", noted)
+    for number in range(1, 7):
+        about = [0] * 5 + [min(row, number - 1) for row in range(6)]
+        given = dict(context=several, documents=about)
+        with pytest.raises(InterruptedError):
+            jaxkv.score(wide_lm, None, [[7, 8]] * len(about), **given)
+    assert held == [1, 2, 4, 4, 6, 6]  # the last two are the context's own
+    assert len(keys) == len(set(held))
 
 
 def test_rows_that_devices_share_out_have_copies(context, monkeypatch):
