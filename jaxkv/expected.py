@@ -60,3 +60,21 @@ def check_path(call: str, **given: Any) -> None:
     """Raise ValueError for arguments, by name, that are no paths."""
     for name, value in given.items():
         check_kind(call, name, value, PATH, "a path, as text or a pathlib.Path")
+
+
+def check_array(call: str, name: str, value: Any, *shapes: str) -> None:
+    """Raise ValueError for an argument that is no array of whole numbers.
+
+    Args:
+      call: the function that was called.
+      name: of its argument.
+      value: an array, or what is traced as one.
+      *shapes: letters of axes, such as "B P"; how many there are is checked.
+    """
+    kind = getattr(getattr(value, "dtype", None), "kind", "")
+    ranks = [len(shape.split()) for shape in shapes]
+    if kind not in ("i", "u") or getattr(value, "ndim", None) not in ranks:
+        lists = " or ".join(f"[{', '.join(shape.split())}]" for shape in shapes)
+        raise ValueError(
+            f"{call}: {name}= takes an int32 array {lists}, got {brief(value)}."
+        )

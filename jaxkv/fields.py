@@ -36,7 +36,7 @@ OddSize = Annotated[int, Predicate(odd), Ge(1)]
 def check_types(options: Any) -> None:
     """Raise ValueError for an option that is not what its annotation says.
 
-    Checked are annotations made of int, float, bool, None, Literal and `tuple[x, ...]`
+    Checked are annotations of int, float, bool, str, None, Literal and `tuple[x, ...]`
     of them; others are left to the class. Neither a truth value nor NaN is a number. A
     float may be given as a whole number, and NumPy's scalars are taken as Python's.
     Whole numbers must fit int32, a `seed` int64. Infinity is a number; `Lt(math.inf)`
@@ -197,7 +197,7 @@ def _keeps(value: Any, limit: Any) -> bool:
 
 def _noun(kind: Any) -> str:
     kind = kinds(kind)[0]
-    known = {int: "whole number", float: "number", bool: "truth value"}
+    known = {int: "whole number", float: "number", bool: "truth value", str: "text"}
     return known.get(kind) or str(getattr(kind, "__name__", kind))
 
 
@@ -214,6 +214,8 @@ def _fits_kind(value: Any, kind: Any) -> bool:
     if kind is float:
         fraction = isinstance(value, float | np.floating)
         return bool(value == value) if fraction else _fits_kind(value, int)
+    if kind is str:
+        return isinstance(value, str)
     if kind is types.NoneType:
         return value is None
     if typing.get_origin(kind) is typing.Literal:

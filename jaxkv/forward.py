@@ -7,6 +7,7 @@ tokens behind it, `V` vocabulary, `D` hidden size.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -23,11 +24,12 @@ from jaxkv.attention import (
     begin_layers,
     empty_layers,
 )
+from jaxkv.expected import brief, check_array, check_kind
 from jaxkv.kernels import decode, dispatch, tree_attention
 from jaxkv.options import Options
 from jaxkv.policies import contract
 from jaxkv.policies.full import Full
-from jaxkv.state import Cache
+from jaxkv.state import Cache, KVState
 
 
 def prefill(
@@ -56,7 +58,7 @@ def prefill(
       Logits of the token after each prompt, float32 `[B, V]`, and the cache.
 
     Raises:
-      ValueError: `keep` without `options.budget`.
+      ValueError: `keep` without `options.budget`, or an argument of another kind.
     """
     hidden, cache = read(
         network, params, tokens, lengths, options=options, slots=slots, keep=keep
@@ -143,6 +145,18 @@ def read_part(
 
 def _inputs(network, params, tokens, lengths, options, slots, keep, held):
     """Return what a network reads prompts from: tokens, positions, layers, attend."""
+    check_static("prefill", network, params, options)
+    check_array("prefill", "tokens", tokens, "B P")
+    check_array("prefill", "lengths", lengths, "B")
+    layers = len(network.config.windows)
+    each = (slots,) * layers if isinstance(slots, int) else slots
+    if not isinstance(each, tuple) or len(each) != layers or not _sizes(each):
+        raise ValueError(
+            "prefill: slots= takes a number of at least 1, or a tuple of one for each "
+            f"of the {layers} layers, got {brief(slots)}."
+        )
+    if keep is not None:
+        check_array("prefill", "keep", keep, "B")
     if keep is not None and options.budget is None:
         raise ValueError(
             "prefill: keep= says how much of options.budget each row uses, but that "
@@ -183,6 +197,33 @@ def _inputs(network, params, tokens, lengths, options, slots, keep, held):
         else None,
     )
     return tokens, positions, empty, attend
+
+
+def check_static(call: str, network: Any, params: Any, options: Any) -> None:
+    """Raise ValueError where what a program is traced for is of another kind.
+
+    Args:
+      call: the function that was called.
+      network: has `config` and `apply`.
+      params: its parameters.
+      options: `Options`.
+    """
+    if not hasattr(network, "config") or not hasattr(network, "apply"):
+        raise ValueError(
+            f"{call}: network= takes a network, such as the model's lm.network, got "
+            f"{brief(network)}."
+        )
+    if not isinstance(params, Mapping) or "embedding" not in params:
+        raise ValueError(
+            f"{call}: params= takes the parameters of the network, such as lm.params, "
+            f"got {brief(params)}."
+        )
+    check_kind(call, "options", options, Options, "jaxkv.Options()")
+
+
+def _sizes(numbers: tuple[Any, ...]) -> bool:
+    """Return whether all of these are numbers of slots."""
+    return all(isinstance(x, int) and x >= 1 for x in numbers)
 
 
 def logits_at_end(
@@ -316,7 +357,18 @@ def decode_step(
 
     Returns:
       Float32 logits `[B, V]` and the new cache.
+
+    Raises:
+      ValueError: an argument is of another kind.
     """
+    check_static("decode_step", network, params, options)
+    check_array("decode_step", "token", token, "B")
+    check_array("decode_step", "position", position, "B")
+    if not isinstance(cache, tuple) or not all(isinstance(s, KVState) for s in cache):
+        raise ValueError(
+            "decode_step: cache= takes a tuple with a KVState for each layer, as "
+            f"jaxkv.prefill returns, got {brief(cache)}."
+        )
     attend = attend_cache(
         options.decode,
         position=position,

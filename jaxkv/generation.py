@@ -23,7 +23,7 @@ from jaxkv.runtime.host_waits import loop
 from jaxkv.runtime.programs import bounded_jit
 from jaxkv.runtime.seeds import independent
 from jaxkv.sampling import Sampler, from_numbers, penalizes, pick_next
-from jaxkv.sequences import Generation, append, no_logprobs, readable
+from jaxkv.sequences import Generation, append, check_ends, no_logprobs, readable
 from jaxkv.speculation import loop as speculation
 from jaxkv.speculation import pace
 from jaxkv.speculation.drafters import Drafter
@@ -367,16 +367,15 @@ def generate_tokens(
 
     Arguments are theirs; `max_new_tokens` is a traced int32 scalar, at most `max_out`.
     """
-    generation = start(
+    check_ends(keys, stop_ids, max_new_tokens, max_out)
+    begun = start(
         *(network, params, tokens, lengths, keys, stop_ids),
         options=options,
         slots=slots,
         max_out=max_out,
         keep=keep,
     )
-    end = advance(
-        network, params, generation, max_new_tokens, stop_ids, options=options
-    )
+    end = advance(network, params, begun, max_new_tokens, stop_ids, options=options)
     return Output(end.tokens, end.lengths, end.done, end.finite, end.cache)
 
 

@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import importlib.metadata
 import logging
-import operator
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from jaxkv import sharding
@@ -213,13 +213,14 @@ def limited(config: Config, max_positions: int | None) -> Config:
     """
     if max_positions is None:
         return config
-    whole = hasattr(max_positions, "__index__") and not isinstance(max_positions, bool)
+    whole = isinstance(max_positions, int | np.integer) and max_positions is not True
     if not whole or not 1 <= max_positions <= config.max_positions:
         raise ValueError(
-            f"max_positions must be between 1 and {config.max_positions}, which the "
-            f"checkpoint was made for, found {brief(max_positions)}."
+            f"max_positions must be a whole number between 1 and "
+            f"{config.max_positions}, which the checkpoint was made for, found "
+            f"{brief(max_positions)}."
         )
-    return dataclasses.replace(config, max_positions=operator.index(max_positions))
+    return dataclasses.replace(config, max_positions=int(max_positions))
 
 
 def locate(name: str | os.PathLike[str], *, revision: str | None = None) -> Path:
@@ -323,25 +324,31 @@ def _laid_out(config: Config, mesh: Mesh | str | None) -> tuple[Decoder, Any]:
     return network, sharding.parameter_shardings(parameter_shapes(config), mesh)
 
 
-def save(lm: LanguageModel, folder: str | os.PathLike[str], **options: Any) -> None:
+def save(
+    lm: LanguageModel, folder: str | os.PathLike[str], *, overwrite: bool = False
+) -> None:
     """Save an Orbax copy of the converted weights, which `load` reads back.
 
     Args:
       lm: the model.
       folder: a new folder; nothing appears under this name until all is written.
-      **options: of `jaxkv.models.orbax_copy.save_orbax`.
+      overwrite: whether an older copy at `folder` is replaced. Nothing else is.
 
     Raises:
-      ValueError: the model is laid out over a mesh, or is none.
+      CheckpointError: `folder` holds something else, or its parent is missing.
+      ValueError: the model is laid out over a mesh, or is none; or there is no path.
     """
     check_model("save", lm)
     check_path("save", folder=folder)
+    check_truth("save", overwrite=overwrite)
     if lm.network.shards != (1, 1):
         raise ValueError(
             f"save: {lm.name} is laid out over a mesh, its columns in another order; "
             "load it without mesh= and save that."
         )
-    orbax_copy.save_orbax(lm.params, lm.config, folder, source=lm.folder, **options)
+    orbax_copy.save_orbax(
+        lm.params, lm.config, folder, source=lm.folder, overwrite=overwrite
+    )
 
 
 def needle_folder() -> Path:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, NamedTuple, Self
 
 from annotated_types import Ge
 
@@ -18,6 +18,31 @@ from jaxkv.sampling import Greedy, Sampler
 from jaxkv.speculation.drafters import Drafter
 from jaxkv.speculation.rules import Exact, Rule
 from jaxkv.state import by_window
+
+
+class _Role(NamedTuple):
+    """What an option of `generate` is for."""
+
+    example: str
+    protocol: type
+    usual: str = ""  # where the usual answers are
+
+
+_ROLES = {
+    "prefill": _Role(
+        "DapQ()",
+        PrefillPolicy,
+        "; jaxkv.policies.base.WholePrompt has all but compress, or scores instead",
+    ),
+    "decode": _Role(
+        "LongFlow()",
+        DecodePolicy,
+        "; jaxkv.policies.base.PlainAttention has begin and default_implementation",
+    ),
+    "sampler": _Role("Greedy()", Sampler),
+    "speculate": _Role("Aligned()", Drafter),
+    "accept": _Role("Exact()", Rule),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,6 +96,7 @@ class Options:
         roles = (self.prefill, self.decode, self.sampler, self.speculate, self.accept)
         for options in (*roles, self):
             check_types(options)
+        check_roles(self, "Options")
         self.sampler.check()
         self._check_speculation()
         for budget in [self.budget] if budgets is None else sorted(set(budgets)):
@@ -190,6 +216,32 @@ class Options:
             bounds = contract.layer_budgets(self.prefill, self.budget, layers)
         sizes = (self.num_slots(prompt, new, kept=bound) for bound in bounds)
         return by_window(windows, sizes, lambda window: min(window, prompt + new))
+
+
+def check_roles(options: Options, call: str) -> None:
+    """Raise ValueError where an option lacks methods or attributes that its role needs.
+
+    Args:
+      options: of a generation.
+      call: the function that was called.
+    """
+    for name, role in _ROLES.items():
+        value = getattr(options, name)
+        if value is None and name == "speculate":
+            continue  # no drafts
+        if isinstance(value, type):
+            raise ValueError(
+                f"{call}: {name}= takes an instance, got the class {value.__name__}; "
+                f"write {value.__name__}()."
+            )
+        lacks = contract.missing(value, role.protocol)
+        declared = [n for n in vars(role.protocol) if not n.startswith("_")]
+        what = f"{call}: {name}= takes something like {role.example}, got {value!r}"
+        if len(lacks) == len(declared):
+            raise ValueError(f"{what}.")
+        if lacks:
+            own = type(value).__name__
+            raise ValueError(f"{what}; {own} has no {', '.join(lacks)}{role.usual}.")
 
 
 def described(arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,8 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 
+from jaxkv.expected import brief as told
+from jaxkv.expected import check_array
 from jaxkv.kernels.per_shard import everywhere
 from jaxkv.shown import brief
 from jaxkv.state import Cache
@@ -177,3 +179,28 @@ def alternatives(noted: LogProbs, lengths: Sequence[int]) -> Any:
         )
         for tokens, values, length in rows
     )
+
+
+def check_ends(keys: Any, stop_ids: Any, max_new_tokens: Any, max_out: Any) -> None:
+    """Raise ValueError for arguments of `generate_tokens` that are of another kind.
+
+    Args:
+      keys: PRNG keys `[B]`.
+      stop_ids: int32 `[E]`, or `[B, E]`.
+      max_new_tokens: int32 scalar, or `[B]`.
+      max_out: the size of the output buffer.
+    """
+    dtype = getattr(keys, "dtype", None)
+    if dtype is None or not jnp.issubdtype(dtype, jax.dtypes.prng_key) or keys.ndim < 1:
+        raise ValueError(
+            "generate_tokens: keys= takes a PRNG key for each row, such as "
+            f"jax.random.split(jax.random.key(0), rows), got {told(keys)}."
+        )
+    check_array("generate_tokens", "stop_ids", stop_ids, "E", "B E")
+    if not isinstance(max_new_tokens, int):
+        check_array("generate_tokens", "max_new_tokens", max_new_tokens, "", "B")
+    if not isinstance(max_out, int) or max_out < 1:
+        raise ValueError(
+            "generate_tokens: max_out= takes a number of at least 1, got "
+            f"{told(max_out)}."
+        )

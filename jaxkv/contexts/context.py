@@ -9,7 +9,7 @@ Axis letters: `D` documents, `P` padded document, `L` layers, `V` vocabulary.
 
 import dataclasses
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any, NamedTuple, Self
 
 import jax
@@ -19,6 +19,7 @@ import numpy as np
 from jaxkv import soundness
 from jaxkv import state as kv
 from jaxkv.attention import Network, begin_layers
+from jaxkv.expected import brief, check_kind
 from jaxkv.forward import logits_at_end, read
 from jaxkv.identity import Identity
 from jaxkv.options import Options
@@ -77,6 +78,11 @@ class Context:
         Raises:
           ValueError: there is none, or none of such an index.
         """
+        if isinstance(documents, str | Mapping | Set) or not _is_list(documents):
+            raise ValueError(
+                "Context.take: documents= takes a list of indices, such as [0], got "
+                f"{brief(documents)}."
+            )
         rows = jnp.asarray([self._row(document) for document in documents], jnp.int32)
         if not len(rows):
             raise ValueError("Context: got no documents to take; name at least one.")
@@ -86,8 +92,11 @@ class Context:
         """Return a context of these documents and those of others, behind them.
 
         Raises:
-          ValueError: another model has read them, or a chat template is in some.
+          ValueError: another model has read them, or a chat template is in some; or one
+            of them is no context.
         """
+        for other in others:
+            check_context("Context.join", "others", other)
         together = (self, *others)
         for other in others:
             self.identity.check(other.identity)
@@ -117,12 +126,28 @@ class Context:
     def _row(self, document: Any) -> int:
         """Return the index of a document; for a wrong one, JAX would take another."""
         whole = hasattr(document, "__index__") and not isinstance(document, bool)
+        whole = whole and not getattr(document, "ndim", 0)
         if not whole or not 0 <= operator.index(document) < len(self):
             raise ValueError(
                 f"Context: a document is a whole number from 0 to {len(self) - 1}, got "
-                f"{document!r}."
+                f"{brief(document)}."
             )
         return operator.index(document)
+
+
+def check_context(call: str, name: str, value: Any) -> None:
+    """Raise ValueError for what is no context.
+
+    Args:
+      call: the function that was called.
+      name: of its argument.
+      value: what was given.
+    """
+    check_kind(call, name, value, Context, "what jaxkv.compress returns")
+
+
+def _is_list(values: Any) -> bool:
+    return hasattr(values, "__iter__") and getattr(values, "ndim", 1) > 0
 
 
 def _padded(

@@ -9,9 +9,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxkv.contexts.context import Context
+from jaxkv.contexts.context import Context, check_context
+from jaxkv.expected import check_path, check_truth
 from jaxkv.identity import Identity, of_arrays
-from jaxkv.language_model import LanguageModel
+from jaxkv.language_model import LanguageModel, check_model
 from jaxkv.models.checkpoint import CheckpointError, read_json
 from jaxkv.models.orbax_folder import check_target, checkpointer, written_whole
 from jaxkv.state import KVState
@@ -36,8 +37,12 @@ def save_context(
 
     Raises:
       CheckpointError: `folder` holds something else, or its parent is missing.
+      ValueError: there is no context, or no path.
       NotImplementedError: several processes run; gather the arrays in one.
     """
+    check_context("save_context", "context", context)
+    check_path("save_context", folder=folder)
+    check_truth("save_context", overwrite=overwrite)
     if jax.process_count() > 1:
         raise NotImplementedError(
             f"save_context writes from one process, found {jax.process_count()}; "
@@ -90,8 +95,11 @@ def load_context(folder: str | os.PathLike[str], lm: LanguageModel) -> Context:
 
     Raises:
       CheckpointError: the folder holds no context, or a damaged one.
-      ValueError: another model has made it, or one of another dtype or tokenizer.
+      ValueError: another model has made it, or one of another dtype or tokenizer; or
+        there is no model, or no path.
     """
+    check_path("load_context", folder=folder)
+    check_model("load_context", lm)
     folder = Path(folder).absolute()
     identity, marker = _read_marker(folder)
     identity.check(lm.identity)

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import tempfile
+import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,17 @@ from jaxkv.evaluation.questions import (
 )
 from jaxkv.evaluation.reports import report_of
 from jaxkv.evaluation.rows import typed
-from jaxkv.language_model import LanguageModel
+from jaxkv.expected import (
+    brief,
+    check_path,
+    check_text,
+    check_truth,
+)
+from jaxkv.language_model import LanguageModel, check_model
 from jaxkv.policies.base import DecodePolicy, PrefillPolicy
 from jaxkv.policies.full import Full
-from jaxkv.text.arguments import brief
+from jaxkv.text.arguments import integer, integers, is_collection
+from jaxkv.text.documents import speaking_of
 
 Policies = PrefillPolicy | tuple[PrefillPolicy, DecodePolicy]
 
@@ -91,7 +99,9 @@ def evaluate(
 
     Raises:
       ValueError: something cannot work, or the folder is of another experiment.
+      OSError: the task file cannot be read.
     """
+    _check(lm, methods, given=dict(locals()))
     unknown = [task for task in tasks if task not in RETRIEVAL + QUOTING]
     if unknown and task_file is None:
         raise ValueError(
@@ -114,13 +124,55 @@ def evaluate(
         batch_size=batch_size,
     )
     with contextlib.ExitStack() as stack:
-        place = Path(folder or stack.enter_context(tempfile.TemporaryDirectory()))
+        if folder is None:
+            folder = stack.enter_context(tempfile.TemporaryDirectory())
+        place = Path(folder)
         outcome = run_experiment(lm, experiment, place, pictures=False)
         return Evaluation(
             rows=tuple(typed(row) for row in read(place).rows),
             metrics=outcome.metrics,
             report=report_of(place),
         )
+
+
+def _check(lm: Any, methods: Any, given: Mapping[str, Any]) -> None:
+    """Raise ValueError for arguments of `evaluate` that are of another kind."""
+    check_model("evaluate", lm)
+    if not isinstance(methods, Mapping) or not methods:
+        raise ValueError(
+            "evaluate: methods= takes policies by name, such as {'snapkv': SnapKV()}, "
+            f"at least one, got {brief(methods)}."
+        )
+    for name in ("tasks", "lengths", "budgets"):
+        some = given[name]
+        if isinstance(some, str | bytes) or not is_collection(some) or not len(some):
+            raise ValueError(
+                f"evaluate: {name}= takes a list of at least one, got {brief(some)}."
+            )
+    for task in given["tasks"]:
+        check_text("evaluate", tasks=task)
+    with speaking_of("evaluate", "prompt"):
+        counts = {"samples": given["samples"], "batch_size": given["batch_size"]}
+        if given["max_new_tokens"] is not None:
+            counts["max_new_tokens"] = given["max_new_tokens"]
+        lengths = integers("lengths", given["lengths"])
+        counts |= {f"lengths[{i}]": length for i, length in enumerate(lengths)}
+        for name, number in (*counts.items(), ("seed", given["seed"])):
+            least = 0 if name == "seed" else 1
+            if integer(name, number) < least:
+                raise ValueError(f"generate: {name} must be >= {least}, got {number}.")
+    for name, known in (("protocol", Protocol), ("match", Match)):
+        choices = typing.get_args(known)
+        if not isinstance(given[name], str) or given[name] not in choices:
+            raise ValueError(
+                f"evaluate: {name}= takes {' or '.join(choices)}, got "
+                f"{brief(given[name])}."
+            )
+    check_truth("evaluate", chat=given["chat"])
+    if given["system"] is not None:
+        check_text("evaluate", system=given["system"])
+    paths = {name: given[name] for name in ("task_file", "folder")}
+    check_path("evaluate", **{n: x for n, x in paths.items() if x is not None})
 
 
 def _method(name: str, policies: Any) -> Method:

@@ -41,11 +41,19 @@ def missing(value: Any, protocol: type) -> list[str]:
     lacks = [
         name
         for name, stub in declared.items()
-        if not hasattr(value, name) or getattr(type(value), name, None) is stub
+        if not _has(value, name) or getattr(type(value), name, None) is stub
     ]
     if isinstance(value, WholePrompt) and not value.chooses:
         lacks += ["compress"] * (type(value).compress is WholePrompt.compress)
     return lacks
+
+
+def _has(value: Any, name: str) -> bool:
+    """Return whether there is such an attribute, whatever becomes of asking for it."""
+    try:
+        return hasattr(value, name)
+    except Exception:  # a property of options that `check_types` has not seen yet
+        return True
 
 
 def compress(

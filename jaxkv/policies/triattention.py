@@ -7,6 +7,7 @@ heads of each, `S` slots, `H` head size, `L` layers, `N` query heads.
 import dataclasses
 import functools
 import hashlib
+import os
 import zipfile
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -95,8 +96,10 @@ class TriAttention(PlainAttention):
 
     def __post_init__(self) -> None:
         """Look at what the file holds today."""
-        found = _digest(self.stats) if self.stats else ""
-        object.__setattr__(self, "digest", found)
+        if isinstance(self.stats, os.PathLike):
+            object.__setattr__(self, "stats", os.fspath(self.stats))
+        named = isinstance(self.stats, str) and self.stats != ""
+        object.__setattr__(self, "digest", _digest(self.stats) if named else "")
 
     @classmethod
     def paper(cls, **options) -> "TriAttention":

@@ -30,7 +30,7 @@ def enable_compilation_cache(
       The folder in use; None where there is no home that can be written.
 
     Raises:
-      ValueError: `most_bytes` is no positive number.
+      ValueError: `most_bytes` is no positive number, or `folder` no path.
       OSError: a folder was named and cannot be written.
     """
     if (
@@ -41,6 +41,11 @@ def enable_compilation_cache(
         raise ValueError(
             "enable_compilation_cache: most_bytes is the size of the folder, a whole "
             f"number of at least 1, got {most_bytes!r}."
+        )
+    if not isinstance(folder, str | os.PathLike | None):
+        raise ValueError(
+            "enable_compilation_cache: folder is a path, as text or a pathlib.Path, or "
+            f"None for that of the user, got {folder!r}."
         )
     given: Any = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
     if folder is None and given is not None:

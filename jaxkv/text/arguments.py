@@ -2,49 +2,19 @@
 
 import operator
 from collections.abc import Callable, Mapping, Sequence, Set
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, TypeGuard
 
 import numpy as np
 
 from jaxkv.expected import brief, check_truth
 from jaxkv.fields import MOST, MOST_SEED
 from jaxkv.language_model import LanguageModel
-from jaxkv.options import Options
-from jaxkv.policies import contract
-from jaxkv.policies.base import DecodePolicy, PrefillPolicy
+from jaxkv.options import Options, check_roles
 from jaxkv.policies.full import Full
-from jaxkv.sampling import Sampler
-from jaxkv.speculation.drafters import Drafter
-from jaxkv.speculation.rules import Rule
 
 # Their elements are no values in an order: a mapping's are its names.
 UNORDERED = Mapping | Set
 TEXTS = str | bytes | bytearray | memoryview
-
-
-class _Role(NamedTuple):
-    """What an option of `generate` is for."""
-
-    example: str
-    protocol: type
-    usual: str = ""  # where the usual answers are
-
-
-_ROLES = {
-    "prefill": _Role(
-        "DapQ()",
-        PrefillPolicy,
-        "; jaxkv.policies.base.WholePrompt has all but compress, or scores instead",
-    ),
-    "decode": _Role(
-        "LongFlow()",
-        DecodePolicy,
-        "; jaxkv.policies.base.PlainAttention has begin and default_implementation",
-    ),
-    "sampler": _Role("Greedy()", Sampler),
-    "speculate": _Role("Aligned()", Drafter),
-    "accept": _Role("Exact()", Rule),
-}
 
 
 def integer(name: str, value: Any, *, most: int = MOST) -> int:
@@ -98,35 +68,8 @@ def static_options(**given: Any) -> Options:
       ValueError: an option is of another kind, such as a class instead of an instance.
     """
     made = Options(**{name: x for name, x in given.items() if x is not None})
-    for name, role in _ROLES.items():
-        value = getattr(made, name)
-        if value is None:
-            continue  # no drafts
-        if isinstance(value, type):
-            raise ValueError(
-                f"generate: {name}= takes an instance, got the class "
-                f"{value.__name__}; write {value.__name__}()."
-            )
-        _check_role(name, value, role)
+    check_roles(made, "generate")
     return made
-
-
-def _check_role(name: str, value: Any, role: _Role) -> None:
-    """Raise ValueError where a value lacks methods or attributes that its role needs.
-
-    Args:
-      name: the argument of `generate`.
-      value: what was given for it.
-      role: that it is to have.
-    """
-    lacks = contract.missing(value, role.protocol)
-    declared = [n for n in vars(role.protocol) if not n.startswith("_")]
-    what = f"generate: {name}= takes something like {role.example}, got {value!r}"
-    if len(lacks) == len(declared):
-        raise ValueError(f"{what}.")
-    if lacks:
-        own = type(value).__name__
-        raise ValueError(f"{what}; {own} has no {', '.join(lacks)}{role.usual}.")
 
 
 def limits(

@@ -13,9 +13,10 @@ import numpy as np
 
 from jaxkv import soundness
 from jaxkv import state as kv
-from jaxkv.contexts.context import Context
+from jaxkv.contexts.context import Context, check_context
+from jaxkv.expected import check_text
 from jaxkv.generation import Running, follow_jit
-from jaxkv.language_model import LanguageModel
+from jaxkv.language_model import LanguageModel, check_model
 from jaxkv.options import Options
 from jaxkv.policies.base import DecodePolicy, PrefillPolicy
 from jaxkv.policies.longflow import LongFlow
@@ -29,6 +30,7 @@ from jaxkv.text.chat import (
     encode_question,
 )
 from jaxkv.text.completion import Completion, completion
+from jaxkv.text.documents import speaking_of
 from jaxkv.text.planning import Plan, bucket
 from jaxkv.text.questions import questions
 from jaxkv.text.stopwatch import stopwatch
@@ -109,9 +111,14 @@ class Chat:
         Raises:
           ValueError: options at odds with each other, or a model without a template.
         """
+        check_model("Chat.begin", lm)
         check_template(lm)
         if context is not None:
             _check_context(lm, context, system)
+        if system is not None:
+            check_text("Chat.begin", system=system)
+        with speaking_of("Chat.begin", "message"):
+            arguments.seeds(seed, 1)
         if budget is not None:
             budget = arguments.integer("budget", budget)
             if context is None:
@@ -160,6 +167,7 @@ class Chat:
           ValueError: the template cannot write this, or the model has no positions
             left; the message says what to do.
         """
+        check_text("Chat.say", text=text)
         max_new_tokens, block = arguments.limits(max_new_tokens, block, on_tokens)
         said = (*self.messages, {"role": "user", "content": text})
         lm, tokens = self.lm, self._transcript(said)
@@ -305,6 +313,7 @@ class Chat:
 
 def _check_context(lm: LanguageModel, context: Context, system: str | None) -> None:
     """Raise ValueError for a context that a conversation cannot begin with."""
+    check_context("Chat.begin", "context", context)
     context.identity.check(lm.identity)
     if len(context) != 1:
         raise ValueError(

@@ -12,9 +12,10 @@ import numpy as np
 from jaxkv import soundness
 from jaxkv.contexts import context as contexts
 from jaxkv.contexts.context import Context, Documents
+from jaxkv.expected import check_text, check_truth
 from jaxkv.kernels import prefill as prefill_kernels
 from jaxkv.kernels import window_scores
-from jaxkv.language_model import LanguageModel
+from jaxkv.language_model import LanguageModel, check_model
 from jaxkv.policies.base import PrefillPolicy
 from jaxkv.speculation.drafters import Drafter
 from jaxkv.text import arguments, planning
@@ -74,6 +75,8 @@ def compress(
             prefill_implementation=prefill_implementation,
             scores_implementation=scores_implementation,
         )
+        check_model("generate", lm)
+        check_truth("generate", chat=chat)
         if chat:
             documents = _in_chat(lm, documents, system)
         elif system is not None:
@@ -147,6 +150,8 @@ def encode_questions(
 
 def _in_chat(lm: LanguageModel, documents: Any, system: str | None) -> list[Any]:
     """Return documents with the beginning of a user's message in front of them."""
+    if system is not None:
+        check_text("generate", system=system)
     texts = [documents] if isinstance(documents, str) else documents
     if not isinstance(texts, list | tuple) or not all(
         isinstance(text, str) for text in texts

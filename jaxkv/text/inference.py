@@ -22,6 +22,7 @@ import numpy as np
 from jaxkv import generation, soundness
 from jaxkv.contexts.context import Context
 from jaxkv.contexts.sharing import advance_any
+from jaxkv.expected import check_truth
 from jaxkv.generation import Running
 from jaxkv.kernels import decode as decode_kernels
 from jaxkv.kernels import prefill as prefill_kernels
@@ -123,6 +124,7 @@ def generate(
       NotImplementedError: a named implementation cannot run here.
     """
     given: dict[str, Any] = dict(locals())
+    check_truth("generate", return_cache=return_cache)
     noted = arguments.alternatives(lm, logprobs, top_logprobs)
     options = arguments.static_options(
         prefill=prefill,

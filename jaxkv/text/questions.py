@@ -14,11 +14,11 @@ from jaxkv import soundness
 from jaxkv import state as kv
 from jaxkv.contexts import context as contexts
 from jaxkv.contexts.asking import ask_jit
-from jaxkv.contexts.context import Context, Documents
+from jaxkv.contexts.context import Context, Documents, check_context
 from jaxkv.contexts.sharing import Layers, shared_of
 from jaxkv.contexts.turns import read_on_jit, settle_jit
 from jaxkv.generation import Running
-from jaxkv.language_model import LanguageModel
+from jaxkv.language_model import LanguageModel, check_model
 from jaxkv.options import Options
 from jaxkv.policies.base import DecodePolicy
 from jaxkv.policies.full import Full
@@ -333,11 +333,8 @@ def check(
     compression_ratio: float | None,
 ) -> None:
     """Raise ValueError for a context of another model, and for options without use."""
-    if not isinstance(context, Context):
-        raise ValueError(
-            "generate: context= takes what jaxkv.compress returns, got "
-            f"{arguments.brief(context)}."
-        )
+    check_model("generate", lm)
+    check_context("generate", "context", context)
     context.identity.check(lm.identity)
     if options.prefill != Full() or compression_ratio is not None:
         name = "compression_ratio" if compression_ratio is not None else "prefill"

@@ -79,10 +79,12 @@ def score(
     options = arguments.static_options(
         prefill=prefill if context is not None else None,
         decode=decode,
+        prefill_implementation=prefill_implementation,
         decode_implementation=decode_implementation,
     )
     with speaking_of("score", "continuation"):
         ids = encode(lm, continuations, behind=True)
+        budget = None if budget is None else arguments.integer("budget", budget)
     if prompts is None and context is None:
         raise ValueError("score: pass prompts, or a context.")
     if documents is not None and context is None:
@@ -91,7 +93,7 @@ def score(
         spare = options.decode.spare
         options.check(None if budget is None else (budget,))
         context = compress(
-            *(lm, prompts or ()),
+            *(lm, () if prompts is None else prompts),
             budget=None if budget is None else budget - spare,
             compression_ratio=compression_ratio,
             prefill=prefill,

@@ -122,7 +122,7 @@ def read_weights(
 
 def check_dtype(dtype: str | None) -> None:
     """Raise ValueError unless `dtype` is one the weights can be loaded in, or None."""
-    if dtype is not None and dtype not in DTYPES:
+    if dtype is not None and str(dtype) not in DTYPES:  # not ==: it may be an array
         raise ValueError(f"dtype must be one of {DTYPES} or None, found {dtype!r}.")
 
 

@@ -206,4 +206,5 @@ def test_hints_in_words():
     assert words(tuple[float, ...]) == "a tuple of numbers"
     assert words(tuple[bool, ...], a_list="a list of {}") == "a list of truth values"
     assert words(int) == "a whole number"
-    assert words(str) == "a str"
+    assert words(str) == "a text"
+    assert words(list) == "a list"
