@@ -50,6 +50,7 @@ class LanguageModel:
       tokenizer: the transformers tokenizer, or None if it came with none; then
         prompts must be token ids.
       stop_ids: token ids that end a sequence.
+      made_as: the family of the checkpoint, where its files say it.
     """
 
     name: str
@@ -58,6 +59,7 @@ class LanguageModel:
     params: Any
     tokenizer: Any
     stop_ids: tuple[int, ...]
+    made_as: str | None = None
 
     def __repr__(self) -> str:
         """Return a line of name, family, size, dtype and device, and no weights."""
@@ -65,7 +67,7 @@ class LanguageModel:
         place = devices[0] if len(devices) == 1 else f"{len(devices)} devices"
         size = sum(leaf.size for leaf in jax.tree.leaves(self.params))
         return (
-            f"LanguageModel({self.name}: {self.config.family} network of "
+            f"LanguageModel({self.name}: {self.family} network of "
             f"{self.config.num_layers} layers and {size / 1e6:,.3g} M parameters, "
             f"{self.dtype.name} on {place}"
             f"{'' if self.tokenizer is not None else ', no tokenizer'})"
@@ -75,6 +77,11 @@ class LanguageModel:
     def config(self) -> Config:
         """Sizes of the network."""
         return self.network.config
+
+    @property
+    def family(self) -> str:
+        """Name of the network's family; of no checkpoint, one with such switches."""
+        return self.made_as or self.config.family
 
     @property
     def sampler(self) -> Greedy | Categorical:
@@ -202,7 +209,21 @@ def load(
         params=params,
         tokenizer=tokenizer,
         stop_ids=stop_ids,
+        made_as=_family(header or folder),
     )
+
+
+def _family(where: Path | gguf_header.Header) -> str | None:
+    """Return the family that the files of a checkpoint name, if they do.
+
+    Networks of several families have the same switches (Phi-3's may be Llama's).
+    """
+    if isinstance(where, gguf_header.Header):
+        return gguf_config.family(where).name
+    file = where / "config.json"
+    if not file.is_file():  # the copy of a GGUF file
+        return None
+    return hf_config.family_name(checkpoint.read_json(file))
 
 
 def limited(config: Config, max_positions: int | None) -> Config:

@@ -127,6 +127,10 @@ class Config:
         """Name of the family that has these switches; Mistral's are those of Llama."""
         if not self.pre_norm:
             return "OLMo 2"
+        if self.norm_offset:
+            return "Gemma 3" if self.qk_norm else "Gemma 2"
+        if self.residual_scale is not None:
+            return "Granite"
         if self.experts is not None:
             if self.sinks:
                 return "gpt-oss"

@@ -27,6 +27,7 @@ class Family:
     """What `general.architecture` implies beyond the keys.
 
     Attributes:
+      name: as its makers write it; None of an architecture that several have.
       interleaved: whether the rows of queries and keys are stored so that the two
         halves of a rotary pair are neighbours.
       qkv_bias: whether queries, keys and values must have a bias.
@@ -42,6 +43,7 @@ class Family:
       normalize: whether the shares of a token's experts add up to one.
     """
 
+    name: str | None = None
     interleaved: bool = False
     qkv_bias: bool = False
     fused: bool = False
@@ -58,27 +60,35 @@ class Family:
 FAMILIES = {
     # Mistral and Mixtral, too
     "llama": Family(interleaved=True, experts="feed_forward_length"),
-    "qwen2": Family(qkv_bias=True),
-    "qwen3": Family(switches=dict(qk_norm=True)),
+    "qwen2": Family(name="Qwen2", qkv_bias=True),
+    "qwen3": Family(name="Qwen3", switches=dict(qk_norm=True)),
     "qwen3moe": Family(
-        switches=dict(qk_norm=True), experts="expert_feed_forward_length"
+        name="Qwen3-MoE",
+        switches=dict(qk_norm=True),
+        experts="expert_feed_forward_length",
     ),
     "olmoe": Family(
+        name="OLMoE",
         switches=dict(qk_norm=True, qk_norm_per_head=False),
         experts="feed_forward_length",
         normalize=False,
     ),
-    "phi3": Family(fused=True, windows=True, partial_rotary=True),
-    "smollm3": Family(interleaved=True, no_rope_interval=4),
-    "granite": Family(interleaved=True, scales=True),
+    "phi3": Family(name="Phi-3", fused=True, windows=True, partial_rotary=True),
+    "smollm3": Family(name="SmolLM3", interleaved=True, no_rope_interval=4),
+    "granite": Family(name="Granite", interleaved=True, scales=True),
     "olmo2": Family(
+        name="OLMo 2",
         switches=dict(
             qk_norm=True, qk_norm_per_head=False, pre_norm=False, post_norm=True
-        )
+        ),
     ),
-    "gemma2": Family(switches=hf_gemma.SWITCHES, gemma=gguf_gemma.GEMMA2),
+    "gemma2": Family(
+        name="Gemma 2", switches=hf_gemma.SWITCHES, gemma=gguf_gemma.GEMMA2
+    ),
     "gemma3": Family(
-        switches=dict(hf_gemma.SWITCHES, qk_norm=True), gemma=gguf_gemma.GEMMA3
+        name="Gemma 3",
+        switches=dict(hf_gemma.SWITCHES, qk_norm=True),
+        gemma=gguf_gemma.GEMMA3,
     ),
 }
 

@@ -84,6 +84,15 @@ def read_config(folder: str | Path) -> Config:
         raise CheckpointError(f"{path}: {error}") from None
 
 
+def family_name(raw: dict[str, Any]) -> str:
+    """Return the name of a checkpoint's family, as its makers write it.
+
+    Args:
+      raw: of its `config.json`, which `read_config` has read.
+    """
+    return _family(raw)[1].name
+
+
 def has_neighbouring_pairs(raw: dict[str, Any]) -> bool:
     """Return whether a checkpoint holds the two halves of a rotary pair side by side.
 

@@ -10,10 +10,30 @@ import numpy as np
 import pytest
 
 import jaxkv
+from jaxkv import language_model
 from jaxkv.cli.generate import Sampling
 from jaxkv.language_model import NEEDLE, SMOLLM2, locate, needle_folder
 from jaxkv.text.chat import encode_chat
 from jaxkv.text.prompts import encode
+
+
+@pytest.mark.parametrize(
+    ("raw", "name"),
+    [
+        ({"model_type": "phi3"}, "Phi-3"),
+        ({"model_type": "glm"}, "GLM"),
+        ({"model_type": "granite"}, "Granite"),
+        ({"architectures": ["MistralForCausalLM"]}, "Mistral"),
+        (None, "Qwen3"),  # no file, as in the copy of a GGUF: what has such switches
+    ],
+)
+def test_the_family_is_the_one_that_the_files_name(tiny, tiny_lm, copy, raw, name):
+    """Also where its network has the switches of another one."""
+    file = copy / "config.json"
+    file.unlink() if raw is None else file.write_text(json.dumps(raw))
+    found = dataclasses.replace(tiny_lm, made_as=language_model._family(copy))
+    assert f": {name} network of" in repr(found)
+    assert language_model._family(tiny) == tiny_lm.family == "Qwen3"
 
 
 def test_a_folder_of_the_name_of_a_packaged_checkpoint(tmp_path, monkeypatch, caplog):

@@ -116,6 +116,9 @@ EXPERTS = Experts(count=4, per_token=2, size=8)
         ({"experts": EXPERTS, "sinks": True}, "gpt-oss"),
         ({"qk_norm": True, "experts": EXPERTS}, "Qwen3-MoE"),
         (dict(qk_norm=True, qk_norm_per_head=False, experts=EXPERTS), "OLMoE"),
+        ({"norm_offset": True}, "Gemma 2"),
+        ({"norm_offset": True, "qk_norm": True}, "Gemma 3"),
+        ({"residual_scale": 0.2}, "Granite"),
     ],
 )
 def test_family(changes, family):
