@@ -8,6 +8,7 @@ others do.
 import ast
 import functools
 import graphlib
+import re
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -157,6 +158,26 @@ def reachable(*modules: str) -> set[str]:
 
 
 CORE = reachable("jaxkv.generation")
+
+
+def first_cells(rows: str) -> list[str]:
+    return re.findall(r"^\|[^|]*", rows, re.M)
+
+
+def test_the_readme_says_which_modules_are_the_core():
+    text = (ROOT / "jaxkv" / "README.md").read_text(encoding="utf-8")
+    tables = re.findall(r"^\| ([\w ]+) \|.*\n\|---.*\n((?:\|.*\n)+)", text, re.M)
+    said = {
+        title: set(re.findall(r"`(\w+)(?:\.py|/)`", "".join(first_cells(rows))))
+        for title, rows in tables
+    }
+    flat = {module for module in MODULES if layer(module) == FLAT}
+    core, others = (
+        {module.removeprefix("jaxkv.") for module in some}
+        for some in (flat & CORE, flat - CORE - {"jaxkv", "jaxkv._version"})
+    )
+    assert (said["core"], said["beside the core"]) == (core, others)
+    assert said["room"] == {*MAY_IMPORT} - {FLAT, "kernels", "models"}
 
 
 @pytest.mark.parametrize("module", MODULES)
