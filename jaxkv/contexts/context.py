@@ -283,8 +283,9 @@ def counted(
 
 def most_kept(found: Documents) -> jax.Array:
     """Return `Context.kept` of what has been read."""
-    kept = [kv.occupancy(state).max(-1) for state in kv.global_layers(found.cache)]
-    return jnp.stack(kept).max(0)
+    chosen = [i for i, state in enumerate(found.cache) if state.window is None]
+    kept = found.kept[np.array(chosen)] if chosen else found.kept
+    return kept.max(0)
 
 
 def drawn(
