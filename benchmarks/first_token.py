@@ -1,25 +1,34 @@
 """Time to first token of each way to cut a prompt, and the memory that it takes.
 
-    python benchmarks/first_token.py OUT.json
+    python benchmarks/first_token.py OUT.json --methods "snapkv;dapq"
     python benchmarks/farm.py jobs/first-token.jobs LOGS --gpus 0,1 --per-gpu 8
 
 The prompts are windows of Python's own documentation with the wish for a summary, in
-the model's chat template. `query-aware` cuts them whole. `query-agnostic` reads and
-cuts all but their last 32 tokens (`document_seconds`), then puts these behind, and
-`first_token_seconds` is what they take. `program_bytes` is the dearest program of both:
-what the compiler says of its arguments (the weights among them), its results and its
-temporaries. All programs compile before any is timed. With `--lock` processes are timed
-one after the other; with `--together` none is before all have compiled.
+the model's chat template. `query-aware` cuts them whole: `first_token_seconds` is
+`jaxkv.compress` until the likeliest token behind them is known. `query-agnostic` cuts
+all but their last 32 tokens (`document_seconds`), then puts these behind, and
+`first_token_seconds` is what they take. Both read by one program, so that a method
+compiles one for each batch size, and the one that puts questions behind is the same for
+most methods. `program_bytes` is the dearest program of a call: what the compiler says
+of its arguments (the weights among them), its results and its temporaries.
+
+Each number is the median of `--repeats` calls behind one that compiles; `each` holds
+all of them. With `--lock` a process compiles beside others, and is timed while no other
+is. Programs are kept on disk, where `jaxkv` keeps those of its commands. The file is
+written after each method, batch size and protocol; what it holds already is not
+measured again. SIGTERM ends the process at once, and says where it stood.
 """
 
 import contextlib
-import fcntl
+import json
+import os
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
-import jax
 import numpy as np
 import typer
 from real_prompts import drawn_prompts
@@ -29,23 +38,38 @@ import jaxkv
 from jaxkv import registry
 from jaxkv.bench.clock import program_memory
 from jaxkv.provenance import provenance, write_json
+from jaxkv.runtime.compilation_cache import enable_compilation_cache
 from jaxkv.runtime.programs import Program
 
 METHODS = "full;snapkv;dapq;laq;laq:recommended"
 ASKED = 32  # tokens at a prompt's end that are the question, where it is told apart
 
 
-@contextlib.contextmanager
-def compiling(together: Path | None) -> Iterator[None]:
-    """Compile within; it ends when all processes that compile by now have done so."""
-    if together is None:
-        yield
-        return
-    with open(together, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_SH)
-        yield
-        fcntl.flock(file, fcntl.LOCK_UN)
-        fcntl.flock(file, fcntl.LOCK_EX)
+class Told:
+    """What the process is about, on standard output, with the seconds since it began.
+
+    It is said when it begins, and once more when SIGTERM ends the process. A thread
+    waits for that: the main one hears of no signal before XLA has compiled.
+    """
+
+    def __init__(self) -> None:
+        self.begin, self.about = time.monotonic(), "starting"
+        signals, heard = os.pipe()
+        os.set_blocking(heard, False)
+        signal.set_wakeup_fd(heard)
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        threading.Thread(target=self._wait, args=[signals], daemon=True).start()
+
+    def say(self, about: str) -> None:
+        """Say what comes next."""
+        self.about = about
+        print(f"{time.monotonic() - self.begin:6.1f} s  {about}", flush=True)
+
+    def _wait(self, signals: int) -> None:
+        while os.read(signals, 1)[0] != signal.SIGTERM:
+            pass
+        self.say(f"stopped while {self.about}; what was measured is in the file")
+        os._exit(128 + signal.SIGTERM)
 
 
 class Memory:
@@ -85,41 +109,66 @@ class Memory:
         return max((self.bytes[key] or 0 for key in self.ran), default=None)
 
 
+def read(
+    lm: jaxkv.LanguageModel, prompts: list[list[int]], cut: dict[str, Any]
+) -> tuple[jaxkv.Context, float]:
+    """Read and cut prompts, choose their first tokens, and return the seconds too."""
+    begin = time.perf_counter()
+    context = jaxkv.compress(lm, prompts, **cut)
+    np.asarray(context.logits.argmax(-1))
+    return context, time.perf_counter() - begin
+
+
 def whole(
     lm: jaxkv.LanguageModel, prompts: list[list[int]], cut: dict[str, Any]
 ) -> dict[str, float]:
     """Cut prompts with their questions, and return what that took."""
-    out = jaxkv.generate(lm, prompts, max_new_tokens=2, stop_ids=[], **cut)
-    return {
-        "first_token_seconds": out.stats.prefill_seconds,
-        "cache_bytes": out.stats.cache_bytes,
-    }
+    return {"first_token_seconds": read(lm, prompts, cut)[1]}
 
 
 def behind(
     lm: jaxkv.LanguageModel, prompts: list[list[int]], cut: dict[str, Any]
 ) -> dict[str, float]:
     """Cut documents, then put a question behind each, and return what either took."""
-    begin = time.perf_counter()
-    context = jaxkv.compress(lm, [row[:-ASKED] for row in prompts], **cut)
-    jax.block_until_ready(context)
-    document = time.perf_counter() - begin
+    context, seconds = read(lm, [row[:-ASKED] for row in prompts], cut)
     out = jaxkv.generate(
         lm,
         [row[-ASKED:] for row in prompts],
         context=context,
         documents=range(len(prompts)),
-        max_new_tokens=2,
+        max_new_tokens=1,
         stop_ids=[],
     )
     return {
-        "document_seconds": document,
+        "document_seconds": seconds,
         "first_token_seconds": out.stats.prefill_seconds,
         "cache_bytes": out.stats.cache_bytes,
     }
 
 
 PROTOCOLS = {"query-aware": whole, "query-agnostic": behind}
+
+
+def measured(
+    call: Callable[[], dict[str, float]],
+    memory: Memory,
+    told: Told,
+    *,
+    name: str,
+    repeats: int,
+    lock: Path | None,
+) -> dict[str, Any]:
+    """Compile what a call needs, then time it, and return its part of a row."""
+    told.say(f"compiling {name}")
+    begin = time.perf_counter()
+    row: dict[str, Any] = {"program_bytes": memory.most(call)}
+    row["compile_seconds"] = time.perf_counter() - begin
+    told.say(f"waiting to time {name}")
+    with alone(lock):
+        told.say(f"timing {name}")
+        took = [call() for _ in range(repeats)]
+    each = {key: [one[key] for one in took] for key in took[0]}
+    return row | {k: float(np.median(x)) for k, x in each.items()} | {"each": each}
 
 
 def main(
@@ -129,50 +178,47 @@ def main(
     length: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 4096,
     budget: Annotated[int, typer.Option(help="Of the prompt.")] = 512,
     methods: Annotated[str, typer.Option(help="With semicolons.")] = METHODS,
-    protocols: Annotated[str, typer.Option(help="With commas.")] = ",".join(PROTOCOLS),
-    repeats: Annotated[int, typer.Option(help="Timed calls of each.")] = 5,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed calls of each.")] = 7,
     lock: Lock = None,
-    together: Annotated[
-        Path | None, typer.Option(help="A file; none is timed before all compiled.")
-    ] = None,
 ) -> None:
     """Time prefill and the first token by method, and say what memory it takes."""
-    calls: list[tuple[dict[str, Any], Callable[[], dict[str, float]]]] = []
-    with compiling(together):
-        lm, memory = jaxkv.load(model), Memory()
-        for size in map(int, batch.split(",")):
-            prompts = drawn_prompts(lm, size, length)
-            for name in methods.split(";"):
-                policy = registry.parse(name, registry.PREFILL, flag="--methods")
-                cut: dict[str, Any] = {"prefill": policy, "budget": budget}
-                if policy == jaxkv.Full():
-                    cut = {}
-                for protocol in protocols.split(","):
+    told, memory = Told(), Memory()
+    rows = json.loads(out.read_text("utf-8"))["rows"] if out.is_file() else []
+    there = {(row["method"], row["batch"], row["protocol"]) for row in rows}
+    wanted = [
+        (name, size, protocol)
+        for name in methods.split(";")
+        for size in map(int, batch.split(","))
+        for protocol in PROTOCOLS
+        if (name, size, protocol) not in there
+    ]
+    if not wanted:
+        told.say(f"all of it is in {out} already")
+        return
+    enable_compilation_cache()
+    told.say(f"loading {model}")
+    lm = jaxkv.load(model)
+    for name, size, protocol in wanted:
+        policy = registry.parse(name, registry.PREFILL, flag="--methods")
+        evicts = policy != jaxkv.Full()
+        cut: dict[str, Any] = {"prefill": policy, "budget": budget} if evicts else {}
+        prompts, run = drawn_prompts(lm, size, length), PROTOCOLS[protocol]
 
-                    def call(
-                        run: Callable[..., dict[str, float]] = PROTOCOLS[protocol],
-                        prompts: list[list[int]] = prompts,
-                        cut: dict[str, Any] = cut,
-                    ) -> dict[str, float]:
-                        return run(lm, prompts, cut)
+        def call(run=run, prompts=prompts, cut=cut) -> dict[str, float]:
+            return run(lm, prompts, cut)
 
-                    row = {
-                        "method": name,
-                        "protocol": protocol,
-                        "batch": size,
-                        "prompt_tokens": max(map(len, prompts)),
-                        "program_bytes": memory.most(call),
-                    }
-                    calls.append((row, call))
-    rows = []
-    with alone(lock):
-        for row, call in calls:
-            took = [call() for _ in range(repeats)]
-            for name in took[0]:
-                row[name] = float(np.median([each[name] for each in took]))
-            rows.append(row)
-            print(row, flush=True)
-    write_json(out, provenance() | {"budget": budget, "rows": rows})
+        row = {
+            "method": name,
+            "batch": size,
+            "protocol": protocol,
+            "prompt_tokens": max(map(len, prompts)),
+        }
+        title = f"{name}, {size} at once, {protocol}"
+        row |= measured(call, memory, told, name=title, repeats=repeats, lock=lock)
+        rows.append(row)
+        write_json(out, provenance() | {"budget": budget, "rows": rows})
+        shown = {key: value for key, value in row.items() if key != "each"}
+        told.say(f"measured {len(rows)}: {shown}")
 
 
 if __name__ == "__main__":
