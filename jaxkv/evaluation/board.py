@@ -49,8 +49,9 @@ def export(
       The folders.
 
     Raises:
-      ValueError: the results are not complete, of another kind than the board's, or of
-        budgets that no ratio says.
+      ValueError: the results are not complete, of another kind than the board's, of
+        budgets that no ratio says, or without the ends of outputs, which its scorer
+        would miss.
     """
     config = read_config(folder)
     rows = [typed(row) for row in read(folder).rows]
@@ -66,6 +67,11 @@ def export(
         raise ValueError(
             f"{folder} is of a file, which does not say the length that the board "
             "calls its samples; pass --length, such as 4096."
+        )
+    if cut := config.get("characters"):
+        raise ValueError(
+            f"{folder} holds {cut} characters of each output, but the board scores "
+            "them whole; run without --characters."
         )
     made = []
     policies = {one["name"]: one for one in config["methods"]}

@@ -23,7 +23,14 @@ KNOWN = NEEDED | {"fraction", "query_aware", "press_init_command", "seed"}
 
 
 def results(
-    folder, *, budgets=("25%", "64"), aware=True, kind="ruler", rows=2, tasks="ab"
+    folder,
+    *,
+    budgets=("25%", "64"),
+    aware=True,
+    kind="ruler",
+    rows=2,
+    tasks="ab",
+    characters=0,
 ):
     """Write a folder of two tasks with `rows` questions each, the second right."""
     cells = [{"task": t, "length": 4096, "depth": None, "questions": 2} for t in tasks]
@@ -31,6 +38,7 @@ def results(
         **{"kind": kind, "model": "meta/Llama", "dtype": "float32", "seed": 1},
         **{"chat": True, "system": None, "query_aware": aware, "samples": 2},
         **{"methods": METHODS, "budgets": list(budgets), "cells": cells},
+        "characters": characters,
     }
     points = [("full", "full", "")]
     points += [("streaming-llm", b, 1000 if "%" in b else int(b)) for b in budgets]
@@ -104,6 +112,7 @@ def test_the_protocol_is_in_the_name(tmp_path):
         (dict(rows=1), "is unfinished: 6 of 12 rows; run it to its end first"),
         (dict(kind="niah"), "is of the kind 'niah'; the board takes RULER's"),
         (dict(kind="file"), "pass --length, such as 4096"),
+        (dict(characters=4), "holds 4 characters of each output, but the board"),
         (dict(aware=False), "the budget 64 is a number of tokens, but the board"),
     ],
 )
