@@ -78,7 +78,7 @@ SMALL_PREFILL = {
     "criticalkv": CriticalKV(policy=DAPQ, epsilon=1.0),
     "adakv": AdaKV(policy=KNorm(), most=1.5),
     "kvzip": KVzip(repeat_ids=(5, 6), n_sink=1),
-    "dropkv": DropKV(window_size=3),
+    "dropkv": DropKV(window_size=3, kernel_size=3),
     "defensivekv": DefensiveKV(window_size=3, kernel_size=3, mass=0.3),
     "random": Random(),
 }

@@ -33,12 +33,15 @@ class DefensiveKV(WholePrompt):
     had; its maximum over the window and over the query heads of the group is a token's
     worst case; no token counts less than the mean of its head. It is weighed by the
     share that a token's value has of `||W_o v||_1` of all heads, after a first stage,
-    as in `CriticalKV`: the tokens that gather `mass` of the window's mean attention,
-    and what it pays to itself counts to it. Heads share the layer's budget in the
-    paper, hence `adakv:policy=defensivekv`.
+    as in `CriticalKV`: the tokens that gather `mass` of the window's mean attention to
+    the tokens before it. Two details are the code's alone: `mass` is less by what the
+    window pays, in the mean of all heads, to as many tokens just before it; and of `T`
+    tokens the first stage has at most `floor(budget (T - window) / T) - window`.
+    Heads share the layer's budget there: `adakv:policy=defensivekv,safeguard=0` keeps,
+    with `most` at the number of heads, what the code at 9251b95 keeps, index by index.
 
-    Deviations: `Layer-DefensiveKV`, which lets layers share too, is left out; the code
-    takes the window's own mass from the tokens before it, which the paper does not say.
+    Deviations: `Layer-DefensiveKV`, which lets layers share too, is left out; without
+    `AdaKV` all heads have equal budgets; a budget within the window shortens it.
 
     Attributes:
       window_size: last tokens of the prompt that score, and that are always kept.
@@ -80,8 +83,11 @@ class DefensiveKV(WholePrompt):
 
         queries = jnp.maximum(window, 1).astype(jnp.float32)[:, None, None]
         mean = paid.mean(2).sum(2) / queries  # over the group, then the window
-        first = _gathering(mean, self.mass - (1 - mean.sum(-1, keepdims=True)))
-        room = (prompt.keep - window)[:, None, None]
+        near = index >= (prompt.lengths - 2 * window)[:, None]
+        near = jnp.where(near[:, None], mean, 0.0).sum(-1).mean(1)  # of all heads
+        first = _gathering(mean, self.mass - near[:, None, None])
+        own = -(-prompt.keep * window // jnp.maximum(prompt.lengths, 1))  # rounded up
+        room = (prompt.keep - own - window)[:, None, None]
         worst = jnp.where((first >= 0) & (first < room), jnp.inf, worst)
         return keep_anyway(worst, prompt.lengths, n_recent=window)
 

@@ -1,8 +1,8 @@
-"""Our policies keep, index by index, what kvpress keeps.
+"""Our policies keep, index by index, what kvpress and what authors' code keeps.
 
-`benchmarks/kvpress_oracle.py` wrote `oracle/`, with the versions of what it ran. Each
-prompt is cut to as many tokens as kvpress kept of it. Where a policy deviates on
-purpose, the setting that is kvpress's is compared.
+`benchmarks/kvpress_oracle.py` and `authors_oracle.py` wrote `oracle/`, with the
+versions and commits of what they ran. Each prompt is cut to as many tokens as these
+kept of it. Where a policy deviates on purpose, the setting that is theirs is compared.
 """
 
 import functools
@@ -19,6 +19,8 @@ from jaxkv import (
     AdaKV,
     ChunkKV,
     CriticalKV,
+    DefensiveKV,
+    DropKV,
     ExpectedAttention,
     KeyDiff,
     KNorm,
@@ -33,6 +35,8 @@ from jaxkv.policies.base import Prompt
 
 FOLDER = Path(__file__).parents[1] / "oracle"
 GOLDEN = json.loads((FOLDER / "kvpress.json").read_text())
+AUTHORS = json.loads((FOLDER / "authors.json").read_text())
+CASES = GOLDEN["cases"] + AUTHORS["cases"]
 LENGTH = GOLDEN["length"]
 SNAP = SnapKV.kvpress(window_size=6)
 
@@ -40,6 +44,10 @@ SNAP = SnapKV.kvpress(window_size=6)
 def expected(**options):
     options = dict(n_future_positions=32, epsilon=0.0) | options
     return ExpectedAttention.kvpress(**options)
+
+
+def defensive(**options):
+    return AdaKV(policy=DefensiveKV(**options), safeguard=0.0)
 
 
 POLICIES = {
@@ -69,8 +77,13 @@ POLICIES = {
     ),
     "kvzip": AdaKV(policy=KVzip(repeat_ids=(0,) * GOLDEN["asked"]), safeguard=0.0),
     "criticalkv of adakv": CriticalKV(policy=AdaKV(policy=SNAP), epsilon=6e-4),
+    "defensivekv": defensive(window_size=6),
+    "defensivekv, 75 %": defensive(window_size=6),
+    "defensivekv, kernel": defensive(window_size=4, kernel_size=3),
+    "dropkv": DropKV(window_size=6),
+    "dropkv, 75 %": DropKV(window_size=6, kernel_size=3),
 }
-NAMES = sorted({case["network"] for case in GOLDEN["cases"]})
+NAMES = sorted({case["network"] for case in CASES})
 
 
 @functools.cache
@@ -131,7 +144,7 @@ def kept(policy, rows, keeps, bound):
 def test_the_same_tokens_are_kept(press):
     policy = POLICIES[press]
     rows, keeps, bounds, wanted = [], [], [], []
-    for case in (case for case in GOLDEN["cases"] if case["press"] == press):
+    for case in (case for case in CASES if case["press"] == press):
         of_layers, most = budgets(policy, case["kept"])
         rows += [f"{case['network']}/{layer}" for layer in range(len(case["kept"]))]
         keeps, bounds = keeps + of_layers, bounds + list(most)
@@ -148,4 +161,4 @@ def test_the_same_tokens_are_kept(press):
 
 
 def test_every_press_is_compared():
-    assert {case["press"] for case in GOLDEN["cases"]} == set(POLICIES)
+    assert {case["press"] for case in CASES} == set(POLICIES)
