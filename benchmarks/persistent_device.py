@@ -3,7 +3,7 @@
     python benchmarks/persistent_device.py persistent.json --seconds 120
 
 LongFlow at 3,200 slots, random bfloat16 weights, each layer with its own, in one
-process. First 50 steps of one layer in one launch (`kernels/layer_triton.py`) are held
+process. First 50 steps of one layer in one launch (`layer_triton.py`) are held
 against the same tiles in six, bit for bit, on one cache; then loops over layers are
 timed, without embedding and output layer. What is cut in other ways, and what phases
 cost, comes last, as far as the seconds go. Each result is on disk when it is printed.
@@ -21,20 +21,20 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import layer_triton
 import numpy as np
 import typer
+from layer_triton import LayerTiles, Weights
 
 from jaxkv.bench import clock
 from jaxkv.kernels import (
     block,
     block_triton,
-    layer_triton,
     longflow_triton,
     project_triton,
     triton_call,
 )
 from jaxkv.kernels.cache import Slots, Token
-from jaxkv.kernels.layer_triton import LayerTiles, Weights
 from jaxkv.kernels.scores import value_norms
 from jaxkv.models.public_shapes import SHAPES
 from jaxkv.provenance import provenance, write_json

@@ -1,11 +1,13 @@
 """A layer in one launch: bit for bit what six launches do, and compiled.
 
-Run as a script, this file is its own worker; `triton_on_cpu` says why.
+The kernel is not in the library: `benchmarks/layer_triton.py`. Run as a script, this
+file is its own worker; `triton_on_cpu` says why.
 """
 
 import dataclasses
 import json
 import sys
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,15 +16,16 @@ import triton_on_cpu
 
 from jaxkv.kernels import (
     block_triton,
-    layer_triton,
     longflow_triton,
     project_triton,
     triton_call,
 )
 from jaxkv.kernels.cache import Slots, Token
-from jaxkv.kernels.layer_triton import choose_tiles
 from jaxkv.kernels.project_triton import Tiles
 from jaxkv.kernels.scores import value_norms
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
+import layer_triton
 
 EPS = 1e-6
 # hidden, inner, heads, KV heads, head size, slots
@@ -49,7 +52,7 @@ SLOW = [
 def test_layers_compile_without_spills(rows, name):
     pytest.importorskip("triton")
     sizes = rows, *SHAPES[name]
-    tiles = choose_tiles(*sizes)
+    tiles = layer_triton.choose_tiles(*sizes)
     usage = compiled(sizes, tiles)
     print(name, rows, tiles, usage)
     assert usage["stack"] == 0 and usage["local"] == 0, usage
@@ -57,7 +60,7 @@ def test_layers_compile_without_spills(rows, name):
 
 
 def compiled(sizes, tiles):
-    from jaxkv.kernels import layer_triton_body
+    import layer_triton_body
 
     constants = layer_triton.layer_constants(
         *(*sizes, EPS, 0.1, "l1", True, tiles), head_norm=True

@@ -13,13 +13,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
-from jaxkv.kernels import (
-    longflow_triton,
-    project_triton,
-    triton_call,
-)
+from jaxkv.kernels import longflow_triton, project_triton, triton_call
 from jaxkv.kernels.cache import Slots
 from jaxkv.kernels.project_triton import Tiles, padded
 from jaxkv.kernels.scores import ProductScore
@@ -29,30 +24,31 @@ PHASES = "heads", "attend", "output", "gates", "down"
 
 _UNIT = 64
 _FEW = 90  # programs that read as fast as the memory can
+_NARROW = 1024  # columns that are cut finely
 
 
 class Weights(NamedTuple):
     """The matrices and norms of a layer.
 
     Attributes:
-      norm: of what the heads read.
-      qkv: of queries, keys and values.
-      q_norm: of each query's head, or None, and so is the next.
+      norm: `[D]`, of what the heads read.
+      qkv: `[D, (N + 2 K) H]`, of queries, keys and values.
+      q_norm: `[H]`, of each query's head, or None, and so is the next.
       k_norm: of each key's.
-      output: from the heads to the stream.
-      mlp_norm: of what the gates read.
-      gate_up: of the gates and of what they gate.
-      down: from the feed-forward to the stream.
+      output: `[N H, D]`, from the heads to the stream.
+      mlp_norm: `[D]`, of what the gates read.
+      gate_up: `[D, 2 F]`, of the gates and of what they gate.
+      down: `[F, D]`, from the feed-forward to the stream.
     """
 
-    norm: Float[Array, " D"]
-    qkv: Float[Array, "D Q"]
-    q_norm: Float[Array, " H"] | None
-    k_norm: Float[Array, " H"] | None
-    output: Float[Array, "NH D"]
-    mlp_norm: Float[Array, " D"]
-    gate_up: Float[Array, "D G"]
-    down: Float[Array, "F D"]
+    norm: jax.Array
+    qkv: jax.Array
+    q_norm: jax.Array | None
+    k_norm: jax.Array | None
+    output: jax.Array
+    mlp_norm: jax.Array
+    gate_up: jax.Array
+    down: jax.Array
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,12 +87,15 @@ def choose_tiles(
     slots: int,
     *,
     per_processor: int = 1,
-    warps: int = 8,
-    ahead: int = 256,
+    warps: int | None = None,
+    ahead: int = 0,
     num_sms: int = 132,
     shared: int = 232_448,
 ) -> LayerTiles:
-    """Return tiles that give every program about as much as any other.
+    """Return tiles that give every processor something to do in every phase.
+
+    A program's time in a phase is that of the depth which it walks down, a product of
+    the tensor cores after the other. So depths are shared out, but for the gates'.
 
     Args:
       rows: tokens; of products, only how far programs fetch ahead depends on them.
@@ -107,18 +106,19 @@ def choose_tiles(
       head_dim: `H`.
       slots: `S`.
       per_processor: programs; registers and shared memory must be there for them.
-      warps: of a program.
+      warps: of a program; None takes as few as have the registers.
       ahead: see `LayerTiles`.
       num_sms: of the device.
       shared: bytes of shared memory of a processor.
     """
     programs = per_processor * num_sms
+    warps = warps or (4 if hidden <= _NARROW else 8)
     room = shared // per_processor - 8192
 
-    def product(depth, columns, *, wide=1, block=None, parts=1):
-        if block is None:
-            block = next(b for b in (64, 32, 16) if columns // b >= _FEW or b == 16)
-        return product_tiles(rows, depth, block, parts, warps, room, wide=wide)
+    def product(depth, columns, block):
+        most = max(1, programs // (columns // block))
+        parts = next(n for n in range(min(4, most), 0, -1) if depth % (n * _UNIT) == 0)
+        return product_tiles(rows, depth, block, parts, warps, room)
 
     block = min(64, max(16, 8192 // head_dim))
     num_tiles = -(-slots // block)
@@ -126,18 +126,19 @@ def choose_tiles(
     splits = max(1, -(-num_tiles // turns))
     stages = max(2, min(5, room // (4 * block * head_dim)))
     all_heads = heads + 2 * kv_heads
-    parts = 2 if hidden % (2 * _UNIT) == 0 and hidden >= 1024 else 1
+    of_stream = 16 if hidden <= _NARROW else _UNIT
+    of_gates = next(b for b in (64, 32, 16) if inner // b >= _FEW or b == 16)
     return LayerTiles(
         programs=programs,
         warps=warps,
         ahead=ahead,
-        heads=product(hidden, all_heads * head_dim, block=head_dim, parts=parts),
+        heads=product(hidden, all_heads * head_dim, head_dim),
         attend=longflow_triton.Tiles(
             splits=splits, block=block, warps=warps, stages=stages, chunk=2048
         ),
-        output=product(heads * head_dim, hidden),
-        gates=product(hidden, inner, wide=2),
-        down=product(inner, hidden),
+        output=product(heads * head_dim, hidden, of_stream),
+        gates=product_tiles(rows, hidden, of_gates, 1, warps, room, wide=2),
+        down=product(inner, hidden, of_stream),
     )
 
 
@@ -213,7 +214,7 @@ def run_layer_triton(
     Returns:
       The residual stream, and the slots.
     """
-    from jaxkv.kernels import layer_triton_body as body
+    import layer_triton_body as body
 
     rows, _, hidden = x.shape
     inner = weights.down.shape[0]
