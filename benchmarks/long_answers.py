@@ -30,6 +30,7 @@ import jaxkv
 from jaxkv import registry
 from jaxkv.evaluation.statistics import half_width
 from jaxkv.provenance import provenance, write_json
+from jaxkv.runtime.compilation_cache import enable_compilation_cache
 from jaxkv.text.chat import encode_chat
 
 KINDS = "writing,roleplay,reasoning,math,coding,extraction,stem,humanities,qa"
@@ -89,6 +90,7 @@ def main(
     dtype: Annotated[str | None, typer.Option(help="Default: the device's.")] = None,
 ) -> None:
     """Measure, print a line per method and budget, and write JSON."""
+    enable_compilation_cache()
     lm = jaxkv.load(model, dtype=dtype)
     questions = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
     prompts = [

@@ -37,6 +37,7 @@ from jaxkv.evaluation.methods import Method
 from jaxkv.evaluation.statistics import half_width
 from jaxkv.options import described
 from jaxkv.provenance import provenance, write_json
+from jaxkv.runtime.compilation_cache import enable_compilation_cache
 from jaxkv.text.chat import encode_chat
 from jaxkv.text.planning import bucket
 
@@ -247,6 +248,7 @@ def main(
     lock: Lock = None,
 ) -> None:
     """Measure, print a line per variant, and write JSON."""
+    enable_compilation_cache()
     lm = jaxkv.load(model, dtype=dtype)
     chosen = variants(nodes)
     if only:
