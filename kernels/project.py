@@ -8,8 +8,10 @@ Triton's products of a token are the same bits whatever tokens are beside it, up
 of them. XLA chooses the order of a sum by their number.
 
 Under a mesh every device multiplies with its own part of a matrix. What is cut along
-its columns gives columns; what is cut along its rows gives sums over some of the depth,
-which the devices of a row add up in the dtype of the tokens.
+its columns gives columns; what is cut along its rows gives sums over some of the depth
+in the dtype of the tokens. Of few tokens they stay parts, one of each device of a row;
+of many the devices add them up. So under a mesh the bits of a token may depend on how
+many are beside it.
 
 Axis letters: `P` parts, `B` batch, `T` tokens, `D` depth, `F` columns, `V` vocabulary.
 """
@@ -26,8 +28,10 @@ from jaxkv.kernels import dispatch
 from jaxkv.kernels.per_shard import (
     add_up,
     along,
+    columns_per_row,
     current_mesh,
     first_of_shard,
+    parts_of_row,
     per_shard,
 )
 from jaxkv.kernels.pointwise import Implementation, choose, join
@@ -73,7 +77,8 @@ def project(
     if cut == "heads":
         return along(run, ("B T D", "D Q"), "P B T Q")(x, weight)
     if cut == "rows" and current_mesh() is not None:
-        return along(_added_up(run), ("B T F", "F D"), "P B T D")(x, weight)
+        run = _of_all_devices(run, columns_per_row())
+        return along(run, ("B T F", "F D"), "P B T D")(x, weight)
     return along(run, ("B T D", "D C"), "P B T C")(x, weight)
 
 
@@ -175,11 +180,11 @@ def _embed_part(tokens, embedding):
     return add_up(jnp.where(here[..., None], found, 0))
 
 
-def _added_up(run):
-    """Return `run` with its parts added, here and over the devices of a row."""
+def _of_all_devices(run, devices):
+    """Return `run` with its own parts added, and with those of a row's devices."""
 
     def whole(x, weight):
-        return add_up(join(run(x, weight), x.dtype))[None]
+        return parts_of_row(join(run(x, weight), x.dtype), devices)
 
     return whole
 

@@ -27,8 +27,10 @@ from jaxkv import (
     generation,
     sharding,
 )
+from jaxkv.kernels import per_shard
 from jaxkv.models.config import Experts
 from jaxkv.models.decoder import Decoder
+from jaxkv.runtime import programs
 from jaxkv.runtime.meshes import mesh_of
 
 CONFIG = dataclasses.replace(
@@ -153,14 +155,15 @@ def sent(network, params, options):
 
 
 def check_sent(params):
-    """Raise where a decode step sends more than two sums a layer and what chooses."""
+    """Raise where a step sends more than parts of two sums a layer and what chooses."""
     network, params = sharding.spread(
         NETWORK, params, sharding.make_mesh(data=2, model=4)
     )
-    # Two rows of a device: an embedding, two sums for each of two layers; the tokens
-    # chosen and their logits; whether any row goes on.
+    # Two rows of a device: an embedding, the four devices' parts of two sums for each
+    # of two layers; the tokens chosen and their logits; whether any row goes on.
     common = {
-        ("all-reduce", "f32[2,1,32]{2,1,0}"): 1 + 2 * 2,
+        ("all-reduce", "f32[2,1,32]{2,1,0}"): 1,
+        ("all-gather", "f32[4,2,1,32]{3,2,1,0}"): 2 * 2,
         ("all-gather", "s32[2,2,4]{1,0,2}"): 1,
         ("all-reduce", "f32[2,2]{1,0}"): 1,
         ("all-reduce", "pred[]"): 1,
@@ -170,12 +173,8 @@ def check_sent(params):
     assert found == common | {("all-gather", "f32[2,4,8]{2,0,1}"): 2}, found
 
 
-if __name__ == "__main__":
-    cases = FAST
-    if sys.argv[1] == "slow":
-        cases = [(name, shape) for shape in MESHES for name in METHODS]
-    params = tiny.parameters(CONFIG)
-    alone = {name: run(NETWORK, params, METHODS[name]) for name, _ in cases}
+def check_all(cases, params, alone):
+    """Raise where a mesh of the cases changes anything."""
     for name, (data, model) in cases:
         devices = jax.devices()[: data * model]
         mesh = sharding.make_mesh(data=data, model=model, devices=devices)
@@ -184,8 +183,25 @@ if __name__ == "__main__":
             *(mesh_of(spread), network, spread, METHODS[name], alone[name]),
             f"{name} over {data} x {model}",
         )
+
+
+def check_sums(params, alone):
+    """Raise where sums that devices make, as for many tokens, change a token."""
+    per_shard.MOST_HEARD = -1
+    programs.SHELF.clear()
+    check_all([*FAST, ("drafts", (2, 4))], params, alone)
+
+
+if __name__ == "__main__":
+    cases = FAST
+    if sys.argv[1] == "slow":
+        cases = [(name, shape) for shape in MESHES for name in METHODS]
+    params = tiny.parameters(CONFIG)
+    alone = {name: run(NETWORK, params, METHODS[name]) for name, _ in cases}
+    check_all(cases, params, alone)
     if sys.argv[1] == "fast":
         check_sent(params)
     else:
         check_norms_of_all_heads()
+        check_sums(params, alone)
     print("equal")

@@ -1,7 +1,8 @@
 """Run by test_sharding.py, where JAX finds four devices: operations over a mesh.
 
-Prints "equal" where a mesh changes no result, nothing is sent but what a shared victim
-needs, and each device is handed its own part. Takes one argument, fast or slow.
+Prints "equal" where a mesh changes no result, devices with the same part of one hold
+the same bits, nothing is sent but what a sum or a shared victim needs, and each device
+is handed its own part. Takes one argument, fast or slow.
 """
 
 import dataclasses
@@ -21,6 +22,7 @@ from jaxkv.kernels import (
     longflow,
     longflow_tpu,
     pointwise,
+    project,
     shared_slots,
     victims,
 )
@@ -101,6 +103,10 @@ def compare(mesh, function, letters, arrays, name, collectives):
         np.testing.assert_allclose(one, two, atol=2e-6, err_msg=name)
         if one.dtype == jnp.int32:
             np.testing.assert_array_equal(one, two, err_msg=name)
+        parts = {}
+        for shard in two.addressable_shards:
+            same = parts.setdefault(str(shard.index), np.asarray(shard.data))
+            np.testing.assert_array_equal(same, shard.data, err_msg=name)
 
 
 def normal(*shape):
@@ -145,6 +151,20 @@ def compare_longflow(mesh, everything):
             )
             name = f"longflow {how} {shared}"
             compare(mesh, function, letters, arrays, name, ["all-gather"] * shared)
+
+
+def compare_products(mesh):
+    """Up to 256 KB of another device are read as parts; more of them are summed."""
+    weight = normal(8, 256)
+    for tokens, sent in (1, "all-gather"), (128, "all-gather"), (129, "all-reduce"):
+        x = normal(B, tokens, 8)
+
+        def product(x, weight):
+            parts = project.project(x, weight, cut="rows", implementation="xla")
+            return pointwise.join(parts, x.dtype)
+
+        name = f"product of {tokens} tokens"
+        compare(mesh, product, ["B T F", "F D"], [x, weight], name, [sent])
 
 
 def compare_windows(mesh, everything):
@@ -223,6 +243,7 @@ if __name__ == "__main__":
     compare_longflow(mesh, sys.argv[1] == "slow")
     compare_windows(mesh, sys.argv[1] == "slow")
     compare_norms(mesh)
+    compare_products(mesh)
     compare_shared(mesh, sys.argv[1] == "slow")
     assert SHAPES, "no stand-in was called"
     for alone, spread in zip(SHAPES[::2], SHAPES[1::2], strict=True):

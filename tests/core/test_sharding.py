@@ -166,11 +166,24 @@ def test_triton_takes_each_devices_part(monkeypatch):
     half = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
     auto = (jax.sharding.AxisType.Auto,) * 3
     with jax.sharding.use_abstract_mesh(AbstractMesh((2, 2, 2), AXES, axis_types=auto)):
-        for cut in ("heads", "rows"):
+        for cut, devices in ("heads", 1), ("rows", 4):
             run = functools.partial(project.project, cut=cut)
             out = jax.eval_shape(run, half((128, 1, 256)), half((256, 512)))
-            assert out.shape == (1, 128, 1, 512)
+            assert out.shape == (devices, 128, 1, 512)
     assert seen == [((64, 1, 256), (256, 256)), ((64, 1, 64), (64, 512))]
+
+
+def test_tpus_sum_and_so_does_a_row_of_one_device(monkeypatch):
+    auto = (jax.sharding.AxisType.Auto,) * 3
+    half = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
+    parts = []
+    for backend, sizes in ("cpu", (1, 2, 1)), ("cpu", (2, 1, 1)), ("tpu", (1, 2, 1)):
+        monkeypatch.setattr(project.jax, "default_backend", lambda b=backend: b)
+        mesh = AbstractMesh(sizes, AXES, axis_types=auto)
+        with jax.sharding.use_abstract_mesh(mesh):
+            run = functools.partial(project.project, cut="rows", implementation="xla")
+            parts.append(len(jax.eval_shape(run, half((2, 1, 64)), half((64, 8)))))
+    assert parts == [2, 1, 1]
 
 
 def test_triton_norms_no_heads_of_several_devices(monkeypatch):
@@ -190,7 +203,7 @@ def test_triton_norms_no_heads_of_several_devices(monkeypatch):
     "which", ["fast", pytest.param("slow", marks=pytest.mark.slow)]
 )
 def test_operations_stay_on_their_devices(tmp_path, which):
-    """Equal results, and nothing sent but what a shared victim needs."""
+    """Equal results, and nothing sent but what a sum or a shared victim needs."""
     assert over_devices(4, tmp_path, "sharded_operations.py", which) == "equal"
 
 
