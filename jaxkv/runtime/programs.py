@@ -13,14 +13,14 @@ import functools
 import inspect
 import threading
 from collections.abc import Callable, Hashable
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import jax
 import jax.numpy as jnp
 
-from jaxkv.runtime.meshes import under_mesh_of
+from jaxkv.runtime.collectives import compiler_options
+from jaxkv.runtime.meshes import mesh_of, under_mesh_of
 
 R = TypeVar("R")
 
@@ -104,7 +104,8 @@ class Program(Generic[R]):
     """A function that is compiled for each set of options and shapes, as `jax.jit`'s.
 
     Its programs stand on a shelf. One of them holds whatever `jax.jit` tells apart
-    beside options and shapes: shardings, devices, meshes, `jax.enable_x64`.
+    beside options and shapes: shardings, devices, meshes, `jax.enable_x64`. What XLA is
+    told of a mesh (`collectives`) makes two of them.
     """
 
     def __init__(
@@ -122,23 +123,24 @@ class Program(Generic[R]):
 
     def __call__(self, *args: Any, **kwargs: Any) -> R:
         """Call the program of these arguments."""
-        key = self.key(*args, **kwargs)
-        with self._mesh(*args, **kwargs):
-            return self._shelf.get(key, self._fresh)(*args, **kwargs)
+        key, fresh = self._known(args, kwargs)
+        with under_mesh_of(self._laid_out(args, kwargs)):
+            return self._shelf.get(key, fresh)(*args, **kwargs)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile for these arguments, and run nothing; threads may share the work."""
-        key = self.key(*args, **kwargs)
-        with self._mesh(*args, **kwargs):
+        key, fresh = self._known(args, kwargs)
+        with under_mesh_of(self._laid_out(args, kwargs)):
             # JAX calls what was lowered before; `tests/runtime` holds it to that.
-            self._shelf.get(key, self._fresh).lower(*args, **kwargs).compile()
+            self._shelf.get(key, fresh).lower(*args, **kwargs).compile()
 
     def lower(self, *args: Any, **kwargs: Any) -> jax.stages.Lowered:
         """Trace and lower as `jax.jit(...).lower` does; nothing is kept."""
-        with self._mesh(*args, **kwargs):
-            return self._fresh().lower(*args, **kwargs)
+        told = self._told(args, kwargs)
+        with under_mesh_of(self._laid_out(args, kwargs)):
+            return self._fresh(told).lower(*args, **kwargs)
 
-    def key(self, *args: Any, **kwargs: Any) -> Hashable:
+    def key(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         """Return what the program of these arguments is known by."""
         named = dict(zip(self._names, args, strict=False)) | kwargs
         static = tuple(named.pop(name, None) for name in self._static)
@@ -149,12 +151,21 @@ class Program(Generic[R]):
             (leaf.shape, leaf.dtype) if hasattr(leaf, "shape") else type(leaf)
             for leaf in leaves
         )
-        return self, static, tree, shapes
+        return self, static, tree, shapes, self._told(args, kwargs)
 
-    def _mesh(self, *args: Any, **kwargs: Any) -> AbstractContextManager[Any]:
-        """Return the context of the mesh that what is implied is laid out over."""
+    def _known(self, args: tuple, kwargs: dict) -> tuple[Hashable, Callable[[], Any]]:
+        """Return what the program of these arguments is known by, and what makes it."""
+        key = self.key(*args, **kwargs)
+        return key, functools.partial(self._fresh, key[-1])
+
+    def _laid_out(self, args: tuple, kwargs: dict) -> list[Any]:
+        """Return the arguments that are implied, which say what the mesh is."""
         named = dict(zip(self._names, args, strict=False)) | kwargs
-        return under_mesh_of([named.get(name) for name in self._implied])
+        return [named.get(name) for name in self._implied]
+
+    def _told(self, args: tuple, kwargs: dict) -> tuple[tuple[str, str], ...]:
+        """Return what XLA is told of the program of these arguments."""
+        return compiler_options(mesh_of(self._laid_out(args, kwargs)))
 
     def _of_jax(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Return arguments with JAX's arrays for NumPy's, as `jax.jit` has them."""
@@ -163,7 +174,7 @@ class Program(Generic[R]):
         named |= jax.tree.map(jnp.asarray, arrays)
         return (), named
 
-    def _fresh(self) -> Any:
+    def _fresh(self, told: tuple[tuple[str, str], ...]) -> Any:
         """Return a `jax.jit` that shares no program with any other."""
         function = self._function
 
@@ -173,7 +184,11 @@ class Program(Generic[R]):
             return function(*args, **kwargs)
 
         # JAX's caches know a function by its identity, and a program by its name.
-        return jax.jit(functools.update_wrapper(alone, function), **self._options)
+        return jax.jit(
+            functools.update_wrapper(alone, function),
+            compiler_options=dict(told) or None,
+            **self._options,
+        )
 
 
 def bounded_jit(
