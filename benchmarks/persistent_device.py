@@ -1,21 +1,23 @@
 """Check and time layers of one launch against layers of six and nine, on a GPU.
 
-    python benchmarks/persistent_device.py persistent.json --seconds 120
+    python benchmarks/persistent_device.py persistent.json
 
-LongFlow at 3,200 slots, random bfloat16 weights, each layer with its own, in one
-process. First 50 steps of one layer in one launch (`layer_triton.py`) are held
-against the same tiles in six, bit for bit, on one cache; then loops over layers are
-timed, without embedding and output layer. What is cut in other ways, and what phases
-cost, comes last, as far as the seconds go. Each result is on disk when it is printed.
+LongFlow at 3,200 slots, random bfloat16 weights, each layer with its own. First 50
+steps of one layer in one launch (`layer_triton.py`) are held against the same tiles in
+six, bit for bit, on one cache; then loops over layers are timed, without embedding and
+output layer; then launches that stop after a phase, whose differences say what phases
+cost. Each way is a process of its own. All compile side by side, and none is timed
+before all have compiled or were given up: what compiles takes time from what is timed.
+Each result is on disk when it is printed.
 """
 
-import concurrent.futures
 import dataclasses
 import functools
-import gc
+import multiprocessing
+import multiprocessing.connection
+import os
 import pathlib
 import statistics
-import threading
 import time
 from typing import Any
 
@@ -24,9 +26,10 @@ import jax.numpy as jnp
 import layer_triton
 import numpy as np
 import typer
-from layer_triton import LayerTiles, Weights
+from layer_triton import PHASES, LayerTiles, Weights
 
 from jaxkv.bench import clock
+from jaxkv.bench.kernel_trace import trace_kernels
 from jaxkv.kernels import (
     block,
     block_triton,
@@ -40,55 +43,37 @@ from jaxkv.models.public_shapes import SHAPES
 from jaxkv.provenance import provenance, write_json
 
 BUDGET, EPS = 3200, 1e-6
-# Options of `layer_triton.choose_tiles`; of products, how much wider blocks are, and
-# how many times as many parts there are.
-VARIANTS: dict[str, tuple[dict[str, Any], dict[str, tuple[float, int]]]] = {
-    "8 warps": ({}, {}),
-    "4 warps": (dict(warps=4), {}),
-    "4 warps, two a processor": (dict(warps=4, per_processor=2), {}),
-    "asks for nothing": (dict(ahead=0), {}),
-    "asks for more": (dict(ahead=1024), {}),
-    "output and down wider": ({}, dict(output=(2, 1), down=(2, 1))),
-    "output and down in parts": ({}, dict(output=(4, 4), down=(4, 4))),
-    "heads in more parts, narrow gates": ({}, dict(heads=(1, 2), gates=(0.5, 1))),
-    "4 warps, two, nothing": (dict(warps=4, per_processor=2, ahead=0), {}),
+ITERATIONS = 32
+RUN_SECONDS = 0.8  # that are kept for each way
+# Options of `layer_triton.choose_tiles`.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "one launch": {},
+    "one launch, 8 warps": dict(warps=8),
+    "one launch, asks ahead": dict(ahead=256),
 }
-CHECKED = "8 warps", "4 warps, two a processor"
-ELSEWHERE = 5  # variants that are timed at other batches than the first
-AS_MANY_WARPS = threading.local()
+CUT = {f"up to {phase}": last for last, phase in enumerate(PHASES[:-1])}
+WAYS = "check", "triton", "fused", *VARIANTS, *CUT
+AS_MANY_WARPS: list[int] = []
 LAUNCH = triton_call.call
 
 
 def launch(kernel, *arguments, **options):
     """Let what joins splits add in the order of as many warps, where that is asked."""
-    warps = getattr(AS_MANY_WARPS, "warps", None)
-    if warps and kernel.__name__ == "finish_splits":
-        options["num_warps"] = warps
+    if AS_MANY_WARPS and kernel.__name__ == "finish_splits":
+        options["num_warps"] = AS_MANY_WARPS[0]
     return LAUNCH(kernel, *arguments, **options)
 
 
-def tiles_for(config, rows, variant: str, num_sms: int) -> LayerTiles:
-    """Return the tiles of a variant."""
-    c, (options, products) = config, VARIANTS[variant]
-    tiles = layer_triton.choose_tiles(
+def tiles_for(config, rows, **options) -> LayerTiles:
+    """Return the tiles of a variant on this device."""
+    c = config
+    return layer_triton.choose_tiles(
         *(rows, c.hidden_size, c.intermediate_size, c.num_heads, c.num_kv_heads),
         *(c.head_dim, BUDGET),
-        num_sms=num_sms,
+        num_sms=triton_call.num_processors(),
+        shared=triton_call.shared_memory(),
         **options,
     )
-    depths = dict(output=c.num_heads * c.head_dim, down=c.intermediate_size)
-    for name, (wider, more) in products.items():
-        old, depth = getattr(tiles, name), depths.get(name, c.hidden_size)
-        block = (
-            old.block if name == "heads" else max(16, min(64, int(wider * old.block)))
-        )
-        parts = next(n for n in range(old.parts * more, 0, -1) if depth % (n * 64) == 0)
-        new = layer_triton.product_tiles(
-            *(rows, depth, block, parts, tiles.warps, 220_000),
-            wide=2 if name == "gates" else 1,
-        )
-        tiles = dataclasses.replace(tiles, **{name: new})
-    return tiles
 
 
 def weights_of(config, key) -> Weights:
@@ -204,7 +189,7 @@ def same_tiles(config, tiles: LayerTiles):
 
 
 def checking(config, rows, tiles, steps=50):
-    """Return what compiles a count, per step, of what differs between the two ways."""
+    """Return what counts, per step, what differs between the two ways."""
     one, six = one_launch(config, tiles), same_tiles(config, tiles)
 
     def run(w, slots, xs, cos, sin):
@@ -220,17 +205,10 @@ def checking(config, rows, tiles, steps=50):
 
         return jax.lax.scan(step, (slots, slots), (xs, jnp.arange(steps)))[1]
 
-    def compile_it(*arguments):
-        AS_MANY_WARPS.warps = tiles.warps
-        try:
-            return jax.jit(run).lower(*arguments).compile()
-        finally:
-            AS_MANY_WARPS.warps = None
-
-    return compile_it
+    return jax.jit(run)
 
 
-def stepping(layer, layers, iterations):
+def stepping(layer):
     """Return a loop of steps through all layers."""
 
     def loop(weights, caches, x0, cos, sin):
@@ -242,151 +220,180 @@ def stepping(layer, layers, iterations):
                 done.append(slots)
             return tuple(done), block.added(*x) if isinstance(x, tuple) else x
 
-        return jax.lax.fori_loop(0, iterations, step, (caches, x0))
+        return jax.lax.fori_loop(0, ITERATIONS, step, (caches, x0))
 
     return jax.jit(loop, donate_argnums=1)
 
 
-class Bench:
-    """One shape and batch: arrays, and results as they come."""
+class Case:
+    """One way at one shape and batch: its arrays and its program."""
 
-    def __init__(self, report, out, name, config, rows, layers, bandwidth):
-        self.report, self.out, self.name, self.rows = report, out, name, rows
-        self.config = c = config
-        self.iterations = 64
+    def __init__(self, shape: str, rows: int, way: str):
+        self.config = c = SHAPES[shape]
+        layers = c.num_layers if c.hidden_size < 1024 else 8
         keys = jax.random.split(jax.random.key(rows), 3)
-        make = jax.jit(functools.partial(weights_of, config))
+        make = jax.jit(functools.partial(weights_of, c))
         self.weights = tuple(make(k) for k in jax.random.split(keys[0], layers))
-        self.keys = jax.random.split(keys[1], layers)
-        self.fill()
-        shape = 50, rows, 1, c.hidden_size
-        self.xs = jax.random.normal(keys[2], shape, jnp.bfloat16)
+        make = jax.jit(functools.partial(cache_of, c, rows))
+        self.caches = tuple(make(k) for k in jax.random.split(keys[1], layers))
+        shape_of_x = 50, rows, 1, c.hidden_size
+        self.xs = jax.random.normal(keys[2], shape_of_x, jnp.bfloat16)
         angles = jnp.linspace(0, 3, rows * c.head_dim // 2, dtype=jnp.float32)
         angles = angles.reshape(rows, 1, -1)
         self.turn = jnp.cos(angles), jnp.sin(angles)
-        weight_bytes = sum(a.nbytes for a in jax.tree.leaves(self.weights)) / layers
-        cache_bytes = self.caches[0].keys.nbytes + self.caches[0].values.nbytes
-        self.floor_us = 1e6 * (weight_bytes + cache_bytes) / bandwidth
+        self.way, self.tiles = way, tiles_for(c, rows, **VARIANTS.get(way, {}))
+        if way == "check":
+            AS_MANY_WARPS.append(self.tiles.warps)
+            make = checking(c, rows, self.tiles)
+            given = self.weights[0], self.caches[0], self.xs, *self.turn
+        else:
+            last = CUT.get(way, len(PHASES) - 1)
+            many = way in ("triton", "fused")
+            one = many_launches(c, way) if many else one_launch(c, self.tiles, last)
+            make = stepping(one)
+            given = self.weights, self.caches, self.xs[0], *self.turn
+        self.program = make.lower(*given).compile()
 
-    def fill(self) -> None:
-        """Make all caches anew."""
-        make = jax.jit(functools.partial(cache_of, self.config, self.rows))
-        self.caches = tuple(map(make, self.keys))
+    def run(self) -> dict[str, Any]:
+        """Return what there is to say of it."""
+        return self.check() if self.way == "check" else self.time()
 
-    def say(self, row: dict[str, Any]) -> None:
-        """Print a result and write all of them."""
-        row = dict(shape=self.name, batch=self.rows) | row
-        self.report["rows"].append(row)
-        write_json(self.out, self.report)
-        short = {k: v for k, v in row.items() if k != "tiles"}
-        print(time.strftime("%X"), *(f"{k}={v}" for k, v in short.items()), flush=True)
+    def check(self) -> dict[str, Any]:
+        """Say at which steps what differs."""
+        given = self.weights[0], self.caches[0], self.xs, *self.turn
+        differ, error, finite = map(np.asarray, self.program(*given))
+        found = zip(("stream", *Slots._fields), differ.sum(0), strict=True)
+        counts = {name: int(number) for name, number in found if number}
+        first = np.flatnonzero(differ.sum(1))[:1].tolist()
+        right = not counts and bool(finite.all())
+        said = dict(check="ok" if right else "DIFFERS", differ=counts, first_step=first)
+        return said | dict(max_error=float(error.max()))
 
-    def check(self, tiles, program) -> None:
-        """Run the comparison; say at which steps what differs."""
-        arguments = self.weights[0], self.caches[0], self.xs, *self.turn
-        begin = time.perf_counter()
-        differ, error, finite = map(np.asarray, program(*arguments))
-        names = "stream", *Slots._fields
-        counts = {n: int(d) for n, d in zip(names, differ.sum(0), strict=True) if d}
-        first = [int(i) for i in np.flatnonzero(differ.sum(1))[:1]]
-        said = dict(warps=tiles.warps, differ=counts, first_step=first)
-        said |= dict(max_error=float(error.max()), finite=bool(finite.all()))
-        right = not counts and said["finite"]
-        seconds = round(time.perf_counter() - begin, 3)
-        self.say(dict(check="ok" if right else "DIFFERS", seconds=seconds) | said)
+    def step(self) -> jax.Array:
+        """Do all iterations; the caches are taken and replaced."""
+        given = self.weights, self.caches, self.xs[0], *self.turn
+        self.caches, x = self.program(*given)
+        return x
 
-    def time(self, way: str, program, **more) -> None:
-        """Time a loop of steps."""
-        layers, times = len(self.weights), []
-        for _ in range(5):
+    def time(self) -> dict[str, Any]:
+        """Time a loop of steps, and ask the profiler what its kernels take."""
+        times, count = [], ITERATIONS * len(self.weights)
+        for _ in range(6):
             begin = time.perf_counter()
-            self.caches, x = program(self.weights, self.caches, self.xs[0], *self.turn)
-            finite = bool(jnp.isfinite(x).all())
-            times.append((time.perf_counter() - begin) / self.iterations / layers)
-        us = 1e6 * statistics.median(times[1:])
-        said = dict(way=way, us_a_layer=round(us, 2), floor_us=round(self.floor_us, 2))
-        self.say(said | dict(ratio=round(us / self.floor_us, 3), finite=finite) | more)
+            jax.block_until_ready(self.step())
+            times.append(1e6 * (time.perf_counter() - begin) / count)
+        kernels, x = trace_kernels(self.step, count)
+        said = dict(us_a_layer=round(statistics.median(times[1:]), 2))
+        said["kernels_us"] = round(sum(k.us for k in kernels.values()), 2)
+        said |= dict(calls_us=[round(t, 2) for t in times])
+        said |= dict(finite=bool(jnp.isfinite(x).all()), bytes=self.bytes())
+        if self.way in VARIANTS:
+            said["tiles"] = dataclasses.asdict(self.tiles)
+        return said
 
-    def jobs(self, variants: list[str], num_sms: int, cut: bool):
-        """Yield what is to be done: how to compile it, and how to run that."""
-        c, state = self.config, (self.weights, self.caches, self.xs[0], *self.turn)
-        of = functools.partial(
-            jax.tree.map, lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype)
-        )
+    def bytes(self) -> list[int]:
+        """Return what each phase must read."""
+        w, slots = self.weights[0], self.caches[0]
+        cache = slots.keys.nbytes + slots.values.nbytes
+        first, *others = (p.nbytes for p in (w.qkv, w.output, w.gate_up, w.down))
+        return [first, cache, *others]
 
-        def loop(layer):
-            shapes = of(state)
-            return lambda: (
-                stepping(layer, len(self.weights), self.iterations)
-                .lower(*shapes)
-                .compile()
-            )
 
-        tiles = {n: tiles_for(c, self.rows, n, num_sms) for n in variants}
-        checked = of((self.weights[0], self.caches[0], self.xs, *self.turn))
-        for name in CHECKED:
-            t = tiles.get(name)
-            if t is not None:
-                make = checking(c, self.rows, t)
-                yield (
-                    f"check {name}",
-                    functools.partial(make, *checked),
-                    functools.partial(self.check, t),
-                )
-        for way in ("triton", "fused"):
-            yield way, loop(many_launches(c, way)), functools.partial(self.time, way)
-        for name, t in tiles.items():
-            more = dict(tiles=dataclasses.asdict(t))
-            run = functools.partial(self.time, f"one launch, {name}", **more)
-            yield name, loop(one_launch(c, t)), run
-        if cut:
-            for last, phase in enumerate(layer_triton.PHASES[:-1]):
-                run = functools.partial(self.time, f"one launch, up to {phase}")
-                yield phase, loop(one_launch(c, tiles["8 warps"], last)), run
+def work(pipe, shape: str, rows: int, way: str) -> None:
+    """Compile, say so, and when asked to, run and send what was found."""
+    triton_call.call = launch
+    try:
+        case = Case(shape, rows, way)
+        pipe.send(None)
+        pipe.recv()
+        pipe.send(case.run())
+    except Exception as error:
+        pipe.send(dict(failed=type(error).__name__, why=str(error)[-600:]))
+
+
+def phases_of(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Return what each phase of one shape and batch adds, and at what bandwidth."""
+    names, found = [*CUT, "one launch"], {r["way"]: r for r in rows if "bytes" in r}
+    if not all(name in found for name in names):
+        return None
+    until = [found[name]["kernels_us"] for name in names]
+    took = np.diff(until, prepend=0.0).tolist()
+    read = found["one launch"]["bytes"]
+    return {
+        phase: dict(us=round(us, 2), terabytes_a_second=round(b / 1e6 / us, 3))
+        for phase, us, b in zip(PHASES, took, read, strict=True)
+    }
 
 
 def main(
     out: pathlib.Path,
-    shapes: str = "smollm2-135m,qwen3-1.7b,qwen3-8b",
-    batch: str = "1,8",
-    seconds: float = 120,
-    variants: int = len(VARIANTS),
-    cut: bool = True,
-    threads: int = 12,
+    shapes: str = "smollm2-135m,qwen3-1.7b",
+    batch: str = "1",
+    seconds: float = 60,
 ) -> None:
     """Check, then time, in microseconds a layer."""
     deadline = time.perf_counter() + seconds
-    bandwidth = clock.copy_bandwidth(1 << 30)
-    report: dict[str, Any] = provenance() | dict(copy=bandwidth, rows=[])
-    num_sms = triton_call.num_processors()
-    triton_call.call = launch
-    batches = [int(b) for b in batch.split(",")]
-    cases = [(shape, rows) for shape in shapes.split(",") for rows in batches]
-    for done, (shape, rows) in enumerate(cases):
-        config = SHAPES[shape]
-        layers = config.num_layers if config.hidden_size < 1024 else 8
-        bench = Bench(report, out, shape, config, rows, layers, bandwidth)
-        some = variants if rows == batches[0] else min(variants, ELSEWHERE)
-        left = (deadline - time.perf_counter()) / (len(cases) - done)
-        jobs = bench.jobs(list(VARIANTS)[:some], num_sms, cut and rows == batches[0])
-        pool = concurrent.futures.ThreadPoolExecutor(threads)
-        pending = [(name, pool.submit(make), run) for name, make, run in jobs]
-        # All are compiled before any is timed.
-        concurrent.futures.wait([p for _, p, _ in pending], timeout=max(1.0, left - 3))
-        pool.shutdown(wait=False, cancel_futures=True)
-        for name, program, run in pending:
-            try:
-                run(program.result(0))
-            except (TimeoutError, concurrent.futures.CancelledError):
-                bench.say(dict(left_out=name))
-            except Exception as error:
-                bench.say(dict(failed=name, why=str(error)[-600:]))
-                bench.fill()
-        del bench, pending
-        gc.collect()
-    bad = [r for r in report["rows"] if "failed" in r or r.get("check") == "DIFFERS"]
-    if bad:
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # all share the device
+    spawn = multiprocessing.get_context("spawn")
+    cases = [(s, int(b)) for s in shapes.split(",") for b in batch.split(",")]
+    jobs = []
+    for shape, rows in cases:
+        for way in WAYS:
+            pipe, theirs = spawn.Pipe()
+            process = spawn.Process(target=work, args=(theirs, shape, rows, way))
+            process.start()
+            theirs.close()
+            jobs.append((shape, rows, way, pipe, process))
+    report: dict[str, Any] = provenance() | dict(rows=[])
+    waiting = {job[3] for job in jobs}
+    compiled = deadline - RUN_SECONDS * len(jobs)
+    while waiting and (left := compiled - time.perf_counter()) > 0:
+        waiting -= set(multiprocessing.connection.wait(list(waiting), left))
+    for *_, pipe, process in jobs:
+        if pipe in waiting:
+            process.kill()
+    report["copy"] = clock.copy_bandwidth(1 << 30)
+    for shape, rows, way, pipe, process in jobs:
+        row = dict(shape=shape, batch=rows, way=way)
+        if pipe in waiting or time.perf_counter() > deadline:
+            row["left_out"] = "not compiled" if pipe in waiting else "no time"
+            process.kill()
+        else:
+            row |= answer(pipe)
+        if "bytes" in row:
+            row["floor_us"] = round(1e6 * sum(row["bytes"]) / report["copy"], 2)
+        process.join()
+        report["rows"].append(row)
+        say(out, report, row)
+    for shape, rows in cases:
+        some = [r for r in report["rows"] if (r["shape"], r["batch"]) == (shape, rows)]
+        if (phases := phases_of(some)) is not None:
+            row = dict(shape=shape, batch=rows, phases=phases)
+            report["rows"].append(row)
+            say(out, report, row)
+    if bad := [
+        r for r in report["rows"] if "failed" in r or r.get("check") == "DIFFERS"
+    ]:
         raise SystemExit(f"FAILED: {bad}")
+
+
+def answer(pipe) -> dict[str, Any]:
+    """Have a process that has compiled run, and return what it says."""
+    try:
+        failed = pipe.recv()
+        if failed is not None:
+            return failed
+        pipe.send(None)
+        return pipe.recv()
+    except EOFError:
+        return dict(failed="EOFError", why="the process has died")
+
+
+def say(out: pathlib.Path, report: dict[str, Any], row: dict[str, Any]) -> None:
+    """Write all results and print one."""
+    write_json(out, report)
+    short = {k: v for k, v in row.items() if k not in ("tiles", "bytes", "calls_us")}
+    print(time.strftime("%X"), *(f"{k}={v}" for k, v in short.items()), flush=True)
 
 
 if __name__ == "__main__":
