@@ -7,6 +7,11 @@ output the next one's query. `kernels_us` is what the profiler saw of each kerne
 without the gaps between launches. `ratio` is to LongFlow's own step of the same batch;
 "and write" writes a whole path, too, as a step of speculative decoding does.
 
+What remains is seen from trees of depth 4 beside those of `DEPTH`, and from two
+kinds of queries: one layer's output is short, so that all slots weigh nearly the same
+("even"); brought to the length of a drawn vector it picks some ("picks"). Each line
+says how deep its tree is, and how long the lists are.
+
 The checks compare with the XLA version in float32 and highest precision, which is
 tested against the float32 reference.
 """
@@ -40,15 +45,16 @@ from jaxkv.kernels.tree_write import write_path
 from jaxkv.provenance import provenance, write_json
 
 # batch, nodes, heads, KV heads, slots, head size, dtype, score, shared
-CHECKS = [  # the first before the timings, which it has compiled for
+CHECKS = [  # the first before the timings, which it has compiled for; the last is slow
     (1, 16, 32, 8, 3200, 128, "bfloat16", "l1", True),
-    (1, 64, 32, 8, 3200, 128, "bfloat16", "l1", True),
     (3, 16, 8, 8, 100, 64, "float16", "l2", False),
     (2, 9, 4, 1, 7, 64, "float32", "l1", True),
+    (1, 64, 32, 8, 3200, 128, "bfloat16", "l1", True),
 ]
 DEPTH = 10
 # batch, nodes; 32 heads, 8 KV heads, 3200 slots, head size 128, bfloat16
 SHAPES = [(1, 16), (1, 64), (8, 16), (8, 64)]
+DEPTHS = [4]  # of the trees with one row and 16 nodes that are timed, too
 MOST = {16: 1.35, 64: 1.7}  # times LongFlow's own step
 SWEEP = [
     dict(chunk=256),
@@ -65,7 +71,19 @@ SWEEP = [
 ]
 
 
-def make_inputs(batch, nodes, heads, kv_heads, slots, head_dim, dtype, score, seed=0):
+def make_inputs(
+    batch,
+    nodes,
+    heads,
+    kv_heads,
+    slots,
+    head_dim,
+    dtype,
+    score,
+    *,
+    seed=0,
+    most_depth=DEPTH,
+):
     """Return the arguments of `longflow_tree` by name, and a path of each tree.
 
     The first row of several is full; the others have free slots, which hold NaN.
@@ -84,7 +102,7 @@ def make_inputs(batch, nodes, heads, kv_heads, slots, head_dim, dtype, score, se
     held = np.broadcast_to(held, (batch, kv_heads, slots)).astype(np.int32)
     nan = jnp.asarray(np.where(held < 0, np.nan, 0)[..., None], dtype)
     target = np.broadcast_to(rng.integers(0, slots, (batch, 1)), (batch, kv_heads))
-    depths, ancestors, path, count = make_tree(rng, batch, nodes, DEPTH)
+    depths, ancestors, path, count = make_tree(rng, batch, nodes, most_depth)
     numbers = jnp.arange(nodes, dtype=jnp.int32)
     is_parent = ancestors & (depths[:, None] == depths[:, :, None] - 1)
     parents = jnp.where(is_parent, numbers, 0).max(-1).astype(jnp.int32)
@@ -137,11 +155,13 @@ def check(*shape) -> dict:
 class Layers:
     """The caches of one shape: 36 layers, or fewer that leave the L2 cache behind."""
 
-    def __init__(self, batch: int, nodes: int):
-        self.batch, self.nodes = batch, nodes
+    def __init__(self, batch: int, nodes: int, depth: int = DEPTH):
+        self.batch, self.nodes, self.depth = batch, nodes, depth
         shape = (batch, nodes, 32, 8, 3200, 128, "bfloat16", "l1")
         self.num = 36 if batch == 1 else max(4, math.ceil(1e9 / (1.3e7 * batch)))
-        layers = [make_inputs(*shape, seed=seed) for seed in range(self.num)]
+        layers = [
+            make_inputs(*shape, seed=seed, most_depth=depth) for seed in range(self.num)
+        ]
         arrays, self.path, self.count = layers[0]
         self.q = arrays.pop("query")
         self.caches = [layer[0]["slots"] for layer in layers]
@@ -158,7 +178,7 @@ class Layers:
                 *(q[:, 0], token, cache, oldest, nodes.position), scale=scale
             )
             return jnp.broadcast_to(out[:, None], q.shape), cache
-        options = dict(n_recent=0, depth=DEPTH, scale=scale)
+        options = dict(n_recent=0, depth=self.depth, scale=scale)
         if version == "xla":
             run = functools.partial(longflow_tree, implementation="xla")
         else:
@@ -170,8 +190,17 @@ class Layers:
             upcoming = jnp.concatenate([slots[..., :1], along], axis=2)
             cache = write_path(nodes, cache, self.path, upcoming, self.count)
         else:  # for XLA not to leave out the choice
+            if version == "picks":
+                size = jnp.linalg.norm(out.astype("float32"), axis=-1, keepdims=True)
+                length = out.shape[-1] ** 0.5
+                out = (out * (length / jnp.maximum(size, 1e-6))).astype(out.dtype)
             out += (targets.min() < 0).astype(out.dtype)
         return out, cache
+
+    def tiles(self) -> Tiles:
+        """Return what is shipped."""
+        shape = self.batch, 32, 8, self.nodes, 3200, 128, "bfloat16"
+        return choose_tiles(*shape, depth=self.depth, shared=True)
 
     def time(self, version) -> dict:
         """Time one version over all layers."""
@@ -190,7 +219,10 @@ class Layers:
         calls, state, temporaries = time_loop(step, state, iterations)
         seconds = statistics.median(calls)
         kernels, _ = kernel_times(step, state, self.num)
+        tiles = version if isinstance(version, Tiles) else self.tiles()
         record = dict(batch=self.batch, nodes=self.nodes, version=str(version))
+        record |= dict(most_depth=self.depth, listed=tiles.listed)
+        record |= dict(deepest=int(self.arrays["depths"].max()))
         record |= dict(us=1e6 * seconds / self.num, temporaries_mb=temporaries / 1e6)
         return record | dict(kernels_us=kernels)
 
@@ -214,7 +246,8 @@ def attempt(report, kind, out, run, **what) -> dict:
     report[kind].append(record)
     write_json(out, report)
     if "us" in record:
-        line = "{batch:3} {nodes:3} {us:8.2f} us {ratio:6.3f} {version}"
+        line = "{batch:3} {nodes:3} {us:8.2f} us {ratio:6.3f} {version}, trees up to "
+        line += "{most_depth} deep (deepest {deepest}), lists of {listed}"
         print(line.format(**record), record["kernels_us"], flush=True)
     else:
         print(*record.values(), flush=True)
@@ -235,6 +268,9 @@ def main(
 
     def checks(shapes):
         for shape in shapes:
+            if time.perf_counter() >= deadline:
+                print(*shape, "not checked: no time was left", flush=True)
+                continue
             run = functools.partial(check, *shape)
             attempt(report, "checks", out, run, shape=shape)
 
@@ -252,18 +288,27 @@ def main(
     print("batch, nodes, us a layer, times LongFlow's step, version, us of each kernel")
     for batch, nodes in SHAPES:
         if time.perf_counter() < deadline:
-            first = ["longflow"] if nodes == 16 else []
-            timings(Layers(batch, nodes), [*first, "shipped"])
+            own = any(
+                (x["batch"], x["version"]) == (batch, "longflow")
+                for x in report["timings"]
+            )
+            first = [] if own else ["longflow"]
+            picks = ["picks"] if batch == 1 else []
+            timings(Layers(batch, nodes), [*first, "shipped", *picks])
+        if (batch, nodes) == SHAPES[0]:
+            for depth in DEPTHS:
+                if time.perf_counter() < deadline:
+                    timings(Layers(batch, nodes, depth), ["shipped"])
     checks(CHECKS[1:])
     for batch, nodes in SHAPES:
         if time.perf_counter() < deadline:
-            tiles = choose_tiles(
-                *(batch, 32, 8, nodes, 3200, 128, "bfloat16"), depth=DEPTH, shared=True
-            )
+            layers = Layers(batch, nodes)
+            tiles = layers.tiles()
             others = [dataclasses.replace(tiles, **changes) for changes in SWEEP]
-            timings(Layers(batch, nodes), ["and write", "xla", *others])
+            timings(layers, ["and write", "xla", *others])
     for record in report["timings"]:
-        if record["version"] == "shipped" and record.get("us"):
+        is_aim = record["version"] == "shipped" and record.get("most_depth") == DEPTH
+        if is_aim and record.get("us"):
             most = MOST[record["nodes"]]
             print(
                 f"{record['batch']:3} {record['nodes']:3} {record['ratio']:.3f} times "

@@ -8,7 +8,11 @@ a few slots, whose values are read once more.
 import triton
 import triton.language as tl
 
-from jaxkv.kernels.longflow_path_body import first_and_later, follow_path
+from jaxkv.kernels.longflow_path_body import (
+    first_and_later,
+    follow_path,
+    look_up,
+)
 from jaxkv.kernels.weighing_triton_body import _LOG2_E
 
 # The share of a head's attention up to which the rest is got by taking away. Beyond it
@@ -26,13 +30,6 @@ def read_sinks(sink_ptr, heads, real, SINK: tl.constexpr):
         sinks = tl.load(sink_ptr + heads, real, other=float("-inf")).to(tl.float32)
         sinks *= _LOG2_E
     return sinks
-
-
-@triton.jit
-def look_up(x, steps, wanted):
-    """Return int32 `[D]` at some steps `[C]`."""
-    is_it = wanted[:, None] == steps[None, :]
-    return tl.sum(tl.where(is_it, x[None, :], 0), 1)
 
 
 @triton.jit
@@ -306,7 +303,7 @@ def finish_paths(
     LISTED: tl.constexpr,  # CHUNKS * LIST
     LISTED_PAD: tl.constexpr,  # powers of two
     RANKS: tl.constexpr,  # ancestors that are looked at together
-    EXACTLY: tl.constexpr,  # how many of a list are looked at
+    SOME: tl.constexpr,  # how many of a list are looked at together
     SEARCH: tl.constexpr,
     SHARED: tl.constexpr,  # KV heads of whose output one program does
     SPLITS_PAD: tl.constexpr,
@@ -327,8 +324,10 @@ def finish_paths(
     steps = tl.arange(0, DEPTHS_PAD)
     heads = tl.arange(0, HEADS_PAD)
     head_real = heads < HEADS
-    kv_heads = row * TARGETS + heads // GROUP
-    target = tl.load(target_ptr + kv_heads, head_real, other=-1)
+    kv_heads = heads // GROUP  # of the row
+    if HEADS * NODES * STRIDE >= 2**31:
+        kv_heads = kv_heads.to(tl.int64)
+    target = tl.load(target_ptr + row * TARGETS + kv_heads, head_real, other=-1)
     depth = tl.load(depths_ptr + batch * NODES + node)
     position = tl.load(position_ptr + batch)
     oldest = tl.load(oldest_ptr + batch)
@@ -338,12 +337,22 @@ def finish_paths(
     whole_ptr += row * (NODES * HEADS)
     orders_ptr += row * (NODES * LISTED)
     listed_ptr += row * (NODES * LISTED)
-    sink_heads = kv_heads % KV_HEADS * GROUP + heads % GROUP
+    sink_heads = row * TARGETS % KV_HEADS * GROUP + heads
     sinks = read_sinks(sink_ptr, sink_heads, head_real, SINK)
     slots, last = follow_path(
-        *(logits_ptr, whole_ptr, orders_ptr, listed_ptr),
-        *(path_orders_ptr + row * (NODES * DEPTHS), norms_ptr, positions_ptr),
-        *(new_norms_ptr, paths_ptr, kv_heads, head_real, target, sinks, depth),
+        logits_ptr + row * (HEADS * NODES * STRIDE),
+        *(whole_ptr, orders_ptr, listed_ptr, path_orders_ptr + row * (NODES * DEPTHS)),
+        norms_ptr + row * (TARGETS * SLOTS),
+        positions_ptr + row * (TARGETS * SLOTS),
+        *(
+            new_norms_ptr + row * (TARGETS * NODES),
+            paths_ptr,
+            kv_heads,
+            head_real,
+            target,
+            sinks,
+            depth,
+        ),
         *(
             path,
             position,
@@ -357,7 +366,7 @@ def finish_paths(
             STRIDE,
             RECENT,
         ),
-        *(LIST, LISTED, LISTED_PAD, RANKS, EXACTLY, SEARCH, HEADS_PAD, DEPTHS_PAD),
+        *(LIST, LISTED, LISTED_PAD, RANKS, SOME, SEARCH, HEADS_PAD, DEPTHS_PAD),
     )
     targets = tl.arange(0, TARGETS_PAD)
     target_real = targets < tl.where(part == 0, TARGETS, 0)

@@ -10,62 +10,82 @@ choose   with these victims, all of them at once and exactly: whom else would an
 ```
 
 An ancestor whose predecessors' victims are right gets its own right, so after as many
-rounds as the path is long all are; mostly the guess is right already. A list is enough
-if the least of it is worth no more than what it ends with, because nothing is ever
-worth less than that. Where it is not, or where a path has overwritten nearly all that a
-head attends to, whose rest could not be told by taking away, all slots are looked at.
+rounds as the path is long all are; mostly the guess is right already. Of a list a few
+are looked at, and then a few more, until the best is worth no more than what comes
+next: that is worth what it was, divided by the largest rest that a head has left, or
+more. Where even the list's end does not bound it so, or where a path has overwritten
+nearly all that a head attends to, whose rest could not be told by taking away, all
+slots are looked at (`longflow_search_body`), which takes many times as long.
 """
 
 import triton
 import triton.language as tl
 
-from jaxkv.kernels.longflow_choice_body import _MAX_INT, slot_order, weigh_slots
-from jaxkv.kernels.longflow_tree_triton_body import _LAST, pair, path_order, read_slots
+from jaxkv.kernels.longflow_choice_body import _MAX_INT
+from jaxkv.kernels.longflow_search_body import _LEAST, search_all
+from jaxkv.kernels.longflow_tree_triton_body import _LAST, pair, path_order
 
 # The share of a head's attention up to which the rest is told by taking away.
 _MOST = tl.constexpr(0.9)
-_LEAST = tl.constexpr(1e-30)
+_NEARLY = tl.constexpr(1 - 1e-5)  # room for rounding
+
+
+@triton.jit
+def look_up(x, steps, wanted):
+    """Return int32 `[D]` at some steps `[C]`."""
+    is_it = wanted[:, None] == steps[None, :]
+    return tl.sum(tl.where(is_it, x[None, :], 0), 1)
+
+
+@triton.jit
+def leave_out(pairs, listed, slots, ranks, DEPTHS_PAD: tl.constexpr):
+    """Return pairs `[R, L]` without slots that paths have overwritten up to `[R]`."""
+    AT_ONCE: tl.constexpr = min(DEPTHS_PAD, 16)
+    steps = tl.arange(0, DEPTHS_PAD)
+    for start in range(0, DEPTHS_PAD, AT_ONCE):
+        step = start + tl.arange(0, AT_ONCE)
+        slot = slots
+        if DEPTHS_PAD > AT_ONCE:
+            slot = look_up(slots, steps, step)
+        on_path = (step > 0)[:, None] & (step[:, None] <= ranks[None, :])
+        hits = (listed[None, :, :] == slot[:, None, None]) & on_path[:, :, None]
+        pairs = tl.where(tl.max(hits.to(tl.int32), 0) > 0, _LAST, pairs)
+    return pairs
 
 
 @triton.jit
 def guess_path(
-    orders_ptr,  # [T, CHUNKS * LIST] of the row, as the next
-    listed_ptr,
-    path_orders_ptr,  # [T, DEPTHS] of the row
-    path,  # [D], nodes by depth
+    pairs,  # [R, L] of what ancestors list
+    listed,  # [R, L]
+    own_orders,  # [R, D] of the path's tokens
+    slots,  # [D], as far as they are known
+    ranks,  # [R], of the ancestors
+    first,  # of these
     depth,
-    DEPTHS: tl.constexpr,
-    LISTED: tl.constexpr,
-    LISTED_PAD: tl.constexpr,
+    RANKS: tl.constexpr,
     DEPTHS_PAD: tl.constexpr,
 ):
-    """Return the slot of each token of the path, -1 for the root and beyond."""
+    """Return the slots `[D]`, those of the tokens after these ancestors guessed."""
     steps = tl.arange(0, DEPTHS_PAD)
-    lanes = tl.arange(0, LISTED_PAD)
-    listed_real = lanes < LISTED
-    slots = tl.full([DEPTHS_PAD], -1, tl.int32)
-    alive = tl.zeros([DEPTHS_PAD], tl.int32)
-    next_orders = tl.load(orders_ptr + lanes, listed_real, other=_MAX_INT)
-    next_listed = tl.load(listed_ptr + lanes, listed_real, other=-1)
-    next_own = tl.load(path_orders_ptr + steps, steps < DEPTHS, other=_MAX_INT)
-    for step in range(0, depth):
-        orders, listed, own = next_orders, next_listed, next_own
-        following = tl.sum(tl.where(steps == step + 1, path, 0), 0).to(tl.int64)
-        place = following * LISTED + lanes
-        next_orders = tl.load(orders_ptr + place, listed_real, other=_MAX_INT)
-        next_listed = tl.load(listed_ptr + place, listed_real, other=-1)
-        next_own = tl.load(
-            path_orders_ptr + following * DEPTHS + steps,
-            steps < DEPTHS,
-            other=_MAX_INT,
+    known = (steps > 0) & (steps <= first)
+    if first > 0:
+        pairs = leave_out(pairs, listed, slots, tl.minimum(ranks, first), DEPTHS_PAD)
+    _, later = first_and_later(slots, steps, DEPTHS_PAD)
+    alive = tl.where(known & (later == DEPTHS_PAD), 1, 0)
+    for rank in range(first, tl.minimum(first + RANKS, depth)):
+        is_it = (ranks == rank)[:, None]
+        owns = tl.where(
+            is_it & (alive > 0)[None, :], pair(own_orders, slots[None, :]), _LAST
         )
-        taken = tl.max((listed[:, None] == slots[None, :]).to(tl.int32), 1) > 0
-        pairs = tl.where(taken | (listed < 0), _LAST, pair(orders, listed))
-        owns = tl.where(alive > 0, pair(own, slots), _LAST)
-        victim = tl.minimum(tl.min(pairs, 0), tl.min(owns, 0)).to(tl.int32)
+        least = tl.minimum(
+            tl.min(tl.reshape(tl.where(is_it, pairs, _LAST), [pairs.numel]), 0),
+            tl.min(tl.reshape(owns, [owns.numel]), 0),
+        )
+        victim = least.to(tl.int32)
+        pairs = tl.where(listed == victim, _LAST, pairs)
         alive = tl.where(slots == victim, 0, alive)
-        alive = tl.where(steps == step + 1, 1, alive)
-        slots = tl.where(steps == step + 1, victim, slots)
+        alive = tl.where(steps == rank + 1, 1, alive)
+        slots = tl.where(steps == rank + 1, victim, slots)
     return slots
 
 
@@ -80,93 +100,109 @@ def first_and_later(slots, steps, DEPTHS_PAD: tl.constexpr):
 
 
 @triton.jit
-def search_all(
+def take_some(pairs, SOME: tl.constexpr):
+    """Return the least pairs `[R, SOME]`, and the others."""
+    columns = tl.arange(0, SOME)
+    some = tl.full([pairs.shape[0], SOME], 0, tl.int64)
+    for i in tl.static_range(SOME):
+        least = tl.min(pairs, 1)
+        pairs = tl.where(pairs == least[:, None], _LAST, pairs)
+        some = tl.where((columns == i)[None, :], least[:, None], some)
+    return some, pairs
+
+
+@triton.jit
+def read_some(
     logits_ptr,
-    offsets,  # [HEADS] of the ancestor's logits
     norms_ptr,
-    positions_ptr,
     new_norms_ptr,
-    heads,  # [HEADS], of [B, K]
-    head_real,
+    offsets,  # [R, HEADS]
+    kv_heads,  # [HEADS]
     target,  # [HEADS]
-    whole,  # [HEADS]
-    sinks,  # [HEADS]
-    path,  # [D]
-    slots,  # [D], of the path's tokens
-    later,  # [D]
-    rank,  # of the ancestor
-    position,  # of the root
-    oldest,
+    both,  # [R, HEADS]
+    some,  # [R, C], pairs
     NODES: tl.constexpr,
     SLOTS: tl.constexpr,
     NEW: tl.constexpr,
-    RECENT: tl.constexpr,
-    SEARCH: tl.constexpr,
-    DEPTHS_PAD: tl.constexpr,
 ):
-    """Return the victim of one ancestor as a pair, from all slots and nothing else."""
-    steps = tl.arange(0, DEPTHS_PAD)
-    on_path = (steps > 0) & (steps <= rank)
-    alive = on_path & (later > rank)
-    real = head_real[:, None] & alive[None, :]
+    """Return logits and norms `[R, C, HEADS]` of listed slots."""
+    there = ((some >> 32).to(tl.int32) != _MAX_INT)[:, :, None] & both[:, None, :]
+    slot = some.to(tl.int32)[:, :, None]
+    is_root = slot == target[None, None, :]
+    found = tl.load(
+        logits_ptr + offsets[:, None, :] + tl.where(is_root, NEW, slot),
+        there,
+        other=float("-inf"),
+    )
+    norms = tl.load(
+        norms_ptr + kv_heads[None, None, :] * SLOTS + slot, there & ~is_root, other=0.0
+    )
+    norms += tl.load(
+        new_norms_ptr + kv_heads[None, None, :] * NODES + slot * 0,
+        there & is_root,
+        other=0.0,
+    )
+    return found, norms
+
+
+@triton.jit
+def weigh_some(some, found, norms, whole):
+    """Return the least `[R]` of listed slots, by what they are worth exactly."""
+    # Where a head holds nothing, the norm means nothing.
+    weights = tl.exp2(found - whole[:, None, :]) * norms
+    importance = tl.sum(tl.where(found > float("-inf"), weights, 0.0), 2)
+    bits = importance.to(tl.int32, bitcast=True)
+    order = (some >> 32).to(tl.int32)
+    exact = tl.where(order >= 0, bits, bits - _MAX_INT)
+    exact = tl.where(order == -_MAX_INT - 1, order, exact)  # free
+    exact = tl.where(order == _MAX_INT, _LAST, pair(exact, some.to(tl.int32)))
+    return tl.min(exact, 1)
+
+
+@triton.jit
+def read_own(logits_ptr, offsets, whole, path, wanted, head_real, NEW: tl.constexpr):
+    """Return the shares `[D, R, HEADS]` of some of the path's tokens `[D, R]`."""
     own = tl.load(
-        logits_ptr + offsets[:, None] + NEW + path[None, :], real, other=float("-inf")
+        logits_ptr + offsets[None, :, :] + NEW + path[:, None, None],
+        wanted[:, :, None] & head_real[None, None, :],
+        other=float("-inf"),
     )
-    own_norms = tl.load(
-        new_norms_ptr + heads[:, None] * NODES + path[None, :], real, other=0.0
-    )
-    newest = position + rank - RECENT
-    rest = tl.sum(tl.exp2(own - whole[:, None]), 1) + tl.exp2(sinks - whole)
-    for start in range(0, SLOTS, SEARCH):
-        found = start + tl.arange(0, SEARCH)
-        logits, _, _ = read_slots(
-            *(logits_ptr, offsets, norms_ptr, positions_ptr, new_norms_ptr, heads),
-            *(found, head_real, target, position, NODES, SLOTS, NEW),
-        )
-        hits = (found[:, None] == slots[None, :]) & on_path[None, :]
-        taken = tl.max(hits.to(tl.int32), 1) > 0
-        weights = tl.where(taken[None, :], 0.0, tl.exp2(logits - whole[:, None]))
-        rest += tl.sum(weights, 1)
-    whole += tl.log2(tl.maximum(rest, _LEAST))
-    worth = tl.sum(tl.exp2(own - whole[:, None]) * own_norms, 0)
-    own_order = path_order(worth, position + steps, oldest, newest, alive)
-    best = tl.min(tl.where(alive, pair(own_order, slots), _LAST), 0)
-    for start in range(0, SLOTS, SEARCH):
-        found = start + tl.arange(0, SEARCH)
-        logits, norms, positions = read_slots(
-            *(logits_ptr, offsets, norms_ptr, positions_ptr, new_norms_ptr, heads),
-            *(found, head_real, target, position, NODES, SLOTS, NEW),
-        )
-        importance, free, protected = weigh_slots(
-            logits, whole, norms, positions, oldest, newest
-        )
-        order = slot_order(importance, free, protected, found < SLOTS)
-        hits = (found[:, None] == slots[None, :]) & on_path[None, :]
-        taken = tl.max(hits.to(tl.int32), 1) > 0
-        best = tl.minimum(best, tl.min(tl.where(taken, _LAST, pair(order, found)), 0))
-    return best
+    return tl.exp2(own - whole[None, :, :])
+
+
+@triton.jit
+def raise_pair(pairs, factor):
+    """Return pairs `[R]` of slots that are worth `factor` times as much."""
+    order = (pairs >> 32).to(tl.int32)
+    bits = tl.where(order >= 0, order, order + _MAX_INT)
+    bits = (bits.to(tl.float32, bitcast=True) * factor).to(tl.int32, bitcast=True)
+    raised = tl.where(order >= 0, bits, bits - _MAX_INT)
+    kept = (order == -_MAX_INT - 1) | (order == _MAX_INT)
+    return tl.where(kept, pairs, pair(raised, pairs.to(tl.int32)))
 
 
 @triton.jit
 def choose(
-    logits_ptr,  # [B, K, T, G, STRIDE]
+    logits_ptr,  # [TARGETS, T, G, STRIDE] of the row
     whole_ptr,  # [T, HEADS] of the row
-    orders_ptr,  # [T, CHUNKS * LIST] of the row, as the next
-    listed_ptr,
-    norms_ptr,  # [B, K, S]
-    positions_ptr,  # [B, K, S]
-    new_norms_ptr,  # [B, K, T]
-    path_ptr,  # [DEPTHS] of the node
-    kv_heads,  # [HEADS], of [B, K]
+    norms_ptr,  # [TARGETS, S] of the row, as the next
+    positions_ptr,
+    new_norms_ptr,  # [TARGETS, T] of the row
+    kv_heads,  # [HEADS], of the row
     head_real,
     target,  # [HEADS]
     sinks,  # [HEADS], in base 2
-    ranks,  # [R], of the ancestors
+    node,  # [R], the ancestors
+    ranks,  # [R], their depths
+    whole,  # [R, HEADS]
+    offsets,  # [R, HEADS], of their logits
+    own_orders,  # [R, D], of the path's tokens had nothing been overwritten
+    pairs,  # [R, L]
+    listed,  # [R, L]
+    bound,  # [R], what lists end with
     depth,
     path,  # [D]
     slots,  # [D]
-    is_first,  # [D]
-    later,  # [D]
     position,
     oldest,
     GROUP: tl.constexpr,
@@ -176,10 +212,7 @@ def choose(
     NEW: tl.constexpr,
     STRIDE: tl.constexpr,
     RECENT: tl.constexpr,
-    LIST: tl.constexpr,
-    LISTED: tl.constexpr,
-    LISTED_PAD: tl.constexpr,
-    EXACTLY: tl.constexpr,
+    SOME: tl.constexpr,
     SEARCH: tl.constexpr,
     HEADS_PAD: tl.constexpr,
     DEPTHS_PAD: tl.constexpr,
@@ -187,89 +220,69 @@ def choose(
     """Return the victim of some ancestors, int32 `[R]`, if the slots are right."""
     steps = tl.arange(0, DEPTHS_PAD)
     heads = tl.arange(0, HEADS_PAD)
+    is_first, later = first_and_later(slots, steps, DEPTHS_PAD)
     real = ranks <= depth
-    node = tl.maximum(tl.load(path_ptr + ranks, real, other=0), 0).to(tl.int64)
     both = real[:, None] & head_real[None, :]
-    whole = tl.load(whole_ptr + node[:, None] * HEADS + heads[None, :], both, other=0.0)
-    offsets = (kv_heads * (NODES * GROUP) + heads % GROUP) * STRIDE
-    offsets = offsets[None, :] + node[:, None] * (GROUP * STRIDE)  # [R, HEADS]
-
-    on_path = (steps > 0)[None, :] & (steps[None, :] <= ranks[:, None]) & real[:, None]
-    ended = on_path & (later[None, :] <= ranks[:, None])
-    alive = on_path & (later[None, :] > ranks[:, None])
+    on_path = (steps > 0)[:, None] & (steps[:, None] <= ranks[None, :]) & real[None, :]
+    ended = on_path & (later[:, None] <= ranks[None, :])
+    pairs = leave_out(pairs, listed, slots, ranks, DEPTHS_PAD)
+    some, pairs = take_some(pairs, SOME)
+    # All that is read depends on the slots alone, and is waited for once.
     is_root = slots[:, None] == target[None, :]  # [D, HEADS]
     column = tl.where(is_root, NEW, slots[:, None])
     old = tl.load(
-        logits_ptr + offsets[:, None, :] + column[None],
-        (on_path & is_first[None, :])[:, :, None] & head_real[None, None, :],
+        logits_ptr + offsets[None, :, :] + column[:, None, :],
+        (on_path & is_first[:, None])[:, :, None] & head_real[None, None, :],
         other=float("-inf"),
     )
-    own = tl.load(
-        logits_ptr + offsets[:, None, :] + NEW + path[None, :, None],
-        on_path[:, :, None] & head_real[None, None, :],
-        other=float("-inf"),
+    found, norms = read_some(
+        *(logits_ptr, norms_ptr, new_norms_ptr, offsets, kv_heads, target, both),
+        *(some, NODES, SLOTS, NEW),
     )
-    own = tl.exp2(own - whole[:, None, :])
-    lost = tl.exp2(old - whole[:, None, :]) + tl.where(ended[:, :, None], own, 0.0)
-    share = tl.sum(lost, 1)  # [R, HEADS]
+    share = tl.sum(tl.exp2(old - whole[None, :, :]), 0)  # [R, HEADS]
+    if tl.max(tl.max(ended.to(tl.int32), 1), 0) > 0:
+        share += tl.sum(
+            read_own(logits_ptr, offsets, whole, path, ended, head_real, NEW), 0
+        )
     is_sound = tl.max(share, 1) <= _MOST
     rest = tl.maximum(1.0 - share, _LEAST)
-
-    own_norms = tl.load(
-        new_norms_ptr + kv_heads[None, :] * NODES + path[:, None],
-        (steps > 0)[:, None] & head_real[None, :],
-        other=0.0,
-    )
-    importance = tl.sum(own * own_norms[None] / rest[:, None, :], 2)
-    newest = position + ranks - RECENT
-    order = path_order(
-        importance, (position + steps)[None, :], oldest, newest[:, None], alive
-    )
-    slots_of = tl.broadcast_to(slots[None, :], alive.shape)
-    best = tl.min(tl.where(alive, pair(order, slots_of), _LAST), 1)  # [R]
-
-    lanes = tl.arange(0, LISTED_PAD)
-    place = node[:, None] * LISTED + lanes[None, :]
-    lane_real = real[:, None] & (lanes < LISTED)[None, :]
-    orders = tl.load(orders_ptr + place, lane_real, other=_MAX_INT)
-    listed = tl.load(listed_ptr + place, lane_real, other=-1)
-    pairs = tl.where(listed >= 0, pair(orders, listed), _LAST)
-    is_last = (lanes % LIST == LIST - 1)[None, :]
-    bound = tl.min(tl.where(is_last, pairs, _LAST), 1)
-    hits = (listed[:, :, None] == slots[None, None, :]) & on_path[:, None, :]
-    pairs = tl.where(tl.max(hits.to(tl.int32), 2) > 0, _LAST, pairs)
     whole += tl.log2(rest)
-    for _ in tl.static_range(EXACTLY):
-        least = tl.min(pairs, 1)
-        pairs = tl.where(pairs == least[:, None], _LAST, pairs)
-        order, slot = (least >> 32).to(tl.int32), least.to(tl.int32)
-        there = (order != _MAX_INT) & real
-        is_root = slot[:, None] == target[None, :]
-        held = there[:, None] & head_real[None, :]
-        found = tl.load(
-            logits_ptr + offsets + tl.where(is_root, NEW, slot[:, None]),
-            held,
-            other=float("-inf"),
+    best = weigh_some(some, found, norms, whole)
+    # By so much at least is what is overwritten nowhere worth more than lists say.
+    most = tl.max(tl.where(head_real[None, :], rest, 0.0), 1)
+    factor = _NEARLY / tl.maximum(most, _LEAST)
+    left = tl.min(pairs, 1)
+    more = real & is_sound & (best > raise_pair(left, factor))
+    while tl.max(more.to(tl.int32), 0) > 0:
+        some, pairs = take_some(pairs, SOME)
+        found, norms = read_some(
+            *(logits_ptr, norms_ptr, new_norms_ptr, offsets, kv_heads, target, both),
+            *(some, NODES, SLOTS, NEW),
         )
-        norms = tl.load(
-            norms_ptr + kv_heads[None, :] * SLOTS + slot[:, None],
-            held & (slot[:, None] != target[None, :]),
+        best = tl.minimum(best, weigh_some(some, found, norms, whole))
+        left = tl.min(pairs, 1)
+        more = real & is_sound & (best > raise_pair(left, factor))
+    # Tokens of the path are worth more likewise, and mostly none of them is the victim.
+    stays = later[None, :] > ranks[:, None]
+    stays &= (steps > 0)[None, :] & (steps[None, :] <= ranks[:, None])
+    owns = tl.where(stays, pair(own_orders, slots[None, :]), _LAST)
+    if tl.max((real & (best >= raise_pair(tl.min(owns, 1), factor))).to(tl.int32), 0):
+        alive = on_path & (later[:, None] > ranks[None, :])
+        own_norms = tl.load(
+            new_norms_ptr + kv_heads[None, :] * NODES + path[:, None],
+            (steps > 0)[:, None] & head_real[None, :],
             other=0.0,
         )
-        root_norms = tl.load(
-            new_norms_ptr + kv_heads[None, :] * NODES + (slot * 0)[:, None],
-            held & is_root,
-            other=0.0,
+        own = read_own(logits_ptr, offsets, whole, path, alive, head_real, NEW)
+        order = path_order(
+            tl.sum(own * own_norms[:, None, :], 2),
+            *((position + steps)[:, None], oldest),
+            *((position + ranks - RECENT)[None, :], alive),
         )
-        # Where a head holds nothing, the norm means nothing.
-        weights = tl.exp2(found - whole) * (norms + root_norms)
-        importance = tl.sum(tl.where(found > float("-inf"), weights, 0.0), 1)
-        bits = importance.to(tl.int32, bitcast=True)
-        exact = tl.where(order >= 0, bits, bits - _MAX_INT)
-        exact = tl.where(order == -_MAX_INT - 1, order, exact)  # free
-        best = tl.minimum(best, tl.where(there, pair(exact, slot), _LAST))
-    bound = tl.minimum(bound, tl.min(pairs, 1))
-    search = real & ((best > bound) | ~is_sound)
+        slots_of = tl.broadcast_to(slots[:, None], alive.shape)
+        own_pairs = tl.where(alive, pair(order, slots_of), _LAST)
+        best = tl.minimum(best, tl.min(own_pairs, 0))
+    search = real & ((best > raise_pair(bound, factor)) | ~is_sound)
     if tl.max(search.to(tl.int32), 0) > 0:
         for i in range(ranks.shape[0]):
             is_it = (ranks == tl.min(ranks, 0) + i) & search
@@ -292,13 +305,13 @@ def follow_path(
     # As for `choose`.
     logits_ptr,
     whole_ptr,
-    orders_ptr,
+    orders_ptr,  # [T, CHUNKS * LIST] of the row, as the next
     listed_ptr,
     path_orders_ptr,  # [T, DEPTHS] of the row
     norms_ptr,
     positions_ptr,
     new_norms_ptr,
-    path_ptr,
+    path_ptr,  # [DEPTHS] of the node
     kv_heads,
     head_real,
     target,
@@ -319,50 +332,58 @@ def follow_path(
     LISTED: tl.constexpr,
     LISTED_PAD: tl.constexpr,
     RANKS: tl.constexpr,
-    EXACTLY: tl.constexpr,
+    SOME: tl.constexpr,
     SEARCH: tl.constexpr,
     HEADS_PAD: tl.constexpr,
     DEPTHS_PAD: tl.constexpr,
 ):
     """Return the slots of a path's tokens, -1 for the root's, and the node's victim."""
     steps = tl.arange(0, DEPTHS_PAD)
-    slots = guess_path(
-        *(orders_ptr, listed_ptr, path_orders_ptr, path, depth),
-        *(DEPTHS, LISTED, LISTED_PAD, DEPTHS_PAD),
-    )
-    agreed = depth < 0
+    heads = tl.arange(0, HEADS_PAD)
+    lanes = tl.arange(0, LISTED_PAD)
+    slots = tl.full([DEPTHS_PAD], -1, tl.int32)
     last = depth
-    while agreed == 0:
-        is_first, later = first_and_later(slots, steps, DEPTHS_PAD)
-        chosen = slots
-        for start in range(0, depth + 1, RANKS):
-            ranks = start + tl.arange(0, RANKS)
+    for first in range(0, depth + 1, RANKS):
+        ranks = first + tl.arange(0, RANKS)
+        real = ranks <= depth
+        node = tl.maximum(tl.load(path_ptr + ranks, real, other=0), 0)
+        place = node[:, None] * LISTED + lanes[None, :]
+        lane_real = real[:, None] & (lanes < LISTED)[None, :]
+        orders = tl.load(orders_ptr + place, lane_real, other=_MAX_INT)
+        listed = tl.load(listed_ptr + place, lane_real, other=-1)
+        own_orders = tl.load(
+            path_orders_ptr + node[:, None] * DEPTHS + steps[None, :],
+            real[:, None] & (steps < DEPTHS)[None, :],
+            other=_MAX_INT,
+        )
+        both = real[:, None] & head_real[None, :]
+        whole = tl.load(
+            whole_ptr + node[:, None] * HEADS + heads[None, :], both, other=0.0
+        )
+        offsets = (kv_heads * (NODES * GROUP) + heads % GROUP) * STRIDE
+        offsets = offsets[None, :] + node[:, None] * (GROUP * STRIDE)  # [R, HEADS]
+        pairs = tl.where(listed >= 0, pair(orders, listed), _LAST)
+        is_last = (lanes % LIST == LIST - 1)[None, :]
+        bound = tl.min(tl.where(is_last, pairs, _LAST), 1)
+        slots = guess_path(
+            *(pairs, listed, own_orders, slots, ranks, first, depth),
+            *(RANKS, DEPTHS_PAD),
+        )
+        is_next = (steps[:, None] == ranks[None, :] + 1) & (steps <= depth)[:, None]
+        is_known = tl.max(is_next.to(tl.int32), 1) > 0
+        agreed = depth < 0
+        while agreed == 0:
             victims = choose(
-                *(logits_ptr, whole_ptr, orders_ptr, listed_ptr, norms_ptr),
-                *(positions_ptr, new_norms_ptr, path_ptr, kv_heads, head_real),
-                *(
-                    target,
-                    sinks,
-                    ranks,
-                    depth,
-                    path,
-                    slots,
-                    is_first,
-                    later,
-                    position,
-                    oldest,
-                ),
-                *(GROUP, HEADS, NODES, SLOTS, NEW, STRIDE, RECENT, LIST, LISTED),
-                *(LISTED_PAD, EXACTLY, SEARCH, HEADS_PAD, DEPTHS_PAD),
+                *(logits_ptr, whole_ptr, norms_ptr, positions_ptr, new_norms_ptr),
+                *(kv_heads, head_real, target, sinks, node, ranks, whole, offsets),
+                *(own_orders, pairs, listed, bound, depth, path, slots),
+                *(position, oldest, GROUP, HEADS, NODES, SLOTS, NEW, STRIDE, RECENT),
+                *(SOME, SEARCH, HEADS_PAD, DEPTHS_PAD),
             )
             # A victim is the slot of the next step.
-            is_next = (steps[:, None] == ranks[None, :] + 1) & (steps <= depth)[:, None]
-            found = tl.sum(tl.where(is_next, victims[None, :], 0), 1)
-            is_known = tl.max(is_next.to(tl.int32), 1) > 0
-            chosen = tl.where(is_known, found, chosen)
-            is_own = ranks == depth
-            own = tl.sum(tl.where(is_own, victims, 0), 0)
-            last = tl.where((start <= depth) & (depth < start + RANKS), own, last)
-        agreed = tl.max((chosen != slots).to(tl.int32), 0) == 0
-        slots = chosen
+            chosen = tl.sum(tl.where(is_next, victims[None, :], 0), 1)
+            chosen = tl.where(is_known, chosen, slots)
+            last = tl.sum(tl.where(ranks == depth, victims, 0), 0)
+            agreed = tl.max((chosen != slots).to(tl.int32), 0) == 0
+            slots = chosen
     return slots, last
