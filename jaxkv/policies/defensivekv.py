@@ -40,6 +40,10 @@ class DefensiveKV(WholePrompt):
     Heads share the layer's budget there: `adakv:policy=defensivekv,safeguard=0` keeps,
     with `most` at the number of heads, what the code at 9251b95 keeps, index by index.
 
+    That floor has a price: all tokens below the mean are equal but for their norms. On
+    SmolLM2-135M a head has nine in ten of them, and loses needles that the same maximum
+    without the floor keeps (benchmarks/README.md).
+
     Deviations: `Layer-DefensiveKV`, which lets layers share too, is left out; without
     `AdaKV` all heads have equal budgets; a budget within the window shortens it.
 
