@@ -81,10 +81,10 @@ class Report:
         gc.collect()
 
     def compare(self) -> None:
-        """Add to each row its ratio to one device's: of times, or of tokens/s."""
+        """Add to each row its ratio to one device's first: of times, or of tokens/s."""
         first = {
             (row["what"], row.get("method"), row["what"] == "rows" or row["batch"]): row
-            for row in self.rows
+            for row in reversed(self.rows)
             if (row["data"], row["model"]) == (1, 1) and "error" not in row
         }
         for row in self.rows:

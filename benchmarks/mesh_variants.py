@@ -5,6 +5,8 @@
 
 A step's sums are made in several ways, all within one run, so that they are comparable:
 
+* `chosen`: as jaxkv does, by `per_shard.parts_of_row` and `runtime.collectives`;
+* `looped`: the same, in a CUDA graph that holds the loop over steps, too;
 * `default`: as XLA likes it. From JAX 0.11 on that is a kernel of its own on a stream
   beside, which no CUDA graph holds: 73 of them cut a step of 36 layers into pieces;
 * `unrecorded`: the same, and no CUDA graph at all, which says what graphs are worth;
@@ -14,6 +16,8 @@ A step's sums are made in several ways, all within one run, so that they are com
 * `gathered`: likewise in one graph. Whoever reads them adds them, in their order;
 * `narrow`: likewise, of products that need no adding up on the device before, by twice
   as many programs of half as many columns.
+
+On one device all ways of a step are alike but `looped`.
 
 `sums` gives each environment of NCCL (`ENVIRONMENTS`) a process of its own, after one
 with all ways; a process that fails or hangs is a row with an error. `--symmetric` adds
@@ -46,10 +50,11 @@ from mesh import SMALL, Report, methods, weights
 from jaxkv import generation, sharding
 from jaxkv.bench import clock, decode_step
 from jaxkv.bench.kernel_trace import trace_timeline
-from jaxkv.kernels import project
+from jaxkv.kernels import per_shard, project
 from jaxkv.kernels.per_shard import COLUMNS
 from jaxkv.kernels.project_triton import Tiles, unembed_triton
 from jaxkv.models.public_shapes import SHAPES
+from jaxkv.runtime import collectives, programs
 
 app = typer.Typer(help=__doc__)
 
@@ -57,17 +62,17 @@ KERNELS, GRAPHS = (
     "xla_gpu_experimental_use_collective_kernels",
     "xla_gpu_enable_command_buffer",
 )
-ALL = (
-    "CONDITIONAL,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,FUSION,"
-    "COLLECTIVES"
-)
+ALL = dict(collectives._TOLD)[GRAPHS]
 BY_XLA = "COLLECTIVE_KERNEL_ALL_REDUCE,COLLECTIVE_KERNEL_ALL_GATHER"
 NCCL = {KERNELS: ""}
 RECORDED = NCCL | {GRAPHS: ALL}
+LOOPED = NCCL | {GRAPHS: ALL + ",WHILE", "xla_gpu_graph_min_graph_size": "1"}
 SYMMETRIC = "xla_gpu_experimental_enable_nccl_symmetric_buffers"
 
 # Name: how parts meet, and what XLA is told.
 WAYS: dict[str, tuple[str, dict[str, str]]] = {
+    "chosen": ("chosen", {}),
+    "looped": ("chosen", LOOPED),
     "default": ("psum", {}),
     "unrecorded": ("psum", {GRAPHS: ""}),
     "nccl": ("psum", NCCL),
@@ -76,7 +81,8 @@ WAYS: dict[str, tuple[str, dict[str, str]]] = {
     "gathered": ("gather", RECORDED),
     "narrow": ("narrow", RECORDED),
 }
-ALONE = {way: how for way, how in WAYS.items() if way != "narrow"} | {
+STEPS_ONLY = ("chosen", "looped", "narrow")
+ALONE = {way: how for way, how in WAYS.items() if way not in STEPS_ONLY} | {
     "gathered by XLA": ("gather", {KERNELS: BY_XLA}),
     "passed on": ("pass", RECORDED),
     "nothing": ("nothing", RECORDED),
@@ -244,18 +250,25 @@ def show(run: dict[str, Any]) -> None:
 def parts_meet(how: str) -> Iterator[None]:
     """Let the products that are cut along rows meet in one way while one is traced."""
 
-    def gathered(run):
+    def narrow(run, devices):
         def whole(x, weight):
-            if how == "narrow" and jax.default_backend() == "gpu":
+            if jax.default_backend() == "gpu":
                 part = unembed_triton(x, weight, tied=False, tiles=NARROW)
             else:
                 part = project.join(run(x, weight), x.dtype)
-            return jax.lax.all_gather(part, COLUMNS)
+            return per_shard.parts_of_row(part, devices)
 
         return whole
 
-    by = contextlib.nullcontext()
-    with by if how == "psum" else mock.patch.object(project, "_added_up", gathered):
+    with contextlib.ExitStack() as stack:
+        patch = stack.enter_context
+        if how != "chosen":
+            # What XLA is told, the way says.
+            patch(mock.patch.object(programs, "compiler_options", lambda mesh: ()))
+            most = -1 if how == "psum" else sys.maxsize
+            patch(mock.patch.object(per_shard, "MOST_HEARD", most))
+        if how == "narrow":
+            patch(mock.patch.object(project, "_of_all_devices", narrow))
         yield
 
 
@@ -274,6 +287,8 @@ def compiled(
 
     def build(way):
         how, told = WAYS[way]
+        if work["alone"] and way != "looped":
+            told = {}
         seen = {"xla_enable_command_buffers_during_profiling": True}
         return lowered[how].compile(compiler_options=told | seen)
 
@@ -336,13 +351,12 @@ def steps(
     cases: Annotated[
         str, typer.Option(help="Batch:method:ways joined by +; with commas.")
     ] = (
-        "8:full:default+unrecorded+nccl+recorded+gathered+narrow,"
-        "64:full:default+recorded+gathered+narrow,"
-        "8:longflow:default+recorded+gathered,64:longflow:default+gathered"
+        "8:full:chosen+looped+narrow,64:full:chosen+looped,"
+        "8:longflow:chosen+looped,64:longflow:chosen+looped"
     ),
     alone: Annotated[
         str, typer.Option(help="Cases of one device.")
-    ] = "8:full,64:full,8:longflow",
+    ] = "8:full:default+looped,64:full,8:longflow:default+looped,64:longflow",
     profile: Annotated[str, typer.Option(help="Ways, with commas.")] = "",
     model: Model = 2,
     slots: int = 3200,
@@ -361,7 +375,7 @@ def steps(
         for case in filter(None, wanted.split(",")):
             batch, method, *ways = case.split(":")
             work = dict(network=network, params=params, options=methods(slots)[method])
-            work |= dict(steps=steps, repeats=repeats, slots=slots)
+            work |= dict(steps=steps, repeats=repeats, slots=slots, alone=count == 1)
             ways = ways[0].split("+") if ways else ["default"]
             named = dict(batch=int(batch), method=method, model=count)
             step_rows(report, work, ways, profile.split(","), **named)

@@ -60,7 +60,10 @@ def test_ways_of_adding_up(tmp_path):
 
 @pytest.mark.slow
 def test_steps_in_ways_of_adding_up(tmp_path):
-    out, cases = tmp_path / "steps.json", "2:full:default+unrecorded,2:longflow:default"
+    out, cases = (
+        tmp_path / "steps.json",
+        "2:full:chosen+default+unrecorded,2:longflow:default",
+    )
     run(
         *("mesh_variants.py", "steps", "--tiny", "--alone", "2:full"),
         *("--cases", cases, "--profile", "default", "--out", out),
@@ -70,9 +73,10 @@ def test_steps_in_ways_of_adding_up(tmp_path):
     found = [(row["way"], row["method"], row["model"]) for row in rows]
     assert found == [
         ("default", "full", 1),
+        ("chosen", "full", 2),
         ("default", "full", 2),
         ("unrecorded", "full", 2),
         ("default", "longflow", 2),
     ]
     assert all(row["step_ms"] > 0 for row in rows)
-    assert [("kernels" in row) for row in rows] == [True, True, False, True]
+    assert [("kernels" in row) for row in rows] == [True, False, True, False, True]
