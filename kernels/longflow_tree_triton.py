@@ -361,7 +361,8 @@ def path_constants(
     head_dim = query_shape[-1]
     steps, heads = constants["DEPTHS_PAD"], constants["HEADS_PAD"]
     # Of what is compared or summed along a path, so much fits into the registers.
-    ranks = min(steps, 4096 // (steps * heads), 16384 // (steps * listed))
+    shares = 4096 if head_dim <= 128 else 1024
+    ranks = min(steps, shares // (steps * heads), 16384 // (steps * listed))
     return constants | dict(
         HEAD_DIM=head_dim,
         LISTED=listed,
