@@ -31,8 +31,13 @@ def windows(lm: LanguageModel, texts: list[str], *, length: int) -> np.ndarray:
       int32 `[B, T]`.
 
     Raises:
-      ValueError: no text is as long.
+      ValueError: no text is as long, or the model has no tokenizer.
     """
+    if lm.tokenizer is None:
+        raise ValueError(
+            f"{lm.name} has no tokenizer, which windows of a text need; add "
+            "tokenizer.json to its folder."
+        )
     rows = []
     for text in texts:
         ids = lm.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -41,7 +46,7 @@ def windows(lm: LanguageModel, texts: list[str], *, length: int) -> np.ndarray:
     found = np.concatenate(rows) if rows else np.zeros((0, length), np.int32)
     if not len(found):
         raise ValueError(
-            f"no text has {length} tokens; give a longer --text or shorter --lengths."
+            f"no text has {length} tokens; give a longer --text or shorter --length."
         )
     return found
 

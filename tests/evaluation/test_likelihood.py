@@ -78,5 +78,8 @@ def test_windows_do_not_overlap(lm):
     found = windows(lm, ["7", text], length=64)
     assert found.shape == (len(ids) // 64, 64)
     np.testing.assert_array_equal(found.reshape(-1), ids[: found.size])
+    bare = dataclasses.replace(lm, tokenizer=None)
+    with pytest.raises(ValueError, match="has no tokenizer"):
+        windows(bare, ["a text"], length=2)
     with pytest.raises(ValueError, match="no text has 1048576 tokens"):
         windows(lm, [text], length=1 << 20)
