@@ -7,7 +7,6 @@ tokens behind it, `V` vocabulary, `D` hidden size.
 """
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -213,7 +212,10 @@ def check_static(call: str, network: Any, params: Any, options: Any) -> None:
             f"{call}: network= takes a network, such as the model's lm.network, got "
             f"{brief(network)}."
         )
-    if not isinstance(params, Mapping) or "embedding" not in params:
+    # A network of one's own may have parameters of any structure.
+    if not (leaves := jax.tree.leaves(params)) or not all(
+        hasattr(leaf, "dtype") for leaf in leaves
+    ):
         raise ValueError(
             f"{call}: params= takes the parameters of the network, such as lm.params, "
             f"got {brief(params)}."

@@ -1,20 +1,18 @@
 """What speculation goes with, and what it says where it does not."""
 
-import dataclasses
-
 import pytest
 
-from jaxkv import Categorical, Full, Greedy, LongFlow, Options, StreamingLLM
+from jaxkv import (
+    Categorical,
+    Full,
+    Greedy,
+    LongFlow,
+    Options,
+    StreamingLLM,
+    TOVADecode,
+)
 from jaxkv.speculation.drafters import Aligned, Tree
 from jaxkv.speculation.rules import Conditional, TopK
-
-
-@dataclasses.dataclass(frozen=True)
-class Unable:
-    """A decode policy without `attend_tree`."""
-
-    evicts = False
-    spare = 0
 
 
 @pytest.mark.parametrize(
@@ -24,8 +22,8 @@ class Unable:
         (Options(speculate=Tree(depth=0)), "depth must be at least 1"),
         (Options(speculate=Tree(), accept=TopK(k=0)), "k must be at least 1"),
         (
-            Options(speculate=Tree(), decode=Unable()),
-            r"Unable\(\) cannot verify drafts",
+            Options(speculate=Tree(), budget=20, decode=TOVADecode()),
+            r"TOVADecode\(.*\) cannot verify drafts",
         ),
         (
             Options(speculate=Tree(), budget=20, decode=LongFlow(interval=4)),
