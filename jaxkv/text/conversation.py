@@ -323,7 +323,7 @@ def _check_context(lm: LanguageModel, context: Context, system: str | None) -> N
     if not context.chat:
         raise ValueError(
             "the context was read without a chat template; compress the document again "
-            "with chat=True."
+            "with chat=True (on the command line, --chat)."
         )
     if system is not None:
         raise ValueError(
