@@ -1,5 +1,6 @@
 """Conversations through a checkpoint's chat template, in token ids."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 
 from jaxkv.language_model import NEEDLE, LanguageModel
@@ -91,7 +92,17 @@ def encode_addition(
 
 
 _BREAK = "\n\n"  # between a document and what is asked about it
-_CUT = "\ue000jaxkv\ue000"  # where rendered texts are cut; no text has it
+
+
+def _mark(lm: LanguageModel, texts: Sequence[str]) -> str:
+    """Return what to cut rendered texts at, which neither they nor the template have.
+
+    It ends by another character than it begins with, so that what stands before it and
+    a part of it are no other mark.
+    """
+    seen = [*texts, str(lm.tokenizer.chat_template)]
+    marks = (f"\ue000{number}\ue001" for number in itertools.count())
+    return next(mark for mark in marks if not any(mark in text for text in seen))
 
 
 def encode_documents(
@@ -110,12 +121,14 @@ def encode_documents(
     Raises:
       ValueError: there is no template, it fails, or it leaves a message out.
     """
+    check_template(lm)
     said = [] if system is None else [{"role": "system", "content": system}]
+    mark = _mark(lm, [system or "", *documents])
     texts = [
-        _render(lm, [*said, {"role": "user", "content": document + _CUT}])
+        _render(lm, [*said, {"role": "user", "content": document + mark}])
         for document in documents
     ]
-    return _encode(lm, [text.partition(_CUT)[0] for text in texts])
+    return _encode(lm, [text.partition(mark)[0] for text in texts])
 
 
 def encode_question(
@@ -133,12 +146,14 @@ def encode_question(
     Raises:
       ValueError: there is no template, it fails, or it leaves a message out.
     """
+    check_template(lm)
+    mark = _mark(lm, turns)
     roles = ("user", "assistant")
     said = [
         {"role": roles[number % 2], "content": turn}
-        for number, turn in enumerate((_CUT + between + turns[0], *turns[1:]))
+        for number, turn in enumerate((mark + between + turns[0], *turns[1:]))
     ]
-    return _encode(lm, [_render(lm, said).partition(_CUT)[2] + answer_prefix])[0]
+    return _encode(lm, [_render(lm, said).partition(mark)[2] + answer_prefix])[0]
 
 
 def _encode(lm: LanguageModel, texts: Sequence[str]) -> list[list[int]]:

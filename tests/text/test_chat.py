@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from jaxkv.text.chat import encode_chat
+from jaxkv.text.chat import encode_chat, encode_documents, encode_question
 
 SYSTEM = {"role": "system", "content": "Be  brief."}
 USER = {"role": "user", "content": "The number is 5. "}
@@ -89,3 +89,23 @@ def test_no_template(tiny_lm, template):
     bare = dataclasses.replace(tiny_lm, tokenizer=None)
     with pytest.raises(ValueError, match="has no chat template"):
         encode_chat(bare, [USER])
+
+
+@pytest.mark.parametrize("mark", ["\ue000jaxkv\ue000", "\ue0000\ue001", "\ue0000"])
+@pytest.mark.parametrize("where", ["system", "document", "question", "template"])
+def test_a_document_and_its_question_are_a_message_whatever_they_say(
+    tiny_lm, mark, where
+):
+    said = {"system": "Brief.", "document": "It is 5.", "question": "Which?"}
+    before = mark if where == "template" else ""
+    lm = with_template(
+        tiny_lm,
+        before + "{% for m in messages %}<{{ m.content }}>{% endfor %}" + before,
+    )
+    if where in said:
+        said[where] = f"{mark} {said[where]} {mark}"
+    system, document, question = said.values()
+    (head,) = encode_documents(lm, [document], system=system)
+    tail = encode_question(lm, question)
+    whole = f"{before}<{system}><{document}\n\n{question}>{before}"
+    assert lm.tokenizer.decode(head) + lm.tokenizer.decode(tail) == whole
