@@ -87,10 +87,8 @@ class Memory:
         def noted(program: Program, *args: Any, **kwargs: Any) -> Any:
             key = program.key(*args, **kwargs)
             if key not in self.bytes:
-                with program._mesh(*args, **kwargs):
-                    jitted = program._shelf.get(key, program._fresh)
-                    # What is compiled here is what the call below runs.
-                    found = program_memory(jitted.lower(*args, **kwargs).compile())
+                # What is compiled here is what the call below runs.
+                found = program_memory(program.compile(*args, **kwargs))
                 self.bytes[key] = found["program_bytes"]
             self.ran.add(key)
             return plain(program, *args, **kwargs)

@@ -127,12 +127,12 @@ class Program(Generic[R]):
         with under_mesh_of(self._laid_out(args, kwargs)):
             return self._shelf.get(key, fresh)(*args, **kwargs)
 
-    def compile(self, *args: Any, **kwargs: Any) -> None:
+    def compile(self, *args: Any, **kwargs: Any) -> jax.stages.Compiled:
         """Compile for these arguments, and run nothing; threads may share the work."""
         key, fresh = self._known(args, kwargs)
         with under_mesh_of(self._laid_out(args, kwargs)):
             # JAX calls what was lowered before; `tests/runtime` holds it to that.
-            self._shelf.get(key, fresh).lower(*args, **kwargs).compile()
+            return self._shelf.get(key, fresh).lower(*args, **kwargs).compile()
 
     def lower(self, *args: Any, **kwargs: Any) -> jax.stages.Lowered:
         """Trace and lower as `jax.jit(...).lower` does; nothing is kept."""
