@@ -157,9 +157,17 @@ def encode_question(
 
 
 def _encode(lm: LanguageModel, texts: Sequence[str]) -> list[list[int]]:
-    """Return the token ids of rendered texts, or raise ValueError for a long one."""
+    """Return the token ids of rendered texts, or raise ValueError for what has none."""
     most = lm.config.max_positions
     for text in texts:
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"a conversation is no valid Unicode: it has {text[error.start]!r}, "
+                "half of a pair (a lone surrogate); take it out, or read the text in "
+                "its own encoding."
+            ) from None
         if too_long(lm.tokenizer, text, most):
             raise ValueError(
                 f"a conversation of {len(text)} characters has more than {most} "

@@ -82,6 +82,22 @@ def test_a_template_that_leaves_a_message_out_is_refused(tiny_lm, left_out, numb
         encode_chat(lm, [SYSTEM, USER])
 
 
+@pytest.mark.parametrize(
+    "encode",
+    [
+        lambda lm, bad: encode_chat(lm, [USER], answer_prefix=bad),
+        lambda lm, bad: encode_chat(lm, [SYSTEM | {"content": bad}, USER]),
+        lambda lm, bad: encode_documents(lm, ["fine", bad]),
+        lambda lm, bad: encode_question(lm, bad),
+    ],
+    ids=["prefix", "message", "document", "question"],
+)
+def test_half_of_a_pair_is_refused(tiny_lm, encode):
+    said = r"a conversation is no valid Unicode: it has '\udcff', half of a pair"
+    with pytest.raises(ValueError, match=re.escape(said)):
+        encode(tiny_lm, "a \udcff b")
+
+
 @pytest.mark.parametrize("template", [None, ""])
 def test_no_template(tiny_lm, template):
     with pytest.raises(ValueError, match="has no chat template; write prompts"):
