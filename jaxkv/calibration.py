@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxkv.expected import brief
 from jaxkv.kernels import prefill
 from jaxkv.kernels.rotary import rotate
 from jaxkv.kernels.weighing import scale_of
@@ -64,17 +65,20 @@ def calibrate(
       batch_size: windows that are read together.
 
     Raises:
-      ValueError: there is no tokenizer, or no token.
+      ValueError: there is no tokenizer, no list of texts, or no token in them.
     """
     if lm.tokenizer is None:
         raise ValueError(f"calibrate: {lm.name} has no tokenizer to read texts with.")
+    if isinstance(texts, str):
+        raise ValueError(
+            f"calibrate: texts= takes a list of texts, got the text {brief(texts)}."
+        )
     windows = []
-    for text in texts:
+    for text in filter(str.strip, texts):  # special tokens alone say nothing
         ids = lm.tokenizer(text)["input_ids"]
         windows += [ids[i : i + length] for i in range(0, len(ids), length)]
-    windows = [window for window in windows if window]
     if not windows:
-        raise ValueError("calibrate: the texts hold no token.")
+        raise ValueError("calibrate: the texts hold no token; give others.")
     total: list[np.ndarray] = []
     for first in range(0, len(windows), batch_size):
         some = windows[first : first + batch_size]

@@ -57,9 +57,13 @@ def check_text(call: str, **given: Any) -> None:
 
 
 def check_path(call: str, **given: Any) -> None:
-    """Raise ValueError for arguments, by name, that are no paths."""
+    """Raise ValueError for arguments, by name, that are no paths.
+
+    Nor is the empty text, which would be the folder that the process is in.
+    """
     for name, value in given.items():
-        check_kind(call, name, value, PATH, "a path, as text or a pathlib.Path")
+        kinds = () if value == "" else PATH
+        check_kind(call, name, value, kinds, "a path, as text or a pathlib.Path")
 
 
 def check_array(call: str, name: str, value: Any, *shapes: str) -> None:

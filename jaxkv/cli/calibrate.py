@@ -8,6 +8,7 @@ import typer
 from jaxkv import calibration
 from jaxkv.cli import flags
 from jaxkv.cli.terminal import say
+from jaxkv.tasks.records import decode_text
 
 
 def calibrate(
@@ -32,22 +33,13 @@ def calibrate(
         raise ValueError(
             f"--out {out} is there already; pass --overwrite to replace it."
         )
-    texts = [read(path) for path in text]
+    texts = [decode_text(path.read_bytes(), str(path)) for path in text]
+    for path, content in zip(text, texts, strict=True):
+        if not content.strip():
+            raise ValueError(f"--text {path} holds no text; name another file.")
     lm = flags.load_model(model, dtype, follow_links=follow_links, mesh=mesh)
     longest = min(length, lm.config.max_positions)
     found = calibration.calibrate(lm, texts, length=longest, batch_size=batch_size)
     calibration.save(found, out, model=lm.name, dtype=lm.dtype.name)
     layers, heads, size = found.mean.shape
     say(f"{out}: queries of {layers} layers, {heads} heads of size {size}")
-
-
-def read(path: Path) -> str:
-    """Return a file's text.
-
-    Raises:
-      ValueError: it is no UTF-8.
-    """
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"--text {path} is no text in UTF-8: {error}.") from error

@@ -76,6 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(argv: Sequence[str], interrupted: Callable[[], bool]) -> int:
     settings = _Settings()
     try:
+        if any(argument == "" or argument.endswith("=") for argument in argv):
+            wording.check_empty(every_command(), argv)
         code = app(argv, prog_name="jaxkv", standalone_mode=False, obj=settings)
         sys.stdout.flush()
         return code or 0

@@ -6,6 +6,7 @@ a command has typed flags (`--budget 20`, `--prefill full`), and reads of those.
 
 import dataclasses
 import inspect
+import itertools
 import re
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -34,6 +35,7 @@ _METHODS = {
     for table in (PREFILL, DECODE, SPECULATE, ACCEPT)
     for name, method in table.items()
 }
+_TEXTS = {"--prompt", "--system", "--question"}  # flags whose values say something
 _VALUE = r"""(?P<value>[A-Z]\w*\(\)|'[^']*'|"[^"]*"|[\w.+-]*\w)?"""
 
 
@@ -46,11 +48,43 @@ def parameters(root: Any, argv: Sequence[str]) -> set[str]:
       root: the group of all commands.
       argv: the arguments of the process.
     """
+    return {parameter.name for parameter in _parameters(root, argv)}
+
+
+def _parameters(root: Any, argv: Sequence[str]) -> list[Any]:
     command = root
     for argument in argv:
         command = getattr(command, "commands", {}).get(argument, command)
     inner = getattr(command, "commands", {}).values()
-    return {parameter.name for c in (command, *inner) for parameter in c.params}
+    return [parameter for c in (command, *inner) for parameter in c.params]
+
+
+def check_empty(root: Any, argv: Sequence[str]) -> None:
+    """Raise ValueError for an argument of no letters, as an unset variable leaves it.
+
+    The empty path would be the folder that one is in. Texts may be empty, or are
+    refused by who reads them.
+
+    Args:
+      root: the group of all commands.
+      argv: the arguments of the process.
+    """
+    flags = {
+        flag
+        for parameter in _parameters(root, argv)
+        if not getattr(parameter, "is_flag", False)
+        for flag in parameter.opts
+    }
+    for before, argument in itertools.pairwise(["", *argv]):
+        flag, equals, value = argument.partition("=")
+        if flag and (before in flags or not (equals and flag in flags)):
+            continue  # not empty, and no flag
+        name = flag or (before if before in flags else "an argument")
+        if not value and name not in _TEXTS:
+            raise ValueError(
+                f"{name} is empty, where a value or a name was expected; write one, or "
+                "leave it out."
+            )
 
 
 def in_flags(message: str, known: Collection[str]) -> str:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shlex
 import shutil
 import sys
 
@@ -11,6 +12,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jaxkv.cli import prompts
+from jaxkv.cli.main import every_command
+from jaxkv.cli.wording import check_empty
 from jaxkv.soundness import LogitsError
 from jaxkv.text import inference
 
@@ -81,6 +84,30 @@ BAD_GENERATE = {
     "folder": (["--prompt-file=/"], "/: Is a directory"),
     "unknown flag": (["--prompt=x", "--frobnicate"], "--frobnicate"),
 }
+
+
+EMPTY = {  # as a variable that is not set leaves it
+    "study positions needle --text ''": "--text is empty, where a value or a name was",
+    "eval perplexity needle --text=": "--text is empty, where",
+    "calibrate needle --text ''": "--text is empty, where",
+    "compress needle --prompt-file '' out": "--prompt-file is empty, where",
+    "eval ruler --out=": "--out is empty, where",
+    "bench decode --out ''": "--out is empty, where",
+    "generate --context '' --prompt x": "--context is empty, where",
+    "generate --stream '' --prompt x": "an argument is empty, where",
+    "eval report ''": "an argument is empty, where",
+    "compress needle --prompt x ''": "an argument is empty, where",
+}
+
+
+@pytest.mark.parametrize("line", EMPTY)
+def test_an_empty_argument_is_no_folder(jaxkv_, line):
+    assert EMPTY[line] in jaxkv_.error(*shlex.split(line))
+
+
+@pytest.mark.parametrize("text", ["", "--text=", "x="])
+def test_a_prompt_may_look_like_an_empty_flag(text):
+    assert check_empty(every_command(), ["generate", "--prompt", text]) is None
 
 
 @pytest.mark.parametrize("case", BAD_GENERATE)

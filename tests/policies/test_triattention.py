@@ -135,7 +135,9 @@ def test_calibration_counts_the_queries_of_windows(tmp_path):
 
 def test_texts_that_say_nothing_are_refused(tmp_path):
     with pytest.raises(ValueError, match="calibrate: the texts hold no token"):
-        calibration.calibrate(lm(tmp_path), [""])
+        calibration.calibrate(lm(tmp_path), ["", " \n"])
+    with pytest.raises(ValueError, match="texts= takes a list of texts, got the text"):
+        calibration.calibrate(lm(tmp_path), "1 2")
     with pytest.raises(ValueError, match="calibrate: tiny has no tokenizer to read"):
         calibration.calibrate(lm(tmp_path, tokenizer=None), ["1 2"])
 
@@ -194,10 +196,14 @@ def test_the_command_writes_a_file_and_refuses_what_is_no_text(jaxkv_, tiny, tmp
         "",
     ) and "2 layers, 4 heads of size 8" in err
     assert read_statistics(str(out), "").mean.shape == (2, 4, 8)
-    text.write_bytes(b"\xff\xfe\xff")
-    assert "a.txt is no text in UTF-8" in jaxkv_.error(
-        "calibrate", tiny, "--text", text, "--out", out, "--overwrite"
-    )
+    for content, said in (
+        (b"\xff\xfe\xff", "not UTF-8 text"),
+        (b"\n", "no text; name"),
+    ):
+        text.write_bytes(content)
+        assert said in jaxkv_.error(
+            "calibrate", tiny, "--text", text, "--out", out, "--overwrite"
+        )
     assert "is there already; pass --overwrite" in jaxkv_.error(
         "calibrate", tiny, "--text", text, "--out", out
     )

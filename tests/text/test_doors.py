@@ -133,6 +133,7 @@ def test_each_public_function_is_a_door(doors):
         (lambda lm, ctx: ctx.join(1), r"takes what jaxkv\.compress returns, got 1"),
         (lambda lm, ctx: ctx.kept_positions(np.ones((2, 2), int)), "a whole number"),
         (lambda lm, ctx: jaxkv.load_context(5, lm), "takes a path, .*, got 5"),
+        (lambda lm, ctx: jaxkv.load_context("", lm), "takes a path, .*, got ''"),
         (lambda lm, _: jaxkv.generate(lm, "a", logprobs=5), "takes True or False"),
         (lambda lm, _: jaxkv.Chat.begin(lm, system=5), "system= takes a text, got 5"),
         (lambda lm, _: jaxkv.evaluate(lm, {}), "methods= takes .* at least one, got"),
