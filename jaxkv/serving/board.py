@@ -279,7 +279,7 @@ class Board:
         """Compile what stands by itself, side by side."""
         # While JAX traces, no other thread does; XLA's part is the longer one.
         how: dict[str, Any] = dict(shape=self.shape)
-        wanted: list[Callable[[], None]] = []
+        wanted: list[Callable[[], Any]] = []
         for placed in blocks:
             given = self._state, placed, self._steps, self._prices
             model = self._lm.network, self._lm.params
