@@ -3,8 +3,8 @@
 Prompts are padded on the right, so the causal mask alone keeps padding out of every
 real token's sight, and no implementation needs the lengths.
 
-Axis letters: `B` batch, `T` tokens, `N` query heads, `K` key/value heads, `H` head
-size.
+Axis letters: `B` batch, `T` tokens, `W` tokens behind a prompt, `N` query heads, `K`
+key/value heads, `H` head size.
 """
 
 import functools
@@ -13,9 +13,9 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int32
 
-from jaxkv.kernels import dispatch
+from jaxkv.kernels import decode, dispatch
 from jaxkv.kernels.per_shard import per_shard
 from jaxkv.kernels.shapes import check_groups, checked
 from jaxkv.kernels.weighing import capped
@@ -91,6 +91,91 @@ def choose(
     if platform == "tpu" and head_dim % 128 == 0 and length % 128 == 0:
         return "splash"
     return "xla"
+
+
+@checked
+def put_behind(
+    whole: Float[Array, "B T K H"],
+    more: Float[Array, "B W K H"],
+    start: Int32[Array, " B"],
+) -> Float[Array, "B T K H"]:
+    """Put tokens behind each row's own prompt, in place of its padding.
+
+    Args:
+      whole: of any heads.
+      more: what stands at the indices `start[b] ... start[b] + W - 1`.
+      start: at most `T - W`.
+
+    Raises:
+      ValueError: shapes disagree.
+    """
+    return per_shard(_put_behind, put_behind)(whole, more, start)
+
+
+def _put_behind(whole, more, start):
+    rows = jnp.arange(len(whole), dtype=jnp.int32)[:, None]
+    place = start[:, None] + jnp.arange(more.shape[1], dtype=jnp.int32)[None]
+    return whole.at[rows, place].set(more)
+
+
+@checked
+def attention_behind(
+    query: Float[Array, "B W N H"],
+    key: Float[Array, "B T K H"],
+    value: Float[Array, "B T K H"],
+    start: Int32[Array, " B"],
+    sink: Float[Array, " N"] | None = None,
+    *,
+    scale: float,
+    window: int | None = None,
+    cap: float | None = None,
+) -> Float[Array, "B W N H"]:
+    """Attend from some tokens behind each prompt, as `causal_attention` would from all.
+
+    In XLA, with a float32 softmax of `B N W T` numbers.
+
+    Args:
+      query: token `w` of row `b` stands at index `start[b] + w`.
+      key: of all tokens, those of the queries among them; see `put_behind`.
+      value: likewise.
+      start: tokens of each prompt.
+      sink: see `causal_attention`, and so are the next three.
+      scale: see there.
+      window: see there.
+      cap: see there.
+
+    Raises:
+      ValueError: shapes disagree.
+    """
+    check_groups("attention_behind", query.shape[2], key.shape[2])
+    run = functools.partial(_behind, scale=scale, window=window, cap=cap)
+    return per_shard(run, attention_behind)(
+        query, key, value, start, *dispatch.arrays(sink)
+    )
+
+
+def _behind(query, key, value, start, sink=None, *, scale, window, cap):
+    batch, width, heads, head_dim = query.shape
+    length, kv_heads = key.shape[1:3]
+    logits = scale * jnp.einsum(
+        "bwkgh,btkh->bkgwt",
+        query.reshape(batch, width, kv_heads, -1, head_dim),
+        key,
+        preferred_element_type=jnp.float32,
+    )
+    own = start[:, None] + jnp.arange(width, dtype=jnp.int32)[None]
+    behind = own[..., None] - jnp.arange(length, dtype=jnp.int32)[None, None]
+    seen = (behind >= 0) & (behind < (window or length))
+    logits = jnp.where(seen[:, None, None], capped(logits, cap), -jnp.inf)
+    if sink is not None:
+        sink = sink.reshape(1, kv_heads, -1, 1, 1)
+    out = jnp.einsum(
+        "bkgwt,btkh->bwkgh",
+        decode.softmax(logits, sink).astype(value.dtype),
+        value,
+        preferred_element_type=jnp.float32,
+    )
+    return out.reshape(batch, width, heads, head_dim).astype(query.dtype)
 
 
 def _reference(query, key, value, sink=None, *, scale, window=None, cap=None):

@@ -77,6 +77,26 @@ def test_prompts(kind, implementation, window):
         np.testing.assert_allclose(got[b, t, n], weights @ np.asarray(values), **CLOSE)
 
 
+@pytest.mark.parametrize("kind", [{}, KINDS["both"]], ids=["plain", "both"])
+@pytest.mark.parametrize("window", [None, 9, 30])
+def test_tokens_behind_prompts(kind, window):
+    """They attend as in a prompt that has them at its end, whoever else is beside."""
+    starts, width, length = [31, 4], 6, 40
+    more, whole = (prompt(n) for n in (width, length))
+    start, how = jnp.asarray(starts, jnp.int32), dict(scale=SCALE, window=window)
+    keys, values = (prefill.put_behind(whole[i], more[i], start) for i in (1, 2))
+    got = run(prefill.attention_behind, kind, more[0], keys, values, start, **how)
+    for b, first in enumerate(starts):
+        q, k, v = (
+            jnp.concatenate([x[b : b + 1, :first], y[b : b + 1]], axis=1)
+            for x, y in zip(whole, more, strict=True)
+        )
+        want = run(causal_attention, kind, q, k, v, implementation="reference", **how)
+        np.testing.assert_allclose(got[b], want[0, first:], **CLOSE)
+        for placed, x in ((keys, k), (values, v)):
+            np.testing.assert_array_equal(placed[b, : first + width], x[0])
+
+
 @pytest.mark.slow
 @kinds
 def test_prompts_by_splash(kind):
