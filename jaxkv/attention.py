@@ -176,9 +176,7 @@ def append_tokens(
     """
     batch, length = tokens.shape
     count = extra.shape[1]
-    # Whole tiles: splash attention on TPUs takes no others.
-    tile = 128 if jax.default_backend() == "tpu" else 64
-    total = -(-(length + count) // tile) * tile if count else length
+    total = with_room(length, count) if count else length
     index = jnp.broadcast_to(jnp.arange(total, dtype=jnp.int32), (batch, total))
     behind = index - lengths[:, None]
     start = jnp.maximum(lengths + offset, 0)[:, None]
@@ -186,6 +184,13 @@ def append_tokens(
     place = lengths[:, None] + jnp.arange(count, dtype=jnp.int32)[None]
     tokens = tokens.at[jnp.arange(batch, dtype=jnp.int32)[:, None], place].set(extra)
     return tokens, jnp.where(behind < 0, index, start + behind)
+
+
+def with_room(length: int, count: int) -> int:
+    """Return to what prompts are padded that so many pseudo tokens stand behind."""
+    # Whole tiles: splash attention on TPUs takes no others.
+    tile = 128 if jax.default_backend() == "tpu" else 64
+    return -(-(length + count) // tile) * tile
 
 
 def attend_prompt(
@@ -212,34 +217,66 @@ def attend_prompt(
     """
 
     def attend(q, k, v, layer, weighing):
-        scale = scale_of(q)
         out = prefill.causal_attention(
             *(q, k, v),
-            scale=scale,
+            scale=scale_of(q),
             window=weighing.window,
             implementation=implementation,
             **weighing.softmax,
         )
-        prompt = Prompt(
-            queries=q,
-            keys=k,
-            values=v,
+        state = evict(
+            *(policy, q, k, v, layer, weighing),
             lengths=lengths,
-            keep=layer.keep,
-            frequencies=layer.frequencies,
-            scale=scale,
-            implementation=scores_implementation,
             held=held,
-            output=layer.output,
-            weighing=weighing,
+            implementation=scores_implementation,
         )
-        keeper = of_layer(policy, layer.state)
-        state = contract.compress(keeper, prompt, layer.state, budget=layer.bound)
         # Nothing before decoding waits for the state. Without the barrier the compiler
         # may put all evictions last, and hold every layer's whole prompt until then.
         return jax.lax.optimization_barrier((out, state))
 
     return attend
+
+
+def evict(
+    policy: PrefillPolicy,
+    queries: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    layer: EmptyLayer,
+    weighing: Weighing,
+    *,
+    lengths: jax.Array,
+    held: jax.Array | None,
+    implementation: window_scores.Implementation | None,
+) -> KVState:
+    """Return what a policy keeps of a layer's whole prompt.
+
+    Args:
+      policy: of the layers without a window.
+      queries: see `Prompt`, and so are the next two.
+      keys: see there.
+      values: see there.
+      layer: what is filled, and how far.
+      weighing: of the layer's attention.
+      lengths: int32 `[B]`.
+      held: see `attend_prompt`.
+      implementation: of `window_scores`.
+    """
+    prompt = Prompt(
+        queries=queries,
+        keys=keys,
+        values=values,
+        lengths=lengths,
+        keep=layer.keep,
+        frequencies=layer.frequencies,
+        scale=scale_of(queries),
+        implementation=implementation,
+        held=held,
+        output=layer.output,
+        weighing=weighing,
+    )
+    keeper = of_layer(policy, layer.state)
+    return contract.compress(keeper, prompt, layer.state, budget=layer.bound)
 
 
 def attend_cache(

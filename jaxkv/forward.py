@@ -7,27 +7,32 @@ tokens behind it, `V` vocabulary, `D` hidden size.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxkv import state as kv
 from jaxkv import trees
 from jaxkv.attention import (
     Network,
-    append_tokens,
     attend_cache,
-    attend_prompt,
     attend_tree,
     begin_layers,
-    empty_layers,
 )
-from jaxkv.expected import brief, check_array, check_kind
+from jaxkv.expected import brief, check_array
+from jaxkv.inputs import (
+    check_prompts,
+    check_static,
+    empty_for,
+    read_inputs,
+    sketches,
+)
 from jaxkv.kernels import decode, dispatch, tree_attention
 from jaxkv.options import Options
 from jaxkv.policies import contract
 from jaxkv.policies.full import Full
+from jaxkv.sketching import attend_behind, by_rows, decode_greedily, hold
 from jaxkv.state import Cache, KVState
 
 
@@ -78,6 +83,9 @@ def read(
 ) -> tuple[jax.Array, Cache]:
     """Run prompts through the network, as `prefill` does, and choose no token.
 
+    They pass once, also where the policy `sketches`: then all layers' keys and values
+    are held until the sketch is there, and its tokens pass behind them.
+
     Args:
       network: static.
       params: its parameters.
@@ -94,10 +102,15 @@ def read(
       `P` positions may stand those of pseudo tokens.
 
     Raises:
-      ValueError: `keep` without `options.budget`.
+      ValueError: `keep` without `options.budget`, or a policy that sketches and asks
+        for no sketch, or the other way round.
     """
-    inputs = _inputs(network, params, tokens, lengths, options, slots, keep, held)
-    hidden, cache = network.apply({"params": params}, *inputs)
+    check_prompts(network, params, tokens, lengths, options, slots, keep)
+    given = network, params, tokens, lengths, options, slots, keep, held
+    if sketches(options):
+        hidden, cache, _ = _read_and_sketch(*given)
+    else:
+        hidden, cache = network.apply({"params": params}, *read_inputs(*given))
     return hidden, begin_layers(options.decode, network, params, cache, lengths)
 
 
@@ -125,7 +138,7 @@ def read_part(
       tokens: int32 `[B, P]`, right-padded.
       lengths: int32 `[B]`, at least 1.
       carried: what the call for the layers before returned; None for the first.
-      options: static; a prefill policy that `sketches` would do so for each part.
+      options: static.
       slots: of each layer's state.
       keep: see `prefill`.
       first: of the layers, static.
@@ -134,98 +147,21 @@ def read_part(
     Returns:
       What the next part takes, behind the last layer the hidden states of all
       positions; and the states of these layers, which the decode policy has not begun.
+
+    Raises:
+      ValueError: the prefill policy `sketches`, for which a prompt is read whole.
     """
-    inputs = _inputs(network, params, tokens, lengths, options, slots, keep, None)
+    check_prompts(network, params, tokens, lengths, options, slots, keep)
+    if sketches(options):
+        raise ValueError(
+            f"read_part: {type(options.prefill).__name__} decodes a sketch from the "
+            "whole prompt before it evicts, got some of the layers; use read."
+        )
+    inputs = read_inputs(network, params, tokens, lengths, options, slots, keep, None)
     tokens, positions, empty, attend = inputs
     layers = empty[first : first + count]
     given = (tokens, positions, layers, attend, carried, first)
     return network.apply({"params": params}, *given)
-
-
-def _inputs(network, params, tokens, lengths, options, slots, keep, held):
-    """Return what a network reads prompts from: tokens, positions, layers, attend."""
-    check_static("prefill", network, params, options)
-    check_array("prefill", "tokens", tokens, "B P")
-    check_array("prefill", "lengths", lengths, "B")
-    layers = len(network.config.windows)
-    each = (slots,) * layers if isinstance(slots, int) else slots
-    if not isinstance(each, tuple) or len(each) != layers or not _sizes(each):
-        raise ValueError(
-            "prefill: slots= takes a number of at least 1, or a tuple of one for each "
-            f"of the {layers} layers, got {brief(slots)}."
-        )
-    if keep is not None:
-        check_array("prefill", "keep", keep, "B")
-    if keep is not None and options.budget is None:
-        raise ValueError(
-            "prefill: keep= says how much of options.budget each row uses, but that "
-            "is None; set Options(budget=), the most that any row may keep."
-        )
-    policy = Full() if options.budget is None else options.prefill
-    pseudo = contract.pseudo_tokens(
-        policy,
-        tokens,
-        lengths,
-        vocab_size=network.config.vocab_size,
-        sketch=lambda other, steps: _sketch(
-            *(network, params, tokens, lengths, keep, options, other, steps)
-        ),
-    )
-    tokens, positions = append_tokens(tokens, lengths, pseudo, offset=policy.offset)
-    attend = attend_prompt(
-        policy,
-        lengths=lengths,
-        held=held,
-        implementation=options.prefill_implementation,
-        scores_implementation=options.scores_implementation,
-    )
-    bound = options.prompt_budget
-    if isinstance(slots, int):
-        slots = kv.all_slots(network.config.windows, slots)
-    empty = empty_layers(
-        policy,
-        network.config,
-        lengths if held is None else held,
-        slots=slots,
-        bound=max(slots) if bound is None else bound,
-        keep=keep,
-        dtype=params["embedding"].dtype,
-        frequencies=network.apply({"params": params}, method="frequencies"),
-        outputs=network.apply({"params": params}, method="outputs")
-        if getattr(policy, "reads_output", False)
-        else None,
-    )
-    return tokens, positions, empty, attend
-
-
-def check_static(call: str, network: Any, params: Any, options: Any) -> None:
-    """Raise ValueError where what a program is traced for is of another kind.
-
-    Args:
-      call: the function that was called.
-      network: has `config` and `apply`.
-      params: its parameters.
-      options: `Options`.
-    """
-    if not hasattr(network, "config") or not hasattr(network, "apply"):
-        raise ValueError(
-            f"{call}: network= takes a network, such as the model's lm.network, got "
-            f"{brief(network)}."
-        )
-    # A network of one's own may have parameters of any structure.
-    if not (leaves := jax.tree.leaves(params)) or not all(
-        hasattr(leaf, "dtype") for leaf in leaves
-    ):
-        raise ValueError(
-            f"{call}: params= takes the parameters of the network, such as lm.params, "
-            f"got {brief(params)}."
-        )
-    check_kind(call, "options", options, Options, "jaxkv.Options()")
-
-
-def _sizes(numbers: tuple[Any, ...]) -> bool:
-    """Return whether all of these are numbers of slots."""
-    return all(isinstance(x, int) and x >= 1 for x in numbers)
 
 
 def logits_at_end(
@@ -246,28 +182,84 @@ def logits_at_end(
     return network.apply({"params": params}, last, method="unembed")
 
 
-def _sketch(network, params, tokens, lengths, keep, options, policy, steps):
-    """Decode greedily from an evicted prompt; see `policies.base.Sketch`."""
-    options = dataclasses.replace(
-        options, budget=options.prompt_budget, prefill=policy, decode=Full()
-    )
-    slots = options.layer_slots(tokens.shape[1], steps, network.config.windows)
-    logits, cache = prefill(
-        network, params, tokens, lengths, options=options, slots=slots, keep=keep
-    )
+def _read_and_sketch(network, params, tokens, lengths, options, slots, keep, held):
+    """Read prompts for a policy that sketches; return what `_hold` does."""
+    policy, found = options.prefill, None
 
-    def step(carry, position):
-        token, cache = carry
-        logits, cache = decode_step(
-            network, params, token, position, cache, options=options
+    def sketch(other, steps):
+        nonlocal found
+        how = dataclasses.replace(
+            options, budget=options.prompt_budget, prefill=other, decode=Full()
         )
-        token = logits.argmax(-1).astype(jnp.int32)
-        return (token, cache), token
+        room = how.layer_slots(tokens.shape[1], steps, network.config.windows)
+        found = _hold(network, params, tokens, lengths, how, room, keep, None)
+        hidden, cache, _ = found
+        logits = logits_at_end(network, params, hidden, lengths)
+        return _sketcher(network, how, steps)(params, (logits, lengths, cache))
 
-    first = logits.argmax(-1).astype(jnp.int32)
-    positions = lengths[None] + jnp.arange(steps - 1, dtype=jnp.int32)[:, None]
-    _, rest = jax.lax.scan(step, (first, cache), positions)
-    return jnp.concatenate([first[:, None], rest.T], axis=1)
+    pseudo = contract.pseudo_tokens(
+        policy,
+        tokens,
+        lengths,
+        vocab_size=network.config.vocab_size,
+        sketch=sketch,
+    )
+    if found is None:
+        raise ValueError(
+            f"{type(policy).__name__}.pseudo_tokens must ask for a sketch where its "
+            "sketches is True, got none; call sketch, or set it to False."
+        )
+    hidden, _, whole = found
+    evict = _evicter(network, options, slots)
+    cache = evict((params, whole), (pseudo, lengths, keep, held))
+    return hidden, cache, whole
+
+
+def _hold(network, params, tokens, lengths, options, slots, keep, held):
+    """Return hidden states, states, and each layer's keys and values of all prompts."""
+    given = network, params, tokens, lengths, options, slots, keep, held
+    if sketches(options):
+        return _read_and_sketch(*given)
+    *inputs, attend = read_inputs(*given)
+    attend = hold(attend, tokens.shape[1])
+    hidden, layers = network.apply({"params": params}, *inputs, attend)
+    whole = tuple((layer.keys, layer.values) for layer in layers)
+    return hidden, tuple(layer.state for layer in layers), whole
+
+
+def _sketcher(network, options, steps) -> Callable[[Any, Any], jax.Array]:
+    """Return what decodes sketches greedily; see `policies.base.Sketch`."""
+
+    def run(params, rows):
+        def step(*token):
+            return decode_step(network, params, *token, options=options)
+
+        return decode_greedily(step, *rows, steps=steps)
+
+    return by_rows(run)
+
+
+def _evicter(network, options, slots) -> Callable[[Any, Any], Cache]:
+    """Return what runs pseudo tokens behind prompts that are held, and evicts these."""
+
+    def run(common, rows):
+        params, whole = common
+        pseudo, lengths, keep, held = rows
+        candidates = lengths if held is None else held
+        empty = empty_for(network, params, candidates, options, slots, keep)
+        attend = attend_behind(
+            options.prefill,
+            lengths=lengths,
+            held=held,
+            scores_implementation=options.scores_implementation,
+        )
+        start = jnp.maximum(lengths + options.prefill.offset, 0)[:, None]
+        positions = start + jnp.arange(pseudo.shape[1], dtype=jnp.int32)[None]
+        layers = tuple((e, *kv) for e, kv in zip(empty, whole, strict=True))
+        _, cache = network.apply({"params": params}, pseudo, positions, layers, attend)
+        return cache
+
+    return by_rows(run)
 
 
 def read_behind(

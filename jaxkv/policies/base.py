@@ -37,7 +37,8 @@ class Prompt(NamedTuple):
     then `num_pseudo` pseudo tokens if the policy asked for them, then padding.
 
     Attributes:
-      queries: `[B, T, N, H]`, rotated.
+      queries: `[B, T, N, H]`, rotated; where the policy `sketches`, zeros for all but
+        the pseudo tokens.
       keys: `[B, T, K, H]`, rotated.
       values: `[B, T, K, H]`.
       lengths: int32 `[B]`, tokens of each prompt.
@@ -98,7 +99,8 @@ class PrefillPolicy(Protocol):
     def sketches(self) -> bool:
         """Whether the pseudo tokens are decoded from an evicted prompt.
 
-        Then they depend on the budget.
+        Then `pseudo_tokens` calls `sketch`, the whole prompt is held meanwhile, and the
+        policy sees the queries of the pseudo tokens alone.
         """
 
     def check(self, budget: int) -> None:
@@ -113,7 +115,7 @@ class PrefillPolicy(Protocol):
           tokens: int32 `[B, P]`, right-padded.
           lengths: int32 `[B]`.
           vocab_size: of the network.
-          sketch: generates from the network; see `Sketch`.
+          sketch: generates from the network if the policy `sketches`; see `Sketch`.
         """
 
     def heads(self, num_heads: int, num_kv_heads: int) -> int:

@@ -28,22 +28,24 @@ class LAQ(WholePrompt):
 
     Wang et al., "Lookahead Q-Cache: Achieving More Consistent KV Cache Eviction via
     Pseudo Query" (arXiv 2505.20334): evict with SnapKV, decode some tokens from what is
-    left, and evict anew with their queries in place of the window's. Here the sketch
-    gives contents, `N` greedy tokens at the same budget, and a second prefill gives
-    the queries at the positions of the output, as DapQ does.
+    left, and evict the whole prompt, which is held meanwhile, with their queries in
+    place of the window's. So the prompt is read once, and keys and values of all of it
+    are in memory until the end. Here the sketch gives contents, `N` greedy tokens at
+    the same budget; their queries come from running them behind the whole prompt, at
+    the positions of the output, as DapQ's do.
 
-    Deviations: the second pass computes the prompt anew, where the paper holds its
-    whole cache in between: twice the time, but no more memory. Nothing is kept
-    whatever it scores, so that it differs from DapQ in its contents only; `n_recent`
-    brings the paper's window of recent tokens back (LAQ++ lets it score as well).
+    Deviations: the sketch's queries saw all of the prompt, where the paper takes those
+    that it was decoded with, `N` tokens' computation more. Nothing is kept whatever it
+    scores, so that it differs from DapQ in its contents only; `n_recent` brings the
+    paper's window of recent tokens back (LAQ++ lets it score as well).
 
     Attributes:
       window_size: tokens of the sketch, `N`.
       draft_window_size: of the SnapKV that the sketch is decoded from.
-      pooling: of the scores, in both passes.
+      pooling: of the scores, in both evictions.
       kernel_size: of the pooling, odd.
-      reduction: of the scores in the second pass; see `DapQ`.
-      clusters: of the pooling in the second pass; see `DapQ`.
+      reduction: of the scores in the second eviction; see `DapQ`.
+      clusters: of the pooling in the second eviction; see `DapQ`.
       n_recent: last tokens of the prompt that stay whatever they score.
     """
 

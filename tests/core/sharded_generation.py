@@ -16,6 +16,7 @@ import tiny
 from small_policies import DAPQ
 
 from jaxkv import (
+    LAQ,
     AdaKV,
     Aligned,
     Categorical,
@@ -48,6 +49,9 @@ DRAFTS = Aligned(num_draft_tokens=5, depth=3, break_even=0)
 METHODS = {
     "full": Options(),
     "dapq": Options(budget=8, prefill=DAPQ, sampler=Categorical(top_k=9)),
+    "laq": Options(
+        budget=8, prefill=LAQ(window_size=3, draft_window_size=2, kernel_size=3)
+    ),
     "longflow": Options(budget=8, prefill=SnapKV(window_size=2), decode=LongFlow()),
     "adakv": Options(
         budget=8,
