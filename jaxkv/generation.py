@@ -176,7 +176,8 @@ def start_copies(
             keep=keep,
         )
 
-    # What does not depend on the budget is not repeated: all but the evictions.
+    # What does not depend on the budget is not repeated: all but the evictions, and
+    # the sketches of a policy that does so.
     copies = jax.vmap(begin)(keep, keys.reshape(keep.shape))
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), copies)
 

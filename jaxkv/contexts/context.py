@@ -256,7 +256,8 @@ def read_copies(
             slots=slots,
         )
 
-    # What does not depend on the budget is not repeated: all but the evictions.
+    # What does not depend on the budget is not repeated: all but the evictions, and
+    # the sketches of a policy that does so.
     found = jax.vmap(cut)(keep)
     cache, logits = jax.tree.map(
         lambda x: x.reshape(-1, *x.shape[2:]), (found.cache, found.logits)

@@ -113,11 +113,11 @@ def _distinct(
 ) -> int:
     """Return after how many rows the prompts repeat, so that these need reading only.
 
-    It is all rows where they do not repeat as a whole, or where more than the eviction
-    depends on the budget.
+    It is all rows where they do not repeat as a whole, or something is drafted from
+    each.
     """
     rows = len(ids)
-    if keep is None or options.speculate is not None or options.prefill.sketches:
+    if keep is None or options.speculate is not None:
         return rows
     for count in range(1, rows // 2 + 1):
         if rows % count == 0 and all(

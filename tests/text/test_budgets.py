@@ -12,6 +12,7 @@ from jaxkv.text.planning import bucket
 
 CONFIG = dataclasses.replace(tiny.CONFIG, max_positions=256)
 DAPQ = jaxkv.DapQ(window_size=4, prefix=1, kernel_size=3)
+LAQ = jaxkv.LAQ(window_size=3, draft_window_size=2, kernel_size=3)
 PYRAMID = jaxkv.PyramidKV(window_size=2, kernel_size=3, beta=4)
 
 
@@ -131,7 +132,7 @@ def test_offsets_that_fit_are_taken(lm):
     assert len(tokens(lm, prompts(60), prefill=jaxkv.DapQ(), budget=1)[0]) == 8
 
 
-@pytest.mark.parametrize("prefill", [DAPQ, PYRAMID])
+@pytest.mark.parametrize("prefill", [DAPQ, PYRAMID, LAQ])
 def test_repeated_prompts_are_read_once(lm, prefill, monkeypatch):
     """And give, budget by budget, what they give alone, drawn tokens included."""
     rows, budgets = list(map(np.array, prompts(60, 9))), [5, 7, 20, 20, 6, 5]
@@ -152,6 +153,4 @@ def test_repeated_prompts_are_read_once(lm, prefill, monkeypatch):
 def test_prompts_that_do_not_repeat_are_read_in_turn(lm, monkeypatch):
     monkeypatch.setattr(generation, "start_copies_jit", None)
     one, two = prompts(20, 20)
-    laq = jaxkv.LAQ(window_size=3, draft_window_size=2, kernel_size=3)
     tokens(lm, [one, two, one], budget=[5, 6, 7], max_new_tokens=2)
-    tokens(lm, [one, one], budget=[5, 7], prefill=laq, max_new_tokens=2)

@@ -119,7 +119,6 @@ def test_prompts_that_repeat_are_read_once(count, copies):
     other = [*ids[:-1], [9]]
     assert planning.plan(other, EVEN, budgets, **arguments).distinct == len(ids)
     for options in (
-        Options(prefill=jaxkv.LAQ()),
         dataclasses.replace(EVEN, speculate=jaxkv.Tree()),
         EVICTING,
     ):
