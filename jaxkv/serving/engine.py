@@ -252,24 +252,18 @@ class Engine:
     def stream(self, handle: Handle) -> Iterator[tuple[int, ...]]:
         """Yield a request's new tokens until it ends; all others go on meanwhile."""
         self._queue.check(handle)
-        shown = 0
-        while True:
-            ended, tokens = handle.result is not None, handle.tokens
-            if len(tokens) > shown:
-                yield tokens[shown:]
-                shown = len(tokens)
-            if ended:
-                return
-            requests.check_awaited(handle, idle=self.idle)
-            self.step()
+        return requests.streamed(handle, self._go_on)
 
     def wait(self, handle: Handle) -> Result:
         """Return how a request ends, after as many steps as it takes."""
         self._queue.check(handle)
         while handle.result is None:
-            requests.check_awaited(handle, idle=self.idle)
-            self.step()
+            self._go_on(handle)
         return handle.result
+
+    def _go_on(self, handle: Handle) -> None:
+        requests.check_awaited(handle, idle=self.idle)
+        self.step()
 
     def _wanted(self) -> bool:
         """Return whether there is something to be launched, or told of."""

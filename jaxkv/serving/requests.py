@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import numpy as np
@@ -153,6 +154,26 @@ def check_awaited(handle: Handle, *, idle: bool) -> None:
             f"Engine: {handle!r} was lost in a step that was broken off; submit it "
             "again."
         )
+
+
+def streamed(
+    handle: Handle, go_on: Callable[[Handle], None]
+) -> Iterator[tuple[int, ...]]:
+    """Yield a request's new tokens until it ends.
+
+    Args:
+      handle: of the request.
+      go_on: does what there is to be done next.
+    """
+    shown = 0
+    while True:
+        ended, tokens = handle.result is not None, handle.tokens
+        if len(tokens) > shown:
+            yield tokens[shown:]
+            shown = len(tokens)
+        if ended:
+            return
+        go_on(handle)
 
 
 def count(handle: Handle) -> int:

@@ -287,7 +287,7 @@ def test_what_is_broken_off_loses_no_request(monkeypatch):
 def test_what_no_engine_would_end_is_not_waited_for():
     engine, other = Engine(model(), **SMALL), Engine(model(), **SMALL)
     handle = other.submit(prompt(0))
-    for ask in (engine.wait, engine.cancel, lambda asked: list(engine.stream(asked))):
+    for ask in (engine.wait, engine.cancel, engine.stream):
         for asked, said in ((handle, "no request of this engine"), (5, "got 5")):
             with pytest.raises(ValueError, match=said):
                 ask(asked)

@@ -57,7 +57,7 @@ def methods(lm, context):
         "Engine.submit behind": (engine.submit, dict(prompt="one", context=context)),
         "Engine.cancel": (engine.cancel, {}),
         "Engine.wait": (engine.wait, {}),
-        "Engine.stream": (lambda handle: next(engine.stream(handle)), {}),
+        "Engine.stream": (engine.stream, {}),
         "Engine.warm_up": (engine.warm_up, {}),
     }
 
