@@ -33,7 +33,7 @@ def odd(number: int) -> bool:
 OddSize = Annotated[int, Predicate(odd), Ge(1)]
 
 
-def check_types(options: Any) -> None:
+def check_types(options: Any, call: str | None = None) -> None:
     """Raise ValueError for an option that is not what its annotation says.
 
     Checked are annotations of int, float, bool, str, None, Literal and `tuple[x, ...]`
@@ -46,10 +46,11 @@ def check_types(options: Any) -> None:
       options: a dataclass that can be hashed; anything else that can has no annotations
         and passes, as do classes whose annotations cannot be evaluated (their names
         imported for type checkers only).
+      call: the function that they are arguments of; None names their class.
     """
     for field, hint in _fields(options):
         value = getattr(options, field)
-        name = f"{type(options).__name__}: {field}"
+        name = f"{call or type(options).__name__}: {field}"
         if not _fits(value, hint):
             raise ValueError(f"{name} takes {words(hint)}, got {value!r}.")
         most = MOST_SEED if field == "seed" else MOST

@@ -267,4 +267,6 @@ def check_question(
 
 def _options(arguments: Mapping[str, Any]) -> Options:
     names = {field.name for field in dataclasses.fields(Options)}
-    return checks.static_options(**{n: x for n, x in arguments.items() if n in names})
+    return checks.static_options(
+        "generate", **{n: x for n, x in arguments.items() if n in names}
+    )

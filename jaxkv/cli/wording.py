@@ -35,6 +35,11 @@ _METHODS = {
     for table in (PREFILL, DECODE, SPECULATE, ACCEPT)
     for name, method in table.items()
 }
+# What messages begin with, which no command of that name was given.
+_CALLS = (
+    *("generate", "compress", r"Chat\.begin", r"Chat\.say", "Engine", "Categorical"),
+    "Greedy",
+)
 _TEXTS = {"--prompt", "--system", "--question"}  # flags whose values say something
 _VALUE = r"""(?P<value>[A-Z]\w*\(\)|'[^']*'|"[^"]*"|[\w.+-]*\w)?"""
 
@@ -94,7 +99,7 @@ def in_flags(message: str, known: Collection[str]) -> str:
       message: what a function of the library has said.
       known: names of the parameters of the command.
     """
-    message = re.sub(r"^(generate|compress|Categorical|Greedy): ", "", message)
+    message = re.sub(rf"^({'|'.join(_CALLS)}): ", "", message)
     flags = {}
     for name in ARGUMENTS:
         used = name if name in known else _ALIASES.get(name)

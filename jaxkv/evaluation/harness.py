@@ -95,7 +95,7 @@ class JaxKV(TemplateLM):
                 ("decode", decode, registry.DECODE),
             )
         }
-        options = arguments.static_options(budget=budget, **policies)
+        options = arguments.static_options("JaxKV", budget=budget, **policies)
         evicts = options.prefill != Full() or options.decode.evicts
         if evicts and budget is None and compression_ratio is None:
             raise ValueError(

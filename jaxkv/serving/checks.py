@@ -181,7 +181,7 @@ def _check_sampler(sampler: Any, options: Options, limits: Limits) -> None:
             "generate: sampler= takes Greedy() or Categorical(), whose options are "
             f"arrays to an engine; got {arguments.brief(sampler)}."
         )
-    arguments.static_options(sampler=sampler).check()
+    arguments.static_options("generate", sampler=sampler).check()
     if sampler.repetition_penalty != 1 and not limits.repetition_penalties:
         raise ValueError(
             "generate: the engine was made without repetition penalties; make it with "

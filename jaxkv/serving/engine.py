@@ -107,6 +107,7 @@ class Engine:
         """
         check_model("Engine", lm)
         options = arguments.static_options(
+            "Engine",
             prefill=prefill,
             decode=decode,
             speculate=speculate,

@@ -1,5 +1,6 @@
 """Checks of what callers hand to `jaxkv.generate`, before anything costs time."""
 
+import dataclasses
 import operator
 from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any, TypeGuard
@@ -7,7 +8,7 @@ from typing import Any, TypeGuard
 import numpy as np
 
 from jaxkv.expected import brief, check_truth
-from jaxkv.fields import MOST, MOST_SEED
+from jaxkv.fields import MOST, MOST_SEED, check_types
 from jaxkv.language_model import LanguageModel
 from jaxkv.options import Options, check_roles
 from jaxkv.policies.full import Full
@@ -58,17 +59,19 @@ def is_collection(values: Any) -> TypeGuard[Sequence[Any]]:
     return ordered and hasattr(values, "__len__") and is_iterable(values)
 
 
-def static_options(**given: Any) -> Options:
-    """Return the static options that `generate` was given, None being the default.
+def static_options(call: str, **given: Any) -> Options:
+    """Return the static options that a function was given, None being the default.
 
     Args:
+      call: the function.
       **given: fields of `Options`.
 
     Raises:
       ValueError: an option is of another kind, such as a class instead of an instance.
     """
     made = Options(**{name: x for name, x in given.items() if x is not None})
-    check_roles(made, "generate")
+    check_roles(made, call)
+    check_types(dataclasses.replace(made, budget=None), call)  # it may be one per row
     return made
 
 

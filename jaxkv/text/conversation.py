@@ -119,13 +119,14 @@ class Chat:
             check_text("Chat.begin", system=system)
         with speaking_of("Chat.begin", "message"):
             arguments.seeds(seed, 1)
+            if budget is not None:
+                budget = arguments.integer("budget", budget)
         if budget is not None:
-            budget = arguments.integer("budget", budget)
             if context is None:
                 prefill = prefill or SnapKV()
             decode = decode or LongFlow()
         options = arguments.static_options(
-            prefill=prefill, decode=decode, sampler=sampler
+            "Chat.begin", prefill=prefill, decode=decode, sampler=sampler
         )
         options = dataclasses.replace(options, budget=budget)
         options.check()
@@ -168,7 +169,8 @@ class Chat:
             left; the message says what to do.
         """
         check_text("Chat.say", text=text)
-        max_new_tokens, block = arguments.limits(max_new_tokens, block, on_tokens)
+        with speaking_of("Chat.say", "message"):
+            max_new_tokens, block = arguments.limits(max_new_tokens, block, on_tokens)
         said = (*self.messages, {"role": "user", "content": text})
         lm, tokens = self.lm, self._transcript(said)
         begun = None if tokens is None else self._read
@@ -182,7 +184,8 @@ class Chat:
         budgets = None
         if begun is None and asked is None and self.options.budget is not None:
             budgets = (self.options.budget,)
-        arguments.check_fit(lm, [tokens], max_new_tokens, self.options, budgets)
+        with speaking_of("Chat.say", "conversation"):
+            arguments.check_fit(lm, [tokens], max_new_tokens, self.options, budgets)
         stops = arguments.stop_ids(lm, None)
         with stopwatch() as lap, jax.transfer_guard("allow"):
             if asked is not None:
@@ -258,13 +261,14 @@ class Chat:
         position = int(context.lengths[0]) + len(ids)
         room = self._room(position, max_new_tokens)
         options = dataclasses.replace(self.options, budget=None)
-        return questions(
-            *(self.lm, context, [ids], None, options),
-            budget=self.options.budget,
-            compression_ratio=None,
-            max_new_tokens=max_new_tokens,
-            room=room,
-        )
+        with speaking_of("Chat.say", "message"):
+            return questions(
+                *(self.lm, context, [ids], None, options),
+                budget=self.options.budget,
+                compression_ratio=None,
+                max_new_tokens=max_new_tokens,
+                room=room,
+            )
 
     def _room(self, position, max_new_tokens):
         """Return how many slots to have for what follows a position."""

@@ -70,6 +70,7 @@ def compress(
     """
     with speaking_of("compress", "document"):
         options = arguments.static_options(
+            "generate",
             prefill=prefill,
             speculate=speculate,
             prefill_implementation=prefill_implementation,
@@ -201,18 +202,21 @@ def _check(lm: LanguageModel, found: Documents, plan: Plan) -> None:
 
 
 @contextlib.contextmanager
-def speaking_of(call: str, what: str) -> Iterator[None]:
+def speaking_of(
+    call: str, what: str, *, before: tuple[str, str] = ("generate", "prompt")
+) -> Iterator[None]:
     """Let what is said of prompts of `generate` speak of what another call takes.
 
     Args:
       call: its name.
       what: one of them.
+      before: what the call, and what it takes, are named in what is said.
     """
     try:
         yield
     except soundness.LogitsError:
         raise
     except ValueError as error:
-        said = str(error).replace("generate: ", f"{call}: ")
-        said = re.sub(r"\bprompt(?=s?\b)(?!\.)", what, said)
+        said = str(error).replace(f"{before[0]}: ", f"{call}: ")
+        said = re.sub(rf"\b{before[1]}(?=s?\b)(?!\.)", what, said)
         raise ValueError(said) from error

@@ -127,6 +127,7 @@ def generate(
     check_truth("generate", return_cache=return_cache)
     noted = arguments.alternatives(lm, logprobs, top_logprobs)
     options = arguments.static_options(
+        "generate",
         prefill=prefill,
         decode=decode,
         sampler=sampler,

@@ -77,6 +77,7 @@ def score(
       LogitsError: the network gives NaN or infinity; a ValueError, too.
     """
     options = arguments.static_options(
+        "score",
         prefill=prefill if context is not None else None,
         decode=decode,
         prefill_implementation=prefill_implementation,
@@ -92,24 +93,33 @@ def score(
     if context is None:
         spare = options.decode.spare
         options.check(None if budget is None else (budget,))
-        context = compress(
-            *(lm, () if prompts is None else prompts),
-            budget=None if budget is None else budget - spare,
-            compression_ratio=compression_ratio,
-            prefill=prefill,
-            prefill_implementation=prefill_implementation,
-        )
+        with speaking_of("score", "prompt", before=("compress", "document")):
+            context = compress(
+                *(lm, () if prompts is None else prompts),
+                budget=None if budget is None else budget - spare,
+                compression_ratio=compression_ratio,
+                prefill=prefill,
+                prefill_implementation=prefill_implementation,
+            )
     elif prompts is not None:
-        asked = questions(
-            *(lm, context, prompts, documents, options),
-            budget=budget,
-            compression_ratio=compression_ratio,
-            max_new_tokens=1,
-        )
+        with speaking_of("score", "prompt"):
+            asked = questions(
+                *(lm, context, prompts, documents, options),
+                budget=budget,
+                compression_ratio=compression_ratio,
+                max_new_tokens=1,
+            )
         context, documents = asked.read(lm), None
     else:
-        check(lm, context, options, budget, compression_ratio)
-    chosen = rows_of(context, documents, len(ids))
+        with speaking_of("score", "prompt"):
+            check(lm, context, options, budget, compression_ratio)
+    if prompts is not None and len(context) not in (1, len(ids)):
+        raise ValueError(
+            f"score: got {len(ids)} continuations for {len(context)} prompts; pass one "
+            "prompt, or one for each."
+        )
+    with speaking_of("score", "continuation"):
+        chosen = rows_of(context, documents, len(ids))
     _check_fit(lm, context, chosen, ids)
     return _weighed(lm, context, chosen, ids, options, budget)
 

@@ -178,7 +178,7 @@ def test_the_wrong_policy_within_is_named(wrapper, within, hint):
     said = f"{wrapper.__name__}: policy takes one of the prompt .* got {got}.$"
     for policy in (wrapper(policy=within), AdaKV(policy=wrapper(policy=within))):
         with pytest.raises(ValueError, match=said):
-            static_options(prefill=policy).check((64,))
+            static_options("generate", prefill=policy).check((64,))
 
 
 def test_named_settings():
