@@ -1,7 +1,8 @@
 """Time to first token of each way to cut a prompt, and the memory that it takes.
 
     python benchmarks/first_token.py OUT.json --methods "snapkv;dapq"
-    python benchmarks/farm.py jobs/first-token.jobs LOGS --gpus 0,1 --per-gpu 8
+    OUT=/tmp/compiled python benchmarks/farm.py JOBS LOGS --gpus 0,1 --per-gpu 8
+    OUT=... python benchmarks/farm.py JOBS LOGS --gpus 0,1 --per-gpu 4
 
 The prompts are windows of Python's own documentation with the wish for a summary, in
 the model's chat template. `query-aware` cuts them whole: `first_token_seconds` is
@@ -13,10 +14,12 @@ most methods. `program_bytes` is the dearest program of a call: what the compile
 of its arguments (the weights among them), its results and its temporaries.
 
 Each number is the median of `--repeats` calls behind one that compiles; `each` holds
-all of them. With `--lock` a process compiles beside others, and is timed while no other
-is. Programs are kept on disk, where `jaxkv` keeps those of its commands. The file is
-written after each method, batch size and protocol; what it holds already is not
-measured again. SIGTERM ends the process at once, and says where it stood.
+all of them. With `--lock` a process runs nothing while another is timed. It compiles
+then, and XLA, which tries kernels as it does, takes the GPU from whoever is timed: run
+JOBS (`jobs/first-token.jobs`) twice, and drop the times of the first run. Programs are
+kept on disk, where `jaxkv` keeps those of its commands, and the second tries nothing.
+The file is written after each method, batch size and protocol; what it holds already is
+not measured again. SIGTERM ends the process at once, and says where it stood.
 """
 
 import contextlib
@@ -29,6 +32,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
+import jax
 import numpy as np
 import typer
 from real_prompts import drawn_prompts
@@ -73,9 +77,13 @@ class Told:
 
 
 class Memory:
-    """What the compiler says of every program, and which ones a call has run."""
+    """What the compiler says of every program, and which ones a call has run.
 
-    def __init__(self) -> None:
+    What runs while they are found waits for `lock`, what is compiled does not.
+    """
+
+    def __init__(self, lock: Path | None) -> None:
+        self.lock = lock
         self.bytes: dict[Any, int | None] = {}
         self.ran: set[Any] = set()
 
@@ -91,7 +99,8 @@ class Memory:
                 found = program_memory(program.compile(*args, **kwargs))
                 self.bytes[key] = found["program_bytes"]
             self.ran.add(key)
-            return plain(program, *args, **kwargs)
+            with alone(self.lock):
+                return jax.block_until_ready(plain(program, *args, **kwargs))
 
         Program.__call__ = noted  # type: ignore[method-assign]
         try:
@@ -154,7 +163,6 @@ def measured(
     *,
     name: str,
     repeats: int,
-    lock: Path | None,
 ) -> dict[str, Any]:
     """Compile what a call needs, then time it, and return its part of a row."""
     told.say(f"compiling {name}")
@@ -162,7 +170,7 @@ def measured(
     row: dict[str, Any] = {"program_bytes": memory.most(call)}
     row["compile_seconds"] = time.perf_counter() - begin
     told.say(f"waiting to time {name}")
-    with alone(lock):
+    with alone(memory.lock):
         told.say(f"timing {name}")
         took = [call() for _ in range(repeats)]
     each = {key: [one[key] for one in took] for key in took[0]}
@@ -180,7 +188,7 @@ def main(
     lock: Lock = None,
 ) -> None:
     """Time prefill and the first token by method, and say what memory it takes."""
-    told, memory = Told(), Memory()
+    told, memory = Told(), Memory(lock)
     rows = json.loads(out.read_text("utf-8"))["rows"] if out.is_file() else []
     there = {(row["method"], row["batch"], row["protocol"]) for row in rows}
     wanted = [
@@ -212,7 +220,7 @@ def main(
             "prompt_tokens": max(map(len, prompts)),
         }
         title = f"{name}, {size} at once, {protocol}"
-        row |= measured(call, memory, told, name=title, repeats=repeats, lock=lock)
+        row |= measured(call, memory, told, name=title, repeats=repeats)
         rows.append(row)
         write_json(out, provenance() | {"budget": budget, "rows": rows})
         shown = {key: value for key, value in row.items() if key != "each"}
