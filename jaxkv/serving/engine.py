@@ -1,7 +1,8 @@
 """`jaxkv.Engine`: requests come and go; the rows that serve them stay what they are.
 
-    step:  wait for what was launched first   its tokens, and who has ended
-           free the rows of those, and of what was cancelled
+    step:  end what was cancelled
+           wait for what was launched first   its tokens, and who has ended
+           free the rows of those
            read waiting prompts into free rows, first come first served
            launch a block
            hand out tokens and results
@@ -220,7 +221,7 @@ class Engine:
         return self._queue.put(request, checks.prompt_tokens(request))
 
     def cancel(self, handle: Handle) -> bool:
-        """End a request; its row is free at the next step.
+        """End a request; its row is free at the next step, and no token comes there.
 
         Returns:
           Whether it had not ended yet.
@@ -238,9 +239,10 @@ class Engine:
         """
         # Prompts and tokens are the host's: these transfers are meant.
         with jax.transfer_guard("allow"):
+            events = self._release()
             more = self._flights.blocks and not self._full() and self._wanted()
-            events = self._collect() if len(self._flights) and not more else []
-            events += self._release()
+            if len(self._flights) and not more:
+                events += self._collect()
             if not self._full():
                 events += self._admit() + self._launch()
             return events

@@ -125,6 +125,7 @@ class Requests(RuleBasedStateMachine):
     def note(self, events):
         for event in events:
             assert event.handle in self.asked and event.handle not in self.ends
+            assert not (event.tokens and event.handle in self.cancelled)
             self.shown[event.handle] = (
                 *self.shown.get(event.handle, ()),
                 *event.tokens,
@@ -150,7 +151,7 @@ class Requests(RuleBasedStateMachine):
                     assert any(said in result.error for said in known)
                     assert stopped is None or known[0] in result.error
                 case reason:
-                    assert result.tokens == tokens
+                    assert result.tokens == tokens and handle not in self.cancelled
                     assert reason == ("stop" if stopped else "length")
 
 
