@@ -36,6 +36,14 @@ class Given(LAQ):
         return jnp.asarray(self.sketch, jnp.int32)
 
 
+class Again(LAQ):
+    """It sketches from what another sketch has left."""
+
+    @property
+    def sketch_policy(self):
+        return dataclasses.replace(SMALL_LAQ, n_recent=2)
+
+
 def within(policy, laq):
     """Return the policy around another one than it is around."""
     if isinstance(policy, LAQ):
@@ -101,6 +109,13 @@ def sketched(laq, config):
         ),
         pytest.param(
             SMALL_LAQ, MIXED, (19, 3, 8), id="questions", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            Again(window_size=4, kernel_size=3),
+            CONFIG,
+            None,
+            id="a sketch of a sketch",
+            marks=pytest.mark.slow,
         ),
     ],
 )
