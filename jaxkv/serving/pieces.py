@@ -17,6 +17,8 @@ class FailedError(Exception):
 class StoppedText:
     """Turns tokens into text up to the first of some strings.
 
+    It is the one that ends first; of several that end there, the longest.
+
     Attributes:
       stopped: whether one of them was found; nothing comes behind it.
     """
@@ -48,9 +50,14 @@ class StoppedText:
         self._held += text
 
     def _release(self, *, end: bool) -> str:
-        found = [at for at in map(self._held.find, self._stops) if at >= 0]
+        found = [
+            (at + len(stop), at)
+            for stop in self._stops
+            if (at := self._held.find(stop)) >= 0
+        ]
         if self.stopped or found:
-            known = "" if self.stopped else self._held[: min(found)]
+            # The one that is whole first ends the text, however many tokens came.
+            known = "" if self.stopped else self._held[: min(found)[1]]
             self.stopped, self._held = True, ""
             return known
         keep = 0 if end else max(map(self._begun, self._stops), default=0)

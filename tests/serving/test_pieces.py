@@ -29,9 +29,13 @@ def test_a_text_ends_where_the_first_stop_string_begins(tiny_lm, data):
         if text.stopped:
             break
     shown += text.finish(whole)
-    places = [whole.index(stop) for stop in stops if stop in whole]
-    assert shown == whole[: min(places, default=len(whole))]
-    assert text.stopped == bool(places)
+    ends = [
+        (whole.index(stop) + len(stop), whole.index(stop))
+        for stop in stops
+        if stop in whole
+    ]
+    assert shown == whole[: min(ends, default=(0, len(whole)))[1]]
+    assert text.stopped == bool(ends)
 
 
 def test_what_may_begin_a_stop_string_is_held_back(tiny_lm):
@@ -42,6 +46,16 @@ def test_what_may_begin_a_stop_string_is_held_back(tiny_lm):
         shown.append(text._release(end=False))
     assert shown == ["x", "", "ab", "", "a", ""]
     assert text.stopped and text.finish("whatever") == ""
+
+
+@pytest.mark.parametrize("parts", [["a b"], ["a", " ", "b"], ["a ", "b"]])
+def test_the_stop_string_that_is_whole_first_ends_a_text(tiny_lm, parts):
+    text = StoppedText(tiny_lm.tokenizer, ["a b", " "])
+    shown = ""
+    for part in parts:
+        text._write(part)
+        shown += text._release(end=False)
+    assert shown == "a" and text.stopped
 
 
 def test_an_echo_is_what_score_says_whatever_the_length():
