@@ -100,6 +100,7 @@ def in_flags(message: str, known: Collection[str]) -> str:
       known: names of the parameters of the command.
     """
     message = re.sub(rf"^({'|'.join(_CALLS)}): ", "", message)
+    message = message.replace("jaxkv.compress", "jaxkv compress")
     flags = {}
     for name in ARGUMENTS:
         used = name if name in known else _ALIASES.get(name)

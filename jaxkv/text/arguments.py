@@ -182,6 +182,8 @@ def check_fit(
     max_new_tokens: int,
     options: Options,
     budgets: Sequence[int] | None,
+    *,
+    output: str | None = None,
 ) -> None:
     """Raise ValueError where prompts, output and options do not fit the model.
 
@@ -191,6 +193,7 @@ def check_fit(
       max_new_tokens: the longest output.
       options: checked already.
       budgets: of each prompt; None keeps everything.
+      output: how messages name what comes behind; None is by `max_new_tokens`.
     """
     if lm.config.vocab_size > np.iinfo(np.int32).max:
         raise ValueError(
@@ -199,10 +202,12 @@ def check_fit(
         )
     longest = max(len(row) for row in ids)
     if longest + max_new_tokens > lm.config.max_positions:
+        which = "it" if output else "one of them"
+        output = output or f"max_new_tokens={max_new_tokens}"
         raise ValueError(
-            f"generate: a prompt of {longest} tokens and max_new_tokens="
-            f"{max_new_tokens} need {longest + max_new_tokens} positions, but "
-            f"{lm.name} was made for {lm.config.max_positions}; shorten one of them."
+            f"generate: a prompt of {longest} tokens and {output} need "
+            f"{longest + max_new_tokens} positions, but {lm.name} was made for "
+            f"{lm.config.max_positions}; shorten {which}."
         )
     if budgets is None:
         return

@@ -91,7 +91,8 @@ def compress(
         if budgets is not None:  # none of the question is kept
             both = zip(budgets, asked, strict=True)
             fit = tuple(kept + len(more) for kept, more in both)
-        arguments.check_fit(lm, rows, 1, options, fit)
+        behind = "a token behind it"
+        arguments.check_fit(lm, rows, 1, options, fit, output=behind)
     plan = planning.plan(
         *(ids, options, budgets), max_new_tokens=0, windows=lm.config.windows
     )

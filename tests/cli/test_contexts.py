@@ -104,7 +104,7 @@ def test_a_conversation_begins_with_a_document(jaxkv_, tiny, folder, monkeypatch
             ("generate", "--context", "CHAT", "--max-new-tokens", 2000),
             "document 0, whose .* positions of 2048",
         ),
-        (("chat", "--context", "CHAT", "--system", "x"), "pass it to jaxkv.compress"),
+        (("chat", "--context", "CHAT", "--system", "x"), "pass it to jaxkv compress"),
     ],
 )
 def test_bad_input_is_one_line(

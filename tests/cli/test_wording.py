@@ -48,6 +48,8 @@ SAID = {
     "accept=TopK does nothing without drafts; pass speculate= too.": (
         "--accept top-k does nothing without drafts; pass --speculate too."
     ),
+    "generate: pass prefill= to jaxkv.compress.": "pass --prefill to jaxkv compress.",
+    "Chat.say: budget=3 is too small": "--budget 3 is too small",
     "use Greedy(), or decode=Full().": "use --temperature 0, or --decode full.",
     "generate: stop_ids[0] must be whole": "--stop-id[0] must be whole",
     "--prefill: unknown 'magic'": "--prefill: unknown 'magic'",

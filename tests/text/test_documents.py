@@ -180,7 +180,11 @@ def test_nothing_of_a_question_is_kept(wide_lm):
     [
         ([], {}, "compress: got no documents"),
         (["a", ""], {}, "compress: document 1 is empty"),
-        ([[5] * 3000], {}, "compress: a document of 3000 tokens .* 2048; shorten"),
+        (
+            [[5] * 3000],
+            {},
+            "of 3000 tokens and a token behind it .*; shorten it",
+        ),
         ([[5] * 40], dict(budget=8), "keeps all of them; choose a prefill policy"),
         ([[5], [6]], dict(question=["a"] * 3), "got 3 questions for 2 documents"),
         ([[5] * 40], dict(budget=8, prefill=jaxkv.SnapKV), "takes an instance"),
