@@ -5,10 +5,12 @@
 
 `speed` measures one device and meshes of `--model` devices of the same host in the same
 run, Qwen3-8B with random weights: a decode step at each `--batch` with the full cache
-and with LongFlow, both of `--slots` slots, and a prefill of 8 x 3,000 tokens; then rows
+and with LongFlow, both of `--slots` slots, and a prefill of 8 x 3,000 tokens; and rows
 shared out over all devices (`data=4` at batch 128) against one device at a quarter of
-them. `large` measures Qwen3-32B at batch 32 and Llama-3.3-70B at batch 16 after 8,192
-tokens of context with a budget of 3,200.
+them. All devices come first, then rows, then fewer devices; each number of one device
+is measured just before the first that is compared with it, and the ratio is on the disk
+with the row. `large` measures Qwen3-32B at batch 32 and Llama-3.3-70B at batch 16 after
+8,192 tokens of context with a budget of 3,200. Of both, `--seconds` is when to stop.
 
 `floor_ms` is what one device reads, over its copy bandwidth; `sums_ms` is the measured
 time of the two sums of each layer alone, in a loop; `bound_ms` is both together. A row
@@ -20,9 +22,12 @@ the kernels of a step, by name. Try it anywhere with simulated devices:
 """
 
 import dataclasses
+import functools
 import gc
+import math
 import os
 import statistics
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -51,14 +56,16 @@ SMALL = dataclasses.replace(
 
 Out = Annotated[Path, typer.Option(help="File for the result.")]
 Profile = Annotated[bool, typer.Option("--profile", help="Add each kernel's time.")]
+Seconds = Annotated[float, typer.Option(help="Begin no row after these.")]
 Tiny = Annotated[bool, typer.Option("--tiny", help="A smoke test of the script.")]
 
 
 class Report:
     """Rows of a result, on the disk as soon as they are there."""
 
-    def __init__(self, out: Path, **header: Any):
-        self._out, self.rows = out, []
+    def __init__(self, out: Path, *, seconds: float = math.inf, **header: Any):
+        self._out, self._begin, self._seconds = out, time.perf_counter(), seconds
+        self.rows: list[dict[str, Any]] = []
         self._header = (
             provenance()
             | header
@@ -68,41 +75,39 @@ class Report:
             )
         )
 
+    @property
+    def late(self) -> bool:
+        """Whether nothing more may begin."""
+        return time.perf_counter() - self._begin > self._seconds
+
     def add(self, measure: Callable[[], dict[str, Any]], **named: Any) -> None:
         """Measure a row; where memory is short, or it fails, say so and go on."""
+        if self.late:
+            print("left out after --seconds:", named, flush=True)
+            return
         try:
             row = named | measure()
         except Exception as error:  # one row must not cost the others
             row = named | {"error": " ".join(str(error).split())[:400]}
-        self.rows.append(row)
+        row |= self._ratio(row)
+        self.rows.append(row | {"at_seconds": time.perf_counter() - self._begin})
         shown = {k: v for k, v in row.items() if not isinstance(v, dict | list | tuple)}
         print(shown, flush=True)
-        self._write()
+        write_json(self._out, self._header | {"rows": self.rows})
         gc.collect()
 
-    def compare(self) -> None:
-        """Add to each row its ratio to one device's first: of times, or of tokens/s."""
-        first = {
-            (row["what"], row.get("method"), row["what"] == "rows" or row["batch"]): row
-            for row in reversed(self.rows)
-            if (row["data"], row["model"]) == (1, 1) and "error" not in row
-        }
-        for row in self.rows:
-            shared = row["what"] == "rows"
-            one = first.get((row["what"], row.get("method"), shared or row["batch"]))
-            keys = ["tokens_per_second"] if shared else ["step_ms", "seconds"]
-            for key in keys if one and "error" not in row else ():
-                if key in row:
-                    row["ratio_to_one_device"] = row[key] / one[key]
-                    named = {
-                        k: row.get(k)
-                        for k in ("way", "what", "method", "data", "model")
-                    }
-                    print(named, row["batch"], row["ratio_to_one_device"])
-        self._write()
-
-    def _write(self) -> None:
-        write_json(self._out, self._header | {"rows": self.rows})
+    def _ratio(self, row: dict[str, Any]) -> dict[str, float]:
+        """Return the ratio to one device's first: of times, or of tokens/s."""
+        of_rows = row.get("what") == "rows"
+        same = ("what", "method") if of_rows else ("what", "method", "batch")
+        for one in self.rows:
+            alone = one.get("data") == one.get("model") == 1 and "error" not in one
+            fits = alone and all(one.get(key) == row.get(key) for key in same)
+            if fits and "error" not in row:
+                key = "seconds" if "seconds" in row else "step_ms"
+                key = "tokens_per_second" if of_rows else key
+                return {"ratio_to_one_device": row[key] / one[key]}
+        return {}
 
 
 def weights(
@@ -232,18 +237,19 @@ def speed(
     rows: Annotated[int, typer.Option(help="Batch that data= shares out.")] = 128,
     prefill: Annotated[str, typer.Option(help="Rows x tokens.")] = "8x3000",
     dtype: str = "bfloat16",
+    seconds: Seconds = math.inf,
     profile: Profile = False,
     tiny: Tiny = False,
 ) -> None:
-    """Measure one device against 2 and 4, rows in one and shared out."""
+    """Measure 4 devices against one, rows shared out over them, then 2."""
     config = SHAPES[shape]
     if tiny:
         config, batch, slots, rows = SMALL, "2", 32, 8
         prefill, dtype = "2x24", "float32"
-    copied = 2**20 if tiny else 2**31
-    bandwidth = clock.copy_bandwidth(copied)
+    bandwidth = clock.copy_bandwidth(2**20 if tiny else 2**31)
     report = Report(
         out,
+        seconds=seconds,
         benchmark="mesh speed",
         shape="tiny" if tiny else shape,
         slots=slots,
@@ -252,37 +258,37 @@ def speed(
     )
     options = methods(slots)
     read, length = map(int, prefill.split("x"))
-    timing = dict(context=slots, bandwidth=bandwidth, profile=profile)
-    for count in meshes(model):
-        network, params = weights(config, model=count, dtype=dtype)
-        named = dict(data=1, model=count)
+    timing: dict[str, Any] = dict(context=slots, bandwidth=bandwidth, profile=profile)
 
-        def prefill_of(network=network, params=params):
-            return prefill_row(network, params, rows=read, length=length, slots=slots)
-
-        for size in map(int, batch.split(",")):
-            for method, of in options.items():
-                named |= dict(batch=size, method=method)
-                work = dict(network=network, params=params, batch=size, options=of)
-                report.add(
-                    lambda work=work: step_row(**work, **timing), what="step", **named
-                )
-        report.add(prefill_of, what="prefill", data=1, model=count, batch=read)
-        del network, params, work, prefill_of
-        gc.collect()
-    shared = max(meshes(model))
-    for count in (1, shared):
-        network, params = weights(config, data=count, dtype=dtype)
-        size = rows * count // shared
-        for method, of in options.items():
-            work = dict(network=network, params=params, batch=size, options=of)
+    def measure(held, what, size, method, **where):
+        if what == "prefill":
+            row = functools.partial(prefill_row, *held, rows=size, slots=slots)
             report.add(
-                lambda work=work: step_row(**work, **timing),
-                **dict(what="rows", method=method, data=count, model=1, batch=size),
+                functools.partial(row, length=length), what=what, batch=size, **where
             )
-        del network, params, work
+        else:
+            row = functools.partial(step_row, *held, batch=size, **timing)
+            row = functools.partial(row, options=options[method])
+            report.add(row, what=what, method=method, batch=size, **where)
+
+    *fewer, most = meshes(model)
+    if not fewer:
+        raise SystemExit("mesh speed: expected two devices or more, found one")
+    split = [("step", int(size), name) for size in batch.split(",") for name in options]
+    split.append(("prefill", read, ""))
+    alone, seen = weights(config, dtype=dtype), set()
+    for data, count in ((1, most), (most, 1), *((1, n) for n in fewer[:0:-1])):
+        if report.late:
+            break
+        many = weights(config, data=data, model=count, dtype=dtype)
+        cases = split if data == 1 else [("rows", rows, name) for name in options]
+        for what, size, method in cases:
+            if (what, size, method) not in seen:
+                seen.add((what, size, method))
+                measure(alone, what, size // data, method, data=1, model=1)
+            measure(many, what, size, method, data=data, model=count)
+        del many
         gc.collect()
-    report.compare()
 
 
 @app.command()
@@ -291,28 +297,37 @@ def large(
     shapes: Annotated[str, typer.Option(help="With commas.")] = ",".join(LARGE),
     model: Annotated[int, typer.Option(help="Devices of a row.")] = 4,
     dtype: str = "bfloat16",
+    seconds: Seconds = math.inf,
     profile: Profile = False,
     tiny: Tiny = False,
 ) -> None:
     """Measure what one device cannot hold, with LongFlow."""
     bandwidth = clock.copy_bandwidth(2**20 if tiny else 2**31)
-    report = Report(
-        out, benchmark="mesh large", dtype=dtype, copy_bytes_per_second=bandwidth
-    )
+    header = dict(benchmark="mesh large", dtype=dtype, copy_bytes_per_second=bandwidth)
+    report = Report(out, seconds=seconds, **header)
     for shape in shapes.split(","):
         config, batch, context, budget = SHAPES[shape], LARGE[shape], CONTEXT, BUDGET
         if tiny:
             config, batch, context, budget = SMALL, 2, 64, 32
+        if report.late:
+            continue
         network, params = weights(config, model=model, dtype=dtype)
-        work = dict(network=network, params=params, batch=batch, context=context)
-        work |= dict(bandwidth=bandwidth, profile=profile)
-        options = Options(budget=budget, decode=LongFlow())
+        row = functools.partial(
+            step_row,
+            network,
+            params,
+            batch=batch,
+            context=context,
+            options=Options(budget=budget, decode=LongFlow()),
+            bandwidth=bandwidth,
+            profile=profile,
+        )
         report.add(
-            lambda work=work, options=options: step_row(**work, options=options),
+            row,
             **dict(what="step", shape=shape, method="longflow"),
             **dict(data=1, model=model, batch=batch, context=context, budget=budget),
         )
-        del network, params, work
+        del network, params, row
         gc.collect()
 
 

@@ -28,6 +28,7 @@ what kernels of a step take by name and grid, and how long none runs.
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import gc
 import json
 import os
@@ -171,11 +172,11 @@ def worker(
     for dtype in dtypes.split(","):
         for rows in map(int, sizes.split(",")):
             for way in ways.split(","):
+                how: dict[str, Any] = dict(way=way, rows=rows, dtype=dtype)
+                more = json.loads(told)
                 report.add(
-                    lambda way=way, rows=rows, dtype=dtype: sum_row(
-                        mesh, way, rows, dtype, turns, json.loads(told)
-                    ),
-                    **dict(way=way, rows=rows, dtype=dtype),
+                    functools.partial(sum_row, mesh, turns=turns, more=more, **how),
+                    **how,
                 )
 
 
@@ -190,7 +191,8 @@ def in_a_process(seconds: float, environment: dict[str, str], **given: Any) -> d
             try:
                 done = subprocess.run(
                     command,
-                    **dict(stdout=stream, stderr=stream),
+                    stdout=stream,
+                    stderr=stream,
                     env=os.environ | environment,
                     timeout=seconds,
                     check=False,
@@ -227,7 +229,9 @@ def sums(
     runs = [in_a_process(seconds, {}, **first, **common)]
     show(runs[-1])
     told = json.dumps({SYMMETRIC: True})
-    plans = [(environment, {}) for environment in ENVIRONMENTS[: 1 if tiny else None]]
+    plans: list[tuple[dict, dict]] = [
+        (environment, {}) for environment in ENVIRONMENTS[: 1 if tiny else None]
+    ]
     plans += [({}, dict(told=told))] if symmetric else []
     for environment, other in plans:
         limit = seconds if tiny else 12.0
@@ -331,7 +335,8 @@ def step_rows(
         return row
 
     for way in ways:
-        report.add(lambda way=way: measure(way), way=way, what="step", data=1, **named)
+        measured = functools.partial(measure, way)
+        report.add(measured, way=way, what="step", data=1, **named)
 
 
 def show_kernels(line: Any, most: int = 24) -> None:
@@ -383,7 +388,6 @@ def steps(
             gc.collect()
         del network, params
         gc.collect()
-    report.compare()
 
 
 if __name__ == "__main__":
