@@ -104,6 +104,11 @@ def drafter_of(name: str) -> jaxkv.Drafter:
     raise SystemExit(f"real_prompts: --drafts takes tree:N and lookup:N, got {name}.")
 
 
+@app.callback()  # or an app of one command takes no name
+def named() -> None:
+    """Measure eviction and drafts on long real prompts."""
+
+
 @app.command()
 def table(
     out: Out,
