@@ -55,7 +55,7 @@ def main(
     try:
         failed = run_parts(folder, command, parts, processes, running)
     except KeyboardInterrupt:
-        stop(running.values())
+        stop(list(running.values()))
         print("interrupted; the same command goes on", file=sys.stderr)
         raise SystemExit(130) from None
     for number in failed:
@@ -63,7 +63,7 @@ def main(
     done = [folder / str(i) for i in range(len(parts)) if i not in failed]
     if done:
         shutil.rmtree(out / "merged", ignore_errors=True)
-        merge = ["jaxkv", "eval", "merge", out / "merged", *done]
+        merge = ["jaxkv", "eval", "merge", str(out / "merged"), *map(str, done)]
         merged = subprocess.run(merge, check=False).returncode
         failed += [-1] if merged else []
     if failed:

@@ -183,6 +183,7 @@ def measure(peer: str, model: Any, batch: int, how: How) -> dict[str, Any]:
     row: dict[str, Any] = {"peer": peer, "batch": batch}
     begin = time.perf_counter()
     skips = torch._dynamo.utils.counters["inductor"]
+    step: Callable[[], None] | None = None
     try:
         if peer == "transformers":
             step = of_transformers(model, batch, how)

@@ -93,7 +93,7 @@ def compare(
             if repeat:  # the first round compiles and warms up
                 times.append(speed)
     medians = {name: statistics.median(times) for name, times in speeds.items()}
-    best = max(ATTENTIONS, key=medians.get)
+    best = max(ATTENTIONS, key=lambda name: medians[name])
     fastest = {name: max(times) for name, times in speeds.items()}
     return {
         "batch": batch,

@@ -64,15 +64,15 @@ def check(batch, heads, kv_heads, slots, head_dim, dtype, splits) -> dict:
     reference = functools.partial(decode_attention, implementation="reference")
     want = jax.jit(functools.partial(reference, scale=scale))(query, token, cache)
     step = functools.partial(decode_attention_triton, scale=scale, tiles=tiles)
-    step = jax.jit(step, donate_argnums=2)
+    run = jax.jit(step, donate_argnums=2)
     runs = []
     for _ in range(2):
         mine = jax.tree.map(jnp.copy, cache)
         before = [x.unsafe_buffer_pointer() for x in mine[:3]]
-        got, new = step(query, token, mine)
+        got, new = run(query, token, mine)
         in_place = before == [x.unsafe_buffer_pointer() for x in new[:3]]
         runs.append([np.asarray(x) for x in (got, *new[:3])])
-    raw = [[x.tobytes() for x in run] for run in runs]
+    raw = [[x.tobytes() for x in arrays] for arrays in runs]
     # Equal bits, NaN of free slots included: nothing but the target was written.
     same_cache = raw[0][1:] == [np.asarray(x).tobytes() for x in want[1][:3]]
     out, right = (np.asarray(x).astype(np.float32) for x in (runs[0][0], want[0]))

@@ -90,7 +90,8 @@ def main(
             for kind, found in texts.items()
         }
         every = np.concatenate(list(kinds.values()))
-        row = {"setting": setting, "options": described({"speculate": drafter})}
+        row: dict[str, Any] = {"setting": setting}
+        row |= {"options": described({"speculate": drafter})}
         row |= {"tokens_a_step": speed(every), "interval": interval(every)}
         rows.append(row | {"by_kind": {k: speed(x) for k, x in kinds.items()}})
         print(f"{setting}: {row['tokens_a_step']:.3f}", row["interval"], flush=True)

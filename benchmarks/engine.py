@@ -259,10 +259,10 @@ def main(
         },
     )
 
-    def compiled(event: str, seconds: float, **_: Any) -> None:
-        if "backend_compile" in event and seconds > 1:
+    def compiled(event: str, duration_secs: float, **_: Any) -> None:
+        if "backend_compile" in event and duration_secs > 1:
             at = time.perf_counter() - begin
-            print(f"{at:.1f} s: compiled in {seconds:.1f}", flush=True)
+            print(f"{at:.1f} s: compiled in {duration_secs:.1f}", flush=True)
 
     jax.monitoring.register_event_duration_secs_listener(compiled)
     shares = [float(share) for share in rates.split(",")]

@@ -19,9 +19,9 @@ before it is on the disk.
 """
 
 import collections
-import dataclasses
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -42,11 +42,11 @@ SHORT = 1024  # tokens; the longer of two lengths is what the longest prompt nee
 Prompts = dict[int, list[int]]  # by the number of the question
 
 
-def variants(batch: int) -> dict[str, jaxkv.Drafter | None]:
+def variants(batch: int) -> dict[str, Any]:
     """Return the drafters by name."""
     most = NODES // batch - 1
     drafts = min(15, most)
-    trees = dict(num_draft_tokens=drafts, depth=min(10, drafts))
+    trees: dict[str, Any] = dict(num_draft_tokens=drafts, depth=min(10, drafts))
     return {
         "again": None,
         "lookup": jaxkv.PromptLookup(num_draft_tokens=min(10, most)),
@@ -171,8 +171,7 @@ def main(
         begin = time.perf_counter()
         arguments = {}
         if drafter is not None:
-            drafter = dataclasses.replace(drafter, break_even=break_even)
-            arguments = {"speculate": drafter}
+            arguments = {"speculate": replace(drafter, break_even=break_even)}
         tokens, drafts, decoded = decode(
             lm, groups, batch, max_new_tokens=new, **arguments
         )

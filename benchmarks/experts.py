@@ -94,15 +94,19 @@ def run(start, x, routed, weights, *, gate, way, iterations):
     that numbers stay as large as they are. Returns the last tokens, and what the first
     layer makes of them.
     """
-    run = functools.partial(kernel.feed_forward, gate=gate, implementation=way)
+
+    def run(x, choices, weights):
+        return kernel.feed_forward(
+            *(x, choices[0], choices[1], weights), gate=gate, implementation=way
+        )
 
     def step(_, x):
         for choices, each in zip(routed, weights, strict=True):
-            x = start + run(x, *choices, each) / 4
+            x = start + run(x, choices, each) / 4
         return x
 
     x = jax.lax.fori_loop(0, iterations, step, x)
-    return x, run(x, *routed[0], weights[0])
+    return x, run(x, routed[0], weights[0])
 
 
 @functools.partial(jax.jit, static_argnames="gate")
@@ -177,6 +181,11 @@ def run_tiles(x, routed, weights, *, gate, tiles):
     return x
 
 
+def repeated(call):
+    """Make a sweep's calls."""
+    return [call() for _ in range(TURNS)]
+
+
 def sweep(tokens, hidden, experts, weights, dtype, deadline):
     """Return microseconds of each launch, by tiles; those that ship come first."""
     x, routed = inputs(tokens, hidden, experts, len(weights), dtype)
@@ -190,11 +199,11 @@ def sweep(tokens, hidden, experts, weights, dtype, deadline):
         if time.perf_counter() > deadline:
             break
         call = functools.partial(
-            *(run_tiles, x, routed, weights), gate=experts.gate, tiles=tiles
+            run_tiles, x, routed, weights, gate=experts.gate, tiles=tiles
         )
         jax.block_until_ready(call())
         kernels, _ = trace_kernels(
-            lambda call=call: [call() for _ in range(TURNS)], TURNS * len(weights)
+            functools.partial(repeated, call), TURNS * len(weights)
         )
         us = {name: round(one.us, 2) for name, one in kernels.items()}
         records.append(dict(tokens=tokens, tiles=[str(one) for one in tiles], us=us))

@@ -31,6 +31,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
+from unittest import mock
 
 import jax
 import numpy as np
@@ -102,11 +103,8 @@ class Memory:
             with alone(self.lock):
                 return jax.block_until_ready(plain(program, *args, **kwargs))
 
-        Program.__call__ = noted  # type: ignore[method-assign]
-        try:
+        with mock.patch.object(Program, "__call__", noted):
             yield
-        finally:
-            Program.__call__ = plain  # type: ignore[method-assign]
 
     def most(self, call: Callable[[], Any]) -> int | None:
         """Run a call, and return the bytes of the dearest program in it."""

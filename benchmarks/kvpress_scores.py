@@ -160,7 +160,7 @@ def write(file: Path, outputs: list[list[int]], kept: np.ndarray | None) -> None
     tokens = np.full((len(outputs), wide), -1, np.int32)
     for row, output in zip(tokens, outputs, strict=True):
         row[: len(output)] = output
-    held = {} if kept is None else {"kept": np.packbits(kept, axis=-1)}
+    held: dict[str, Any] = {} if kept is None else {"kept": np.packbits(kept, axis=-1)}
     whole = file.with_suffix(".part.npz")
     np.savez_compressed(whole, tokens=tokens, **held)
     whole.rename(file)
@@ -196,9 +196,7 @@ def ours(asked: argparse.Namespace) -> None:
             ids = [prompt["ids"] for prompt in prompts]
             how: dict[str, Any] = {}
             if method != "full":
-                budgets = [
-                    keep(method, budget, len(row)) for budget, _ in todo for row in ids
-                ]
+                budgets = [keep(method, b, len(row)) for b, _ in todo for row in ids]
                 how = dict(prefill=policies[method], budget=budgets)
             out = jaxkv.generate(
                 lm,
@@ -210,10 +208,9 @@ def ours(asked: argparse.Namespace) -> None:
             longest = max(map(len, ids))
             for number, (_, file) in enumerate(todo):
                 rows = range(number * len(ids), (number + 1) * len(ids))
-                outputs = [
-                    list(out.tokens[row][: prompt["new"]])
-                    for row, prompt in zip(rows, prompts, strict=True)
-                ]
+                of_rows = zip(out.tokens[rows.start : rows.stop], prompts, strict=True)
+                outputs = [list(row[: prompt["new"]]) for row, prompt in of_rows]
+                assert out.context is not None  # `return_cache` asks for it
                 held = [
                     marked(out.context.kept_positions(row), len(x), longest)
                     for row, x in zip(rows, ids, strict=True)
@@ -371,8 +368,8 @@ def kept_of(found: list) -> dict[str, Any]:
     )
 
 
-def main() -> None:
-    """Read the command line."""
+def parser() -> argparse.ArgumentParser:
+    """Return what reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", choices=("draw", "ours", "theirs", "compare"))
     parser.add_argument("folder", type=Path)
@@ -386,7 +383,12 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="torch's.")
     parser.add_argument("--gguf", type=Path, help="The network's file, once.")
     parser.add_argument("--out", type=Path, help="For the result.")
-    asked = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    """Do what the command line asks for."""
+    asked = parser().parse_args()
     asked.folder.mkdir(parents=True, exist_ok=True)
     do = dict(draw=draw, ours=ours, theirs=theirs, compare=compare)
     with contextlib.suppress(KeyboardInterrupt):

@@ -150,9 +150,10 @@ class Reader:
         for budget, masks in zip_.found.items() if zip_ else ():
             pairs = zip(every.whole, masks, strict=True)
             cuts["kvzip", budget] = [(*both, mask) for both, mask in pairs]
+        parts = {name: map(list, zip(*cuts[name], strict=True)) for name in self.wanted}
         return {
-            name: Cut(*map(list, zip(*cuts[name], strict=True)), whole, first, length)
-            for name in self.wanted
+            name: Cut(keys, values, masks, whole, first, length)
+            for name, (keys, values, masks) in parts.items()
         }
 
     @staticmethod

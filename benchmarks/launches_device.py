@@ -123,8 +123,8 @@ def check(config: Config, sizes: tuple[int, ...]) -> list[str]:
         _, heads = block.read_heads(
             *(turn[0], None, norm, qkv, of_heads, of_heads),
             *(jnp.cos(turn[3]), jnp.sin(turn[3])),
-            **dict(num_heads=c.num_heads, num_kv_heads=c.num_kv_heads, eps=1e-6),
-            **options,
+            **options | dict(num_heads=c.num_heads, num_kv_heads=c.num_kv_heads),
+            eps=1e-6,
         )
         _, gated = block.read_gated(turn[0], None, norm, gate_up, eps=1e-6, **options)
         sums = [
@@ -210,7 +210,7 @@ def attempt(function: Any, *arguments: Any, **options: Any) -> Any:
 
 
 def time_way(
-    config: Config, how: str, params: Any, rows: int, bandwidth: float, **options: Any
+    config: Config, how: Any, params: Any, rows: int, bandwidth: float, **options: Any
 ) -> dict[str, Any]:
     """Time one way at one batch size."""
     timing = decode_step.time_decode(

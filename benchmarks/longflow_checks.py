@@ -6,6 +6,7 @@ shares no line with the library.
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -152,15 +153,15 @@ def check(batch, heads, kv_heads, slots, head_dim, dtype, score, shared, share, 
         choose_tiles(batch, heads, kv_heads, slots, head_dim, dtype), **tiles
     )
     step = functools.partial(longflow_attention_triton, **options, tiles=tiles)
-    step = jax.jit(step, donate_argnums=2)
+    run = jax.jit(step, donate_argnums=2)
     runs = []
     for _ in range(2):
-        mine = jax.tree.map(jnp.copy, before)
-        pointers = [x.unsafe_buffer_pointer() for x in mine]
-        got = step(query, token, mine, *bounds)
+        cache_of_run = jax.tree.map(jnp.copy, before)
+        pointers = [x.unsafe_buffer_pointer() for x in jax.tree.leaves(cache_of_run)]
+        got = run(query, token, cache_of_run, *bounds)
         in_place = pointers == [x.unsafe_buffer_pointer() for x in got[1]]
         runs.append(jax.tree.map(np.asarray, got))
-    raw = [[x.tobytes() for x in (run[0], *run[1])] for run in runs]
+    raw = [[x.tobytes() for x in (out, *slots)] for out, slots in runs]
     mine, after = runs[0]
     same = raw[0][1:4] == [np.asarray(x).tobytes() for x in cache[:3]]
     same &= np.allclose(after.norms, cache.norms, rtol=1e-5, equal_nan=True)
@@ -187,12 +188,12 @@ def check(batch, heads, kv_heads, slots, head_dim, dtype, score, shared, share, 
     return record | dict(finite=bool(np.isfinite(mine).all()), repeats=raw[0] == raw[1])
 
 
-def check_sequence(shared: bool, tiles: dict, steps: int = 200) -> dict:
+def check_sequence(shared: bool, changes: dict, steps: int = 200) -> dict:
     """Compare the victims of many steps in float32, each side on a cache of its own."""
     batch, heads, kv_heads, slots, head_dim = 4, 8, 2, 100, 64
     options = dict(scale=head_dim**-0.5, score="l1", shared=shared)
     tiles = dataclasses.replace(
-        choose_tiles(batch, heads, kv_heads, slots, head_dim, "float32"), **tiles
+        choose_tiles(batch, heads, kv_heads, slots, head_dim, "float32"), **changes
     )
     zeros = jnp.zeros((batch,), jnp.int32)
     bounds = zeros, zeros + (2**31 - 1)
@@ -239,8 +240,8 @@ def check_window(batch, window, heads, kv_heads, keys, head_dim, dtype) -> dict:
     index = jnp.arange(keys)
     dead = index >= (start + count)[:, None]
     k = jnp.where(dead[..., None, None], jnp.nan, k)
-    score = functools.partial(window_scores_triton, scale=0.09, length=keys - 1)
-    score = jax.jit(functools.partial(score, count=count))
+    options: dict[str, Any] = dict(scale=0.09, length=keys - 1, count=count)
+    score = jax.jit(functools.partial(window_scores_triton, **options))
     got, again = (np.asarray(score(q, k, start)) for _ in range(2))
     clean = jnp.where(dead[..., None, None], 0, k).astype(jnp.float32)
     grouped = q.astype(jnp.float32).reshape(batch, window, kv_heads, -1, head_dim)
@@ -260,7 +261,7 @@ def run_checks():
     """Yield one record per check."""
     for case in CHECKS:
         yield check(*case)
-    for case in SEQUENCES:
-        yield check_sequence(*case)
-    for case in WINDOW_CHECKS:
-        yield check_window(*case)
+    for shared, changes in SEQUENCES:
+        yield check_sequence(shared, changes)
+    for window in WINDOW_CHECKS:
+        yield check_window(*window)

@@ -15,6 +15,8 @@ import math
 import pathlib
 import statistics
 import time
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -93,10 +95,11 @@ def with_tiles(query, token, slots, *, tiles):
 
 def time_version(layers: timing.Layers, version: str | Tiles) -> dict:
     """Time cuDNN, attention without a score, or LongFlow with these tiles."""
-    step = {
+    named: dict[Any, Callable[..., Any]] = {
         "cudnn": functools.partial(timing.cudnn, scale=SCALE),
         "attention": functools.partial(decode_attention_triton, scale=SCALE),
-    }.get(version, functools.partial(with_tiles, tiles=version))
+    }
+    step = named.get(version, functools.partial(with_tiles, tiles=version))
     found = layers.time(step, slots_first=version == "cudnn", profile=True)
     ms = 1e3 * statistics.median(found.seconds)
     shape = layers.shape

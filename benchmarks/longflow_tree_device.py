@@ -22,7 +22,8 @@ import math
 import pathlib
 import statistics
 import time
-from typing import Annotated
+from collections.abc import Callable
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +57,7 @@ DEPTH = 10
 SHAPES = [(1, 16), (1, 64), (8, 16), (8, 64)]
 DEPTHS = [4]  # of the trees with one row and 16 nodes that are timed, too
 MOST = {16: 1.35, 64: 1.7}  # times LongFlow's own step
-SWEEP = [
+SWEEP: list[dict[str, Any]] = [
     dict(chunk=256),
     dict(chunk=1024),
     dict(listed=16),
@@ -125,8 +126,10 @@ def make_inputs(
 def check(*shape) -> dict:
     """Compare one shape with XLA, and two runs with each other."""
     *sizes, dtype, score, shared = shape
-    arrays, _, _ = make_inputs(*sizes, dtype, score)
-    options = dict(n_recent=1, depth=DEPTH, scale=sizes[-1] ** -0.5, score=score)
+    arrays, _, _ = make_inputs(*shape[:-1])
+    options: dict[str, Any] = dict(
+        n_recent=1, depth=DEPTH, scale=sizes[-1] ** -0.5, score=score
+    )
     options |= dict(shared=shared)
     exact = functools.partial(longflow_tree, implementation="xla", **options)
     wide = jax.tree.map(
@@ -178,7 +181,8 @@ class Layers:
                 *(q[:, 0], token, cache, oldest, nodes.position), scale=scale
             )
             return jnp.broadcast_to(out[:, None], q.shape), cache
-        options = dict(n_recent=0, depth=self.depth, scale=scale)
+        options: dict[str, Any] = dict(n_recent=0, depth=self.depth, scale=scale)
+        run: Callable[..., Any]
         if version == "xla":
             run = functools.partial(longflow_tree, implementation="xla")
         else:
@@ -263,7 +267,7 @@ def main(
     Each shape is compiled for, some seconds; the numbers aimed at come first.
     """
     deadline = time.perf_counter() + seconds
-    report = provenance() | dict(checks=[], timings=[])
+    report: dict[str, Any] = provenance() | dict(checks=[], timings=[])
     print("shape, error, close, nodes with others' victims, few, two runs alike")
 
     def checks(shapes):

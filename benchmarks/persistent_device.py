@@ -145,8 +145,7 @@ def many_launches(config, way: str):
         rows = x.shape[0]
         x, (q, k, v) = block.read_heads(
             *(x, delta, w.norm, w.qkv, w.q_norm, w.k_norm, cos, sin),
-            **dict(num_heads=c.num_heads, num_kv_heads=c.num_kv_heads, eps=EPS),
-            **how,
+            **how | dict(num_heads=c.num_heads, num_kv_heads=c.num_kv_heads, eps=EPS),
         )
         out, slots = longflow_triton.longflow_attention_triton(
             *(q[:, 0], Token(k[:, 0], v[:, 0], position), slots, oldest, newest),
@@ -283,7 +282,7 @@ class Case:
             jax.block_until_ready(self.step())
             times.append(1e6 * (time.perf_counter() - begin) / count)
         kernels, x = trace_kernels(self.step, count)
-        said = dict(us_a_layer=round(statistics.median(times[1:]), 2))
+        said: dict[str, Any] = dict(us_a_layer=round(statistics.median(times[1:]), 2))
         said["kernels_us"] = round(sum(k.us for k in kernels.values()), 2)
         said |= dict(calls_us=[round(t, 2) for t in times])
         said |= dict(finite=bool(jnp.isfinite(x).all()), bytes=self.bytes())
@@ -354,7 +353,7 @@ def main(
             process.kill()
     report["copy"] = clock.copy_bandwidth(1 << 30)
     for shape, rows, way, pipe, process in jobs:
-        row = dict(shape=shape, batch=rows, way=way)
+        row: dict[str, Any] = dict(shape=shape, batch=rows, way=way)
         if pipe in waiting or time.perf_counter() > deadline:
             row["left_out"] = "not compiled" if pipe in waiting else "no time"
             process.kill()

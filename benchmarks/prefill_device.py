@@ -14,7 +14,7 @@ import gc
 import pathlib
 import statistics
 import time
-from typing import Annotated
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +52,7 @@ def compile_start(network, arguments, options, length, new):
     program = generation.start_jit.lower(
         network, *arguments, options=options, slots=slots, max_out=new
     ).compile()
-    analysis = program.memory_analysis()
+    analysis: Any = program.memory_analysis()
     return program, dict(
         argument_bytes=analysis.argument_size_in_bytes,
         output_bytes=analysis.output_size_in_bytes,

@@ -11,6 +11,8 @@ gates too. Calls take turns in more weights than the second-level cache holds.
 import itertools
 import pathlib
 import time
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -55,9 +57,10 @@ def make_weights(depth: int, columns: int, gated: bool) -> list[jax.Array]:
 
 def time_product(how, x, weights, gated: bool) -> tuple[float, float]:
     """Return microseconds and the largest error, relative to the largest number."""
+    multiply: Callable[..., Any]
     if how == "xla":
         multiply = project_gated if gated else project
-        options = dict(implementation="xla")
+        options: dict[str, Any] = dict(implementation="xla")
     else:
         multiply = project_gated_triton if gated else project_triton
         options = dict(tiles=how)

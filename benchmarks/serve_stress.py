@@ -122,7 +122,10 @@ class Clients:
 def resident(pid: int) -> float:
     """Return the memory of a process in MB."""
     status = Path(f"/proc/{pid}/status").read_text()
-    return int(re.search(r"VmRSS:\s+(\d+) kB", status)[1]) / 1024
+    found = re.search(r"VmRSS:\s+(\d+) kB", status)
+    if found is None:
+        raise SystemExit(f"process {pid} has ended")
+    return int(found[1]) / 1024
 
 
 async def watch(pid: int, seconds: float) -> list[float]:
@@ -167,7 +170,7 @@ def main(
             code = server.wait(120)
     third = max(memory[: len(memory) // 3])
     numbers = sorted(told.seconds)
-    result = {
+    result: dict[str, Any] = {
         "clients": clients,
         "seconds": seconds,
         "rows": rows,

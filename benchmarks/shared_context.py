@@ -59,11 +59,11 @@ def check(rows, heads, kv_heads, documents, slots, head_dim, dtype) -> dict[str,
         order = np.broadcast_to(np.arange(size), (batch, kv_heads, size))
         positions = np.where(order < count, order, -1).astype(np.int32)
         nan = jnp.asarray(np.where(positions < 0, np.nan, 0)[..., None], dtype)
-        both = (draw(batch, kv_heads, size, head_dim) + nan for _ in "kv")
-        return *both, jnp.asarray(positions)
+        keys, values = (draw(batch, kv_heads, size, head_dim) + nan for _ in "kv")
+        return keys, values, jnp.asarray(positions)
 
     owner = jnp.asarray(rng.integers(0, documents, rows), jnp.int32)
-    shared = SharedSlots(*held(documents, slots, slots), owner)
+    shared = SharedSlots._make((*held(documents, slots, slots), owner))
     own = held(rows, OWN, ASKED)
     target = jnp.asarray((own[2] >= 0).sum(-1), jnp.int32)
     query = draw(rows, heads, head_dim)
@@ -71,7 +71,7 @@ def check(rows, heads, kv_heads, documents, slots, head_dim, dtype) -> dict[str,
     new = Token(
         draw(rows, kv_heads, head_dim), draw(rows, kv_heads, head_dim), position
     )
-    held_by_rows = query, new, Slots(*own, target)
+    held_by_rows = query, new, Slots._make((*own, target, None))
 
     def run(chosen, how):
         arrays = jax.tree.map(lambda x: x[chosen], held_by_rows)

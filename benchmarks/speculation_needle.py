@@ -30,9 +30,9 @@ out is listed in the file and at the end.
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import typer
@@ -56,7 +56,7 @@ from jaxkv.options import described
 from jaxkv.provenance import provenance, write_json
 from jaxkv.text.planning import bucket
 
-FORMS = ("F1", "F2", "F3", "F4")
+FORMS: tuple[Literal["F1", "F2", "F3", "F4"], ...] = ("F1", "F2", "F3", "F4")
 TASKS = (*QUOTING, "complete-code", "niah_multiquery")
 TABLE_TASKS = ("quote", "machine")
 CODE = (("stdlib", 0.6), ("code", 0.4))
@@ -67,7 +67,7 @@ def variants(nodes: int, *, dev: bool) -> dict[str, dict[str, Any]]:
     drafts = nodes - 1
     trees: dict[str, Any] = dict(num_draft_tokens=drafts, break_even=0.35)
     aligned = jaxkv.Aligned(**trees)
-    shown = {
+    shown: dict[str, dict[str, Any]] = {
         "plain": {},
         "prompt lookup": {"speculate": jaxkv.PromptLookup(break_even=0.2)},
         "tree": {"speculate": jaxkv.Tree(**trees)},
@@ -80,7 +80,9 @@ def variants(nodes: int, *, dev: bool) -> dict[str, dict[str, Any]]:
                 "accept": jaxkv.Conditional(),
             }
         }
-    rules = {f"conditional {form}": jaxkv.Conditional(form=form) for form in FORMS}
+    rules: dict[str, Any] = {
+        f"conditional {form}": jaxkv.Conditional(form=form) for form in FORMS
+    }
     rules |= {
         "fixed threshold": jaxkv.FixedThreshold(),
         "top-k": jaxkv.TopK(),
@@ -150,7 +152,8 @@ def measure(
     """
     new = max(sample.max_new_tokens for sample in samples)
     groups = [samples[i : i + batch] for i in range(0, len(samples), batch)]
-    tokens, right, scores, stats, wall = [], [], [], [], 0.0
+    tokens: list[tuple[int, ...]] = []
+    right, scores, stats, wall = [], [], [], 0.0
     memory = Memory()
     for number, group in enumerate(groups):
         prompts = [sample.prompt for sample in group]
@@ -185,7 +188,7 @@ def measure(
         "peak_bytes_so_far": device_memory("peak_bytes_in_use"),
     }
     if stats[0].drafts:
-        result |= drafts_of([s.drafts for s in stats], decoded)
+        result |= drafts_of([s.drafts for s in stats if s.drafts], decoded)
         width = max(bucket(max(s.prompt_tokens)) for s in stats) + bucket(new)
         result["matcher_ms"] = time_matcher(
             arguments["speculate"], batch=batch, width=width, repeats=3
@@ -281,7 +284,8 @@ def measured(
       chosen: arguments of `jaxkv.generate` by name.
       late: whether no other variant may begin.
     """
-    tokens, plain = {}, None
+    tokens: dict[str, list[tuple[int, ...]]] = {}
+    plain = None
     for name, arguments in chosen.items():
         row = {"task": task, "batch": batch, "variant": name}
         if late():
@@ -349,7 +353,7 @@ def main(
     if table:
         settings = {name: described(policies) for name, policies in evict.items()}
         report |= {"budget": budget, "evictions": settings}
-    names = TABLE_TASKS if table else TASKS
+    names: Sequence[str] = TABLE_TASKS if table else TASKS
     names = tasks.split(",") if tasks else names
     rows, left_out = [], []
 

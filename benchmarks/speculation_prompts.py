@@ -224,7 +224,7 @@ def measure(
         found = [right(*pair) for pair in zip(texts, answers, strict=True)]
         result |= {"right": float(np.mean(found)), "right_half": half_width(found)}
     if stats[0].drafts:
-        result |= drafts_of([s.drafts for s in stats], decoded)
+        result |= drafts_of([s.drafts for s in stats if s.drafts], decoded)
     if plain is not None:
         result |= differences(plain, tokens)
         result["rouge_l"] = float(np.mean(list(map(rouge_l, plain, tokens))))

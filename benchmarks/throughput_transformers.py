@@ -175,7 +175,7 @@ def main(
         wanted = throughput.automatic_batches(most_rows(config, work, dtype))
     else:
         wanted = batches_of(batches, "--batches")
-    result = {"benchmark": BENCHMARK, "model": shape, "dtype": dtype}
+    result: dict[str, Any] = {"benchmark": BENCHMARK, "model": shape, "dtype": dtype}
     result |= {**vars(work), "attention": attention, "cache": "DynamicCache"}
     result |= {**provenance(), "rows": []}
     if device == "cuda":

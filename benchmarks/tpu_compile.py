@@ -136,7 +136,7 @@ def kernels(
     sizes = dict(B=batch, N=HEADS, K=KV_HEADS, H=HEAD_DIM, S=slots, W=window)
     for name, topology in topologies.items():
         mesh = sharding.make_mesh(model=model, devices=devices(topology)[:model])
-        query, token, slots, bound = decode_inputs(mesh, sizes)
+        query, token, cache, bound = decode_inputs(mesh, sizes)
         prompt = dict(sizes, T=length, B=1)
         rows = [abstract(mesh, f"B T {heads} H", prompt) for heads in ("N", "K", "K")]
         queries = abstract(mesh, "B W N H", prompt)
@@ -148,13 +148,13 @@ def kernels(
             (
                 "decode_attention",
                 run(decode_attention, scale=SCALE, implementation="pallas_tpu"),
-                [query, token, slots._replace(norms=None), *sink],
+                [query, token, cache._replace(norms=None), *sink],
                 in_place,
             ),
             (
                 "longflow_attention",
                 run(longflow_attention, scale=SCALE, implementation="pallas_tpu"),
-                [query, token, slots, bound, bound, *sink],
+                [query, token, cache, bound, bound, *sink],
                 in_place,
             ),
             (

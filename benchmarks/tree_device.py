@@ -17,7 +17,7 @@ import math
 import pathlib
 import statistics
 import time
-from typing import Annotated
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -55,7 +55,9 @@ DEPTH = 10
 
 # batch, nodes; 32 heads, 8 KV heads, 3200 slots, head size 128, bfloat16
 SHAPES = [(1, 16), (1, 64), (4, 16), (4, 64), (16, 16), (16, 64)]
-SWEEP = {  # by nodes, changes of the shipped tiles; splits for one row are divided
+SWEEP: dict[
+    int, list[dict[str, Any]]
+] = {  # by nodes, changes of the shipped tiles; splits for one row are divided
     16: [
         dict(apart=False),
         dict(block=64),
@@ -187,8 +189,8 @@ class Layers:
             out, cache = decode_attention_triton(q[:, 0], token, cache, scale=0.088)
             return jnp.broadcast_to(out[:, None], q.shape), cache
         if version in ("write", "write xla"):
-            how = "triton" if version == "write" else "xla"
-            return q, write_path(new, cache, path, upcoming, count, implementation=how)
+            how: Any = dict(implementation="triton" if version == "write" else "xla")
+            return q, write_path(new, cache, path, upcoming, count, **how)
         args = q, new, cache, upcoming, depths, ancestors
         if version == "xla":
             return tree_attention(*args, scale=0.088, implementation="xla"), cache
@@ -255,7 +257,7 @@ def main(
 ) -> None:
     """Check, time what is shipped beside XLA and plain decoding, then sweep."""
     deadline = time.perf_counter() + seconds
-    report = provenance() | dict(checks=[], timings=[])
+    report: dict[str, Any] = provenance() | dict(checks=[], timings=[])
     for shape in CHECKS:
         attempt(report, "checks", out, functools.partial(check, *shape), shape=shape)
 

@@ -13,6 +13,7 @@ import functools
 import pathlib
 import statistics
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -57,7 +58,7 @@ TIMINGS = [
 
 def weighing(kind: str, heads: int, dtype="bfloat16") -> dict:
     """Return sink and cap of a kind, as operations take them."""
-    found = {}
+    found: dict[str, Any] = {}
     if "sink" in kind or "both" in kind:
         drawn = 3 * np.random.default_rng(heads).standard_normal(heads)
         found["sink"] = jnp.asarray(drawn, dtype)
@@ -122,7 +123,7 @@ def check_step(operation, arrays, kind, cap, **options) -> dict:
     record |= dict(dtype=query.dtype.name, error=error)
     record |= dict(close=error <= TOLERANCE[query.dtype.name], in_place=in_place)
     record |= dict(same=same_bits(after[:3], wanted[:3]), repeats=same_bits(*runs))
-    if kind == "sink":
+    if kind == "sink" and sink is not None:
         nothing = jnp.full_like(sink, -1e30)
         alone = [
             jax.jit(step)(query, token, slots, *bounds, x) for x in (None, nothing)
@@ -192,7 +193,7 @@ def steps_of(operation, version, heads, scale):
     implementation = "xla" if version.startswith("xla") else "triton"
 
     def step(query, token, slots):
-        bounds = ()
+        bounds: tuple[jax.Array, ...] = ()
         if operation is longflow_attention:
             bounds = jnp.zeros_like(token.position), token.position
         return operation(
