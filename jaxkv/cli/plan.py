@@ -30,7 +30,8 @@ def plan(
         ),
     ],
     devices: Annotated[
-        str, typer.Option(help="Such as h100x4, h200 or v5e:4x4; none is needed.")
+        str,
+        typer.Option(help="Such as h100x4, h200 or v5e:4x4; you need not have them."),
     ],
     batch: Annotated[int, typer.Option(min=1, help="Rows.")] = 8,
     context: Annotated[
