@@ -116,17 +116,16 @@ def load_context(folder: str | os.PathLike[str], lm: LanguageModel) -> Context:
         with checkpointer() as orbax:
             arrays = orbax.restore(folder / _ARRAYS, wanted)
         found = of_arrays(arrays)
-        # What was saved before there were windows has none.
-        windows = marker.get("windows") or [None] * len(arrays["cache"])
         context = Context(
             cache=tuple(
                 KVState(**layer, window=window)
-                for layer, window in zip(arrays["cache"], windows, strict=True)
+                for layer, window in zip(
+                    arrays["cache"], lm.config.windows, strict=True
+                )
             ),
             **{name: arrays.get(name) for name in _REST},
             identity=identity,
-            policy=marker["policy"],
-            chat=marker["chat"],
+            **_said(marker, lm.config.windows),
         )
     # Orbax and TensorStore raise several unrelated classes for damaged files.
     except Exception as error:
@@ -137,6 +136,27 @@ def load_context(folder: str | os.PathLike[str], lm: LanguageModel) -> Context:
             f"{damaged}: its arrays are not those that were saved; compress again."
         )
     return context
+
+
+def _said(marker: dict[str, Any], windows: tuple[int | None, ...]) -> dict[str, Any]:
+    """Return the policy and the chat of a context, which no digest covers.
+
+    Raises:
+      TypeError: one of them is of another kind.
+      ValueError: its layers have other windows than the model's.
+    """
+    policy, chat = marker["policy"], marker["chat"]
+    if type(policy) is not str or type(chat) is not bool:
+        raise TypeError(
+            f"policy must be a text and chat true or false, found {policy!r}, {chat!r}"
+        )
+    # What was saved before there were windows names none.
+    found = marker.get("windows") or [None] * len(windows)
+    if repr(found) != repr(list(windows)):
+        raise ValueError(
+            f"its layers have windows {found}, those of the model {list(windows)}"
+        )
+    return {"policy": policy, "chat": chat}
 
 
 def _read_marker(folder: Path) -> tuple[Identity, dict[str, Any]]:
