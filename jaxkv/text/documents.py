@@ -171,7 +171,8 @@ def _asked(
     """Return the question behind each document, as token ids."""
     if question is None:
         return [()] * rows
-    found = encode_questions(lm, question, chat=chat)
+    with speaking_of("generate", "question"):
+        found = encode_questions(lm, question, chat=chat)
     if len(found) not in (1, rows):
         raise ValueError(
             f"generate: got {len(found)} questions for {rows} prompts; pass one, or "

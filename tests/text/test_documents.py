@@ -186,6 +186,7 @@ def test_nothing_of_a_question_is_kept(wide_lm):
             "of 3000 tokens and a token behind it .*; shorten it",
         ),
         ([[5] * 40], dict(budget=8), "keeps all of them; choose a prefill policy"),
+        ([[5], [6]], dict(question=["a", ""]), "compress: question 1 is empty"),
         ([[5], [6]], dict(question=["a"] * 3), "got 3 questions for 2 documents"),
         ([[5] * 40], dict(budget=8, prefill=jaxkv.SnapKV), "takes an instance"),
         ([[5] * 40], dict(budget=8, prefill=Broken()), "Broken scores .* document 0"),
