@@ -23,6 +23,7 @@ from jaxkv.attention import (
 from jaxkv.expected import brief, check_array
 from jaxkv.inputs import (
     check_prompts,
+    check_sketch,
     check_static,
     empty_for,
     read_inputs,
@@ -188,6 +189,7 @@ def _read_and_sketch(network, params, tokens, lengths, options, slots, keep, hel
 
     def sketch(other, steps):
         nonlocal found
+        check_sketch(policy, other, steps)
         how = dataclasses.replace(
             options, budget=options.prompt_budget, prefill=other, decode=Full()
         )

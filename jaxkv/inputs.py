@@ -82,6 +82,23 @@ def _no_sketch(policy: PrefillPolicy) -> Sketch:
     return sketch
 
 
+def check_sketch(policy: PrefillPolicy, other: Any, steps: Any) -> None:
+    """Raise ValueError where a policy asks for a sketch that cannot be made.
+
+    Args:
+      policy: that asks.
+      other: what it wants the prompt to be evicted by.
+      steps: how many tokens.
+    """
+    lacks = isinstance(other, type) or contract.missing(other, PrefillPolicy)
+    if lacks or not _sizes((steps,)):
+        raise ValueError(
+            f"{type(policy).__name__}.pseudo_tokens: sketch takes a policy of the "
+            "prompt and a number of tokens, at least 1, as in sketch(SnapKV(), 32), "
+            f"got {brief(other)} and {brief(steps)}."
+        )
+
+
 def empty_for(
     network, params, candidates, options, slots, keep
 ) -> tuple[EmptyLayer, ...]:
@@ -130,5 +147,5 @@ def check_static(call: str, network: Any, params: Any, options: Any) -> None:
 
 
 def _sizes(numbers: tuple[Any, ...]) -> bool:
-    """Return whether all of these are numbers of slots."""
+    """Return whether all of these are numbers of at least 1."""
     return all(isinstance(x, int) and x >= 1 for x in numbers)

@@ -14,7 +14,7 @@ import pytest
 from small_policies import PREFILL
 from tiny import CONFIG, params, prompts
 
-from jaxkv import LAQ, AdaKV, Options, SnapKV, forward, generation
+from jaxkv import LAQ, AdaKV, LongFlow, Options, SnapKV, forward, generation
 from jaxkv.laws.lawbook import CLOSE, assert_same_tokens_are_held
 from jaxkv.laws.network import MIXED
 from jaxkv.laws.programs import LENGTHS, NEW, PROMPT, SMALL
@@ -230,9 +230,28 @@ class Hidden(LAQ):
     sketches = False
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Asking(LAQ):
+    """It sketches with what it is told to."""
+
+    other: object
+    steps: object = 4
+
+    def pseudo_tokens(self, tokens, lengths, *, vocab_size, sketch):
+        return sketch(self.other, self.steps)
+
+
 @pytest.mark.parametrize(
     ("policy", "message"),
     [
+        (
+            Asking(other=SnapKV),
+            r"Asking.pseudo_tokens: sketch takes a policy .*, got .*SnapKV'",
+        ),
+        (Asking(other=LongFlow()), "as in sketch.*, got LongFlow.* and 4"),
+        (Asking(other=None), "got None and 4"),
+        (Asking(other=SnapKV(), steps=0), "at least 1, .* and 0"),
+        (Asking(other=SnapKV(), steps=2.5), "at least 1, .* and 2.5"),
         (Silent(), "Silent.pseudo_tokens must ask for a sketch where its"),
         (Hidden(), "Hidden.pseudo_tokens asks for a sketch, but its sketches is"),
     ],
