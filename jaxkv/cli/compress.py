@@ -28,7 +28,21 @@ class Cut:
             "or a share of them, such as 10%; default: all."
         ),
     ] = None
-    prefill: flags.Prefill = "full"
+    prefill: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Eviction of the document: {', '.join(registry.PREFILL)}; options "
+            "follow, as in streaming-llm:n_sink=2. One of your own is "
+            "my_module:MyPolicy. Default: kvzip, or dapq with --question; full without "
+            "--budget."
+        ),
+    ] = None
+    question: Annotated[
+        str | None,
+        typer.Option(
+            help="What the choice of tokens should serve; nothing of it is kept."
+        ),
+    ] = None
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -37,7 +51,13 @@ class Cut:
         Raises:
           ValueError: unknown names or options, or nothing says how much to evict.
         """
-        policy = registry.parse(self.prefill, registry.PREFILL, flag="--prefill")
+        return self._kept | {"question": self.question}
+
+    @property
+    def _kept(self) -> dict[str, Any]:
+        usual = "kvzip" if self.question is None else "dapq"
+        name = self.prefill or ("full" if self.budget is None else usual)
+        policy = registry.parse(name, registry.PREFILL, flag="--prefill")
         if self.budget is None:
             if policy != Full():
                 raise ValueError(f"--prefill {self.prefill} evicts and needs --budget.")
@@ -75,12 +95,6 @@ def compress(
         ),
     ] = None,
     cut: Cut,
-    question: Annotated[
-        str | None,
-        typer.Option(
-            help="What the choice of tokens should serve; nothing of it is kept."
-        ),
-    ] = None,
     chat: Annotated[
         bool,
         typer.Option(
@@ -117,7 +131,6 @@ def compress(
         part = compress_documents(
             lm,
             documents[first : first + batch_size],
-            question=question,
             chat=chat,
             system=system,
             speculate=drafter,

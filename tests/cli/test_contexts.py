@@ -49,6 +49,17 @@ def test_a_document_is_compressed_and_asked(jaxkv_, tiny, files):
     assert "3 of" in repr(jaxkv.load_context(out, lm))
 
 
+def test_a_budget_alone_takes_what_fits_the_protocol(jaxkv_, tiny, files):
+    command = ("compress", tiny, "--prompt-file", files / "doc.txt", "--overwrite")
+    cut = (files / "alone", "--budget", "10%")
+    said = jaxkv_(*command, *cut)[2]
+    assert "10 of 102 tokens kept by KVzip(" in said
+    said = jaxkv_(*command, *cut, "--question", QUESTION)[2]
+    assert "10 of 102 tokens kept by DapQ(" in said
+    said = jaxkv_(*command, files / "alone")[2]
+    assert "102 of 102 tokens kept by Full()" in said
+
+
 def test_a_conversation_begins_with_a_document(jaxkv_, tiny, folder, monkeypatch):
     lm = jaxkv.load(tiny)
     chat = jaxkv.Chat.begin(lm, context=jaxkv.load_context(folder, lm))
