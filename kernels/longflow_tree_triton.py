@@ -363,13 +363,16 @@ def path_constants(
     # Of what is compared or summed along a path, so much fits into the registers.
     shares = 4096 if head_dim <= 128 else 1024
     ranks = min(steps, shares // (steps * heads), 16384 // (steps * listed))
+    # The search is rare. A path of 64 leaves registers for 8 slots of it at a time.
+    searched, least = (1024, 16) if steps < 64 else (512, 8)
+    searched = min(searched // max(heads, steps), next_power_of_2(keys.shape[2]))
     return constants | dict(
         HEAD_DIM=head_dim,
         LISTED=listed,
         LISTED_PAD=next_power_of_2(listed),
         RANKS=1 << max(0, ranks.bit_length() - 1),
         SOME=4,
-        SEARCH=max(16, min(1024 // max(heads, steps), next_power_of_2(keys.shape[2]))),
+        SEARCH=max(least, searched),
         SHARED=tiles.heads,
         TARGETS_PAD=next_power_of_2(constants["TARGETS"]),
         GROUP_PAD=next_power_of_2(constants["GROUP"]),
