@@ -100,7 +100,7 @@ class Report:
         """Return the ratio to one device's first: of times, or of tokens/s."""
         of_rows = row.get("what") == "rows"
         same = ("what", "method") if of_rows else ("what", "method", "batch")
-        for one in self.rows:
+        for one in (*self.rows, row):
             alone = one.get("data") == one.get("model") == 1 and "error" not in one
             fits = alone and all(one.get(key) == row.get(key) for key in same)
             if fits and "error" not in row:
