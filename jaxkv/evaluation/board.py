@@ -23,7 +23,7 @@ from jaxkv.evaluation.coverage import coverage
 from jaxkv.evaluation.folder import read, read_config, safe_name, write_yaml
 from jaxkv.evaluation.methods import FULL
 from jaxkv.evaluation.metrics import groups
-from jaxkv.evaluation.rows import typed
+from jaxkv.evaluation.rows import typed, was_cut
 from jaxkv.evaluation.tables import unfinished
 from jaxkv.provenance import write_json, write_whole
 from jaxkv.tasks import score_all
@@ -68,10 +68,13 @@ def export(
             f"{folder} is of a file, which does not say the length that the board "
             "calls its samples; pass --length, such as 4096."
         )
-    if cut := config.get("characters"):
+    cut = config.get("characters") or 0
+    if any(
+        was_cut(row[name], cut) for row in rows for name in ("outputs", "prediction")
+    ):
         raise ValueError(
-            f"{folder} holds {cut} characters of each output, but the board scores "
-            "them whole; run without --characters."
+            f"{folder} holds outputs that were cut at {cut} characters, but the board "
+            "scores them whole; run with --characters 0."
         )
     made = []
     policies = {one["name"]: one for one in config["methods"]}

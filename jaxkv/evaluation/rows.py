@@ -224,3 +224,15 @@ def typed(row: Text) -> dict[str, Any]:
     if not math.isfinite(numbers["depth"] or 0):
         raise ValueError(f"depths are from 0 to 1, got {row['depth']}")
     return dict(row) | numbers
+
+
+def cut(text: str, characters: int) -> str:
+    """Return a text of so many characters at most; 0 leaves it whole."""
+    if characters == 0 or len(text) <= characters:
+        return text
+    return text[: characters - 1] + "…"
+
+
+def was_cut(text: str, characters: int) -> bool:
+    """Return whether `cut` has, or may have, made this of a longer text."""
+    return 0 < characters == len(text) and text.endswith("…")

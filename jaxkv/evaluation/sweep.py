@@ -15,6 +15,7 @@ import jax
 
 from jaxkv.evaluation.plan import Row, Unit
 from jaxkv.evaluation.questions import Match, judge
+from jaxkv.evaluation.rows import cut
 from jaxkv.language_model import LanguageModel
 from jaxkv.soundness import LogitsError
 from jaxkv.text.completion import Completion, Stats
@@ -191,8 +192,8 @@ def _run_batch(
                 "output_tokens": out.lengths[number],
                 "truncated": int(out.finish_reason[number] == "length"),
                 "cache_bytes": out.stats.cache_bytes // len(rows),
-                "outputs": _cut(json.dumps(question.sample.outputs), characters),
-                "prediction": _cut(text, characters),
+                "outputs": cut(json.dumps(question.sample.outputs), characters),
+                "prediction": cut(text, characters),
             }
         )
     return Batch(
@@ -275,9 +276,3 @@ def _named(rows: Sequence[Row]) -> str:
         for (task, length), some in asked.items()
     ]
     return f"{', '.join(at)}, {', '.join(questions)}"
-
-
-def _cut(text: str, characters: int) -> str:
-    if characters == 0 or len(text) <= characters:
-        return text
-    return text[: characters - 1] + "…"

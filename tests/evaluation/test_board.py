@@ -8,7 +8,7 @@ import yaml
 
 from jaxkv.evaluation.board import export
 from jaxkv.evaluation.folder import write_yaml
-from jaxkv.evaluation.rows import to_text
+from jaxkv.evaluation.rows import cut, to_text
 
 METHODS = [
     {"name": "full", "prefill": {"name": "Full"}, "decode": {"name": "Full"}},
@@ -48,8 +48,8 @@ def results(
             **{"task": task, "length": 4096, "depth": "", "index": index},
             **{"score": 0.5 * index, "exact": 0, "prompt_tokens": 4000},
             **{"output_tokens": 3, "truncated": 0, "cache_bytes": 10},
-            **{"outputs": json.dumps(["7A", "8"])},
-            **{"prediction": f"it is\n{'67'[index]}\na "},
+            **{"outputs": cut(json.dumps(["7A", "8"]), characters)},
+            **{"prediction": cut(f"it is\n{'67'[index]}\na ", characters)},
         }
         for method, budget, tokens in points
         for task in tasks
@@ -112,7 +112,8 @@ def test_the_protocol_is_in_the_name(tmp_path):
         (dict(rows=1), "is unfinished: 6 of 12 rows; run it to its end first"),
         (dict(kind="niah"), "is of the kind 'niah'; the board takes RULER's"),
         (dict(kind="file"), "pass --length, such as 4096"),
-        (dict(characters=4), "holds 4 characters of each output, but the board"),
+        (dict(characters=10), "outputs that were cut at 10 .* with --characters 0"),
+        (dict(characters=9), "outputs that were cut at 9 .* with --characters 0"),
         (dict(aware=False), "the budget 64 is a number of tokens, but the board"),
     ],
 )
@@ -120,6 +121,24 @@ def test_what_the_board_does_not_take(tmp_path, options, message):
     folder = results(tmp_path / "run", **options)
     with pytest.raises(ValueError, match=message):
         export(folder, tmp_path / "board")
+
+
+def test_what_was_short_enough_is_whole(tmp_path):
+    # `jaxkv eval` keeps 2,000 characters of an output, if nobody says otherwise.
+    whole = export(results(tmp_path / "whole"), tmp_path / "a")
+    for characters in (12, 2000):
+        folder = results(tmp_path / f"run{characters}", characters=characters)
+        out = tmp_path / f"board{characters}"
+        same = export(folder, out)
+        assert [place.name for place in same] == [place.name for place in whole]
+        for one, two in zip(whole, same, strict=True):
+            name = "predictions.csv"
+            assert (one / name).read_bytes() == (two / name).read_bytes()
+    folder = results(tmp_path / "said", characters=11)  # what was wanted has 11
+    file = folder / "predictions.csv"
+    file.write_text(file.read_text().replace("a ", "a …"))
+    with pytest.raises(ValueError, match="outputs that were cut at 11"):
+        export(folder, tmp_path / "c")
 
 
 def test_there_is_one_form(tmp_path, jaxkv_):
