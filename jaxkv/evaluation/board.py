@@ -49,9 +49,9 @@ def export(
       The folders.
 
     Raises:
-      ValueError: the results are not complete, of another kind than the board's, of
-        budgets that no ratio says, or without the ends of outputs, which its scorer
-        would miss.
+      ValueError: the results are not complete, of another kind than the
+        board's, of budgets that no ratio says, or without the ends of outputs, which
+        its scorer would miss; or two of them have one name on the board.
     """
     config = read_config(folder)
     rows = [typed(row) for row in read(folder).rows]
@@ -76,7 +76,12 @@ def export(
             f"{folder} holds outputs that were cut at {cut} characters, but the board "
             "scores them whole; run with --characters 0."
         )
-    made = []
+    if missing := sorted({"query_aware", "chat", "system"} - set(config)):
+        raise ValueError(
+            f"{folder}: config.yaml lacks {', '.join(missing)}; run it with this "
+            "version of jaxkv."
+        )
+    planned: dict[Path, Any] = {}
     policies = {one["name"]: one for one in config["methods"]}
     points = groups(rows, ("method", "budget", "length"))
     for (method, budget, tokens), some in points.items():
@@ -93,15 +98,21 @@ def export(
             "press_init_command": f"jaxkv {__version__}: {method}",
             "seed": config["seed"],
         }
-        place = out / _name(named)
+        own = {name: config[name] for name in ("dtype", "seed", "chat", "system")}
+        own |= {"version": __version__, "method": policies[method], "budget": budget}
+        place, said = out / _name(named), f"{method} at {budget} of {tokens} tokens"
+        if place in planned:
+            raise ValueError(
+                f"{planned[place][0]} and {said} are both {place.name} on the board; "
+                "run them apart, and export each to a folder of its own."
+            )
+        planned[place] = said, some, ratios, named, own
+    for place, (_, some, ratios, named, own) in planned.items():
         write_whole(place / "predictions.csv", _predictions(some, ratios))
         write_json(place / "metrics.json", _metrics(some))
         write_yaml(place / "config.yaml", named)
-        own = {name: config[name] for name in ("dtype", "seed", "chat", "system")}
-        own |= {"version": __version__, "method": policies[method], "budget": budget}
         write_yaml(place / "jaxkv.yaml", own)
-        made.append(place)
-    return made
+    return list(planned)
 
 
 def _press(method: str) -> str:

@@ -141,6 +141,24 @@ def test_what_was_short_enough_is_whole(tmp_path):
         export(folder, tmp_path / "c")
 
 
+def test_results_of_one_name_overwrite_nothing(tmp_path):
+    folder = results(tmp_path / "run", budgets=("12%", "12.5%"), aware=False)
+    with pytest.raises(
+        ValueError, match=r"at 12% .* and .* at 12.5% .* are both ruler"
+    ):
+        export(folder, tmp_path / "board")
+    assert not (tmp_path / "board").exists()
+
+
+def test_the_board_needs_to_know_the_protocol(tmp_path):
+    folder = results(tmp_path / "run")
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    del config["query_aware"], config["chat"]
+    write_yaml(folder / "config.yaml", config)
+    with pytest.raises(ValueError, match=r"config.yaml lacks chat, query_aware; run"):
+        export(folder, tmp_path / "board")
+
+
 def test_there_is_one_form(tmp_path, jaxkv_):
     said = jaxkv_.error("eval", "export", tmp_path, tmp_path / "board")
     assert "knows one form; add --board" in said
