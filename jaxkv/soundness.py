@@ -22,24 +22,32 @@ class LogitsError(ValueError):
     Attributes:
       tokens: how many tokens of its output each broken row has, by its index.
       cause: what they come from, and what would help.
+      row: the function that was called, and what a row is to it.
     """
 
-    def __init__(self, tokens: Mapping[int, int], cause: str):
+    def __init__(
+        self,
+        tokens: Mapping[int, int],
+        cause: str,
+        *,
+        row: str = "generate: prompt",
+    ):
         self.tokens = dict(tokens)
-        self.cause = cause
-        rows = [f"prompt {row}" for row in self.tokens]
+        self.cause, self.row = cause, row
+        call, _, what = row.partition(": ")
+        rows = [f"{what} {number}" for number in self.tokens]
         few = ", ".join(rows[:3]) + (f" and {len(rows) - 3} more" * (len(rows) > 3))
         first = min(self.tokens.values())
         where = f" and {first} tokens of its output" if first else ""
         super().__init__(
-            f"generate: the logits behind {few}{where} are NaN or infinite, so that no "
+            f"{call}: the logits behind {few}{where} are NaN or infinite, so that no "
             f"token can be chosen; {cause}"
         )
 
     def of_prompts(self, numbers: Sequence[int]) -> "LogitsError":
         """Return the error of a batch whose rows are the prompts of these numbers."""
         tokens = {numbers[row]: count for row, count in self.tokens.items()}
-        return LogitsError(tokens, self.cause)
+        return LogitsError(tokens, self.cause, row=self.row)
 
 
 def check(generation: Generation[Any], params: Any, options: Options) -> None:

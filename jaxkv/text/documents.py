@@ -196,7 +196,8 @@ def _check(lm: LanguageModel, found: Documents, plan: Plan) -> None:
     )
     if not finite.all():
         broken = dict.fromkeys(np.flatnonzero(~finite).tolist(), 0)
-        raise soundness.LogitsError(broken, soundness.cause(lm.params))
+        why = soundness.cause(lm.params)
+        raise soundness.LogitsError(broken, why, row="compress: document")
     with speaking_of("compress", "document"):
         for layer, row in np.argwhere(spoilt.any(1)):
             is_nan, exceeds = spoilt[layer, :, row].tolist()
@@ -216,8 +217,11 @@ def speaking_of(
     """
     try:
         yield
-    except soundness.LogitsError:
-        raise
+    except soundness.LogitsError as error:
+        if error.row != f"{before[0]}: {before[1]}":
+            raise
+        own = soundness.LogitsError(error.tokens, error.cause, row=f"{call}: {what}")
+        raise own from error
     except ValueError as error:
         said = str(error).replace(f"{before[0]}: ", f"{call}: ")
         said = re.sub(rf"\b{before[1]}(?=s?\b)(?!\.)", what, said)

@@ -156,7 +156,8 @@ def _weighed(
         if not np.isfinite(row[first])
     }
     if broken:
-        raise soundness.LogitsError(broken, soundness.cause(lm.params))
+        why = soundness.cause(lm.params)
+        raise soundness.LogitsError(broken, why, row="score: prompt")
     best = zip(found.likeliest, counts, strict=True)
     return Scores(
         tokens=tuple(tuple(map(int, row)) for row in ids),

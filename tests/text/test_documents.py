@@ -216,5 +216,8 @@ def test_a_context_of_another_model_is_refused(wide_lm, context):
     with pytest.raises(ValueError, match="whose tokenizer is not that of"):
         ask(bare, context)
     broken = jax.tree.map(lambda x: x * np.float32(np.nan), params)
-    with pytest.raises(jaxkv.LogitsError, match="logits behind prompt 0"):
-        jaxkv.compress(dataclasses.replace(wide_lm, params=broken), [[5, 6]])
+    bad = dataclasses.replace(wide_lm, params=broken)
+    with pytest.raises(jaxkv.LogitsError, match=r"compress: .* document 0"):
+        jaxkv.compress(bad, [[5, 6]])
+    with pytest.raises(jaxkv.LogitsError, match=r"score: .* prompt 0"):
+        jaxkv.score(bad, [[5, 6]], [[7]])
