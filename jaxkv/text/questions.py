@@ -225,8 +225,8 @@ def questions(
         left = lm.config.max_positions - int(seen[document])
         if len(row) + max_new_tokens > left:
             raise ValueError(
-                f"generate: prompt {index} of {len(row)} tokens and max_new_tokens="
-                f"{max_new_tokens} do not fit behind document {document}, whose "
+                f"generate: prompt {index} has {len(row)} tokens, which with "
+                f"{max_new_tokens=} do not fit behind document {document}, whose "
                 f"{seen[document]} tokens leave {left} positions of "
                 f"{lm.config.max_positions}; shorten one of them."
             )

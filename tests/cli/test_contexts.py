@@ -113,7 +113,7 @@ def test_a_conversation_begins_with_a_document(jaxkv_, tiny, folder, monkeypatch
         ),
         (
             ("generate", "--context", "CHAT", "--max-new-tokens", 2000),
-            "document 0, whose .* positions of 2048",
+            "has . tokens, which with --max-new-tokens 2000 do .* positions of 2048",
         ),
         (("chat", "--context", "CHAT", "--system", "x"), "pass it to jaxkv compress"),
     ],

@@ -114,7 +114,7 @@ def test_a_document_is_read_once_for_all_budgets(wide_lm):
         (dict(speculate=jaxkv.Aligned()), r"pass speculate=Aligned\(\) to jaxkv.comp"),
         (
             dict(max_new_tokens=2000),
-            "prompt 0 of 3 .* document 0, whose 70 tokens leave 1978 positions of 2048",
+            "prompt 0 has 3 .* 0, whose 70 tokens leave 1978 positions of 2048",
         ),
         (dict(pool=[(0, 1)] * 3), "pool= does nothing without speculate="),
     ],
