@@ -182,13 +182,42 @@ def parse(kind: type[B], body: bytes) -> B:
     try:
         made = kind.model_validate(_without_nulls(given))
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        place = [str(part)[:_LONGEST_SHOWN] for part in first["loc"]]
+        found = _telling(error.errors(include_url=False, include_input=False))
+        place = [part[:_LONGEST_SHOWN] for part in _place(given, found)]
         name = place[0] if place else None
-        message = f"{'.'.join(place) or 'body'}: {first['msg']}."
+        message = f"{'.'.join(place) or 'body'}: {found['msg']}."
         raise Refusal(400, message, param=name) from None
     _refuse_others(made)
     return made
+
+
+def _telling(errors: list[Any]) -> Any:
+    """Return the error that says most of the first wrong field.
+
+    Where a field may be of several types, each of them has errors, and the one that was
+    meant is right the farthest; one that was wrong from the start says "_type".
+    """
+    of_field = [e for e in errors if e["loc"][:1] == errors[0]["loc"][:1]]
+
+    def reached(error):
+        indices = [part for part in error["loc"] if isinstance(part, int)]
+        return len(error["loc"]), indices, not error["type"].endswith("_type")
+
+    return max(of_field, key=reached)
+
+
+def _place(given: Any, error: Any) -> list[str]:
+    """Return where in a body an error is, without the names of types on the way."""
+    place = []
+    for part in error["loc"]:
+        if isinstance(given, dict) and part in given:
+            given = given[part]
+        elif isinstance(given, list) and isinstance(part, int):
+            given = given[part] if part < len(given) else None
+        elif error["type"] != "missing" or part != error["loc"][-1]:
+            continue
+        place.append(str(part))
+    return place
 
 
 def _without_nulls(given: dict[str, Any]) -> dict[str, Any]:
