@@ -4,7 +4,8 @@ import importlib.util
 import json
 import sys
 import tempfile
-from contextlib import redirect_stdout
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -95,17 +96,18 @@ def lm_eval(
                 f"--tasks {tasks}: the harness has no {unknown or 'task of no name'}; "
                 "lm-eval ls tasks shows all, --include-path adds your own."
             )
-        found = simple_evaluate(
-            asked,
-            tasks=names,
-            task_manager=manager,
-            limit=limit,
-            num_fewshot=num_fewshot,
-            apply_chat_template=chat,
-            bootstrap_iters=1000,
-            random_seed=seed,
-            log_samples=out is not None,
-        )
+        with _packages_named(tasks):
+            found = simple_evaluate(
+                asked,
+                tasks=names,
+                task_manager=manager,
+                limit=limit,
+                num_fewshot=num_fewshot,
+                apply_chat_template=chat,
+                bootstrap_iters=1000,
+                random_seed=seed,
+                log_samples=out is not None,
+            )
     if out is not None:
         write_json(out, provenance() | {"harness": _plain(found)})
         say(f"{out}: results and samples")
@@ -115,6 +117,18 @@ def lm_eval(
     print(make_table(found))
     if found.get("groups"):
         print(make_table(found, "groups"))
+
+
+@contextmanager
+def _packages_named(tasks: str) -> Iterator[None]:
+    """Say in one line which package a task of the harness lacks."""
+    try:
+        yield
+    except ImportError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"--tasks {tasks}: the harness needs a package for it: {reason}"
+        ) from error
 
 
 def _read_metadata(text: str | None) -> dict[str, Any]:

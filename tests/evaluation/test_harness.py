@@ -311,9 +311,24 @@ def test_the_command(jaxkv_, tiny, tasks, tmp_path):
     )
 
 
+def test_a_package_that_a_task_lacks_is_named(jaxkv_, tiny, tasks, tmp_path):
+    """Of a task whose functions import it."""
+    (tmp_path / "asked.py").write_text("import no_such_package\n")
+    asked = json.loads((tasks / "generate_until.yaml").read_text())
+    asked = asked | dict(task="lacking")
+    yaml = json.dumps(asked)[:-1] + ', "process_docs": !function asked.cut}'
+    (tmp_path / "lacking.yaml").write_text(yaml)
+    error = jaxkv_.error(
+        "lm-eval", tiny, "--include-path", tmp_path, "--tasks", "lacking"
+    )
+    assert "--tasks lacking: the harness needs a package for it" in error
+    assert "no_such_package" in error
+
+
 @pytest.mark.slow
 def test_ruler_makes_its_own_data(jaxkv_, tiny):
     """Variable tracking is made of nothing but words of the harness."""
+    pytest.importorskip("wonderwords", reason="needs the harness' extra `ruler`")
     code, text, err = jaxkv_(
         *("lm-eval", tiny, "--tasks", "ruler_vt", "--limit", 1, "--budget", 64),
         *("--prefill", "streaming-llm", "--max-length", 512, "--json"),
