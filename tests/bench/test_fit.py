@@ -124,7 +124,7 @@ def test_the_command(jaxkv_):
     assert code == 0 and json.loads(out)["context"] == 4096
     for flags, said in {
         ("--dtype", "int8"): "dtype must be one of",
-        ("--dtype", ""): "dtype must be one of",
+        ("--dtype", ""): "--dtype is empty",
         ("--context", "40961"): "qwen3-8b was made for 40960 positions",
         ("--budget", "1"): "budget",
     }.items():
