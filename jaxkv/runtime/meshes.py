@@ -29,5 +29,9 @@ def everywhere(tree: Any, mesh: Mesh | None) -> Any:
 
 def under_mesh_of(tree: Any) -> contextlib.AbstractContextManager[Any]:
     """Return a context in which that mesh is set, or one that changes nothing."""
-    mesh = mesh_of(tree)
+    return under(mesh_of(tree))
+
+
+def under(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
+    """Return a context in which a mesh is set; None changes nothing."""
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)

@@ -18,9 +18,10 @@ from typing import Any, Generic, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from jaxkv.runtime.collectives import compiler_options
-from jaxkv.runtime.meshes import mesh_of, under_mesh_of
+from jaxkv.runtime.meshes import mesh_of, under
 
 R = TypeVar("R")
 
@@ -123,49 +124,45 @@ class Program(Generic[R]):
 
     def __call__(self, *args: Any, **kwargs: Any) -> R:
         """Call the program of these arguments."""
-        key, fresh = self._known(args, kwargs)
-        with under_mesh_of(self._laid_out(args, kwargs)):
-            return self._shelf.get(key, fresh)(*args, **kwargs)
+        key, mesh = self._known(args, kwargs)
+        with under(mesh):
+            return self._program(key)(*args, **kwargs)
 
     def compile(self, *args: Any, **kwargs: Any) -> jax.stages.Compiled:
         """Compile for these arguments, and run nothing; threads may share the work."""
-        key, fresh = self._known(args, kwargs)
-        with under_mesh_of(self._laid_out(args, kwargs)):
+        key, mesh = self._known(args, kwargs)
+        with under(mesh):
             # JAX calls what was lowered before; `tests/runtime` holds it to that.
-            return self._shelf.get(key, fresh).lower(*args, **kwargs).compile()
+            return self._program(key).lower(*args, **kwargs).compile()
 
     def lower(self, *args: Any, **kwargs: Any) -> jax.stages.Lowered:
         """Trace and lower as `jax.jit(...).lower` does; nothing is kept."""
-        told = self._told(args, kwargs)
-        with under_mesh_of(self._laid_out(args, kwargs)):
-            return self._fresh(told).lower(*args, **kwargs)
+        key, mesh = self._known(args, kwargs)
+        with under(mesh):
+            return self._fresh(key[-1]).lower(*args, **kwargs)
 
     def key(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         """Return what the program of these arguments is known by."""
+        return self._known(args, kwargs)[0]
+
+    def _known(self, args: tuple, kwargs: dict) -> tuple[tuple[Any, ...], Mesh | None]:
+        """Return what the program of these arguments is known by, and their mesh.
+
+        What XLA is told of it stands last.
+        """
         named = dict(zip(self._names, args, strict=False)) | kwargs
         static = tuple(named.pop(name, None) for name in self._static)
-        for name in self._implied:
-            named.pop(name, None)
+        mesh = mesh_of([named.pop(name, None) for name in self._implied])
         leaves, tree = jax.tree.flatten(named)
         shapes = tuple(
             (leaf.shape, leaf.dtype) if hasattr(leaf, "shape") else type(leaf)
             for leaf in leaves
         )
-        return self, static, tree, shapes, self._told(args, kwargs)
+        return (self, static, tree, shapes, compiler_options(mesh)), mesh
 
-    def _known(self, args: tuple, kwargs: dict) -> tuple[Hashable, Callable[[], Any]]:
-        """Return what the program of these arguments is known by, and what makes it."""
-        key = self.key(*args, **kwargs)
-        return key, functools.partial(self._fresh, key[-1])
-
-    def _laid_out(self, args: tuple, kwargs: dict) -> list[Any]:
-        """Return the arguments that are implied, which say what the mesh is."""
-        named = dict(zip(self._names, args, strict=False)) | kwargs
-        return [named.get(name) for name in self._implied]
-
-    def _told(self, args: tuple, kwargs: dict) -> tuple[tuple[str, str], ...]:
-        """Return what XLA is told of the program of these arguments."""
-        return compiler_options(mesh_of(self._laid_out(args, kwargs)))
+    def _program(self, key: tuple[Any, ...]) -> Any:
+        """Return the program of a key; it is made if it is new."""
+        return self._shelf.get(key, functools.partial(self._fresh, key[-1]))
 
     def _of_jax(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Return arguments with JAX's arrays for NumPy's, as `jax.jit` has them."""
