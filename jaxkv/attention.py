@@ -224,20 +224,18 @@ def attend_prompt(
             implementation=implementation,
             **weighing.softmax,
         )
-        state = evict(
-            *(policy, q, k, v, layer, weighing),
+        return evict(
+            *(out, policy, q, k, v, layer, weighing),
             lengths=lengths,
             held=held,
             implementation=scores_implementation,
         )
-        # Nothing before decoding waits for the state. Without the barrier the compiler
-        # may put all evictions last, and hold every layer's whole prompt until then.
-        return jax.lax.optimization_barrier((out, state))
 
     return attend
 
 
 def evict(
+    out: jax.Array,
     policy: PrefillPolicy,
     queries: jax.Array,
     keys: jax.Array,
@@ -248,10 +246,11 @@ def evict(
     lengths: jax.Array,
     held: jax.Array | None,
     implementation: window_scores.Implementation | None,
-) -> KVState:
-    """Return what a policy keeps of a layer's whole prompt.
+) -> tuple[jax.Array, KVState]:
+    """Return a layer's output, and what a policy keeps of its whole prompt.
 
     Args:
+      out: of the layer's attention; what comes behind it waits for the state.
       policy: of the layers without a window.
       queries: see `Prompt`, and so are the next two.
       keys: see there.
@@ -276,7 +275,10 @@ def evict(
         weighing=weighing,
     )
     keeper = of_layer(policy, layer.state)
-    return contract.compress(keeper, prompt, layer.state, budget=layer.bound)
+    state = contract.compress(keeper, prompt, layer.state, budget=layer.bound)
+    # Nothing before decoding waits for the state. Without the barrier the compiler may
+    # put all evictions last, and hold every layer's whole prompt until then.
+    return jax.lax.optimization_barrier((out, state))
 
 
 def attend_cache(

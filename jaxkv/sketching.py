@@ -93,15 +93,13 @@ def attend_behind(
             window=weighing.window,
             **weighing.softmax,
         )
-        state = evict(
-            *(policy, behind(jnp.zeros_like(q[:, :0]), q), keys, values),
+        return evict(
+            *(out, policy, behind(jnp.zeros_like(q[:, :0]), q), keys, values),
             *(layer, weighing),
             lengths=lengths,
             held=held,
             implementation=scores_implementation,
         )
-        # As in `attend_prompt`: copies of one layer's prompts at a time.
-        return jax.lax.optimization_barrier((out, state))
 
     return attend
 
