@@ -1,8 +1,8 @@
 """Time to first token of each way to cut a prompt, and the memory that it takes.
 
     python benchmarks/first_token.py OUT.json --methods "snapkv;dapq"
-    OUT=/tmp/compiled python benchmarks/farm.py JOBS LOGS --gpus 0,1 --per-gpu 8
-    OUT=... python benchmarks/farm.py JOBS LOGS --gpus 0,1 --per-gpu 4
+    OUT=COMPILED python benchmarks/farm.py JOBS LOGS --gpus 0,1 --per-gpu 8
+    OUT=TIMED python benchmarks/farm.py JOBS LOGS --gpus 0,1 --per-gpu 4
 
 The prompts are windows of Python's own documentation with the wish for a summary, in
 the model's chat template. `query-aware` cuts them whole: `first_token_seconds` is
